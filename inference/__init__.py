@@ -1,0 +1,1 @@
+"""How a trained model speaks: decoding strategies over one shared KV cache."""

@@ -1,0 +1,1 @@
+"""What is minimised: the early-exit loss, its curriculum and the cross entropy."""

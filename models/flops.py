@@ -1,0 +1,45 @@
+"""Parameters and floating-point operations of a Llama, with and without exits."""
+
+from models.llama import LlamaConfig
+
+
+def block_params(config: LlamaConfig) -> int:
+    """Return the number of parameters in one transformer block."""
+    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
+    return attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
+
+
+def total_params(config: LlamaConfig) -> int:
+    """Return the number of parameters, a tied embedding counted once."""
+    embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    return config.n_layers * block_params(config) + config.dim + embeddings
+
+
+def head_flops_per_token(config: LlamaConfig) -> float:
+    """Return the FLOPs of one LM head, forward and backward, for one token: 6 dim vocab."""
+    return 6.0 * config.dim * config.vocab_size
+
+
+def layer_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+    """Return the FLOPs of one block, forward and backward, for one token of a causal sequence.
+
+    6 per weight, plus attention's 6 n_heads head_dim seq_len (PaLM, arXiv 2204.02311, appendix B,
+    halved because a causal query sees half the keys on average).
+    """
+    return 6.0 * block_params(config) + 6.0 * config.n_heads * config.head_dim * seq_len
+
+
+def train_flops_per_token(
+    config: LlamaConfig, seq_len: int, *, mean_layers: float, mean_exits: float
+) -> float:
+    """Return the FLOPs to train on one token.
+
+    Args:
+        config: The model.
+        seq_len: Tokens per sequence.
+        mean_layers: Layers really run per token: n_layers less what layer dropout drops.
+        mean_exits: LM heads really evaluated per token, the last layer's included.
+    """
+    return mean_layers * layer_flops_per_token(config, seq_len) + mean_exits * head_flops_per_token(
+        config
+    )

@@ -1,0 +1,192 @@
+"""Stochastic depth: how often each layer is dropped, for which samples, and how that is run.
+
+LayerSkip (arXiv 2404.16710), section 4.1.1. Everything here is a pure function of the seed, the
+step and the sample, so that resume, replay under activation checkpointing and agreement between
+ranks need no stored state. Layers l count from 0 and steps t from 0; L layers, T steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DepthSchedule = Literal["exponential", "linear", "uniform"]
+TimeSchedule = Literal["constant", "exponential", "linear_increasing", "linear_decreasing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDropoutConfig:
+    """Stochastic depth: p(l, t) = S(t) D(l) p_max. The defaults' form is the LayerSkip paper's."""
+
+    p_max: float = 0.0
+    """Drop probability of the last layer at full strength, 0 to 1; 0 turns layer dropout off."""
+    D: DepthSchedule = "exponential"
+    """Shape over depth: exponential (the paper's 2^(l/(L-1)) - 1), linear l/(L-1), uniform 1."""
+    S: TimeSchedule = "exponential"
+    """Shape over time: constant 1 (the paper's for continual training and finetuning), exponential
+    2^(t/(T-1)) - 1 (the paper's from scratch), linear_increasing, linear_decreasing."""
+    granularity: Literal["per_sample", "per_batch"] = "per_sample"
+    """Draw for each sequence (the paper), or once for all sequences of a microbatch."""
+    scale_kept: bool = False
+    """Multiply the residual branch of kept samples by 1 / (1 - p). The paper does not."""
+    same_rows_on_every_rank: bool = False
+    """Drop the same local rows on every rank, as the paper does, so that no rank waits for one
+    that kept more. False draws by the sample's place in the global batch: independent of the
+    number of ranks."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        if not 0.0 <= self.p_max <= 1.0:
+            return [f"layer_dropout.p_max: {self.p_max}, must lie in [0, 1]"]
+        return []
+
+
+def D(l: int, L: int, schedule: DepthSchedule = "exponential") -> float:
+    """Return the depth factor of layer l of L.
+
+    LayerSkip (arXiv 2404.16710), eq. 2: D(l) = exp(l ln2 / (L - 1)) - 1, which is 0 at the first
+    layer and 1 at the last. A model of one layer has D(0) = 0 but for "uniform": its only layer is
+    kept.
+    """
+    if schedule == "uniform":
+        return 1.0
+    depth = l / (L - 1) if L > 1 else 0.0
+    return 2.0**depth - 1.0 if schedule == "exponential" else depth
+
+
+def S(t: int, T: int, schedule: TimeSchedule = "exponential") -> float:
+    """Return the time factor of step t of T.
+
+    LayerSkip (arXiv 2404.16710), eq. 3 and 4: S(t) = 1, or S_exp(t) = exp(t ln2 / (T - 1)) - 1.
+    The linear forms, up t / (T - 1) and down 1 - t / (T - 1), are later work's.
+    """
+    if schedule == "constant":
+        return 1.0
+    time = t / (T - 1) if T > 1 else 0.0
+    if schedule == "exponential":
+        return 2.0**time - 1.0
+    return time if schedule == "linear_increasing" else 1.0 - time
+
+
+def p(l: int, t: int, *, L: int, T: int, config: LayerDropoutConfig) -> float:
+    """Return the drop probability p(l, t) = S(t) D(l) p_max (LayerSkip, eq. 1)."""
+    return S(t, T, config.S) * D(l, L, config.D) * config.p_max
+
+
+def uniform(seed: int, t: int, L: int, samples: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return (L, n) numbers in [0, 1): a hash of (seed, t, layer, sample), not a stream.
+
+    The words are folded in one after another by splitmix64's finaliser.
+
+    Args:
+        seed: Any non-negative integer.
+        t: Optimizer step.
+        L: Number of layers; row l belongs to layer l.
+        samples: (n,) int64 keys, one for each row of the microbatch.
+    """
+    state = np.array([[seed % 2**64]], dtype=np.uint64)
+    for word in (
+        np.array([[t]], dtype=np.uint64),
+        np.arange(L, dtype=np.uint64)[:, None],
+        samples.astype(np.uint64)[None, :],
+    ):
+        state = _splitmix64(state ^ _splitmix64(word))
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit words (Steele et al., OOPSLA 2014), modulo 2^64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one layer does with one microbatch."""
+
+    rows: Tensor | None
+    """(kept,) int64 row indices to run; None runs all rows."""
+    scale: float
+    """Factor on the residual branch of the rows that run."""
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Which rows of one microbatch each layer runs on."""
+
+    choices: tuple[LayerChoice, ...]
+
+    def at(self, l: int) -> LayerChoice:
+        """Return layer l's choice."""
+        return self.choices[l]
+
+    @property
+    def kept_layer_rows(self) -> list[int | None]:
+        """Number of rows each layer runs on; None means all of them."""
+        return [None if c.rows is None else c.rows.numel() for c in self.choices]
+
+
+def draw_kept_rows(
+    drop_prob: Sequence[float],
+    *,
+    seed: int,
+    t: int,
+    keys: NDArray[np.int64],
+    scale_kept: bool,
+    device: torch.device,
+) -> KeptRows | None:
+    """Draw which rows each layer keeps: row b of layer l is dropped with probability p(l, t).
+
+    Args:
+        drop_prob: (L,) probabilities p(l, t).
+        seed: Any non-negative integer.
+        t: Optimizer step.
+        keys: (batch,) int64; rows with equal keys are dropped together.
+        scale_kept: Whether kept branches are multiplied by 1 / (1 - p).
+        device: Where the row indices are needed; they are drawn on the host and sent once.
+
+    Returns:
+        The choice of every layer, or None when every p(l, t) is 0.
+    """
+    if not any(drop_prob):
+        return None
+    kept = uniform(seed, t, len(drop_prob), keys) >= np.asarray(drop_prob)[:, None]
+    _, row_indices = np.nonzero(kept)
+    indices = torch.from_numpy(row_indices).to(device, non_blocking=True)
+    choices, begin = [], 0
+    for p_l, kept_l in zip(drop_prob, kept, strict=True):
+        count = int(kept_l.sum())
+        rows = None if count == len(keys) else indices[begin : begin + count]
+        scale = 1.0 / (1.0 - p_l) if scale_kept and p_l < 1.0 else 1.0
+        choices.append(LayerChoice(rows, scale))
+        begin += count
+    return KeptRows(tuple(choices))
+
+
+def run_kept_rows(
+    block: Callable[..., Tensor], h: Tensor, cos: Tensor, sin: Tensor, choice: LayerChoice
+) -> Tensor:
+    """Run a block on the kept rows of h: (batch, seq, dim); dropped rows pass unchanged.
+
+    x_{l+1} = x_l + M f_l(x_l) (LayerSkip, eq. 1), with no compute for rows whose M is 0. The block
+    is called even when no row is kept, on one token whose result is thrown away: under FSDP the
+    call carries the all-gather and the reduce-scatter that every rank must reach.
+    """
+    if choice.rows is None:
+        return _scaled(h, block(h, cos, sin), choice.scale)
+    if choice.rows.numel() == 0:
+        dummy = block(h[:1, :1], cos[..., :1, :], sin[..., :1, :])
+        return h + torch.where(torch.zeros_like(dummy, dtype=torch.bool), dummy, 0.0)
+    kept = h.index_select(0, choice.rows)
+    out = _scaled(kept, block(kept, cos, sin), choice.scale)
+    return h.index_copy(0, choice.rows, out)
+
+
+def _scaled(x: Tensor, out: Tensor, scale: float) -> Tensor:
+    return out if scale == 1.0 else x + (out - x) * scale

@@ -1,0 +1,390 @@
+"""The Llama decoder, written to be read top to bottom.
+
+This file knows nothing of ranks, losses, optimizers, files or flags: parallelism is applied from
+outside. Its verbs are `embed`, `run_layers` and `exit_logits`; training, drafting and verifying all
+call the one loop over layers in `run_layers`. Rotary embeddings use the half-split layout of
+Hugging Face checkpoints, so weights pass between the two by renaming alone.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layer_dropout import KeptRows, run_kept_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3 frequency scaling: stretches the slow rotations beyond the trained context."""
+
+    factor: float = 8.0
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_max_seq_len / low_freq_factor are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_max_seq_len / high_freq_factor are left alone."""
+    original_max_seq_len: int = 8192
+    """Context length, in tokens, before scaling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a Llama model. Names as Meta writes them."""
+
+    dim: int
+    """Width of the residual stream."""
+    n_layers: int
+    """Number of transformer blocks, L."""
+    n_heads: int
+    """Number of query heads."""
+    n_kv_heads: int
+    """Number of key and value heads; divides n_heads (equal: MHA, fewer: GQA)."""
+    ffn_dim: int
+    """Width of the SwiGLU feed-forward layer."""
+    vocab_size: int
+    """Number of token ids."""
+    max_seq_len: int
+    """Longest context in tokens; the rotary table has this many rows."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3 frequency scaling, or None."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the LM head."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.n_heads
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = [
+            f"model.{name}: {getattr(self, name)}, must be at least 1"
+            for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+            if getattr(self, name) < 1
+        ]
+        if found:
+            return found
+        if self.dim % self.n_heads:
+            found.append(
+                f"model.n_heads: {self.n_heads} does not divide model.dim {self.dim}, "
+                "choose a divisor"
+            )
+        elif self.head_dim % 2:
+            found.append(
+                f"model.n_heads: {self.n_heads} gives an odd head width {self.head_dim}, "
+                "rotary embeddings need an even one"
+            )
+        if self.n_heads % self.n_kv_heads:
+            found.append(
+                f"model.n_kv_heads: {self.n_kv_heads} does not divide model.n_heads "
+                f"{self.n_heads}, choose a divisor"
+            )
+        if self.max_seq_len < 2:
+            found.append(f"model.max_seq_len: {self.max_seq_len}, must be at least 2")
+        return found
+
+
+class LayerKV(Protocol):
+    """Where one attention layer keeps its keys and values while decoding."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v: (batch, kv_heads, seq, head_dim); return all keys and values to read."""
+        ...
+
+
+class KVCache(Protocol):
+    """Keys and values of every layer, and which of them each query may see."""
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], LayerKV]]:
+        """Open the cache for tokens at `positions`: (batch, seq) int64.
+
+        Returns:
+            The attention mask, (batch, 1, seq, slots) bool, True where a query may look, and a
+            function from layer index l to that layer's storage.
+        """
+        ...
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Return the rotary frequencies, (head_dim / 2,) fp32, in radians per position.
+
+    RoFormer (arXiv 2104.09864): theta_i = rope_theta^(-2i / head_dim). With `rope_scaling`, the
+    Llama 3 rule: slow frequencies are divided by `factor`, fast ones kept, those between blended.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies: Tensor = 1.0 / config.rope_theta ** (exponent / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_seq_len / wavelengths
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    blend = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x: (batch, heads, seq, head_dim) by cos and sin: (batch or 1, 1, seq, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square layer norm (arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        """Make the norm of a residual stream `dim` wide."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / rms(x) * weight, shape and dtype of x."""
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Make the four projections of one layer."""
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kv: LayerKV | None
+    ) -> Tensor:
+        """Attend within x: (batch, seq, dim), and to `kv` where it is given."""
+        b, s, _ = x.shape
+        q = self.wq(x).view(b, s, self.n_heads, self.head_dim).transpose(1, 2)
+        k = self.wk(x).view(b, s, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.wv(x).view(b, s, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (batch, heads, seq, head_dim)
+        if kv is not None:
+            k, v = kv.update(k, v)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
+        return self.wo(out.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Make the three projections of one layer."""
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform x: (batch, seq, dim) position by position."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: x_{l+1} = x_l + f_l(x_l), attention then feed-forward, each pre-normed."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Make one layer."""
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        kv: LayerKV | None = None,
+    ) -> Tensor:
+        """Map h: (batch, seq, dim) to the next layer's input, same shape."""
+        h = h + self.attention(self.attention_norm(h), cos, sin, mask, kv)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Llama(nn.Module):
+    """A decoder whose every layer can be an exit: one final norm and one LM head serve them all.
+
+    LayerSkip (arXiv 2404.16710), section 4.1: the exit after layer l reads x_{l+1} through the
+    same g = head(norm(.)) as the last layer, so a checkpoint is a plain Llama checkpoint.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Make the modules; build under `torch.device("meta")` and call `init_weights` after."""
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict(
+            {str(l): TransformerBlock(config) for l in range(config.n_layers)}
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        )
+        table = torch.empty(config.max_seq_len, config.head_dim)
+        self.register_buffer("rope_cos", table, persistent=False)
+        self.register_buffer("rope_sin", table.clone(), persistent=False)
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
+        self.fill_rope_table()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head's weight, (vocab, dim): the embedding's when they are tied."""
+        return self.tok_embeddings.weight if self.lm_head is None else self.lm_head.weight
+
+    def fill_rope_table(self) -> None:
+        """Write the rotary table; call again after `to_empty`, which leaves it undefined."""
+        if self.rope_cos.is_meta:
+            return
+        angles = torch.outer(
+            torch.arange(self.config.max_seq_len, dtype=torch.float32, device="cpu"),
+            rope_frequencies(self.config),
+        )
+        angles = torch.cat((angles, angles), dim=-1)
+        self.rope_cos.copy_(angles.cos())
+        self.rope_sin.copy_(angles.sin())
+
+    @torch.no_grad()
+    def init_weights(
+        self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_
+    ) -> None:
+        """Initialise every parameter and the rotary table.
+
+        Norm weights are 1. Every matrix is N(0, std) cut at 3 std, drawn in fp32:
+          tok_embeddings, lm_head, wq, wk, wv, w1, w3   std = dim^-0.5
+          wo                                            std = dim^-0.5 / sqrt(2 L)
+          w2                                            std = ffn_dim^-0.5 / sqrt(2 L)
+        (sqrt(2 L) keeps the residual stream's variance from growing with depth: GPT-2, section
+        2.3.) Each parameter has its own generator, seeded by (seed, its name), so the values do
+        not depend on how the model is sharded.
+
+        Args:
+            seed: Any non-negative integer.
+            write: Called as write(parameter, full_value); a sharded model passes its own.
+        """
+        config = self.config
+        residual = (2 * config.n_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+            if parameter.ndim == 1:
+                full.fill_(1.0)
+            else:
+                std = config.ffn_dim**-0.5 if name.endswith("w2.weight") else config.dim**-0.5
+                if name.endswith(("w2.weight", "wo.weight")):
+                    std *= residual
+                entropy = np.random.SeedSequence([seed, zlib.crc32(name.encode())])
+                generator = torch.Generator(device=parameter.device)
+                generator.manual_seed(int(entropy.generate_state(1)[0]))
+                nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+            write(parameter, full)
+        self.fill_rope_table()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up tokens: (batch, seq) int64, giving x_0: (batch, seq, dim)."""
+        h: Tensor = self.tok_embeddings(tokens)
+        return h
+
+    def run_layers(
+        self,
+        h: Tensor,
+        start: int,
+        stop: int,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        kept_rows: KeptRows | None = None,
+        exit_layers: Collection[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run layers start, ..., stop - 1: the one loop over layers in the house.
+
+        Args:
+            h: (batch, seq, dim), the input x_start of layer `start`.
+            start: First layer index l to run.
+            stop: One past the last layer index to run.
+            positions: (batch, seq) int64, each token's place in its row; needed with `cache`.
+                None means 0, 1, ..., seq - 1 in every row.
+            cache: Keys and values of earlier tokens, written as the layers run.
+            kept_rows: Which rows each layer runs on (stochastic depth); None runs all.
+            exit_layers: Layer indices l whose output x_{l+1} is returned as well.
+
+        Returns:
+            x_stop, (batch, seq, dim), and {l: x_{l+1}} for l in `exit_layers`.
+        """
+        if positions is None:
+            cos, sin = (
+                self.rope_cos[None, None, : h.shape[1]],
+                self.rope_sin[None, None, : h.shape[1]],
+            )
+        else:
+            cos, sin = self.rope_cos[positions].unsqueeze(1), self.rope_sin[positions].unsqueeze(1)
+        cos, sin = cos.to(h.dtype), sin.to(h.dtype)
+        mask, layer_kv = None, None
+        if cache is not None:
+            assert positions is not None, "decoding with a cache needs positions"
+            mask, layer_kv = cache.at(positions)
+        exits = {}
+        for l in range(start, stop):
+            block = self.layers[str(l)]
+            if kept_rows is None:
+                h = block(h, cos, sin, mask, None if layer_kv is None else layer_kv(l))
+            else:
+                h = run_kept_rows(block, h, cos, sin, kept_rows.at(l))
+            if l in exit_layers:
+                exits[l] = h
+        return h, exits
+
+    def exit_logits(self, h: Tensor) -> Tensor:
+        """Apply g, the shared norm and head, to h: (..., dim); returns logits: (..., vocab)."""
+        return F.linear(self.norm(h), self.head_weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        exit_layers: Collection[int],
+        kept_rows: KeptRows | None = None,
+    ) -> dict[int, Tensor]:
+        """Run all layers and return what the exits read.
+
+        The head is left to the caller, so that a loss can work through the vocabulary in chunks.
+
+        Args:
+            tokens: (batch, seq) int64.
+            exit_layers: Layer indices l to read after.
+            kept_rows: Stochastic depth's choice for this microbatch; None runs every layer.
+
+        Returns:
+            {l: norm(x_{l+1})} for l in `exit_layers`, each (batch, seq, dim), in ascending l;
+            logits are F.linear(that, model.head_weight).
+        """
+        h = self.embed(tokens)
+        _, exits = self.run_layers(
+            h, 0, self.config.n_layers, kept_rows=kept_rows, exit_layers=exit_layers
+        )
+        return {l: self.norm(x) for l, x in exits.items()}

@@ -1,0 +1,51 @@
+"""The table of model sizes, one line each."""
+
+from models.llama import LlamaConfig, RopeScaling
+
+
+def _size(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    ffn_dim: int,
+    vocab_size: int,
+    max_seq_len: int,
+    *,
+    rope_theta: float = 10000.0,
+    rope_scaling: RopeScaling | None = None,
+    tie_embeddings: bool = False,
+) -> LlamaConfig:
+    return LlamaConfig(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        ffn_dim=ffn_dim,
+        vocab_size=vocab_size,
+        max_seq_len=max_seq_len,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_embeddings=tie_embeddings,
+    )
+
+
+_LLAMA32 = RopeScaling(factor=32.0)
+
+# name: dim, layers, heads, kv heads, ffn, vocabulary, context
+SIZES: dict[str, LlamaConfig] = {
+    "tiny": _size(32, 4, 4, 2, 64, 64, 64),
+    "demo": _size(192, 8, 6, 2, 512, 2048, 256),
+    "110m": _size(768, 12, 12, 12, 2048, 32000, 2048),
+    "350m": _size(1024, 24, 16, 16, 2816, 32000, 2048),
+    "layerskip_1.5b": _size(2048, 24, 16, 16, 5632, 32000, 4096),
+    "llama1_7b": _size(4096, 32, 32, 32, 11008, 32000, 2048),
+    "llama2_7b": _size(4096, 32, 32, 32, 11008, 32000, 4096),
+    "llama2_13b": _size(5120, 40, 40, 40, 13824, 32000, 4096),
+    "llama2_70b": _size(8192, 80, 64, 8, 28672, 32000, 4096),
+    "llama3_8b": _size(4096, 32, 32, 8, 14336, 128256, 8192, rope_theta=5e5),
+    "llama3.2_1b": _size(
+        2048, 16, 32, 8, 8192, 128256, 8192,
+        rope_theta=5e5, rope_scaling=_LLAMA32, tie_embeddings=True,
+    ),
+}  # fmt: skip

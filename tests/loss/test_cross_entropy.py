@@ -1,0 +1,101 @@
+"""The chunked cross entropy equals torch's, and holds one chunk of logits at a time."""
+
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loss.cross_entropy import IGNORE_INDEX, weighted_cross_entropy_sums
+
+
+class LargestLive(TorchDispatchMode):
+    """Count the bytes of storage shaped like one chunk of logits, (4, vocab), alive at once."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.live, self.peak = vocab_size, {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape == (4, self.vocab_size):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.live:
+                    self.live[key] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, key, None)
+                self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def inputs(K, seed=0, vocab=37, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    hidden = [torch.randn(4, 8, 6, generator=g).to(dtype).requires_grad_() for _ in range(K)]
+    head = torch.randn(vocab, 6, generator=g).to(dtype).requires_grad_()
+    labels = torch.randint(vocab, (4, 8), generator=g)
+    labels[1, :5] = IGNORE_INDEX
+    return hidden, head, labels
+
+
+def test_sums_and_gradients_equal_torch_in_double():
+    hidden, head, labels = inputs(3)
+    weights = torch.tensor([0.2, 0.0, 0.8])
+    total, sums = weighted_cross_entropy_sums(hidden, head, labels, weights, chunk_rows=7)
+    grads = torch.autograd.grad(total, [*hidden, head])
+    expected = [
+        F.cross_entropy(
+            (h.double() @ head.double().T).flatten(0, 1), labels.flatten(),
+            ignore_index=IGNORE_INDEX, reduction="sum",
+        )
+        for h in hidden
+    ]  # fmt: skip
+    reference = sum(w * c for w, c in zip(weights.tolist(), expected, strict=True))
+    torch.testing.assert_close(sums, torch.stack(expected).float(), atol=1e-4, rtol=1e-5)
+    for ours, theirs in zip(grads, torch.autograd.grad(reference, [*hidden, head]), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("K", [1, 6])
+def test_live_logits_do_not_grow_with_the_number_of_exits(K):
+    hidden, head, labels = inputs(K, vocab=1001)
+    with LargestLive(1001) as counter:
+        total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(K), chunk_rows=4)
+        total.backward()
+    chunk = 4 * 1001 * 4
+    assert counter.peak == 2 * chunk  # the logits while their log-softmax is made, nothing else
+
+
+def test_all_positions_ignored_gives_zero_and_not_nan():
+    hidden, head, labels = inputs(1)
+    labels.fill_(IGNORE_INDEX)
+    total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(1), chunk_rows=9)
+    total.backward()
+    assert total == 0
+    assert head.grad.abs().max() == 0
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, head, labels = inputs(2)
+    head.requires_grad_(False)
+    total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(2), chunk_rows=9)
+    total.backward()
+    assert head.grad is None
+    assert hidden[0].grad.abs().max() > 0
+
+
+def test_low_precision_gradients_are_close():
+    hidden, head, labels = inputs(2, dtype=torch.bfloat16)
+    total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(2), chunk_rows=9)
+    total.backward()
+    assert head.grad.dtype == torch.bfloat16
+    (exact,) = torch.autograd.grad(
+        sum(
+            F.cross_entropy((h.float() @ head.float().T).flatten(0, 1), labels.flatten(),
+                            reduction="sum", ignore_index=IGNORE_INDEX)
+            for h in hidden
+        ),
+        head,
+    )  # fmt: skip
+    torch.testing.assert_close(head.grad.float(), exact.float(), atol=0.1, rtol=0.05)

@@ -1,0 +1,141 @@
+"""p(l, t), the draws, and the running of kept rows, against tables worked by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.layer_dropout import D, LayerDropoutConfig, S, draw_kept_rows, p, uniform
+from tests.models.test_llama import build, small
+
+CPU = torch.device("cpu")
+
+
+def test_D_equals_the_table_worked_by_hand():
+    # L = 4: 2^0 - 1, 2^(1/3) - 1, 2^(2/3) - 1, 2^1 - 1.
+    assert [D(l, 4) for l in range(4)] == pytest.approx([0, 0.25992105, 0.58740105, 1], abs=1e-8)
+    assert [D(l, 5, "linear") for l in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [D(l, 3, "uniform") for l in range(3)] == [1, 1, 1]
+    # Figure 12 of the paper pairs p_max 0.2 with a constant rate 0.0889 over 32 layers.
+    assert 0.2 * sum(D(l, 32) for l in range(32)) / 32 == pytest.approx(0.0889, abs=5e-5)
+
+
+def test_S_equals_the_table_worked_by_hand():
+    assert [S(t, 3) for t in range(3)] == pytest.approx([0, 0.41421356, 1], abs=1e-8)
+    assert [S(t, 3, "constant") for t in range(3)] == [1, 1, 1]
+    assert [S(t, 5, "linear_increasing") for t in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [S(t, 5, "linear_decreasing") for t in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_p_is_the_product_of_its_factors():
+    config = LayerDropoutConfig(p_max=0.2)
+    assert p(3, 2, L=4, T=3, config=config) == pytest.approx(0.2)
+    assert p(1, 1, L=4, T=3, config=config) == pytest.approx(0.2 * 0.25992105 * 0.41421356)
+
+
+def test_models_of_one_layer_and_runs_of_one_step_are_defined():
+    assert D(0, 1) == 0
+    assert S(0, 1) == 0
+
+
+def test_draws_are_uniform_and_independent_of_company():
+    u = uniform(7, 3, 6, np.arange(4000))
+    assert u.shape == (6, 4000)
+    assert 0 <= u.min() < u.max() < 1
+    assert u.mean() == pytest.approx(0.5, abs=0.01)
+    histogram = np.histogram(u, bins=20, range=(0, 1))[0]
+    assert ((histogram - 1200) ** 2 / 1200).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
+    assert np.abs(np.corrcoef(u) - np.eye(6)).max() < 0.06
+    alone = uniform(7, 3, 6, np.array([1234]))
+    assert np.array_equal(alone[:, 0], u[:, 1234])
+    for seed, t in ((8, 3), (7, 4)):
+        assert abs(np.corrcoef(u[0], uniform(seed, t, 6, np.arange(4000))[0])[0, 1]) < 0.06
+
+
+def rows_of(p_l, n=4, seed=0, **changes):
+    arguments = dict(seed=seed, t=0, keys=np.arange(n), scale_kept=False, device=CPU)
+    return draw_kept_rows(p_l, **(arguments | changes))
+
+
+def test_rows_are_dropped_at_the_asked_rate():
+    kept = rows_of([0.0, 0.3, 0.8, 1.0], n=5000)
+    assert kept.at(0).rows is None
+    assert len(kept.at(1).rows) / 5000 == pytest.approx(0.7, abs=0.02)
+    assert len(kept.at(2).rows) / 5000 == pytest.approx(0.2, abs=0.02)
+    assert len(kept.at(3).rows) == 0
+
+
+def test_rows_with_one_key_are_dropped_together():
+    keys = np.zeros(6, dtype=np.int64)
+    sizes = {-1 if rows_of([0.5], seed=s, keys=keys).at(0).rows is None else 0 for s in range(20)}
+    assert sizes == {-1, 0}
+    for s in range(20):
+        rows = rows_of([0.5], seed=s, keys=keys).at(0).rows
+        assert rows is None or len(rows) == 0
+
+
+def test_no_dropout_is_no_plan():
+    assert rows_of([0.0, 0.0]) is None
+
+
+def masked_reference(model, tokens, kept, L):
+    """Run every layer on every row and select with a mask: the slow, plain form."""
+    h = model.embed(tokens)
+    for l in range(L):
+        out, _ = model.run_layers(h, l, l + 1)
+        keep = torch.ones(len(tokens), dtype=torch.bool)
+        choice = kept.at(l)
+        if choice.rows is not None:
+            keep[:] = False
+            keep[choice.rows] = True
+        out = h + choice.scale * (out - h)
+        h = torch.where(keep[:, None, None], out, h)
+    return h
+
+
+@pytest.mark.parametrize("scale_kept", [False, True])
+def test_kept_rows_equal_masking_in_value_and_gradient(scale_kept):
+    model = build(small(n_layers=4))
+    tokens = torch.randint(61, (5, 7), generator=torch.Generator().manual_seed(0))
+    kept = rows_of([0.0, 0.4, 0.6, 1.0], n=5, seed=3, scale_kept=scale_kept)
+    counts = kept.kept_layer_rows
+    assert counts[0] is None
+    assert counts[3] == 0
+    assert 0 < counts[1] < 5
+    outcomes = []
+    for run in (
+        lambda: model.run_layers(model.embed(tokens), 0, 4, kept_rows=kept)[0],
+        lambda: masked_reference(model, tokens, kept, 4),
+    ):
+        model.zero_grad()
+        h = run()
+        h.square().sum().backward()
+        outcomes.append(
+            (
+                h.detach(),
+                {n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None},
+            )
+        )
+    (fast, fast_grads), (slow, slow_grads) = outcomes
+    torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
+    for name, grad in slow_grads.items():  # fp32 sums of another order; gradients reach 100
+        torch.testing.assert_close(fast_grads[name], grad, atol=1e-4, rtol=1e-3, msg=name)
+    assert fast_grads["layers.3.attention.wq.weight"].abs().max() == 0  # zero, and not None
+
+
+def test_probability_one_is_the_identity_block():
+    model = build(small(n_layers=2))
+    h = model.embed(torch.arange(6).view(2, 3))
+    out, _ = model.run_layers(h, 1, 2, kept_rows=rows_of([1.0, 1.0], n=2))
+    assert torch.equal(out, h)
+
+
+def test_dropped_rows_cost_no_compute_and_every_block_is_called():
+    model = build(small(n_layers=4))
+    seen = []
+    for block in model.layers.values():
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    kept = rows_of([0.0, 0.5, 0.5, 1.0], n=8, seed=1)
+    model.run_layers(model.embed(torch.zeros(8, 5, dtype=torch.long)), 0, 4, kept_rows=kept)
+    expected = [40 if n is None else max(5 * n, 1) for n in kept.kept_layer_rows]
+    assert seen == expected
+    assert expected[3] == 1

@@ -1,0 +1,1 @@
+"""Pretraining: configuration, parallelism, the loop, checkpoints and metrics."""
