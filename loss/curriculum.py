@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+Curriculum = Literal["rot", "grad", "all", "none"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
     """When the loss of which exit is on."""
 
-    C: Literal["rot", "grad", "all", "none"] = "none"
+    C: Curriculum = "none"
     """rot: every R-th layer, rotating by one each step. grad: from the last layer down, one more
     every T / (2 L) steps. all: every exit, every step. none: no exit but the last layer."""
     R: int = 8

@@ -1,0 +1,239 @@
+"""What a checkpoint folder holds, and how it is read: verified first, without running any code.
+
+A checkpoint is a folder of torch.distributed.checkpoint (DCP) shards that hold tensors only,
+`tokenizer.model`, and `manifest.json` with everything else, written last: a folder without it is
+not a checkpoint. The one file outside `train/` that knows DCP, and its reader alone.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from models.llama import Llama, LlamaConfig, RopeScaling
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint that is not a tensor."""
+
+    step: int
+    """Optimizer steps done; training goes on with t = step."""
+    model: LlamaConfig
+    """The shape of the model."""
+    config: dict[str, Any]
+    """The resolved training configuration, as in the run's `config.json`."""
+    tokenizer_fingerprint: str
+    """sha256 of the tokenizer's model file."""
+    data_fingerprint: str
+    """Fingerprint of the token shards trained on."""
+    world_size: int
+    """Number of ranks that wrote it."""
+    versions: dict[str, str]
+    """Versions of the libraries that wrote it."""
+    files: dict[str, dict[str, int | str]]
+    """{file name: {"bytes": size, "sha256": digest}} of every other file in the folder."""
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`, in one piece."""
+        text = json.dumps({"format": _FORMAT} | asdict(self), indent=1)
+        aside = folder / (MANIFEST + ".tmp")
+        aside.write_text(text + "\n")
+        aside.replace(folder / MANIFEST)
+
+
+def model_config_from_dict(fields: dict[str, Any]) -> LlamaConfig:
+    """Rebuild a LlamaConfig from `dataclasses.asdict`'s output."""
+    scaling = fields.get("rope_scaling")
+    return LlamaConfig(
+        **(fields | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+    )
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read the manifest of a checkpoint folder.
+
+    Raises:
+        ValueError: If there is none, it is damaged, or another version wrote it.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"checkpoint: {checkpoint} has no {MANIFEST}, name a finished checkpoint"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"checkpoint: {path} is damaged ({error}), use another checkpoint"
+        ) from None
+    if fields.pop("format", None) != _FORMAT:
+        raise ValueError(f"checkpoint: {path} is not of format {_FORMAT}, use the version it names")
+    return Manifest(**(fields | {"model": model_config_from_dict(fields["model"])}))
+
+
+def file_entry(path: Path) -> dict[str, int | str]:
+    """Return a file's size in bytes and its sha256, as the manifest lists them."""
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def verify(checkpoint: Path) -> Manifest:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        ValueError: Naming the file that is missing, cut short or changed.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, expected in manifest.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ValueError(f"checkpoint: {path} is missing, use another checkpoint")
+        found = file_entry(path)
+        for key in ("bytes", "sha256"):
+            if found[key] != expected[key]:
+                raise ValueError(
+                    f"checkpoint: {path} is damaged, {key} is {found[key]} and was "
+                    f"{expected[key]}, use another checkpoint"
+                )
+    return manifest
+
+
+def checkpoint_steps(folder: Path) -> dict[int, Path]:
+    """Return {step: path} of the finished checkpoints in a folder, ascending by step."""
+    found = {}
+    for path in folder.glob("step-*") if folder.is_dir() else ():
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and (path / MANIFEST).is_file():
+            found[int(match.group(1))] = path
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint of a run folder, or `run` itself if it is a checkpoint.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if (run / MANIFEST).is_file():
+        return run
+    steps = checkpoint_steps(run / "checkpoints")
+    if not steps:
+        raise ValueError(f"run: {run} holds no finished checkpoint, train first or name another")
+    return steps[max(steps)]
+
+
+class TensorReader(FileSystemReader):
+    """DCP's reader, for folders whose metadata is not trusted.
+
+    DCP's `.metadata` is a pickle and may hold non-tensor state, which is a pickle again
+    (pytorch#189308). Here the metadata is read through an allow-list, and anything but tensors is
+    refused.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read `.metadata` without running what it names."""
+        with self.fs.create_stream(self.fs.concat_path(self.path, ".metadata"), "rb") as stream:
+            metadata = _AllowListUnpickler(stream).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"checkpoint: {self.path}/.metadata is not DCP metadata")
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"checkpoint: {self.path} holds {name}, which is not a tensor")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    """Builds the few classes DCP metadata is made of, and nothing else."""
+
+    ALLOWED = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            *(
+                ("torch.distributed.checkpoint.metadata", name)
+                for name in (
+                    "BytesStorageMetadata",
+                    "ChunkStorageMetadata",
+                    "Metadata",
+                    "MetadataIndex",
+                    "StorageMeta",
+                    "TensorProperties",
+                    "TensorStorageMetadata",
+                    "_MEM_FORMAT_ENCODING",
+                )
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        value = getattr(torch, name, None) if module == "torch" else None
+        if (module, name) in self.ALLOWED or isinstance(value, torch.dtype):
+            return super().find_class(module, name)
+        raise ValueError(f"checkpoint: .metadata names {module}.{name}, which is not allowed")
+
+
+def check_tensor_names(reader: TensorReader, prefix: str, expected: set[str]) -> None:
+    """Refuse a checkpoint whose tensors under `prefix` are not exactly the expected ones.
+
+    DCP itself passes over what the model lacks, so a deeper checkpoint would load half.
+    """
+    stored = {
+        name.removeprefix(prefix)
+        for name in reader.read_metadata().state_dict_metadata
+        if name.startswith(prefix)
+    }
+    if stored != expected:
+        missing, unknown = sorted(expected - stored), sorted(stored - expected)
+        raise ValueError(
+            f"checkpoint: {reader.path} does not fit the model: it lacks {missing[:3] or 'nothing'}"
+            f" and has {unknown[:3] or 'nothing'} besides, use the configuration it was made with"
+        )
+
+
+def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) -> Llama:
+    """Load the model of a checkpoint folder on one device, for inference.
+
+    Args:
+        checkpoint: A checkpoint folder, see `find_checkpoint`.
+        device: Where the model goes.
+        dtype: What its weights become.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or the tensors do not fit the manifest.
+    """
+    manifest = verify(checkpoint)
+    with torch.device("meta"):
+        model = Llama(manifest.model)
+    model.to_empty(device="cpu")
+    reader = TensorReader(checkpoint)
+    state = model.state_dict()
+    check_tensor_names(reader, "model.", set(state))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is intended here
+        load({"model": state}, storage_reader=reader, no_dist=True)
+    model.fill_rope_table()
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

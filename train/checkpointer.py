@@ -1,0 +1,225 @@
+"""Checkpoints: written aside, hashed, named last; read only after every file is verified.
+
+All that a run must not forget is t, the weights and the optimizer's moments: the data order, the
+curriculum, layer dropout and the learning rate are pure functions of t.
+"""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from models.checkpoint_format import (
+    TOKENIZER,
+    Manifest,
+    TensorReader,
+    check_tensor_names,
+    checkpoint_steps,
+    file_entry,
+    find_checkpoint,
+    verify,
+)
+from models.llama import Llama, LlamaConfig
+from train.runtime import Runtime
+from train.titan import OptimizersContainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, how many are kept, and what a new run starts from."""
+
+    interval_steps: int = 500
+    """Steps between checkpoints; the last step always writes one. 0: only the last."""
+    keep_latest: int = 3
+    """Finished checkpoints to keep; 0 keeps all."""
+    init_from: str = ""
+    """Run or checkpoint folder whose weights a new run starts from (continual training,
+    finetuning). Empty: random weights. A run that has checkpoints of its own resumes from them."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        return [
+            f"checkpoint.{name}: {getattr(self, name)}, must not be negative"
+            for name in ("interval_steps", "keep_latest")
+            if getattr(self, name) < 0
+        ]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint says of the run besides its tensors."""
+
+    model: LlamaConfig
+    config: dict[str, Any]
+    tokenizer_path: Path
+    tokenizer_fingerprint: str
+    data_fingerprint: str
+
+
+def save_checkpoint(
+    folder: Path,
+    t: int,
+    model: Llama,
+    optimizer: OptimizersContainer,
+    *,
+    identity: RunIdentity,
+    runtime: Runtime,
+) -> None:
+    """Write `folder`/step-t; every rank calls this. The folder has its name only once whole."""
+    final = folder / f"step-{t:08d}"
+    aside = folder / f"step-{t:08d}.tmp"
+    if runtime.is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    runtime.gather(None)  # no rank writes before the folder is there
+    save(_tensors(model, optimizer), storage_writer=FileSystemWriter(aside))
+    own = {path.name: file_entry(path) for path in aside.glob(f"__{runtime.rank}_*.distcp")}
+    entries = runtime.gather(own)
+    if runtime.is_main:
+        shutil.copyfile(identity.tokenizer_path, aside / TOKENIZER)
+        files = {name: entry for rank in entries for name, entry in rank.items()}
+        for name in (".metadata", TOKENIZER):
+            files[name] = file_entry(aside / name)
+        Manifest(
+            step=t,
+            model=identity.model,
+            config=identity.config,
+            tokenizer_fingerprint=identity.tokenizer_fingerprint,
+            data_fingerprint=identity.data_fingerprint,
+            world_size=runtime.world_size,
+            versions={"torch": torch.__version__},
+            files=files,
+        ).write(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        logger.info("checkpoint: wrote %s", final)
+    runtime.gather(None)  # no rank goes on before the checkpoint is whole
+
+
+def delete_old_checkpoints(folder: Path, keep_latest: int) -> None:
+    """Delete all but the newest `keep_latest` finished checkpoints, and what a kill left behind."""
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path)
+    paths = list(checkpoint_steps(folder).values())
+    for path in paths[:-keep_latest] if keep_latest else []:
+        shutil.rmtree(path)
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """Return the newest checkpoint that verifies, or None where there is none at all.
+
+    Raises:
+        ValueError: If there are checkpoints and every one is damaged.
+    """
+    paths = list(checkpoint_steps(folder).values())
+    for path in reversed(paths):
+        try:
+            verify(path)
+        except ValueError as error:
+            logger.warning("%s", error)
+        else:
+            return path
+    if paths:
+        raise ValueError(
+            f"checkpoint: none of the {len(paths)} in {folder} is intact, "
+            "remove the folder to start from step 0"
+        )
+    return None
+
+
+def resume(
+    folder: Path,
+    model: Llama,
+    optimizer: OptimizersContainer,
+    *,
+    identity: RunIdentity,
+    runtime: Runtime,
+) -> int:
+    """Load the newest intact checkpoint of this run into model and optimizer, in place.
+
+    Returns:
+        t, the number of steps done: 0 where there is no checkpoint yet.
+
+    Raises:
+        ValueError: If the checkpoint is of another model, tokenizer or dataset.
+    """
+
+    def choose() -> tuple[int, Path] | None:
+        path = newest_intact(folder) if runtime.is_main else None
+        if path is None:
+            return None
+        manifest = verify(path)
+        _check_identity(path, manifest, identity)
+        return manifest.step, path
+
+    chosen = runtime.gather(runtime.on_every_rank(choose))[0]
+    if chosen is None:
+        return 0
+    t, path = chosen
+    state = _tensors(model, optimizer)
+    load(state, storage_reader=TensorReader(path))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(optimizer.state_dict() | state["optimizer"])
+    logger.info("checkpoint: resuming from %s, step %d", path, t)
+    return t
+
+
+def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None:
+    """Start from another run's weights: the tensors of the model alone.
+
+    Raises:
+        ValueError: If there is no intact checkpoint, or its model has another shape.
+    """
+
+    def choose() -> Path:
+        path = find_checkpoint(Path(source))
+        if runtime.is_main:
+            found = verify(path).model
+            if found != model.config:
+                raise ValueError(
+                    f"checkpoint.init_from: {path} holds {found}, not the model asked for, "
+                    "choose the matching size"
+                )
+        return path
+
+    path = runtime.on_every_rank(choose)
+    state = model.state_dict()
+    reader = TensorReader(path)
+    check_tensor_names(reader, "model.", set(state))
+    load({"model": state}, storage_reader=reader)
+    model.load_state_dict(state)
+    logger.info("checkpoint: starting from the weights of %s", path)
+
+
+def _tensors(model: Llama, optimizer: OptimizersContainer) -> dict[str, dict[str, Tensor]]:
+    """Return all state that is saved: tensors only, so that nothing is ever unpickled."""
+    moments = {k: v for k, v in optimizer.state_dict().items() if isinstance(v, Tensor)}
+    return {"model": model.state_dict(), "optimizer": moments}
+
+
+def _check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> None:
+    if manifest.model != identity.model:
+        differing = [
+            f"model.{name} {getattr(manifest.model, name)} (asked for: {value})"
+            for name, value in vars(identity.model).items()
+            if getattr(manifest.model, name) != value
+        ]
+        raise ValueError(
+            f"name: {path} is of another model, with {', '.join(differing)}; "
+            "choose another --name or the configuration it was made with"
+        )
+    for kind in ("tokenizer_fingerprint", "data_fingerprint"):
+        if getattr(manifest, kind) != getattr(identity, kind):
+            raise ValueError(
+                f"name: {path} was trained on other data ({kind} {getattr(manifest, kind)[:12]}, "
+                f"now {getattr(identity, kind)[:12]}), choose another --name or give that data back"
+            )

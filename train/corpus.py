@@ -1,0 +1,103 @@
+"""The training data: where the shards are, and the batches they are dealt out in."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.dataset import TRAIN, VALIDATION, Dataset, open_dataset
+from data.loader import TokenLoader
+from data.preparation import PrepareConfig, prepare
+from train.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how much of it in one step."""
+
+    path: str
+    """Folder of token shards, made by `python -m data.prepare`."""
+    input: tuple[str, ...] = ()
+    """Text to prepare `path` from if it does not exist yet: paths, or "embedded" for the corpus
+    every machine has. Empty: `path` must exist."""
+    seq_len: int = 2048
+    """Tokens per sequence."""
+    global_batch_size: int = 256
+    """Sequences per optimizer step, over all ranks."""
+    microbatch_size: int = 8
+    """Sequences per rank and forward pass. Gradient accumulation follows: global_batch_size /
+    (ranks * microbatch_size) microbatches per step."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one global batch."""
+        return self.global_batch_size * self.seq_len
+
+    def problems(self, world_size: int) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = [
+            f"data.{name}: {getattr(self, name)}, must be at least 1"
+            for name in ("seq_len", "global_batch_size", "microbatch_size")
+            if getattr(self, name) < 1
+        ]
+        if not found and self.global_batch_size % (world_size * self.microbatch_size):
+            found.append(
+                f"data.global_batch_size: {self.global_batch_size} is not a multiple of "
+                f"{world_size} ranks * data.microbatch_size {self.microbatch_size}, "
+                "change one of them"
+            )
+        return found
+
+
+def open_corpus(config: DataConfig, vocab_size: int) -> Dataset:
+    """Open the prepared dataset, preparing it first if it is missing and `input` says from what.
+
+    Raises:
+        ValueError: If it cannot be opened, or its ids do not fit the model.
+    """
+    path = Path(config.path)
+    if config.input and not path.exists():
+        logger.info("preparing %s from %s", path, ", ".join(config.input))
+        prepare(PrepareConfig(input=config.input, vocab_size=vocab_size), path)
+    dataset = open_dataset(path)
+    if dataset.vocab_size > vocab_size:
+        raise ValueError(
+            f"model.vocab_size: {vocab_size} is smaller than the {dataset.vocab_size} ids of "
+            f"{path}, raise it or prepare the data with that size"
+        )
+    return dataset
+
+
+def train_loader(dataset: Dataset, config: DataConfig, runtime: Runtime, seed: int) -> TokenLoader:
+    """Return this rank's share of the shuffled training windows."""
+    loader = TokenLoader(
+        dataset.stream(TRAIN),
+        seq_len=config.seq_len,
+        global_batch_size=config.global_batch_size,
+        microbatch_size=config.microbatch_size,
+        seed=seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+    logger.info(
+        "data: %s windows of %d tokens per epoch, %d tokens at the end of the stream left out",
+        f"{loader.windows:,}",
+        config.seq_len,
+        loader.dropped_tokens,
+    )
+    return loader
+
+
+def validation_loader(dataset: Dataset, config: DataConfig, runtime: Runtime) -> TokenLoader:
+    """Return this rank's share of the held-out windows, in order, one microbatch per batch."""
+    return TokenLoader(
+        dataset.stream(VALIDATION),
+        seq_len=config.seq_len,
+        global_batch_size=config.microbatch_size * runtime.world_size,
+        microbatch_size=config.microbatch_size,
+        seed=0,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        shuffle=False,
+    )

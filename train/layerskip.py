@@ -1,0 +1,46 @@
+"""What the LayerSkip recipe asks of step t: drop probabilities, exits and their weights."""
+
+from dataclasses import dataclass
+
+from loss.curriculum import CurriculumConfig, active_layers
+from loss.early_exit import EarlyExitConfig, e_tilde
+from models.layer_dropout import LayerDropoutConfig, p
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The recipe at one step. Layers l count from 0; the exit after layer l reads x_{l+1}."""
+
+    drop_prob: tuple[float, ...]
+    """p(l, t) = S(t) D(l) p_max of each layer."""
+    exit_layers: tuple[int, ...]
+    """The layers l with C(t, l) = 1, ascending."""
+    exit_weights: dict[int, float]
+    """{l: e_tilde(t, l)}, summing to 1."""
+
+    @property
+    def mean_layers(self) -> float:
+        """Expected number of layers a token runs through."""
+        return len(self.drop_prob) - sum(self.drop_prob)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSkipSchedule:
+    """Binds S, D, p_max, C, R and e_scale to L layers and T steps: a pure function of t."""
+
+    layer_dropout: LayerDropoutConfig
+    curriculum: CurriculumConfig
+    early_exit: EarlyExitConfig
+    L: int
+    T: int
+
+    def at(self, t: int) -> StepPlan:
+        """Return the plan of step t."""
+        active = active_layers(t, L=self.L, T=self.T, config=self.curriculum)
+        return StepPlan(
+            drop_prob=tuple(
+                p(l, t, L=self.L, T=self.T, config=self.layer_dropout) for l in range(self.L)
+            ),
+            exit_layers=active,
+            exit_weights=e_tilde(active, self.L, self.early_exit.e_scale),
+        )

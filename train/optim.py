@@ -1,0 +1,85 @@
+"""AdamW and its learning rate, a pure function of t."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from models.llama import Llama
+from train.titan import OptimizersContainer, ParamGroupConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    lr: float
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norm weights have none."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    warmup_steps: int = 100
+    """Steps from 0 to the peak, linearly."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """After warmup: cosine or linear decay to the end, or warmup-stable-decay (flat, then linear
+    decay over the last `decay_fraction` of all steps; arXiv 2404.06395)."""
+    decay_fraction: float = 0.2
+    """Share of all steps that wsd decays over, 0 to 1."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        checks = [
+            ("lr", self.lr > 0, "must be positive"),
+            ("max_grad_norm", self.max_grad_norm > 0, "must be positive"),
+            ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "must lie in [0, 1]"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in [0, 1]"),
+        ]
+        return [
+            f"optim.{name}: {getattr(self, name)}, {remedy}"
+            for name, ok, remedy in checks
+            if not ok
+        ]
+
+
+def lr(config: OptimConfig, t: int, T: int) -> float:
+    """Return the learning rate of step t of T.
+
+    Warmup reaches the peak at step warmup_steps - 1; the last step, T - 1, is at
+    min_lr_ratio * lr.
+    """
+    if t < config.warmup_steps:
+        return config.lr * (t + 1) / config.warmup_steps
+    begin = config.warmup_steps - 1
+    if config.schedule == "wsd":
+        begin = max(begin, T - 1 - round(config.decay_fraction * T))
+    progress = min(max((t - begin) / max(T - 1 - begin, 1), 0.0), 1.0)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+
+
+def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
+    """Return fused AdamW over the model's parameters, norm weights without decay."""
+    common = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    groups = [
+        ParamGroupConfig(
+            pattern=pattern,
+            optimizer_name="AdamW",
+            optimizer_kwargs=common | {"weight_decay": decay},
+        )
+        for pattern, decay in ((r"norm\.weight$", 0.0), (r".*", config.weight_decay))
+    ]
+    return OptimizersContainer(OptimizersContainer.Config(param_groups=groups), model_parts=[model])
+
+
+def set_lr(optimizer: OptimizersContainer, value: float) -> None:
+    """Use `value` for the coming step."""
+    for inner in optimizer:
+        for group in inner.param_groups:
+            group["lr"] = value

@@ -1,0 +1,150 @@
+"""The process: its place among the ranks, its device, its clock, and agreement with the others.
+
+The only file that reads environment variables or sets global torch state.
+"""
+
+import logging
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How the processes run."""
+
+    timeout_seconds: int = 600
+    """A collective that takes longer than this ends the job."""
+    deterministic: bool = False
+    """Refuse CUDA kernels whose result varies from run to run. Slower; the CPU always is."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and the console."""
+        return self.rank == 0
+
+    def on_every_rank(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; where it fails on any, end all, with rank 0 to speak.
+
+        Raises:
+            ValueError: On rank 0, with the message of the first rank whose action raised one.
+            SystemExit: On the other ranks.
+        """
+        message, result = None, None
+        try:
+            result = action()
+        except ValueError as error:
+            message = str(error)
+        messages = self.gather(message)
+        failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
+        if failed:
+            if not self.is_main:
+                raise SystemExit(2)
+            rank, text = failed[0]
+            raise ValueError(text if rank == 0 else f"{text} (on rank {rank})")
+        return result  # type: ignore[return-value]
+
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0, then on the others, which find what it left on disk."""
+        if not self.is_main:
+            self.on_every_rank(lambda: None)
+            return self.on_every_rank(action)
+        result = self.on_every_rank(action)
+        self.on_every_rank(lambda: None)
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank."""
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add a tensor over all ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory this rank has held: of its GPU, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def device_name(self) -> str:
+        """Return the name of the device, as its maker writes it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return platform.processor() or platform.machine()
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0, also before the process group exists."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start_logging() -> None:
+    """Send INFO of rank 0, and WARNING of every other rank with its number, to stderr."""
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"{prefix}%(message)s",
+        force=True,
+    )
+    logging.getLogger("torchtitan").setLevel(logging.WARNING)
+    logging.getLogger().handlers[0].addFilter(lambda record: record.name != "root")
+
+
+@contextmanager
+def start_runtime(config: RuntimeConfig, seed: int) -> Iterator[Runtime]:
+    """Join the process group (NCCL on GPUs, gloo on CPUs), and leave it in order.
+
+    Reads what torchrun sets; without torchrun the process is alone.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.timeout_seconds)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    try:
+        yield Runtime(rank, world_size, device)
+        # torch 2.11 now and then aborts when a rank leaves while another still talks.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,28 @@
+"""The parts of torchtitan we build on, imported in this one file.
+
+torchtitan 0.3 takes a machine without an accelerator for a CUDA machine and needs the "fake"
+process group backend registered for mesh axes of size 1; both are put right before its import.
+"""
+
+# ruff: noqa: E402
+import torch
+import torch._utils
+import torch.testing._internal.distributed.fake_pg  # registers the "fake" backend
+
+if not torch.cuda.is_available():
+    # torchtitan/tools/utils.py: `_get_available_device_type() or "cuda"`.
+    torch._utils._get_available_device_type = lambda: "cpu"
+
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import clip_grad_norm_
+from torchtitan.tools.utils import GarbageCollection, get_peak_flops
+
+__all__ = [
+    "GarbageCollection",
+    "OptimizersContainer",
+    "ParallelDims",
+    "ParamGroupConfig",
+    "clip_grad_norm_",
+    "get_peak_flops",
+]
