@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from models.llama import Llama, LlamaConfig, RopeScaling
+from models.llama import Llama, LlamaConfig
+from models.rope import RopeScaling
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"

@@ -6,7 +6,6 @@ call the one loop over layers in `run_layers`. Rotary embeddings use the half-sp
 Hugging Face checkpoints, so weights pass between the two by renaming alone.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,20 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layer_dropout import KeptRows, run_kept_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3 frequency scaling: stretches the slow rotations beyond the trained context."""
-
-    factor: float = 8.0
-    """How many times longer the context becomes."""
-    low_freq_factor: float = 1.0
-    """Wavelengths above original_max_seq_len / low_freq_factor are divided by `factor`."""
-    high_freq_factor: float = 4.0
-    """Wavelengths below original_max_seq_len / high_freq_factor are left alone."""
-    original_max_seq_len: int = 8192
-    """Context length, in tokens, before scaling."""
+from models.rope import RopeScaling, apply_rope, rope_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,30 +100,6 @@ class KVCache(Protocol):
             function from layer index l to that layer's storage.
         """
         ...
-
-
-def rope_frequencies(config: LlamaConfig) -> Tensor:
-    """Return the rotary frequencies, (head_dim / 2,) fp32, in radians per position.
-
-    RoFormer (arXiv 2104.09864): theta_i = rope_theta^(-2i / head_dim). With `rope_scaling`, the
-    Llama 3 rule: slow frequencies are divided by `factor`, fast ones kept, those between blended.
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    frequencies: Tensor = 1.0 / config.rope_theta ** (exponent / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_seq_len / wavelengths
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    blend = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
-    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x: (batch, heads, seq, head_dim) by cos and sin: (batch or 1, 1, seq, head_dim)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -262,11 +224,10 @@ class Llama(nn.Module):
         """Write the rotary table; call again after `to_empty`, which leaves it undefined."""
         if self.rope_cos.is_meta:
             return
-        angles = torch.outer(
-            torch.arange(self.config.max_seq_len, dtype=torch.float32, device="cpu"),
-            rope_frequencies(self.config),
-        )
-        angles = torch.cat((angles, angles), dim=-1)
+        config = self.config
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        positions = torch.arange(config.max_seq_len, dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, frequencies).repeat(1, 2)
         self.rope_cos.copy_(angles.cos())
         self.rope_sin.copy_(angles.sin())
 

@@ -1,6 +1,7 @@
 """The table of model sizes, one line each."""
 
-from models.llama import LlamaConfig, RopeScaling
+from models.llama import LlamaConfig
+from models.rope import RopeScaling
 
 
 def _size(

@@ -43,10 +43,33 @@ def train_step(
     config: TrainConfig,
     runtime: Runtime,
 ) -> StepResult:
-    """Run forward, J, backward, clip and update for step t.
+    """Take the gradient of J, clip it and update the weights."""
+    J, sums, counts = accumulate_gradients(
+        model, microbatches, plan, t, config=config, runtime=runtime
+    )
+    grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+    set_lr(optimizer, lr(config.optim, t, config.steps))
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(J, sums, counts, grad_norm)
+
+
+def accumulate_gradients(
+    model: Llama,
+    microbatches: Sequence[Microbatch],
+    plan: StepPlan,
+    t: int,
+    *,
+    config: TrainConfig,
+    runtime: Runtime,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run forward and backward of J over this rank's microbatches.
 
     J is summed and divided once by the token count of the whole global batch, so the gradient is
     the same however the batch is split over ranks and microbatches.
+
+    Returns:
+        This rank's part of J, exit_loss_sums and exit_tokens, as in StepResult.
     """
     L, device = config.model.n_layers, runtime.device
     J = torch.zeros((), device=device)
@@ -71,11 +94,7 @@ def train_step(
         for l, exit_sum in loss.per_exit.items():
             sums[l] += exit_sum
             counts[l] += labels.numel()
-    grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-    set_lr(optimizer, lr(config.optim, t, config.steps))
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(J, sums, counts.to(device, non_blocking=True), grad_norm)
+    return J, sums, counts.to(device, non_blocking=True)
 
 
 def _kept_rows(

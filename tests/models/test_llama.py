@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.llama import Llama, LlamaConfig, RopeScaling
+from models.llama import Llama, LlamaConfig
+from models.rope import RopeScaling
 
 
 def small(**changes) -> LlamaConfig:

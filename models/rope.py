@@ -1,0 +1,44 @@
+"""Rotary position embeddings, in the half-split layout of Hugging Face checkpoints."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3 frequency scaling: stretches the slow rotations beyond the trained context."""
+
+    factor: float = 8.0
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_max_seq_len / low_freq_factor are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_max_seq_len / high_freq_factor are left alone."""
+    original_max_seq_len: int = 8192
+    """Context length, in tokens, before scaling."""
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Return the rotary frequencies, (head_dim / 2,) fp32, in radians per position.
+
+    RoFormer (arXiv 2104.09864): theta_i = theta^(-2i / head_dim). With `scaling`, the Llama 3
+    rule: slow frequencies are divided by `factor`, fast ones kept, those between blended.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies: Tensor = 1.0 / theta ** (exponent / head_dim)
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_seq_len / wavelengths
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    blend = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x: (batch, heads, seq, head_dim) by cos and sin: (batch or 1, 1, seq, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,32 @@
+"""Run a test function on several gloo ranks, each a process of its own."""
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+from train.runtime import RuntimeConfig, start_runtime
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_distributed(function, world_size, *arguments):
+    """Call function(runtime, *arguments) on every rank; a failing rank fails the test."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, args=(function, world_size, port, arguments), nprocs=world_size)
+
+
+def _rank(rank, function, world_size, port, arguments):
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    with start_runtime(RuntimeConfig(timeout_seconds=120), seed=0) as runtime:
+        function(runtime, *arguments)
