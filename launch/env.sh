@@ -1,0 +1,17 @@
+# Environment of every launch script; source it from the repository root. Each line has its reason.
+
+# Our packages are imported by the names of their folders; the root goes before installed namesakes.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# Keeps `train/main.py` from putting train/ itself on the path.
+export PYTHONSAFEPATH=1
+# One process for each GPU; without one, two CPU ranks.
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+  RANKS=${RANKS:-$(nvidia-smi -L | wc -l)}
+else
+  RANKS=${RANKS:-2}
+fi
+export RANKS
+# Threads of one rank: the cores shared out, so that ranks do not crowd each other.
+cores=$(nproc 2>/dev/null || echo "$RANKS")
+threads=$((cores / RANKS))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}

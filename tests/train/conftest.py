@@ -1,0 +1,104 @@
+"""A tiny corpus on disk, and the training command on it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.preparation import PrepareConfig, prepare
+
+ROOT = Path(__file__).parent.parent.parent
+
+TINY = {
+    "steps": 8,
+    "model.dim": 16,
+    "model.n_layers": 4,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.ffn_dim": 32,
+    "model.vocab_size": 400,
+    "model.max_seq_len": 32,
+    "data.input": None,
+    "data.seq_len": 16,
+    "data.global_batch_size": 8,
+    "data.microbatch_size": 2,
+    "optim.warmup_steps": 2,
+    "layer_dropout.p_max": 0.5,
+    "curriculum.R": 3,
+    "validate.interval_steps": 4,
+    "validate.sequences": 8,
+    "checkpoint.interval_steps": 3,
+    "metrics.interval_steps": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Return a prepared dataset of 400 ids: this repository's own sources."""
+    folder = tmp_path_factory.mktemp("corpus") / "tokens"
+    inputs = tuple(str(ROOT / room) for room in ("models", "loss", "train"))
+    prepare(PrepareConfig(input=inputs, vocab_size=400, validation_fraction=0.2), folder, workers=1)
+    return folder
+
+
+class Training:
+    """The training command with tiny settings."""
+
+    def __init__(self, corpus: Path, output: Path):
+        self.output = output
+        self.fields = TINY | {"data.path": corpus, "output_dir": output}
+
+    def arguments(self, *, preset="demo", **overrides):
+        fields = self.fields | {k.replace("__", "."): v for k, v in overrides.items()}
+        options = [[f"--{k}"] if v is None else [f"--{k}", str(v)] for k, v in fields.items()]
+        return [preset, *(word for option in options for word in option)]
+
+    def command(self, *, ranks=0, **arguments):
+        launcher = [sys.executable]
+        if ranks:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        return [*launcher, "train/main.py", *self.arguments(**arguments)]
+
+    def start(self, **arguments):
+        return subprocess.Popen(
+            self.command(**arguments),
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, **arguments):
+        """Return the exit status and all output of the finished command."""
+        process = self.start(**arguments)
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
+
+    def run_killed_after(self, line, **arguments):
+        """Kill every process of the job once `line` is printed; return the output until then."""
+        process, seen = self.start(**arguments), []
+        deadline = time.monotonic() + 200
+        for text in process.stdout:
+            seen.append(text)
+            if line in text or time.monotonic() > deadline:
+                break
+        # torchrun's workers lead sessions of their own.
+        workers = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+        )
+        for pid in [*map(int, workers.stdout.split()), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        return "".join(seen)
+
+
+@pytest.fixture
+def training(corpus, tmp_path) -> Training:
+    """Return the command that trains into a fresh output folder."""
+    return Training(corpus, tmp_path / "outputs")

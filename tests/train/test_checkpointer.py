@@ -1,0 +1,91 @@
+"""A checkpoint is whole and verified, or it is not used."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model, verify
+from tests.train.conftest import Training
+from train.checkpointer import newest_intact
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """Return the run folder of a short training with checkpoints at steps 3, 6 and 8."""
+    training = Training(corpus, tmp_path_factory.mktemp("runs"))
+    status, output = training.run(name="run")
+    assert status == 0, output
+    return training.output / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """Return a copy of that run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_bit, cut, remove])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "tokenizer.model"])
+def test_damage_is_found_and_the_next_older_is_taken(run, damage, name):
+    folder = run / "checkpoints"
+    assert newest_intact(folder).name == "step-00000008"
+    damage(folder / "step-00000008" / name)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        verify(folder / "step-00000008")
+    assert newest_intact(folder).name == "step-00000006"
+
+
+def test_when_none_is_intact_training_stops(run):
+    for path in checkpoint_steps(run / "checkpoints").values():
+        flip_bit(path / "__0_0.distcp")
+    with pytest.raises(ValueError, match="none of the 3 .* is intact"):
+        newest_intact(run / "checkpoints")
+
+
+def test_an_unfinished_checkpoint_is_no_checkpoint(run):
+    (run / "checkpoints" / "step-00000009.tmp").mkdir()
+    (run / "checkpoints" / "step-00000010").mkdir()
+    assert find_checkpoint(run).name == "step-00000008"
+
+
+def test_loading_executes_no_code(run, tmp_path):
+    checkpoint = find_checkpoint(run)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["files"][".metadata"]  # the attacker writes the manifest too
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"names posix.system, which is not allowed"):
+        load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_manifest_of_another_depth_does_not_load_half_a_model(run):
+    checkpoint = find_checkpoint(run)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["model"]["n_layers"] = 3
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"does not fit the model.*layers\.3"):
+        load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)

@@ -1,0 +1,160 @@
+"""The training command, as users run it: real processes, real kills, one-line errors."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models.checkpoint_format import find_checkpoint, load_model
+from train import main as command
+from train.main import due, main
+
+
+def fingerprint(run):
+    """Return a hash of every parameter of the run's newest checkpoint."""
+    model = load_model(find_checkpoint(run), device=torch.device("cpu"), dtype=torch.float32)
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """Leave pytest's logging alone when the command runs in this process."""
+    monkeypatch.setattr(command, "start_logging", lambda: None)
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(training):
+    often = {"ranks": 2, "metrics__interval_steps": 1}
+    status, output = training.run(**often, name="straight")
+    assert status == 0, output
+    assert "step-00000008" in output
+    killed = training.run_killed_after("step 4/8", **often, name="killed")
+    assert "step 6/8" not in killed
+    status, output = training.run(**often, name="killed")
+    assert status == 0, output
+    assert "resuming from" in output
+    assert "step 3" in output
+    straight, resumed = training.output / "straight", training.output / "killed"
+    assert fingerprint(resumed) == fingerprint(straight)
+    # Nothing is logged twice, and what is logged is the same, but for timings.
+    for a, b in zip(records(resumed), records(straight), strict=True):
+        untimed = [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in (a, b)]
+        assert untimed[0] == untimed[1]
+    events = EventAccumulator(str(resumed / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+    # The same command once more has nothing left to do.
+    status, output = training.run(ranks=2, name="killed")
+    assert status == 0
+    assert "has done all its 8 steps" in output
+
+
+def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
+    status, output = training.run(name="alone", curriculum__C="all", checkpoint__keep_latest=1)
+    assert status == 0, output
+    run = training.output / "alone"
+    by_step = {}
+    for record in records(run):
+        by_step.setdefault(record["step"], {}).update(record)
+    assert list(by_step) == [2, 4, 6, 8]
+    for l in range(4):
+        assert by_step[4][f"validation/loss_exit_{l:02d}"] > 0
+        assert by_step[6][f"train/loss_exit_{l:02d}"] > 0
+    assert by_step[8]["train/loss"] < by_step[2]["train/loss"]
+    assert by_step[8]["optim/lr"] == pytest.approx(3e-4)
+    assert json.loads((run / "config.json").read_text())["curriculum"]["C"] == "all"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000008"]
+    assert "tok/s" in output
+    assert "ETA" in output
+
+
+def test_offline_wandb_gets_the_metrics(training, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    status, output = training.run(name="tracked", metrics__wandb=True, steps=2)
+    assert status == 0, output
+    assert list((training.output / "tracked" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"curriculum__R": 0}, "error: curriculum.R: 0, must be at least 1 layer"),
+        ({"model__n_heads": 3, "model__n_kv_heads": 3}, "n_heads: 3 does not divide model.dim 16"),
+        ({"preset": "dmeo"}, "error: preset: dmeo does not exist, did you mean demo?"),
+        ({"data__path": "no/such"}, "error: dataset no/such has no dataset.json"),
+        ({"data__global_batch_size": 7}, "data.global_batch_size: 7 is not a multiple of"),
+        ({"model__vocab_size": 200}, "error: model.vocab_size: 200 is smaller than the 400 ids"),
+        (
+            {"data__seq_len": 10**6, "model__max_seq_len": 10**6},
+            "error: seq_len 1000000 needs 1000001 tokens",
+        ),
+        ({"checkpoint__init_from": "gone"}, "error: run: gone holds no finished checkpoint"),
+    ],
+)
+def test_a_users_error_is_one_line(training, overrides, message, capsys, quiet):
+    assert main(training.arguments(name="wrong", **overrides)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_all_problems_are_reported_at_once(training, capsys, quiet):
+    wrong = training.arguments(name="wrong", curriculum__R=0, steps=0, optim__lr=-1)
+    assert main(wrong) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
+
+
+def test_a_truncated_shard_is_one_line(training, corpus, tmp_path, capsys, quiet):
+    copy = shutil.copytree(corpus, tmp_path / "torn")
+    [shard] = copy.glob("train-*.tokens")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert main(training.arguments(name="torn", data__path=copy)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert shard.name in line
+
+
+def test_a_run_folder_of_another_model_size_is_refused(training):
+    assert training.run(name="sized", steps=1)[0] == 0
+    status, output = training.run(name="sized", steps=2, model__n_layers=3, ranks=2)
+    assert status == 1  # torchrun's own, after our line
+    assert "is of another model, with model.n_layers 4 (asked for: 3)" in output
+    assert output.count("error: name:") == 1
+
+
+def test_a_new_run_starts_from_given_weights(training):
+    assert training.run(name="first", steps=1)[0] == 0
+    first = training.output / "first"
+    status, output = training.run(
+        name="second", checkpoint__init_from=first, steps=1, optim__lr=1e-30
+    )
+    assert status == 0, output
+    assert "starting from the weights of" in output
+    assert fingerprint(training.output / "second") == fingerprint(first)
+
+
+def test_help_lists_presets_and_documents_every_field(training):
+    help_text = subprocess.run(
+        [sys.executable, "train/main.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for preset in ("demo", "scratch_1_5b", "finetune_topv2"):
+        assert preset in help_text
+    for field in ("--layer_dropout.p_max", "--curriculum.R", "--early_exit.e_scale", "--optim.lr"):
+        assert field in help_text
+    assert "Drop probability of the last layer" in " ".join(help_text.replace("│", " ").split())
+
+
+def test_due_steps_are_the_multiples_and_the_last():
+    assert [s for s in range(1, 8) if due(3, s, 7)] == [3, 6, 7]
+    assert [s for s in range(1, 8) if due(0, s, 7)] == [7]
