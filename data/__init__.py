@@ -1,0 +1,1 @@
+"""Where tokens come from: text to shards, and shards to batches."""

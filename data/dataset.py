@@ -1,0 +1,143 @@
+"""A prepared dataset: a folder of token shards, their tokenizer and `dataset.json`.
+
+`data.prepare` writes such a folder, training and evaluation open it. Knows nothing of batches.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.shards import ShardRecord, TokenStream, open_shard
+from data.tokenizer import Tokenizer
+
+DESCRIPTION_NAME = "dataset.json"
+TOKENIZER_NAME = "tokenizer.model"
+TRAIN = "train"
+VALIDATION = "validation"
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The shards of one split."""
+
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, one BOS and one EOS per document included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text; bits per byte = nats * tokens / text_bytes / ln 2."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What `dataset.json` says, and where it says it."""
+
+    path: Path
+    vocab_size: int
+    tokenizer_fingerprint: str
+    """sha256 of `tokenizer.model`."""
+    corpus_fingerprint: str
+    """sha256 over the documents read, in order."""
+    splits: Mapping[str, Split]
+    """By name: "train" and "validation"."""
+    duplicates: int
+    """Documents that repeat an earlier one; they are kept, in the split of the first."""
+    skipped: Mapping[str, int]
+    """Number of documents (or lines, rows, files) left out, by reason."""
+    arguments: Mapping[str, object]
+    """What `data.prepare` was asked for."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model behind the ids."""
+        return self.path / TOKENIZER_NAME
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 that identifies the tokens: the tokenizer and the shards of every split."""
+        shards = {name: [s.sha256 for s in split.shards] for name, split in self.splits.items()}
+        content = json.dumps([self.tokenizer_fingerprint, shards], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def stream(self, split: str) -> TokenStream:
+        """Open the shards of a split as one stream.
+
+        Raises:
+            ValueError: there is no such split, or a shard is missing, torn or of other tokens.
+        """
+        if split not in self.splits:
+            raise ValueError(f"split {split} is not in {self.path}, give one of {[*self.splits]}")
+        shards = []
+        for record in self.splits[split].shards:
+            header, tokens = open_shard(self.path / record.name)
+            if header.tokenizer_fingerprint != self.tokenizer_fingerprint:
+                raise ValueError(
+                    f"shard {self.path / record.name} was made with tokenizer"
+                    f" {header.tokenizer_fingerprint} but {self.tokenizer_path} is"
+                    f" {self.tokenizer_fingerprint}, prepare the dataset again"
+                )
+            if header.tokens != record.tokens:
+                raise ValueError(
+                    f"shard {self.path / record.name} has {header.tokens} tokens but"
+                    f" {DESCRIPTION_NAME} says {record.tokens}, prepare the dataset again"
+                )
+            shards.append(tokens)
+        return TokenStream(shards)
+
+
+def write_description(dataset: Dataset) -> None:
+    """Write `dataset.json` into the folder of the dataset."""
+    description = dataclasses.asdict(dataset)
+    del description["path"]
+    content = {"format": _FORMAT, "fingerprint": dataset.fingerprint} | description
+    (dataset.path / DESCRIPTION_NAME).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Open a folder that `data.prepare` wrote.
+
+    Raises:
+        ValueError: it is no dataset, or its tokenizer is not the one its shards were made with.
+    """
+    description_path = path / DESCRIPTION_NAME
+    if not description_path.is_file():
+        raise ValueError(
+            f"dataset {path} has no {DESCRIPTION_NAME},"
+            " make one with python -m data.prepare --input ... --output ..."
+        )
+    try:
+        content = json.loads(description_path.read_text())
+        if content.pop("format") != _FORMAT:
+            raise ValueError("unknown format")
+        fingerprint = content.pop("fingerprint")
+        content["splits"] = {
+            name: Split(shards=tuple(ShardRecord(**shard) for shard in split["shards"]))
+            for name, split in content["splits"].items()
+        }
+        dataset = Dataset(path=path, **content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"dataset {description_path} is damaged, prepare it again") from error
+    if dataset.fingerprint != fingerprint:
+        raise ValueError(f"dataset {description_path} was changed by hand, prepare it again")
+    actual = Tokenizer(dataset.tokenizer_path).fingerprint
+    if actual != dataset.tokenizer_fingerprint:
+        raise ValueError(
+            f"tokenizer {dataset.tokenizer_path} has sha256 {actual} but the shards were made with"
+            f" {dataset.tokenizer_fingerprint}, put that model back or prepare the dataset again"
+        )
+    return dataset

@@ -1,0 +1,221 @@
+"""Making a dataset out of text, from reading the input to naming the finished folder.
+
+Two passes over the input: the first counts, splits and trains the tokenizer, the second encodes.
+The dataset appears under its name only when it is whole. Training calls this too, so it prints
+nothing; `data.prepare` is the command around it.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.dataset import (
+    DESCRIPTION_NAME,
+    TOKENIZER_NAME,
+    TRAIN,
+    VALIDATION,
+    Dataset,
+    Split,
+    open_dataset,
+    write_description,
+)
+from data.encoding import encode_documents
+from data.progress import Progress
+from data.shards import ShardWriter
+from data.sources import Document, Faults, read_documents
+from data.survey import Survey, document_digest, survey_documents
+from data.tokenizer import Tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SHARD_TOKENS = 50_000_000
+"""100 MB of a shard with two bytes per token, held in memory until it is written."""
+
+DEFAULT_VALIDATION_FRACTION = 0.01
+
+_TOKENIZER_SAMPLE_BYTES = 8_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What fixes the bytes of a dataset, together with the input itself."""
+
+    input: tuple[str, ...]
+    """Files, folders, globs, or "embedded"."""
+    tokenizer: Path | None = None
+    """A SentencePiece model, or None to train one."""
+    vocab_size: int | None = None
+    """Size of the tokenizer to train; None exactly when `tokenizer` is given."""
+    validation_fraction: float = DEFAULT_VALIDATION_FRACTION
+    """Expected fraction of documents that are held out."""
+    text_field: str = "text"
+    """JSON field or Parquet column that holds the text."""
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    """Tokens after which a shard ends."""
+
+    def __post_init__(self) -> None:
+        """Check every field and name all faults at once."""
+        problems = []
+        if not self.input:
+            problems.append("input is empty, give a file, a folder, a glob or embedded")
+        if (self.tokenizer is None) == (self.vocab_size is None):
+            problems.append(
+                f"tokenizer is {self.tokenizer} and vocab_size is {self.vocab_size},"
+                " give exactly one of them"
+            )
+        if not 0 < self.validation_fraction < 1:
+            problems.append(
+                f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"
+            )
+        if self.shard_tokens < 1:
+            problems.append(f"shard_tokens {self.shard_tokens} is below 1, give more")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def arguments(self) -> dict[str, object]:
+        """Return what `dataset.json` remembers: the tokenizer by content, the rest as given."""
+        return {
+            "input": list(self.input),
+            "tokenizer": self.tokenizer and Tokenizer(self.tokenizer).fingerprint,
+            "vocab_size": self.vocab_size,
+            "validation_fraction": self.validation_fraction,
+            "text_field": self.text_field,
+            "shard_tokens": self.shard_tokens,
+        }
+
+
+def prepare(
+    config: PrepareConfig, output: Path, *, workers: int | None = None, overwrite: bool = False
+) -> Dataset:
+    """Make the dataset of `config` in the folder `output`, or find it already there.
+
+    The bytes written depend on the config and the input alone, not on `workers`. Worker processes
+    are spawned: a script that calls this needs an `if __name__ == "__main__"` guard.
+
+    Args:
+        config: what to read and how to cut it.
+        output: the folder of the dataset; the work happens in a hidden folder beside it.
+        workers: processes that encode; None means every core this process may use.
+        overwrite: replace a dataset that is already at `output`.
+
+    Raises:
+        ValueError: the input or the output cannot be used.
+    """
+    if workers is None:
+        workers = _available_cores()
+    if workers < 1:
+        raise ValueError(f"workers {workers} is below 1, give at least 1")
+    arguments = config.arguments()  # Loads the tokenizer, so a fault shows before any work.
+    if not _is_free(output) and not overwrite:
+        return _open_existing(arguments, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
+    aside.mkdir()
+    try:
+        write_description(_fill(config, arguments, aside, workers))
+        if output.exists():
+            shutil.rmtree(output)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return open_dataset(output)
+
+
+def _available_cores() -> int:
+    """Return how many cores a scheduler has left to this process."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_free(output: Path) -> bool:
+    """Whether nothing is at `output`; what is no dataset is refused, it is not ours to replace."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return True
+    if not (output / DESCRIPTION_NAME).is_file():
+        raise ValueError(f"output {output} exists and is no dataset, give another --output")
+    return False
+
+
+def _open_existing(arguments: Mapping[str, object], output: Path) -> Dataset:
+    """Open the dataset that is already there, if it is the one asked for."""
+    dataset = open_dataset(output)
+    if dataset.arguments != arguments:
+        raise ValueError(
+            f"output {output} holds a dataset made with other arguments, give another --output"
+            " or --overwrite"
+        )
+    logger.info("%s is already there, made with the same arguments", output)
+    return dataset
+
+
+def _fill(
+    config: PrepareConfig, arguments: Mapping[str, object], folder: Path, workers: int
+) -> Dataset:
+    """Write tokenizer and shards into an empty folder and return their description."""
+    faults = Faults()
+    try:
+        survey = survey_documents(
+            read_documents(config.input, faults, text_field=config.text_field),
+            validation_fraction=config.validation_fraction,
+            sample_bytes=0 if config.tokenizer else _TOKENIZER_SAMPLE_BYTES,
+        )
+    finally:  # Also when nothing was left: the faults say why.
+        for line in faults.lines():
+            logger.warning("%s", line)
+    tokenizer_path = folder / TOKENIZER_NAME
+    if config.vocab_size is not None:
+        logger.info("training a tokenizer of %d tokens", config.vocab_size)
+        train_tokenizer(survey.sample, config.vocab_size, tokenizer_path)
+    else:
+        assert config.tokenizer is not None
+        shutil.copyfile(config.tokenizer, tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
+    return Dataset(
+        path=folder,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        corpus_fingerprint=survey.fingerprint,
+        splits=_write_splits(config, survey, tokenizer, folder, workers),
+        duplicates=survey.duplicates,
+        skipped=dict(sorted(faults.counts.items())),
+        arguments=arguments,
+    )
+
+
+def _write_splits(
+    config: PrepareConfig, survey: Survey, tokenizer: Tokenizer, folder: Path, workers: int
+) -> dict[str, Split]:
+    """Encode the documents in a second pass and write the shards of both splits."""
+    writers = {
+        name: ShardWriter(
+            folder,
+            name,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            shard_tokens=config.shard_tokens,
+        )
+        for name in (TRAIN, VALIDATION)
+    }
+    fingerprint = hashlib.sha256()
+
+    def read_again() -> Iterator[Document]:
+        for document in read_documents(config.input, Faults(), text_field=config.text_field):
+            fingerprint.update(document_digest(document.text))
+            yield document
+
+    with Progress("encoding", survey.text_bytes) as progress:
+        for document, tokens in encode_documents(read_again(), tokenizer, workers):
+            size = len(document.text.encode())
+            split = VALIDATION if survey.is_held_out(document.text) else TRAIN
+            writers[split].add(tokens, size)
+            progress.update(size)
+    if fingerprint.hexdigest() != survey.fingerprint:
+        raise ValueError("input changed while it was read, run again when nothing writes to it")
+    return {name: Split(shards=tuple(writer.close())) for name, writer in writers.items()}

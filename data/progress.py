@@ -1,0 +1,59 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then in a log."""
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_LINE_INTERVAL_SECONDS = 10.0
+
+
+class Progress:
+    """Counts bytes of work done, as a context.
+
+    Args:
+        label: what is being done.
+        total_bytes: all of it, if known.
+    """
+
+    def __init__(self, label: str, total_bytes: int | None = None) -> None:
+        """Begin at zero; see the class."""
+        self._label = label
+        self._total = "" if total_bytes is None else f" of {total_bytes / 1e6:.1f}"
+        self._done_bytes = 0
+        self._next_line = time.monotonic() + _LINE_INTERVAL_SECONDS
+        self._bar = tqdm(
+            total=total_bytes,
+            desc=label,
+            unit="B",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        )
+
+    def __enter__(self) -> "Progress":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Take the bar away and, if all went well, say how much was done."""
+        self._bar.close()
+        if error is None:
+            logger.info("%s: %.1f MB, done", self._label, self._done_bytes / 1e6)
+
+    def update(self, count_bytes: int) -> None:
+        """Count work done since the last call."""
+        self._done_bytes += count_bytes
+        self._bar.update(count_bytes)
+        if self._bar.disable and time.monotonic() >= self._next_line:
+            logger.info("%s: %.1f%s MB", self._label, self._done_bytes / 1e6, self._total)
+            self._next_line = time.monotonic() + _LINE_INTERVAL_SECONDS

@@ -1,0 +1,207 @@
+"""Token shards on disk, and the shards of one split read as one stream of tokens.
+
+A shard is one file: 1024 bytes of header (8 bytes of magic, then JSON padded with spaces), then
+the raw little-endian token ids. Knows nothing of text, batches or ranks.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"SKIPTOK1"
+"""The last character is the version of the format."""
+
+HEADER_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardHeader:
+    """What a shard says of itself."""
+
+    dtype: str
+    """numpy name of the type of one token id: "<u2" or "<u4"."""
+    tokens: int
+    """Number of token ids in the file."""
+    documents: int
+    """Number of documents; a shard holds whole ones."""
+    text_bytes: int
+    """UTF-8 bytes of the text behind the tokens."""
+    vocab_size: int
+    """Every token id is below this."""
+    tokenizer_fingerprint: str
+    """sha256 of the tokenizer.model that made the ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What a dataset remembers of a shard."""
+
+    name: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
+    """Of the whole file, in hex."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """Return the smallest type on disk that holds every token id."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+class ShardWriter:
+    """Writes the documents of one split into shards, in order.
+
+    Args:
+        folder: where `<split>-00000.tokens` and so on go.
+        split: the name of the split.
+        vocab_size: fixes the type on disk.
+        tokenizer_fingerprint: goes into every header.
+        shard_tokens: a shard ends with the document that reaches this many tokens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        vocab_size: int,
+        tokenizer_fingerprint: str,
+        shard_tokens: int,
+    ) -> None:
+        """Write nothing yet; see the class."""
+        self._folder = folder
+        self._split = split
+        self._vocab_size = vocab_size
+        self._tokenizer_fingerprint = tokenizer_fingerprint
+        self._shard_tokens = shard_tokens
+        self._dtype = token_dtype(vocab_size)
+        self._records: list[ShardRecord] = []
+        self._documents: list[npt.NDArray[np.unsignedinteger]] = []
+        self._tokens = 0
+        self._text_bytes = 0
+
+    def add(self, tokens: npt.NDArray[np.unsignedinteger], text_bytes: int) -> None:
+        """Append one document.
+
+        Args:
+            tokens: (seq,) unsigned ids, BOS and EOS included.
+            text_bytes: UTF-8 bytes of its text.
+        """
+        self._documents.append(tokens.astype(self._dtype, copy=False))
+        self._tokens += len(tokens)
+        self._text_bytes += text_bytes
+        if self._tokens >= self._shard_tokens:
+            self._write_shard()
+
+    def close(self) -> list[ShardRecord]:
+        """Write what is left and return the records of all shards."""
+        if self._documents:
+            self._write_shard()
+        return self._records
+
+    def _write_shard(self) -> None:
+        header = ShardHeader(
+            dtype=self._dtype.str,
+            tokens=self._tokens,
+            documents=len(self._documents),
+            text_bytes=self._text_bytes,
+            vocab_size=self._vocab_size,
+            tokenizer_fingerprint=self._tokenizer_fingerprint,
+        )
+        path = self._folder / f"{self._split}-{len(self._records):05d}.tokens"
+        digest = write_shard(path, header, self._documents)
+        self._records.append(
+            ShardRecord(
+                name=path.name,
+                tokens=self._tokens,
+                documents=len(self._documents),
+                text_bytes=self._text_bytes,
+                sha256=digest,
+            )
+        )
+        self._documents, self._tokens, self._text_bytes = [], 0, 0
+
+
+def write_shard(
+    path: Path, header: ShardHeader, documents: Sequence[npt.NDArray[np.unsignedinteger]]
+) -> str:
+    """Write one shard aside, rename it into place and return the sha256 of the file."""
+    first = MAGIC + json.dumps(dataclasses.asdict(header)).encode()
+    digest = hashlib.sha256()
+    aside = path.with_suffix(".partial")
+    with aside.open("wb") as file:
+        for part in (first.ljust(HEADER_BYTES), *(document.tobytes() for document in documents)):
+            file.write(part)
+            digest.update(part)
+    aside.rename(path)
+    return digest.hexdigest()
+
+
+def open_shard(path: Path) -> tuple[ShardHeader, npt.NDArray[np.unsignedinteger]]:
+    """Map a shard into memory.
+
+    Returns:
+        The header, and tokens: (tokens,) uint16 or uint32, read only.
+
+    Raises:
+        ValueError: the file is missing, no shard, or not as long as its header says.
+    """
+    if not path.is_file():
+        raise ValueError(f"shard {path} does not exist, prepare the dataset again")
+    with path.open("rb") as file:
+        first = file.read(HEADER_BYTES)
+    if not first.startswith(MAGIC):
+        raise ValueError(f"shard {path} does not begin with {MAGIC!r}, prepare the dataset again")
+    try:
+        header = ShardHeader(**json.loads(first[len(MAGIC) :]))
+        dtype = np.dtype(header.dtype)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"shard {path} has a damaged header, prepare the dataset again") from error
+    expected = HEADER_BYTES + header.tokens * dtype.itemsize
+    actual = path.stat().st_size
+    if actual != expected:
+        raise ValueError(
+            f"shard {path} has {actual} bytes but its header says {expected},"
+            " prepare the dataset again"
+        )
+    tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(header.tokens,))
+    return header, tokens
+
+
+class TokenStream:
+    """Shards, one after the other, as one array of tokens that is read in ranges.
+
+    Args:
+        shards: each (tokens,) of unsigned ids, memory-mapped or not.
+    """
+
+    def __init__(self, shards: Sequence[npt.NDArray[np.unsignedinteger]]) -> None:
+        """Keep the shards; see the class."""
+        self._shards = shards
+        self._ends = np.cumsum([len(shard) for shard in shards])
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """Return tokens [start, start + count): (count,) int64, across shards where needed."""
+        if start < 0 or count < 0 or start + count > len(self):
+            raise ValueError(f"tokens [{start}, {start + count}) are outside [0, {len(self)})")
+        tokens = np.empty(count, dtype=np.int64)
+        done = 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while done < count:
+            within = start + done - (int(self._ends[shard]) - len(self._shards[shard]))
+            part = self._shards[shard][within : within + count - done]
+            tokens[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+        return tokens

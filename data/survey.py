@@ -1,0 +1,127 @@
+"""The first of two passes over a corpus: what is there, what is held out, what to train on.
+
+One pass in bounded memory (8 bytes per document and the sample). Knows nothing of tokens.
+"""
+
+import hashlib
+import heapq
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.progress import Progress
+from data.sources import Document
+
+_SAMPLE_CHUNK_CHARS = 16384
+_KEY_RANGE = 2**64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What the first pass saw."""
+
+    documents: int
+    duplicates: int
+    """Documents whose text was seen before."""
+    text_bytes: int
+    fingerprint: str
+    """sha256 over the sha256 of every document, in order."""
+    held_out_key: int
+    """Documents whose key is at most this are the validation split."""
+    sample: tuple[str, ...]
+    """Chunks of documents of the train split, to train a tokenizer on."""
+
+    def is_held_out(self, text: str) -> bool:
+        """Whether a document belongs to the validation split: a function of its text alone."""
+        return document_key(document_digest(text)) <= self.held_out_key
+
+
+def document_digest(text: str) -> bytes:
+    """Return the sha256 of the UTF-8 bytes of a text."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def document_key(digest: bytes) -> int:
+    """Return the first 64 bits of a digest as an integer: uniform in [0, 2**64)."""
+    return int.from_bytes(digest[:8], "big")
+
+
+def survey_documents(
+    documents: Iterable[Document], *, validation_fraction: float, sample_bytes: int
+) -> Survey:
+    """Read all documents once.
+
+    A document is held out when its key, as a fraction of 2**64, is below `validation_fraction`.
+    If that would leave a split empty the bound moves to the nearest key that does not.
+
+    Args:
+        documents: the corpus.
+        validation_fraction: expected fraction of documents to hold out.
+        sample_bytes: about how much text to keep for the tokenizer; 0 for none.
+
+    Raises:
+        ValueError: there are fewer than two different documents.
+    """
+    keys = array("Q")
+    fingerprint = hashlib.sha256()
+    text_bytes = 0
+    sample = _Sample(sample_bytes)
+    with Progress("reading") as progress:
+        for document in documents:
+            digest = document_digest(document.text)
+            size = len(document.text.encode())
+            fingerprint.update(digest)
+            keys.append(document_key(digest))
+            text_bytes += size
+            sample.add(keys[-1], document.text)
+            progress.update(size)
+    distinct = np.unique(np.frombuffer(keys, dtype=np.uint64)) if keys else np.empty(0, np.uint64)
+    if len(distinct) == 0:
+        raise ValueError("input holds no documents, give files with text in them")
+    if len(distinct) == 1:
+        raise ValueError(
+            "input holds 1 different document, but one document cannot be split into training and"
+            " validation: give at least 2, for example by cutting the file into parts"
+        )
+    held_out_key = int(validation_fraction * _KEY_RANGE)
+    held_out_key = min(max(held_out_key, int(distinct[0])), int(distinct[-1]) - 1)
+    return Survey(
+        documents=len(keys),
+        duplicates=len(keys) - len(distinct),
+        text_bytes=text_bytes,
+        fingerprint=fingerprint.hexdigest(),
+        held_out_key=held_out_key,
+        sample=sample.chunks(above_key=held_out_key),
+    )
+
+
+class _Sample:
+    """The chunks of text with the smallest hashes: a uniform sample in one pass, without an RNG."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._size = 0
+        # A heap with the largest hash first: (minus the hash, key of the document, chunk).
+        self._heap: list[tuple[int, int, str]] = []
+
+    def add(self, key: int, text: str) -> None:
+        """Offer the chunks of one document."""
+        if not self._limit_bytes:
+            return
+        for start in range(0, len(text), _SAMPLE_CHUNK_CHARS):
+            chunk = text[start : start + _SAMPLE_CHUNK_CHARS]
+            # Other bits than the document's key: else short documents that are held out come first.
+            rank = int.from_bytes(document_digest(chunk)[8:16], "big")
+            entry = (-rank, key, chunk)
+            if self._size >= self._limit_bytes and entry < self._heap[0]:
+                continue
+            heapq.heappush(self._heap, entry)
+            self._size += len(chunk.encode())
+            while self._size - len(self._heap[0][2].encode()) >= self._limit_bytes:
+                self._size -= len(heapq.heappop(self._heap)[2].encode())
+
+    def chunks(self, *, above_key: int) -> tuple[str, ...]:
+        """Return the chunks of the documents whose key is above `above_key`, in a fixed order."""
+        return tuple(chunk for _, key, chunk in sorted(self._heap) if key > above_key)

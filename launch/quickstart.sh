@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# From a bare machine to a self-speculating model: bash launch/quickstart.sh
+# Installs, prepares the corpus every machine has, trains the demo preset on all GPUs (or two CPU
+# ranks), measures every exit, and decodes with and without self-speculation. Run it again and it
+# resumes, or says what is done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/env.sh
+source launch/install.sh
+install_skipstone
+
+run=outputs/demo
+reports=$run/reports
+begin=$SECONDS
+step() { echo && echo "== [$((SECONDS - begin)) s] $*"; }
+
+step "text to token shards"
+python -m data.prepare --input embedded --output outputs/data/embedded-2048 --vocab_size 2048
+
+step "training on $RANKS ranks: torchrun --nproc_per_node=$RANKS train/main.py"
+torchrun --standalone --nproc_per_node="$RANKS" train/main.py
+
+# Decoding is one process; give it the cores the ranks had.
+export OMP_NUM_THREADS=$((OMP_NUM_THREADS * RANKS))
+
+step "held-out loss at every exit"
+python -m inference.evaluate --run "$run" --json "$reports/exits.json" --plot "$reports/exits.png"
+
+step "the same prompts, decoded three ways with the same weights"
+python -m inference.benchmark --run "$run" \
+  --strategies autoregressive,early_exit,self_speculative --E 2,3 --d 2,4 \
+  --json "$reports/speed.json" --plot "$reports/speed.png"
+
+step "a sample"
+python -m inference.generate --run "$run" --strategy self_speculative --prompt "def "
+
+step "done; pictures: $reports/exits.png, $reports/speed.png"
+echo "dashboard: tensorboard --logdir outputs    more text: python -m inference.generate --help"

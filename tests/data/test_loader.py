@@ -1,0 +1,202 @@
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import Microbatch, TokenLoader
+from data.shards import ShardWriter, TokenStream, open_shard
+
+
+def make_stream(count: int, parts: int = 3) -> TokenStream:
+    """Return tokens 0, 1, 2, ... in several shards, so that a token tells its place."""
+    return TokenStream(np.array_split(np.arange(count, dtype=np.uint32), parts))
+
+
+def make_loader(stream: TokenStream, **changes: int | bool) -> TokenLoader:
+    sizes = {"seq_len": 8, "global_batch_size": 8, "microbatch_size": 2, "seed": 5} | changes
+    return TokenLoader(stream, **sizes)
+
+
+def rows(batches: list[Microbatch]) -> dict[int, list[int]]:
+    """Return the tokens of each row of the global batch, by sample index."""
+    return {
+        sample: tokens
+        for batch in batches
+        for sample, tokens in zip(batch.samples.tolist(), batch.tokens.tolist(), strict=True)
+    }
+
+
+def equal(a: list[Microbatch], b: list[Microbatch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.tokens, y.tokens)
+        and torch.equal(x.labels, y.labels)
+        and torch.equal(x.samples, y.samples)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("count", [8 * 40 + 1, 8 * 41 + 5, 8 * 3 + 1])
+def test_every_epoch_reads_every_window_once(count: int, shuffle: bool) -> None:
+    loader = make_loader(make_stream(count), shuffle=shuffle)
+    windows = loader.windows
+    assert windows == (count - 1) // 8
+    starts = [row[0] for t in range(windows) for _, row in sorted(rows(loader.batch(t)).items())]
+    assert len(starts) == 8 * windows  # Eight epochs exactly.
+    for epoch in range(8):
+        seen = starts[epoch * windows : (epoch + 1) * windows]
+        assert sorted(seen) == list(range(0, 8 * windows, 8))
+        assert not shuffle or windows < 20 or seen != sorted(seen)
+
+
+def test_batch_may_straddle_two_epochs() -> None:
+    loader = make_loader(make_stream(8 * 10 + 1))
+    starts = [row[0] for t in range(2) for _, row in sorted(rows(loader.batch(t)).items())]
+    assert sorted(starts[:10]) == list(range(0, 80, 8))
+    assert max(Counter(starts[10:]).values()) == 1
+    assert [loader.epoch(t) for t in range(6)] == [0, 0, 1, 2, 3, 4]
+
+
+def test_batch_is_a_pure_function_of_t_and_seed() -> None:
+    stream = make_stream(1000)
+    loader = make_loader(stream)
+    first = [loader.batch(t) for t in range(20)]
+    fresh = make_loader(stream)
+    assert all(equal(fresh.batch(t), first[t]) for t in (19, 3, 3, 0, 11))
+    assert not equal(make_loader(stream, seed=6).batch(0), first[0])
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2])
+def test_global_batch_is_the_same_for_any_world_size(microbatch_size: int) -> None:
+    stream = make_stream(900)
+    for t in (0, 7, 30):
+        whole = rows(make_loader(stream, microbatch_size=8).batch(t))
+        assert sorted(whole) == list(range(8))
+        for world_size in (1, 2, 4):
+            union = {}
+            for rank in range(world_size):
+                sizes = {"rank": rank, "world_size": world_size}
+                loader = make_loader(stream, microbatch_size=microbatch_size, **sizes)
+                batches = loader.batch(t)
+                assert len(batches) == 8 // (world_size * microbatch_size)
+                part = rows(batches)
+                assert not part.keys() & union.keys()
+                union |= part
+            assert union == whole
+
+
+def test_microbatch_holds_contiguous_rows_and_each_rank_its_slice() -> None:
+    loader = make_loader(make_stream(900), rank=1, world_size=2)
+    assert [batch.samples.tolist() for batch in loader.batch(0)] == [[2, 3], [6, 7]]
+
+
+def test_tokens_and_labels_equal_a_slow_reading_of_the_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(
+        tmp_path, "train", vocab_size=999, tokenizer_fingerprint="", shard_tokens=100
+    )
+    for _ in range(30):
+        writer.add(rng.integers(999, size=int(rng.integers(2, 40)), dtype=np.uint16), 1)
+    paths = [tmp_path / record.name for record in writer.close()]
+    assert len(paths) > 3
+    raw = b"".join(path.read_bytes()[1024:] for path in paths)
+    flat = [int.from_bytes(raw[n : n + 2], "little") for n in range(0, len(raw), 2)]
+    loader = make_loader(TokenStream([open_shard(path)[1] for path in paths]), shuffle=False)
+    for t in range(5):
+        for batch in loader.batch(t):
+            assert batch.tokens.dtype == batch.labels.dtype == batch.samples.dtype == torch.int64
+            assert batch.tokens.shape == batch.labels.shape == (2, 8)
+            for b, sample in enumerate(batch.samples.tolist()):
+                start = (t * 8 + sample) % loader.windows * 8
+                assert batch.tokens[b].tolist() == flat[start : start + 8]
+                assert batch.labels[b].tolist() == flat[start + 1 : start + 9]
+
+
+def test_dropped_tokens_are_those_no_window_reads() -> None:
+    for count in range(9, 60):
+        loader = make_loader(make_stream(count), global_batch_size=2, shuffle=False)
+        read = {
+            token
+            for t in range(loader.windows)
+            for batch in loader.batch(t)
+            for token in (*batch.tokens.flatten().tolist(), *batch.labels.flatten().tolist())
+        }
+        assert loader.dropped_tokens == count - len(read)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_prefetched_batches_equal_direct_ones(depth: int) -> None:
+    loader = make_loader(make_stream(500))
+    ahead = list(loader.batches(3, 17, depth=depth))
+    assert [t for t, _ in ahead] == list(range(3, 17))
+    assert all(equal(batch, loader.batch(t)) for t, batch in ahead)
+    assert list(loader.batches(4, 4, depth=depth)) == []
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("token-loader")]
+
+
+def test_leaving_the_iterator_early_leaves_no_thread() -> None:
+    batches = make_loader(make_stream(500)).batches(0, 10**9)
+    next(batches)
+    assert loader_threads()
+    batches.close()
+    assert not loader_threads()
+    for t, _ in make_loader(make_stream(500)).batches(0, 10**9):
+        if t == 3:
+            break
+    assert not loader_threads()
+
+
+def test_prefetch_reads_no_further_than_its_depth() -> None:
+    class Counting(TokenLoader):
+        read = 0
+
+        def batch(self, t: int) -> list[Microbatch]:
+            self.read = max(self.read, t + 1)
+            return super().batch(t)
+
+    loader = Counting(make_stream(500), seq_len=8, global_batch_size=2, microbatch_size=2, seed=0)
+    for t, _ in loader.batches(0, 20, depth=3):
+        assert t < loader.read <= min(t + 4, 20)
+
+
+def test_error_of_the_background_thread_reaches_the_caller() -> None:
+    class Torn(TokenStream):
+        def read(self, start: int, count: int) -> np.ndarray:
+            raise OSError("disk went away")
+
+    loader = make_loader(Torn([np.arange(500, dtype=np.uint16)]))
+    with pytest.raises(OSError, match="disk went away"):
+        next(loader.batches(0, 5))
+    assert not loader_threads()
+
+
+def test_pinning_without_cuda_changes_nothing() -> None:
+    loader = make_loader(make_stream(500))
+    assert all(equal(b, loader.batch(t)) for t, b in loader.batches(0, 3, pin_memory=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 100}, "seq_len 100 needs 101 tokens but the data has 100, give"),
+        ({"microbatch_size": 3}, "global_batch_size 8 is not a multiple of world_size 1"),
+        ({"world_size": 8}, "global_batch_size 8 .* world_size 8 . microbatch_size 2, change"),
+        ({"microbatch_size": 0}, "microbatch_size 0 must be at least 1"),
+        ({"rank": 2, "world_size": 2}, "rank 2 is not in"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_a_value_error(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_loader(make_stream(100), **changes)
+
+
+def test_shortest_stream_gives_one_window() -> None:
+    loader = make_loader(make_stream(9, parts=1), global_batch_size=2)
+    assert (loader.windows, loader.dropped_tokens) == (1, 0)
+    assert rows(loader.batch(5)) == {0: list(range(8)), 1: list(range(8))}

@@ -1,0 +1,84 @@
+"""The command line as a user meets it: exit codes, one line per error, the printed table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data.prepare", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_folder_becomes_a_dataset_with_a_table_and_json(
+    tmp_path: Path, tokenizer_path: Path, documents: list[str]
+) -> None:
+    source = tmp_path / "text"
+    source.mkdir()
+    for number, text in enumerate(documents):
+        (source / f"{number:03d}.txt").write_text(text)
+    (source / "bad.txt").write_bytes(b"one\n\xff\n")
+    out, summary = tmp_path / "out", tmp_path / "summary.json"
+    common = ("--input", source, "--output", out, "--tokenizer", tokenizer_path)
+    done = run(*common, "--workers", 2, "--json", summary)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped 1: invalid UTF-8 ({source}/bad.txt:2)" in done.stderr
+    assert "skipped 1: invalid UTF-8" in done.stdout
+    table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    written = json.loads(summary.read_text())
+    sizes = written["splits"]
+    assert sizes["train"]["documents"] + sizes["validation"]["documents"] == len(documents)
+    assert sum(s["text_bytes"] for s in sizes.values()) == sum(len(d.encode()) for d in documents)
+    for name in ("train", "validation"):
+        assert table[name][:2] == [f"{sizes[name][key]:,}" for key in ("documents", "tokens")]
+    assert written["skipped"] == {"invalid UTF-8": 1}
+    again = run(*common)
+    assert again.returncode == 0
+    assert "already there" in again.stderr
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "absent"], "input absent does not exist, give"),
+        (["--input", "{tmp}/empty"], "input holds no documents, give"),
+        (["--input", "{tmp}/one.txt"], "input holds 1 different document"),
+        (["--input", "{tmp}/two"], "vocab_size 4096 is too large for this text"),
+        (["--input", "{tmp}/two", "--tokenizer", "absent.model"], "tokenizer absent.model is not"),
+        (["--input", "{tmp}/two", "--validation_fraction", "1"], "validation_fraction 1.0 is not"),
+        (["--input", "{tmp}/two", "--workers", "0"], "workers 0 is below 1"),
+        (["--input", "{tmp}/two", "--vocab_size", "x"], "argument --vocab_size: invalid int"),
+        (["--vocab_size", "300"], "the following arguments are required: --input"),
+    ],
+)
+def test_user_error_is_one_line_and_exit_code_2(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for path in ("one.txt", "two/a.txt", "two/b.txt"):
+        (tmp_path / path).write_text(path)
+    filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    done = run(*filled, "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert done.stderr.splitlines()[-1] == errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_help_names_every_option_and_default() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for word in ("embedded", ".jsonl.gz", "default: 0.01", "default: 4096", "--overwrite"):
+        assert word in done.stdout

@@ -1,0 +1,74 @@
+import hashlib
+import random
+
+import pytest
+
+from data.sources import Document
+from data.survey import Survey, survey_documents
+
+
+def survey(texts: list[str], *, fraction: float = 0.1, sample_bytes: int = 0) -> Survey:
+    documents = [Document(str(n), text) for n, text in enumerate(texts)]
+    return survey_documents(documents, validation_fraction=fraction, sample_bytes=sample_bytes)
+
+
+def held_out(texts: list[str], fraction: float) -> set[str]:
+    seen = survey(texts, fraction=fraction)
+    return {text for text in texts if seen.is_held_out(text)}
+
+
+def test_split_follows_the_first_64_bits_of_sha256_of_the_text() -> None:
+    texts = [f"text {n}" for n in range(500)]
+    expected = {
+        text
+        for text in texts
+        if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < 2**64 / 10
+    }
+    assert 30 < len(expected) < 70
+    assert held_out(texts, 0.1) == expected
+
+
+def test_split_does_not_depend_on_order_or_repetition() -> None:
+    texts = [f"text {n}" for n in range(300)]
+    shuffled = random.Random(0).sample(texts * 3, k=900)
+    assert held_out(texts, 0.05) == held_out(shuffled, 0.05)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_no_fraction_leaves_a_split_empty(count: int) -> None:
+    texts = [f"text {n}" for n in range(count)]
+    by_key = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    assert held_out(texts, 1e-9) == {by_key[0]}
+    assert held_out(texts, 1 - 1e-9) == {*by_key[:-1]}
+
+
+def test_counts_and_fingerprint_cover_every_document() -> None:
+    seen = survey(["a", "caf\u00e9", "a", "b", "a"])
+    assert (seen.documents, seen.duplicates, seen.text_bytes) == (5, 2, 9)
+    parts = b"".join(hashlib.sha256(t.encode()).digest() for t in ("a", "caf\u00e9", "a", "b", "a"))
+    assert seen.fingerprint == hashlib.sha256(parts).hexdigest()
+
+
+def test_sample_is_bounded_and_the_same_in_any_order() -> None:
+    texts = [f"{n} " * 2000 for n in range(200)]
+    seen = survey(texts, sample_bytes=100_000)
+    # About a tenth of it is held out, and so missing; one chunk more than asked for may be there.
+    assert 75_000 <= sum(map(len, seen.sample)) < 100_000 + 16_384
+    assert survey(texts[::-1], sample_bytes=100_000).sample == seen.sample
+
+
+def test_sample_of_a_small_corpus_is_the_train_split_exactly() -> None:
+    texts = [f"text {n}" for n in range(50)]
+    seen = survey(texts, fraction=0.3, sample_bytes=10**6)
+    assert set(seen.sample) == {text for text in texts if not seen.is_held_out(text)}
+    fallback = survey(texts, fraction=1e-9, sample_bytes=10**6)
+    assert len(fallback.sample) == 49
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "no documents"), (["a"], "1 different"), (["a", "a"], "1 different")],
+)
+def test_corpus_that_cannot_be_split_is_a_value_error(texts: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        survey(texts)

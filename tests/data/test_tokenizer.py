@@ -1,0 +1,129 @@
+import io
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from data.tokenizer import Tokenizer, train_tokenizer
+
+NASTY = [
+    "",
+    "\n",
+    "\n\n\n",
+    " ",
+    "   leading",
+    "trailing   ",
+    " " * 100 + "x",
+    "\t\ttabs\t",
+    "windows\r\nlines\r\n",
+    "    def f(x):\n\treturn  x\n\n",
+    "caf\u00e9 \u65e5\u672c\u8a9e \U0001f389\u200d\U0001f680",
+    "line\u2028separator\x85\x0b\x0c\x1c",
+    "\ufeffbom \ufffd",
+    "<s>not BOS</s> <unk> <0x0A>",
+    "e\u0301 is not \u00e9; \ufb01 is not fi",
+    "0123456789 3.14159",
+    "\x00\x01\x7f",
+    "no newline at all " * 500,
+    "one line\n" * 1000,
+]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_round_trip_is_exact_on_nasty_text(tokenizer_path: Path, text: str) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_round_trip_is_exact_on_random_text(tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    rng = random.Random(0)
+    alphabet = "ab \n\t\r<>s/_0\u00e9\u65e5\U0001f389\u0301\u00a0"
+    for _ in range(500):
+        text = "".join(rng.choices(alphabet, k=rng.randint(0, 60)))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_one_lossy_character_becomes_a_space(tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+
+
+def test_pieces_give_the_ids_of_the_whole_text(tokenizer_path: Path, documents: list[str]) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    text = "".join(documents)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+    assert len(list(tokenizer.encode_pieces(text))) > 10
+    assert tokenizer.encode(text) == processor.encode(text)
+
+
+def test_model_with_dummy_prefix_encodes_the_text_in_one_piece(
+    tmp_path: Path, documents: list[str]
+) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("".join(documents).split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    path = tmp_path / "foreign.model"
+    path.write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    text = "self return\n" * 500
+    assert Tokenizer(path).encode(text) == processor.encode(text)
+
+
+def test_training_twice_gives_the_same_file(tmp_path: Path, documents: list[str]) -> None:
+    train_tokenizer(documents, 300, tmp_path / "a.model")
+    train_tokenizer(documents, 300, tmp_path / "b.model")
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+def test_special_ids_are_fixed_and_never_in_text(tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 320)
+    assert min(tokenizer.encode("".join(NASTY))) > 2
+    assert tokenizer.decode([1, *tokenizer.encode(" x\n"), 2]) == " x\n"
+
+
+def test_long_lines_take_part_in_training(tmp_path: Path) -> None:
+    train_tokenizer(["zebra " * 100_000], 268, tmp_path / "tokenizer.model")
+    assert len(Tokenizer(tmp_path / "tokenizer.model").encode("zebra")) < len("zebra")
+
+
+def test_pickled_tokenizer_encodes_the_same(tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.fingerprint == tokenizer.fingerprint
+    assert copy.encode(NASTY[9]) == tokenizer.encode(NASTY[9])
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", bytes(100)])
+def test_file_that_is_no_model_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.model is not a SentencePiece model, give"):
+        Tokenizer(path)
+
+
+def test_missing_model_is_a_value_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.model is not a file, give"):
+        Tokenizer(tmp_path / "absent.model")
+
+
+def test_text_too_small_for_the_vocabulary_names_the_largest_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocab_size 2048 is too large .* at most \d+$"):
+        train_tokenizer(["hello world"], 2048, tmp_path / "tokenizer.model")
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
+def test_vocabulary_too_small_for_the_bytes_names_the_smallest_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocab_size 100 is too small .* above \d+$"):
+        train_tokenizer(["hello world"], 100, tmp_path / "tokenizer.model")
