@@ -1,0 +1,220 @@
+"""Compare strategies: `python -m inference.benchmark --run DIR --strategies A,B,...`."""
+
+import argparse
+import platform
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from data.dataset import VALIDATION
+from data.shards import TokenStream
+from inference.cli import (
+    Parser,
+    add_sampling_arguments,
+    format_table,
+    run_command,
+    run_from,
+    sampling_from,
+    write_json,
+)
+from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
+from inference.plot import write_plot
+from inference.run import Run
+from inference.strategies import STRATEGIES, StrategyConfig
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        "inference.benchmark",
+        description="Decode the same prompts with several strategies, taking turns, and compare"
+        " speed, acceptance and tokens. No row stops before --max_new_tokens but at the end of the"
+        " model's context.",
+        example="--run outputs/demo"
+        " --strategies early_exit,self_speculative --E 2,3 --d 2,4 --plot speedup.png",
+    )
+    parser.add_argument(
+        "--strategies",
+        type=names,
+        default=",".join(STRATEGIES),
+        metavar="A,B,...",
+        help="which to compare; autoregressive is always measured",
+    )
+    parser.add_argument(
+        "--E",
+        type=integers,
+        metavar="N,...",
+        help="layers run before the exit, each in turn; a quarter of the model's if not given",
+    )
+    parser.add_argument(
+        "--d",
+        type=integers,
+        metavar="N,...",
+        help="tokens drafted per round, each in turn; 4 if not given",
+    )
+    _add_prompt_arguments(parser)
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add to each")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded at once")
+    parser.add_argument("--repeats", type=int, default=3, help="times everything is measured")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the speedups here (PNG)")
+    add_sampling_arguments(parser)
+    return parser
+
+
+def _add_prompt_arguments(parser: Parser) -> None:
+    parser.add_argument("--prompts", type=int, default=8, help="number of held-out prompts")
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens of each of them")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="dataset to cut them from; the run's if not given"
+    )
+    parser.add_argument(
+        "--prompt_file", type=Path, metavar="PATH", help="take prompts from here, one on each line"
+    )
+
+
+def names(text: str) -> list[str]:
+    """Split a list of names at its commas."""
+    return [name.strip() for name in text.split(",")]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Read a list of integers separated by commas."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def expand_arms(
+    strategies: list[str],
+    exits: tuple[int | None, ...],
+    draft_tokens: tuple[int | None, ...],
+    n_layers: int,
+) -> list[StrategyConfig]:
+    """Return every combination that differs, autoregressive decoding first.
+
+    Raises:
+        ValueError: a name is unknown, or E or d does not fit the model.
+    """
+    arms = [AUTOREGRESSIVE] + [
+        StrategyConfig(name=name, E=E, d=d).filled(n_layers)
+        for name, E, d in product(strategies, exits, draft_tokens)
+    ]
+    arms = [*dict.fromkeys(arms)]
+    for arm in arms:
+        arm.build(n_layers)
+    return arms
+
+
+def held_out_prompts(stream: TokenStream, count: int, tokens: int) -> list[list[int]]:
+    """Cut `count` windows of `tokens` tokens, evenly spread, out of a stream.
+
+    Raises:
+        ValueError: the stream is too short for windows that do not overlap.
+    """
+    if count < 1 or tokens < 1:
+        raise ValueError(f"prompts: {count} of prompt_tokens: {tokens}, give at least 1 of each")
+    if count * tokens > len(stream):
+        raise ValueError(
+            f"prompts: {count} of {tokens} tokens need {count * tokens} held-out tokens but there "
+            f"are {len(stream)}, give fewer or shorter ones"
+        )
+    return [stream.read(i * (len(stream) // count), tokens).tolist() for i in range(count)]
+
+
+def _prompts(run: Run, args: argparse.Namespace) -> list[list[int]]:
+    if args.prompt_file is None:
+        stream = run.open_data(args.data).stream(VALIDATION)
+        return held_out_prompts(stream, args.prompts, args.prompt_tokens)
+    lines = [line for line in args.prompt_file.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"prompt_file: {args.prompt_file} is empty, give one prompt on each line")
+    return [[run.tokenizer.bos_id, *run.tokenizer.encode(line)] for line in lines]
+
+
+def table(results: list[ArmResult]) -> str:
+    """Return the results as text, one line for each arm."""
+    header = "strategy E d tokens/s speedup bound of_bound accept a c verify tokens/verify"
+    rows = []
+    for r in results:
+        same = "-" if r.same_tokens is None else "yes" if r.same_tokens == 1.0 else "no"
+        rows.append(
+            [r.strategy, *(_cell(value, "") for value in (r.E, r.d))]
+            + [f"{r.tokens_per_second:.1f}", f"{r.speedup:.2f}x", _cell(r.bound, ".2f")]
+            + [_cell(r.share_of_bound, ".0%"), _cell(r.acceptance_rate, ".1%")]
+            + [_cell(r.agreement, ".3f"), _cell(r.draft_cost, ".3f"), _cell(r.verify_cost, ".2f")]
+            + [_cell(r.tokens_per_verify, ".2f"), f"{r.layers_per_token:.2f}"]
+            + [same, _cell(r.same_tokens, ".1%")]
+        )
+    return format_table([*header.split(), "layers/token", "identical", "same"], rows)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def machine() -> dict[str, str | int | None]:
+    """Say where the numbers come from."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "platform": platform.platform(),
+        "cpu": models[0] if models else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if args.repeats < 1 or args.batch_size < 1:
+        raise ValueError(
+            f"repeats: {args.repeats}, batch_size: {args.batch_size}, give at least 1 of each"
+        )
+    run = run_from(args)
+    arms = expand_arms(
+        args.strategies, args.E or (None,), args.d or (None,), run.model.config.n_layers
+    )
+    workload = Workload(
+        prompts=_prompts(run, args),
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        sampling=sampling_from(args),
+        seed=args.seed,
+    )
+    origin = machine()
+    results = measure(run.model, arms, workload, repeats=args.repeats, report=_report)
+    print(f"{run.checkpoint}, step {run.manifest.step}, {len(workload.prompts)} prompts")
+    print(table(results))
+    write_json(
+        args.json,
+        {
+            "checkpoint": str(run.checkpoint),
+            "step": run.manifest.step,
+            "machine": origin,
+            "device": str(run.model.head_weight.device),
+            "dtype": str(run.model.head_weight.dtype).removeprefix("torch."),
+            "workload": asdict(workload),
+            "repeats": args.repeats,
+            "arms": [asdict(result) for result in results],
+        },
+    )
+    if args.plot is not None:
+        write_plot(args.plot, results, f"{run.checkpoint.name}, {origin['cpu']}")
+
+
+def main() -> None:
+    """Enter from the command line."""
+    run_command(build_parser(), benchmark)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What the three commands share: arguments, one-line errors, tables, progress, JSON."""
+
+import argparse
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from inference.run import DTYPES, Run, load_run
+from inference.sampling import Sampling
+
+T = TypeVar("T")
+
+_LINE_INTERVAL_SECONDS = 10.0
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, but for those the help text puts in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that leaves the reporting of errors to `run_command`."""
+
+    def __init__(self, module: str, *, description: str, example: str) -> None:
+        """Start with --run, --device, --dtype and --json.
+
+        Args:
+            module: The command is `python -m` this.
+            description: What it does.
+            example: Arguments of an example.
+        """
+        super().__init__(
+            prog=f"python -m {module}",
+            description=textwrap.fill(description, 79),
+            epilog=f"example:\n  python -m {module} {example}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument(
+            "--run",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="run folder (its newest checkpoint is used) or one checkpoint folder",
+        )
+        self.add_argument(
+            "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N"
+        )
+        self.add_argument(
+            "--dtype",
+            choices=[*DTYPES],
+            help="type of weights and KV cache; float32 on a CPU, bfloat16 on CUDA if not given",
+        )
+        self.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise ValueError(f"{message}, see --help")
+
+
+def add_sampling_arguments(parser: Parser) -> None:
+    """Add --temperature, --top_k, --top_p and --seed."""
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="divides the logits; 0 is greedy"
+    )
+    parser.add_argument(
+        "--top_k", type=int, help="keep the k most probable tokens; all if not given"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        help="keep the most probable tokens that sum to this probability; all if not given",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+
+
+def sampling_from(args: argparse.Namespace) -> Sampling:
+    """Return what `add_sampling_arguments` read."""
+    return Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+
+
+def run_from(args: argparse.Namespace) -> Run:
+    """Load the run the arguments name."""
+    return load_run(args.run, device=args.device, dtype=args.dtype)
+
+
+def run_command(parser: Parser, command: Callable[[argparse.Namespace], None]) -> None:
+    """Run a command; a user's error becomes one line on stderr and exit code 2."""
+    try:
+        command(parser.parse_args())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def write_json(path: Path | None, content: object) -> None:
+    """Write `content` to `path`, where one is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with its columns aligned, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [header, *rows]
+    )
+
+
+def with_progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """Yield the items, with a bar on a terminal, in a log with a line now and then, on stderr."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=label, file=sys.stderr, leave=False)
+        return
+    next_line = time.monotonic() + _LINE_INTERVAL_SECONDS
+    for done, item in enumerate(items):
+        if time.monotonic() >= next_line:
+            print(f"{label}: {done} of {len(items)}", file=sys.stderr, flush=True)
+            next_line = time.monotonic() + _LINE_INTERVAL_SECONDS
+        yield item

@@ -1,0 +1,80 @@
+"""What a decoding run counts, and the speedup those counts allow at best."""
+
+from dataclasses import astuple, dataclass
+
+
+@dataclass
+class Counters:
+    """Counts of one or more runs; rates are properties."""
+
+    tokens: int = 0
+    """New tokens, stop tokens included."""
+    rounds: int = 0
+    """Rounds, each row counted while it is not finished; one LM head pass of the last layer in
+    each, so for self-speculation the number of verifications."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafted tokens accepted, also those after a stop token or beyond a row's limit."""
+    rejections: int = 0
+    """Rounds in which a drafted token was rejected."""
+    token_layers: int = 0
+    """Tokens times layers run, after the prompt."""
+    head_evaluations: int = 0
+    """Tokens the LM head was applied to."""
+    prompt_token_layers: int = 0
+    """Tokens times layers run on the prompts."""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    """Everything after the prompt."""
+
+    def __add__(self, other: "Counters") -> "Counters":
+        """Return the counts of both runs together."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Counters(*(mine + others for mine, others in pairs))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of decoding, the prompt's time left out."""
+        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted over drafted tokens, as LayerSkip reports it; None without drafts."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_round(self) -> float:
+        """New tokens per round: per verification, for self-speculation."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def layers_per_token(self) -> float:
+        """Layers run per new token, drafts and rejected tokens included."""
+        return self.token_layers / self.tokens if self.tokens else 0.0
+
+    @property
+    def agreement(self) -> float | None:
+        """a, the probability that a drafted token is accepted given those before it were.
+
+        Not the acceptance rate, which counts tokens after a rejection as rejected too. The number
+        accepted in a round is geometric, cut at d: P(n) = a^n (1 - a) for n < d, P(d) = a^d. Its
+        likelihood over rounds, a^accepted (1 - a)^rejections, peaks at
+        accepted / (accepted + rejections). None without drafts.
+        """
+        tried = self.accepted + self.rejections
+        return self.accepted / tried if tried else None
+
+
+def speedup_bound(agreement: float, d: int, draft_cost: float) -> float:
+    """Return the best speedup over autoregressive decoding: a verification as cheap as one step.
+
+    Leviathan et al. (arXiv 2211.17192), theorem 3.8, with a = agreement and c = draft_cost:
+      (1 - a^(d+1)) / ((1 - a) (1 + d c)), where (1 - a^(d+1)) / (1 - a) = 1 + a + ... + a^d.
+
+    Args:
+        agreement: a in [0, 1], see `Counters.agreement`.
+        d: Tokens drafted per round.
+        draft_cost: c, seconds of one draft step over seconds of one full step.
+    """
+    tokens_per_round = float(sum(agreement**i for i in range(d + 1)))
+    return tokens_per_round / (1.0 + d * draft_cost)

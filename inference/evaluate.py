@@ -1,0 +1,187 @@
+"""Quality of every exit on held-out text: `python -m inference.evaluate --run DIR`.
+
+The exit after layer l runs E = l + 1 layers; l counts from 0.
+"""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.dataset import VALIDATION
+from data.shards import TokenStream
+from inference.cli import Parser, format_table, run_command, run_from, with_progress, write_json
+from models.llama import Llama
+
+_BATCH = 8
+_LOGITS_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitQuality:
+    """How well one exit predicts."""
+
+    l: int
+    """Layer index; the exit reads x_{l+1}."""
+    E: int
+    """Layers run, l + 1."""
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float
+    """loss * tokens / bytes / ln 2, comparable between tokenizers."""
+    accuracy: float
+    """Share of tokens that are the exit's most probable one."""
+    agreement: float
+    """Share of positions where that one is also the last layer's."""
+
+
+@torch.inference_mode()
+def evaluate_exits(
+    model: Llama, stream: TokenStream, *, bytes_per_token: float, max_tokens: int
+) -> tuple[list[ExitQuality], int]:
+    """Measure every exit on the first tokens of a stream.
+
+    The stream is cut into windows of the model's context; each token but a window's first is
+    predicted from those before it in the window, and the last is the next window's first.
+
+    Args:
+        model: In eval mode.
+        stream: Held-out tokens.
+        bytes_per_token: Of the text behind the stream, for bits per byte.
+        max_tokens: Most tokens to predict; at least one window is.
+
+    Returns:
+        The exits, in ascending l, and the number of tokens predicted.
+
+    Raises:
+        ValueError: the stream has fewer than two tokens, or max_tokens is below 1.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: {max_tokens}, give at least 1")
+    if len(stream) < 2:
+        raise ValueError(f"data: {len(stream)} held-out tokens, prepare a larger dataset")
+    seq = min(model.config.max_seq_len, len(stream) - 1)
+    windows = max(1, min(max_tokens, len(stream) - 1) // seq)
+    sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
+    for first in with_progress(range(0, windows, _BATCH), "evaluating"):
+        starts = range(first, min(first + _BATCH, windows))
+        read = np.stack([stream.read(window * seq, seq + 1) for window in starts])
+        tokens = torch.from_numpy(read).to(model.head_weight.device)
+        sums += _sums(model, tokens).cpu()
+    means = (sums / (windows * seq)).tolist()
+    exits = [
+        _quality(l, loss, accuracy, agreement, bytes_per_token=bytes_per_token)
+        for l, (loss, accuracy, agreement) in enumerate(means)
+    ]
+    return exits, windows * seq
+
+
+def _quality(
+    l: int, loss: float, accuracy: float, agreement: float, *, bytes_per_token: float
+) -> ExitQuality:
+    return ExitQuality(
+        l=l,
+        E=l + 1,
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # exp(710) is beyond a float
+        bits_per_byte=loss / bytes_per_token / math.log(2),
+        accuracy=accuracy,
+        agreement=agreement,
+    )
+
+
+def _sums(model: Llama, tokens: Tensor) -> Tensor:
+    """Add up loss, hits and agreements of every exit, in chunks of the logits.
+
+    Args:
+        model: In eval mode.
+        tokens: (batch, seq + 1) int64.
+
+    Returns:
+        (n_layers, 3) fp64.
+    """
+    n_layers = model.config.n_layers
+    _, exits = model.run_layers(
+        model.embed(tokens[:, :-1]), 0, n_layers, exit_layers=range(n_layers)
+    )
+    sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=tokens.device)
+    chunks = [exits[l].flatten(0, 1).split(_LOGITS_ROWS) for l in range(n_layers)]
+    for i, labels in enumerate(tokens[:, 1:].flatten().split(_LOGITS_ROWS)):
+        last_choice = labels
+        for l in reversed(range(n_layers)):
+            logits = model.exit_logits(chunks[l][i]).float()
+            choice = logits.argmax(-1)
+            last_choice = choice if l == n_layers - 1 else last_choice
+            sums[l, 0] += F.cross_entropy(logits, labels, reduction="sum")
+            sums[l, 1] += (choice == labels).sum()
+            sums[l, 2] += (choice == last_choice).sum()
+    return sums
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        "inference.evaluate",
+        description="Measure every exit on the validation split: loss (nats per token), perplexity,"
+        " bits per byte, accuracy, and agreement of its most probable token with the last layer's.",
+        example="--run outputs/demo --max_tokens 50000",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="dataset; the one trained on if not given"
+    )
+    parser.add_argument("--max_tokens", type=int, default=50_000, help="most tokens to predict")
+    return parser
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Run the command."""
+    run = run_from(args)
+    dataset = run.open_data(args.data)
+    split = dataset.splits[VALIDATION]
+    exits, tokens = evaluate_exits(
+        run.model,
+        dataset.stream(VALIDATION),
+        bytes_per_token=split.text_bytes / split.tokens,
+        max_tokens=args.max_tokens,
+    )
+    rows = [
+        [
+            str(quality.l),
+            str(quality.E),
+            f"{quality.loss:.4f}",
+            f"{quality.perplexity:.2f}",
+            f"{quality.bits_per_byte:.4f}",
+            f"{quality.accuracy:.1%}",
+            f"{quality.agreement:.1%}",
+        ]
+        for quality in exits
+    ]
+    header = ["l", "E", "loss", "perplexity", "bits/byte", "accuracy", "agreement"]
+    print(f"{run.checkpoint}, step {run.manifest.step}, {tokens} tokens of {dataset.path}")
+    print(format_table(header, rows))
+    write_json(
+        args.json,
+        {
+            "checkpoint": str(run.checkpoint),
+            "step": run.manifest.step,
+            "data": str(dataset.path),
+            "tokens": tokens,
+            "exits": [asdict(quality) for quality in exits],
+        },
+    )
+
+
+def main() -> None:
+    """Enter from the command line."""
+    run_command(build_parser(), evaluate)
+
+
+if __name__ == "__main__":
+    main()

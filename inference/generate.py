@@ -1,0 +1,154 @@
+"""Continue a prompt: `python -m inference.generate --run DIR --prompt TEXT --strategy NAME`.
+
+Text goes to stdout as it comes, legend and statistics to stderr.
+"""
+
+import argparse
+import os
+import sys
+import unicodedata
+from dataclasses import asdict
+
+from inference.cli import (
+    Parser,
+    add_sampling_arguments,
+    run_command,
+    run_from,
+    sampling_from,
+    write_json,
+)
+from inference.counters import Counters
+from inference.decode import Emission, Generation
+from inference.strategies import STRATEGIES, StrategyConfig
+from inference.text_stream import TextStream
+
+ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
+_COLORS = {ACCEPTED: "\033[32m", CORRECTED: "\033[33m", PLAIN: ""}
+_RESET = "\033[0m"
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        "inference.generate",
+        description="Continue a prompt and stream the text. On a terminal, drafted tokens that were"
+        " accepted are green, tokens the full model put after them yellow.",
+        example="--run outputs/demo --prompt 'Once upon a time'"
+        " --strategy self_speculative --E 2 --d 4",
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument("--strategy", default="self_speculative", help=", ".join(STRATEGIES))
+    parser.add_argument(
+        "--E",
+        type=int,
+        help="layers run before the exit, for early_exit and self_speculative;"
+        " a quarter of the model's if not given",
+    )
+    parser.add_argument(
+        "--d", type=int, help="tokens drafted per round, for self_speculative; 4 if not given"
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=100,
+        help="most tokens to add; ends earlier at EOS or at the end of the model's context",
+    )
+    add_sampling_arguments(parser)
+    return parser
+
+
+def provenance(emission: Emission) -> list[str]:
+    """Say where each token of an emission comes from."""
+    rest = len(emission.tokens) - emission.accepted
+    return [ACCEPTED] * emission.accepted + [CORRECTED if emission.drafted else PLAIN] * rest
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey: a model may write escape sequences byte by byte."""
+    return "".join(
+        char
+        if char in "\n\t" or unicodedata.category(char) != "Cc"
+        else "\N{REPLACEMENT CHARACTER}"
+        for char in text
+    )
+
+
+def statistics_line(counters: Counters) -> str:
+    """Return the counts of a run in one line."""
+    line = (
+        f"{counters.tokens} tokens, {counters.tokens_per_second:.1f} tokens/s, "
+        f"{counters.layers_per_token:.2f} layers/token, prompt {counters.prefill_seconds:.3f} s"
+    )
+    if counters.acceptance_rate is not None:
+        line += (
+            f", acceptance {counters.acceptance_rate:.1%}, "
+            f"{counters.tokens_per_round:.2f} tokens/verify"
+        )
+    return line
+
+
+def stream(
+    generation: Generation, text_stream: TextStream, *, on_terminal: bool, colored: bool
+) -> tuple[str, list[str]]:
+    """Decode to the end, printing the text as it comes.
+
+    Returns:
+        The new text, and where each new token comes from.
+    """
+    text, sources = "", []
+    for [emission] in generation:
+        for token, source in zip(emission.tokens, provenance(emission), strict=True):
+            piece = text_stream.push(token)
+            text += piece
+            sources.append(source)
+            on, off = (_COLORS[source], _RESET) if colored else ("", "")
+            print(f"{on}{printable(piece) if on_terminal else piece}{off}", end="", flush=True)
+    rest = text_stream.finish()
+    print(rest)
+    return text + rest, sources
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Run the command."""
+    run = run_from(args)
+    config = StrategyConfig(name=args.strategy, E=args.E, d=args.d)
+    prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(args.prompt)]
+    generation = Generation(
+        run.model,
+        [prompt],
+        config.build(run.model.config.n_layers),
+        max_new_tokens=args.max_new_tokens,
+        stop_tokens=[run.tokenizer.eos_id],
+        sampling=sampling_from(args),
+        seed=args.seed,
+    )
+    on_terminal = sys.stdout.isatty()
+    colored = on_terminal and "NO_COLOR" not in os.environ
+    print(args.prompt, end="", flush=True)
+    text_stream = TextStream(run.tokenizer, prompt)
+    text, sources = stream(generation, text_stream, on_terminal=on_terminal, colored=colored)
+    if colored:
+        legend = (ACCEPTED, CORRECTED) if generation.counters.drafted else (PLAIN,)
+        print(*(f"{_COLORS[source]}{source}{_RESET}" for source in legend), file=sys.stderr)
+    print(statistics_line(generation.counters), file=sys.stderr)
+    result = {
+        "checkpoint": str(run.checkpoint),
+        "strategy": asdict(config.filled(run.model.config.n_layers)),
+        "sampling": asdict(sampling_from(args)),
+        "seed": args.seed,
+        "prompt": args.prompt,
+        "text": text,
+        "tokens": generation.tokens[0],
+        "provenance": sources,
+        "counters": asdict(generation.counters),
+    }
+    write_json(args.json, result)
+
+
+def main() -> None:
+    """Enter from the command line."""
+    run_command(build_parser(), generate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Keys and values of earlier tokens in buffers of fixed size, each row at its own position.
+
+A token's slot is its position. Rolling back is not advancing the position: stale slots lie behind
+the mask until the token that takes their position overwrites them. Nothing is ever cropped,
+concatenated or zeroed. Knows nothing of strategies.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.llama import LlamaConfig
+
+
+class StaticKVCache:
+    """The KV cache of one batch, for all layers.
+
+    Args:
+        config: The model.
+        batch: Number of rows.
+        slots: Longest row in tokens.
+        device: Where the buffers live.
+        dtype: Of keys and values.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        slots: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate the buffers; see the class."""
+        shape = (batch, config.n_kv_heads, slots, config.head_dim)
+        # Zeros, not empty: a masked slot has weight 0, but 0 times a NaN left in memory is NaN.
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.slots = slots
+        self.window = slots
+        """Slots from this one on are neither masked nor read: one more than the largest position
+        in the batch. Set by the engine, so that a pass costs what the text is long, not what the
+        buffers are. A row of a ragged batch may see unwritten slots inside the window, masked."""
+        self._slot_index = torch.arange(slots, device=device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
+        """Open the cache for tokens at `positions`: (batch, seq) int64, all below `window`.
+
+        Returns:
+            The mask slot <= position, (batch, 1, seq, window) bool, and a function from layer
+            index l to that layer's storage.
+        """
+        mask = self._slot_index[: self.window] <= positions[:, None, :, None]
+        batch, kv_heads, _, head_dim = self.keys[0].shape
+        index = positions[:, None, :, None].expand(batch, kv_heads, -1, head_dim)
+        return mask, lambda l: LayerSlots(self.keys[l], self.values[l], index, self.window)
+
+
+class LayerSlots:
+    """One layer's buffers, opened for the tokens of one pass."""
+
+    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, window: int) -> None:
+        """Keep what `update` needs.
+
+        Args:
+            keys: (batch, kv_heads, slots, head_dim).
+            values: (batch, kv_heads, slots, head_dim).
+            index: (batch, kv_heads, seq, head_dim) int64, the slot of each token.
+            window: Number of slots to read.
+        """
+        self._keys, self._values, self._index, self._window = keys, values, index, window
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v: (batch, kv_heads, seq, head_dim) into their slots.
+
+        Returns:
+            Keys and values of the window: views, (batch, kv_heads, window, head_dim).
+        """
+        self._keys.scatter_(2, self._index, k)
+        self._values.scatter_(2, self._index, v)
+        return self._keys[:, :, : self._window], self._values[:, :, : self._window]

@@ -1,0 +1,196 @@
+"""Strategies measured side by side: the same prompts, the same weights, interleaved in time."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from inference.counters import Counters, speedup_bound
+from inference.decode import Generation, open_state, prefill, wait_for
+from inference.sampling import Sampling
+from inference.strategies import StrategyConfig
+from models.llama import Llama
+
+_TIMINGS = 12
+_ROUNDS_PER_TIMING = 4
+
+AUTOREGRESSIVE = StrategyConfig(name="autoregressive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every arm decodes."""
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    batch_size: int
+    """Prompts decoded at once."""
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """One strategy's measurements; medians over repeats where time is involved."""
+
+    strategy: str
+    E: int | None
+    """Layers run before the exit."""
+    d: int | None
+    """Tokens drafted per round."""
+    tokens_per_second: float
+    """New tokens per second of decoding, prompts not counted, all rows of a batch together."""
+    speedup: float
+    """Median over repeats of this arm's tokens/s over autoregressive's in the same repeat."""
+    acceptance_rate: float | None
+    """Accepted over drafted tokens."""
+    tokens_per_verify: float | None
+    layers_per_token: float
+    agreement: float | None
+    """a: see `Counters.agreement`."""
+    draft_cost: float | None
+    """c: seconds of one draft step over seconds of one full step."""
+    verify_cost: float | None
+    """Seconds of one verification over seconds of one full step; the bound takes it as 1."""
+    bound: float | None
+    """The best speedup for this a, d and c: see `speedup_bound`."""
+    share_of_bound: float | None
+    """speedup / bound."""
+    same_tokens: float | None
+    """Share of tokens equal to autoregressive's, place by place; None when sampling."""
+
+
+@dataclass(frozen=True)
+class _Repeat:
+    counters: Counters
+    tokens: list[list[int]]
+
+
+def measure(
+    model: Llama,
+    arms: Sequence[StrategyConfig],
+    workload: Workload,
+    *,
+    repeats: int,
+    report: Callable[[str], None],
+) -> list[ArmResult]:
+    """Decode the workload with every arm, `repeats` times, the arms taking turns.
+
+    Rows never stop early, so every arm decodes the same number of tokens.
+
+    Args:
+        model: In eval mode.
+        arms: Strategies to compare, autoregressive decoding among them, E and d filled in.
+        workload: What to decode.
+        repeats: Number of times, at least 1.
+        report: Called with a line of progress after every repeat.
+    """
+    for arm in arms:  # Warm-up: the first call of a shape is slow.
+        _decode(model, arm, workload, workload.prompts[: workload.batch_size])
+    results: dict[StrategyConfig, list[_Repeat]] = {arm: [] for arm in arms}
+    start = time.perf_counter()
+    for repeat in range(repeats):
+        for arm in arms:
+            results[arm].append(_decode(model, arm, workload, workload.prompts))
+        report(f"repeat {repeat + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
+    reference = results[AUTOREGRESSIVE]
+    middle = [
+        prompt + tokens[: workload.max_new_tokens // 2]
+        for prompt, tokens in zip(workload.prompts, reference[0].tokens, strict=True)
+    ]
+    seconds = _round_seconds(model, arms, middle[: workload.batch_size], workload.sampling)
+    return [_summarise(arm, results[arm], reference, seconds, workload) for arm in arms]
+
+
+def _decode(
+    model: Llama, arm: StrategyConfig, workload: Workload, prompts: list[list[int]]
+) -> _Repeat:
+    strategy = arm.build(model.config.n_layers)
+    counters, tokens = Counters(), []
+    for first in range(0, len(prompts), workload.batch_size):
+        generation = Generation(
+            model,
+            prompts[first : first + workload.batch_size],
+            strategy,
+            max_new_tokens=workload.max_new_tokens,
+            sampling=workload.sampling,
+            seed=workload.seed + first,
+        ).finish()
+        counters += generation.counters
+        tokens += generation.tokens
+    return _Repeat(counters, tokens)
+
+
+@torch.inference_mode()
+def _round_seconds(
+    model: Llama, arms: Sequence[StrategyConfig], rows: list[list[int]], sampling: Sampling
+) -> dict[StrategyConfig, float]:
+    """Time one round of every arm, and of early exit at every E that drafts, on the same rows.
+
+    A few rounds of an arm are timed together: a draft step that follows another finds its weights
+    in the processor's cache.
+    """
+    drafters = [StrategyConfig(name="early_exit", E=arm.E) for arm in arms if arm.E is not None]
+    configs = [*dict.fromkeys([*arms, *drafters])]
+    deepest = max(arm.d or 0 for arm in arms)
+    rows = [row[: model.config.max_seq_len - deepest - 1] for row in rows]
+    slots = max(map(len, rows)) + deepest + 1
+    state = open_state(model, rows, slots=slots, sampling=sampling, seed=0)
+    prefill(state, rows, model.config.n_layers)
+    strategies = {config: config.build(model.config.n_layers) for config in configs}
+    samples: dict[StrategyConfig, list[float]] = {config: [] for config in configs}
+    for _ in range(_TIMINGS):
+        for config, strategy in strategies.items():
+            start = time.perf_counter()
+            for _ in range(_ROUNDS_PER_TIMING):
+                strategy.round(state, deepest + 1)
+            wait_for(state.pending.device)
+            samples[config].append((time.perf_counter() - start) / _ROUNDS_PER_TIMING)
+    return {config: statistics.median(times) for config, times in samples.items()}
+
+
+def _summarise(
+    arm: StrategyConfig,
+    repeats: list[_Repeat],
+    reference: list[_Repeat],
+    seconds: dict[StrategyConfig, float],
+    workload: Workload,
+) -> ArmResult:
+    speeds = [repeat.counters.tokens_per_second for repeat in repeats]
+    baseline = [repeat.counters.tokens_per_second for repeat in reference]
+    speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
+    counters = repeats[0].counters
+    draft_cost = verify_cost = bound = None
+    if arm.d is not None:
+        full_step = seconds[AUTOREGRESSIVE]
+        draft_step = seconds[StrategyConfig(name="early_exit", E=arm.E)]
+        draft_cost = draft_step / full_step
+        verify_cost = (seconds[arm] - arm.d * draft_step) / full_step
+        bound = speedup_bound(counters.agreement or 0.0, arm.d, draft_cost)
+    return ArmResult(
+        strategy=arm.name,
+        E=arm.E,
+        d=arm.d,
+        tokens_per_second=statistics.median(speeds),
+        speedup=speedup,
+        acceptance_rate=counters.acceptance_rate,
+        tokens_per_verify=None if arm.d is None else counters.tokens_per_round,
+        layers_per_token=counters.layers_per_token,
+        agreement=counters.agreement,
+        draft_cost=draft_cost,
+        verify_cost=verify_cost,
+        bound=bound,
+        share_of_bound=None if bound is None else speedup / bound,
+        same_tokens=(
+            _same_share(repeats[0].tokens, reference[0].tokens)
+            if workload.sampling.temperature == 0.0
+            else None
+        ),
+    )
+
+
+def _same_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)

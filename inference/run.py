@@ -1,0 +1,81 @@
+"""A trained run, opened for decoding: model, tokenizer, manifest and held-out text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.dataset import Dataset, open_dataset
+from data.tokenizer import Tokenizer
+from models.checkpoint_format import TOKENIZER, Manifest, find_checkpoint, load_model, read_manifest
+from models.llama import Llama
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One checkpoint of a run, in memory."""
+
+    checkpoint: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    model: Llama
+
+    def open_data(self, path: Path | None) -> Dataset:
+        """Open the dataset at `path`, or the one the run was trained on.
+
+        Raises:
+            ValueError: it is no dataset, or made with another tokenizer.
+        """
+        folder = Path(self.manifest.config["data"]["path"]) if path is None else path
+        dataset = open_dataset(folder)
+        if dataset.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"data: {folder} was made with tokenizer {dataset.tokenizer_fingerprint[:12]} but "
+                f"{self.checkpoint} has {self.tokenizer.fingerprint[:12]}, give --data made with "
+                f"--tokenizer {self.tokenizer.path}"
+            )
+        return dataset
+
+
+def load_run(path: Path, *, device: str = "auto", dtype: str | None = None) -> Run:
+    """Load the newest checkpoint of a run folder, or the checkpoint folder `path`.
+
+    Args:
+        path: A run folder or a checkpoint folder.
+        device: "auto" (CUDA if there is a device, else CPU) or a name torch knows.
+        dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
+
+    Raises:
+        ValueError: nothing there, damaged, or with another tokenizer than the manifest names.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    tokenizer = Tokenizer(checkpoint / TOKENIZER)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"tokenizer: {tokenizer.path} is {tokenizer.fingerprint[:12]} but the checkpoint was "
+            f"trained with {manifest.tokenizer_fingerprint[:12]}, put that tokenizer.model back"
+        )
+    place = choose_device(device)
+    if dtype is None:
+        dtype = "bfloat16" if place.type == "cuda" else "float32"
+    model = load_model(checkpoint, device=place, dtype=DTYPES[dtype])
+    return Run(checkpoint, manifest, tokenizer, model)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`, or for "auto" the best there is.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: {name} is not available, give auto or cpu") from None
+    return device

@@ -1,0 +1,116 @@
+"""From logits to tokens: the distribution a user asked for, one draw, the one acceptance rule.
+
+Greedy decoding is the one-hot case of the same code, without a generator. Nothing here waits for
+the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn from logits; filters apply in the order of the fields."""
+
+    temperature: float = 0.0
+    """Divides the logits; 0 is greedy: always the most probable token."""
+    top_k: int | None = None
+    """Keep the k most probable tokens; None keeps all."""
+    top_p: float | None = None
+    """Keep the fewest most probable tokens whose probabilities sum to at least this, in (0, 1];
+    None keeps all."""
+
+    def __post_init__(self) -> None:
+        """Check every field and name all faults at once."""
+        problems = []
+        if not 0.0 <= self.temperature < float("inf"):
+            problems.append(
+                f"temperature: {self.temperature}, give 0 (greedy) or a positive number"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k: {self.top_k}, give at least 1")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            problems.append(f"top_p: {self.top_p}, give a number above 0 and at most 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the distribution tokens are drawn from, filters applied.
+
+    Args:
+        logits: (..., vocab), any float dtype.
+        sampling: Temperature and filters.
+
+    Returns:
+        (..., vocab) fp32 (fp64 for fp64 logits), each row summing to 1; one-hot at the argmax
+        when greedy.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if sampling.temperature == 0.0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(dtype)
+    scaled = logits.to(dtype) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        top, index = scaled.topk(sampling.top_k, dim=-1)
+        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, index, top)
+    probs = scaled.softmax(-1)
+    if sampling.top_p is not None and sampling.top_p < 1.0:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        # A token stays while those before it have not yet reached top_p; the first always stays.
+        ordered = ordered * (ordered.cumsum(-1) - ordered < sampling.top_p)
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw token x with probability proportional to weights: (..., vocab); returns (...) int64.
+
+    argmax_x weights(x) / e(x) with e(x) ~ Exponential(1): the exponential race, which unlike
+    torch.multinomial never waits for the device. torch draws no e(x) = 0, so a weight of 0 never
+    wins against a positive one. Without a generator the weights must be one-hot, and nothing need
+    be drawn: drawing for a large vocabulary costs a CPU as much as a layer.
+    """
+    if generator is None:
+        return weights.argmax(-1)
+    race = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / race).argmax(-1)
+
+
+def accept(
+    draft_tokens: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Keep the longest accepted prefix of a draft and draw the token after it.
+
+    Leviathan et al. (arXiv 2211.17192), algorithm 1. With x_i ~ q_i drafted and u_i ~ U(0, 1):
+      n = the first i with u_i >= p_i(x_i) / q_i(x_i), d if there is none;
+      next ~ norm(max(0, p_n - q_n)) if n < d, else p_d.
+    Then x_0, ..., x_{n-1}, next are distributed as if drawn from p one by one. Greedy is the
+    one-hot case: x_i is accepted exactly when it is the argmax of p_i, and next is that argmax.
+
+    Args:
+        draft_tokens: (batch, d) int64, x_i drawn from q_i.
+        q: (batch, d, vocab), the draft's distributions.
+        p: (batch, d + 1, vocab), the full model's.
+        generator: Source of the u_i and of the last draw; None when q and p are one-hot.
+
+    Returns:
+        num_accepted: (batch,) int64, n in 0..d, and next_token: (batch,) int64.
+    """
+    d = draft_tokens.shape[1]
+    p_x = p[:, :d].gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)  # (batch, d)
+    q_x = q.gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)
+    # Any u in [0, 1) decides alike between one-hot distributions.
+    u = torch.zeros_like(p_x) if generator is None else p_x.clone().uniform_(generator=generator)
+    num_accepted = (u * q_x < p_x).long().cumprod(-1).sum(-1)
+    rows = torch.arange(len(p), device=p.device)
+    p_n = p[rows, num_accepted]  # (batch, vocab)
+    # q_d = 0: after a draft accepted whole the residual is p_d itself.
+    q_n = F.pad(q, (0, 0, 0, 1))[rows, num_accepted]
+    residual = (p_n - q_n).clamp_min(0.0)
+    # A rejection has p_n(x) < q_n(x), so some other token has p_n > q_n, unless rounding ate it.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0.0, residual, p_n)
+    return num_accepted, sample(residual, generator)

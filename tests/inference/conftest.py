@@ -1,0 +1,52 @@
+"""A small trained-run folder, made as training makes one but with random weights."""
+
+import json
+import random
+import warnings
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from data.preparation import PrepareConfig, prepare
+from models.checkpoint_format import MANIFEST, TOKENIZER, Manifest, file_entry
+from tests.models.test_llama import build, small
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "saw", "moon", "rise", "quiet", "hill", "caf\u00e9"]
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """A run folder with one checkpoint of a 4-layer model, and its dataset beside it."""
+    root = tmp_path_factory.mktemp("run")
+    draw = random.Random(0)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=60))}) for _ in range(60)]
+    (root / "corpus.jsonl").write_text("\n".join(lines))
+    config = PrepareConfig(
+        input=(str(root / "corpus.jsonl"),), vocab_size=290, validation_fraction=0.3
+    )
+    dataset = prepare(config, root / "data", workers=1)
+    folder = root / "run" / "checkpoints" / "step-00000007"
+    model = build(small(n_layers=4, n_kv_heads=2, vocab_size=dataset.vocab_size), seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)  # far from uniform, so that float rounding decides nothing
+    folder.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        save({"model": model.state_dict()}, storage_writer=FileSystemWriter(folder), no_dist=True)
+    (folder / TOKENIZER).write_bytes(dataset.tokenizer_path.read_bytes())
+    write_manifest(folder, model.config, dataset)
+    return root / "run"
+
+
+def write_manifest(folder, config, dataset):
+    Manifest(
+        step=7,
+        model=config,
+        config={"data": {"path": str(dataset.path)}},
+        tokenizer_fingerprint=dataset.tokenizer_fingerprint,
+        data_fingerprint=dataset.fingerprint,
+        world_size=1,
+        versions={},
+        files={p.name: file_entry(p) for p in folder.iterdir() if p.name != MANIFEST},
+    ).write(folder)

@@ -1,0 +1,109 @@
+"""The benchmark compares like with like and says what it measured."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from data.shards import TokenStream
+from inference import benchmark
+from inference.benchmark import expand_arms, held_out_prompts
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    benchmark.main()
+
+
+def test_the_command_measures_writes_and_draws(run_folder, monkeypatch, capsys, tmp_path):
+    run_command(
+        monkeypatch,
+        *("--run", run_folder, "--E", "1,3", "--d", "2", "--prompts", 3, "--prompt_tokens", 8),
+        *("--max_new_tokens", 12, "--repeats", 2, "--batch_size", 2),
+        *("--json", tmp_path / "a" / "out.json", "--plot", tmp_path / "plot.png"),
+    )
+    table = capsys.readouterr().out
+    result = json.loads((tmp_path / "a" / "out.json").read_text())
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert {"cpu", "torch", "threads", "date"} <= result["machine"].keys()
+    arms = {(arm["strategy"], arm["E"], arm["d"]): arm for arm in result["arms"]}
+    assert len(table.splitlines()) == 2 + len(arms) == 2 + 5
+    plain = arms["autoregressive", None, None]
+    assert plain["speedup"] == plain["same_tokens"] == 1.0
+    assert plain["layers_per_token"] == 4.0
+    assert arms["early_exit", 3, None]["layers_per_token"] == 3.0
+    for E in (1, 3):
+        arm = arms["self_speculative", E, 2]
+        assert arm["same_tokens"] == 1.0
+        assert arm["acceptance_rate"] <= arm["agreement"]
+        a, c = arm["agreement"], arm["draft_cost"]
+        assert arm["bound"] == pytest.approx((1 - a**3) / ((1 - a) * (1 + 2 * c)))
+        assert arm["share_of_bound"] == pytest.approx(arm["speedup"] / arm["bound"])
+        assert arm["verify_cost"] > 0
+
+
+def test_sampled_tokens_are_not_compared(run_folder, monkeypatch, tmp_path):
+    run_command(
+        monkeypatch,
+        *("--run", run_folder, "--strategies", "self_speculative", "--prompts", 1),
+        *("--prompt_tokens", 8, "--max_new_tokens", 4, "--repeats", 1, "--temperature", 1),
+        *("--json", tmp_path / "out.json"),
+    )
+    arms = json.loads((tmp_path / "out.json").read_text())["arms"]
+    assert [arm["same_tokens"] for arm in arms] == [None, None]
+
+
+def test_prompts_from_a_file_are_its_lines(run_folder, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the cat\n\nthe moon\n")
+    run_command(
+        monkeypatch,
+        *("--run", run_folder, "--strategies", "early_exit", "--max_new_tokens", 2),
+        *("--repeats", 1, "--prompt_file", tmp_path / "prompts.txt"),
+        *("--json", tmp_path / "out.json"),
+    )
+    prompts = json.loads((tmp_path / "out.json").read_text())["workload"]["prompts"]
+    assert len(prompts) == 2
+    assert prompts[0][0] == prompts[1][0] == 1  # BOS
+
+
+def test_arms_are_every_combination_once():
+    arms = expand_arms(["autoregressive", "early_exit", "self_speculative"], (1, 2), (3, 4), 8)
+    assert [(arm.name, arm.E, arm.d) for arm in arms] == [
+        ("autoregressive", None, None),
+        ("early_exit", 1, None),
+        ("early_exit", 2, None),
+        ("self_speculative", 1, 3),
+        ("self_speculative", 1, 4),
+        ("self_speculative", 2, 3),
+        ("self_speculative", 2, 4),
+    ]
+    with pytest.raises(ValueError, match="E: 8, self_speculative needs 1 to 7"):
+        expand_arms(["self_speculative"], (8,), (None,), 8)
+
+
+def test_prompts_are_spread_over_the_held_out_text():
+    stream = TokenStream([np.arange(100, dtype=np.uint16)])
+    assert held_out_prompts(stream, 3, 2) == [[0, 1], [33, 34], [66, 67]]
+    with pytest.raises(ValueError, match="need 120 held-out tokens but there are 100"):
+        held_out_prompts(stream, 4, 30)
+    with pytest.raises(ValueError, match="give at least 1 of each"):
+        held_out_prompts(stream, 0, 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--strategies", "oracle"), "strategy: oracle, give one of"),
+        (("--repeats", 0), "repeats: 0"),
+        (("--E", "1,x"), "argument --E: invalid integers value: '1,x'"),
+        (("--prompt_tokens", 200), "context of 96"),
+    ],
+)
+def test_a_users_error_is_one_line(run_folder, monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        run_command(monkeypatch, "--run", run_folder, "--prompts", 1, *arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in err
+    assert err.count("\n") == 1

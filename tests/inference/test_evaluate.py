@@ -1,0 +1,73 @@
+"""Every exit's loss and agreement, against a plain computation and a model known by heart."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import TokenStream
+from inference import evaluate
+from inference.evaluate import evaluate_exits
+from tests.models.test_llama import build, small
+
+
+def stream_of(count, vocab=61):
+    draw = np.random.default_rng(0)
+    return TokenStream([draw.integers(vocab, size=count).astype(np.uint16)])
+
+
+def test_measures_equal_a_plain_computation():
+    model = build(small(max_seq_len=16)).eval()
+    stream = stream_of(100)
+    exits, tokens = evaluate_exits(model, stream, bytes_per_token=2.5, max_tokens=90)
+    assert tokens == 80, "five windows of 16 fit into 90"
+    logits = []
+    for window in range(5):
+        ids = torch.from_numpy(stream.read(16 * window, 17))
+        _, states = model.run_layers(model.embed(ids[None, :-1]), 0, 3, exit_layers=range(3))
+        logits.append(torch.stack([model.exit_logits(states[l])[0] for l in range(3)]))
+    log_probs = torch.cat(logits, dim=1).log_softmax(-1)  # (exit, token, vocab)
+    labels = torch.from_numpy(stream.read(1, 80))
+    for l, quality in enumerate(exits):
+        loss = -log_probs[l, torch.arange(80), labels].mean().item()
+        choices = log_probs.argmax(-1)
+        assert (quality.l, quality.E) == (l, l + 1)
+        assert quality.loss == pytest.approx(loss, abs=1e-5)
+        assert quality.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+        assert quality.bits_per_byte == pytest.approx(loss / 2.5 / math.log(2), rel=1e-5)
+        assert quality.accuracy == pytest.approx((choices[l] == labels).float().mean().item())
+        assert quality.agreement == pytest.approx((choices[l] == choices[2]).float().mean().item())
+    assert exits[2].agreement == 1.0 > exits[0].agreement
+
+
+def test_a_model_that_knows_nothing_needs_log2_vocab_bits_per_token():
+    model = build(small(vocab_size=64)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    exits, _ = evaluate_exits(model, stream_of(50, 64), bytes_per_token=3.0, max_tokens=40)
+    for quality in exits:
+        assert quality.perplexity == pytest.approx(64, rel=1e-5)
+        assert quality.bits_per_byte == pytest.approx(6 / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "limit"), [(1, 10), (50, 0)])
+def test_too_few_tokens_are_refused(tokens, limit):
+    with pytest.raises(ValueError, match=r"give at least 1|prepare a larger dataset"):
+        evaluate_exits(build(small()), stream_of(tokens), bytes_per_token=1, max_tokens=limit)
+
+
+def test_the_command_prints_a_table_and_writes_json(run_folder, monkeypatch, capsys, tmp_path):
+    arguments = ["--run", run_folder, "--max_tokens", 300, "--json", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    evaluate.main()
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert lines[1].split()[:4] == ["l", "E", "loss", "perplexity"]
+    assert [line.split()[0] for line in lines[2:]] == ["0", "1", "2", "3"]
+    assert [f"{quality['loss']:.4f}" for quality in result["exits"]] == [
+        line.split()[2] for line in lines[2:]
+    ]
+    assert result["tokens"] == 288

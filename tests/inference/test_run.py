@@ -1,0 +1,62 @@
+"""A run opens with the model and the tokenizer it was trained with, or not at all."""
+
+import shutil
+
+import pytest
+import torch
+
+from data.preparation import PrepareConfig, prepare
+from data.tokenizer import train_tokenizer
+from inference.run import choose_device, load_run
+from models.checkpoint_format import TOKENIZER
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path):
+    path = tmp_path / "other.model"
+    train_tokenizer(["another text, another tokenizer " * 20], 275, path)
+    return path
+
+
+def test_a_run_and_its_checkpoint_folder_open_alike(run_folder):
+    one = load_run(run_folder, device="cpu")
+    other = load_run(run_folder / "checkpoints" / "step-00000007", device="cpu")
+    assert one.checkpoint == other.checkpoint
+    assert one.manifest.step == 7
+    assert one.model.head_weight.dtype == torch.float32
+    assert torch.equal(one.model.head_weight, other.model.head_weight)
+
+
+def test_weights_take_the_type_asked_for(run_folder):
+    run = load_run(run_folder, device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
+
+
+def test_another_tokenizer_is_refused(run_folder, other_tokenizer, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    shutil.copy(other_tokenizer, copy / "checkpoints" / "step-00000007" / TOKENIZER)
+    with pytest.raises(ValueError, match=r"tokenizer: .* but the checkpoint was trained with"):
+        load_run(copy)
+
+
+def test_data_of_another_tokenizer_is_refused(run_folder, other_tokenizer, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "one text"}\n{"text": "two texts"}\n')
+    prepare(
+        PrepareConfig(input=(str(corpus),), tokenizer=other_tokenizer), tmp_path / "data", workers=1
+    )
+    run = load_run(run_folder, device="cpu")
+    with pytest.raises(ValueError, match=r"data: .* was made with tokenizer"):
+        run.open_data(tmp_path / "data")
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no finished checkpoint"):
+        load_run(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device: cuda:99 is not available"):
+        choose_device("cuda:99")
+    with pytest.raises(ValueError, match="device: warp is not available"):
+        choose_device("warp")

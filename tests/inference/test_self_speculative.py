@@ -1,0 +1,179 @@
+"""Self-speculation decodes what the full model decodes: its tokens, its distribution, its KV."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from inference import self_speculative
+from inference.decode import Generation
+from inference.sampling import Sampling, probabilities, sample
+from inference.strategies import StrategyConfig
+from models.llama import apply_rope
+from tests.models.test_llama import build, small
+
+PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(small(n_layers=4, n_kv_heads=2)).eval().requires_grad_(False)
+
+
+def start(model, prompts, E=None, d=None, *, name="self_speculative", **options):
+    strategy = StrategyConfig(name=name, E=E, d=d).build(model.config.n_layers)
+    return Generation(model, prompts, strategy, **({"max_new_tokens": 30} | options))
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    return start(model, PROMPTS, name="autoregressive").finish().tokens
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("E", [1, 2, 3])
+def test_greedy_tokens_are_autoregressive_decodings(model, greedy, E, d):
+    together = start(model, PROMPTS, E, d).finish()
+    assert together.tokens == greedy
+    assert 0 < together.counters.accepted < together.counters.drafted
+    assert start(model, PROMPTS[:1], E, d).finish().tokens == greedy[:1]
+
+
+def test_drafts_of_a_model_whose_later_layers_do_nothing_are_all_accepted():
+    model = build(small(n_layers=4)).eval().requires_grad_(False)
+    for l in (2, 3):
+        model.layers[str(l)].attention.wo.weight.zero_()
+        model.layers[str(l)].feed_forward.w2.weight.zero_()
+    counters = start(model, PROMPTS, 2, 4).finish().counters
+    assert counters.acceptance_rate == 1.0
+    assert counters.tokens_per_round == 5.0
+
+
+def test_kv_of_draft_and_verify_is_kv_of_a_full_forward(model):
+    generation = start(model, PROMPTS, 2, 3)
+    for _ in range(6):
+        next(generation)
+    for row, prompt in enumerate(PROMPTS):
+        ids = prompt + generation.tokens[row]
+        tokens = torch.tensor([ids[:-1]])  # the last token is pending
+        seq = tokens.shape[1]
+        h = model.embed(tokens)
+        _, exits = model.run_layers(h, 0, 4, exit_layers=range(4))
+        cos, sin = model.rope_cos[:seq], model.rope_sin[:seq]
+        for l, x in enumerate([h, exits[0], exits[1], exits[2]]):
+            block = model.layers[str(l)]
+            normed = block.attention_norm(x)
+            k = block.attention.wk(normed).view(1, seq, 2, 8).transpose(1, 2)
+            v = block.attention.wv(normed).view(1, seq, 2, 8).transpose(1, 2)
+            cache = generation._state.cache
+            # One pass over the row and many over parts of it round differently.
+            close = {"atol": 1e-5, "rtol": 0}
+            torch.testing.assert_close(cache.values[l][row, :, :seq], v[0], **close)
+            torch.testing.assert_close(
+                cache.keys[l][row, :, :seq], apply_rope(k, cos, sin)[0], **close
+            )
+
+
+def poisoned(generation, value):
+    for buffer in generation._state.cache.keys + generation._state.cache.values:
+        buffer.fill_(value)
+    return generation.finish().tokens
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "early_exit", "self_speculative"])
+def test_one_row_reads_no_slot_nobody_wrote(model, name):
+    clean = start(model, PROMPTS[:1], 2, 5, name=name).finish().tokens
+    assert poisoned(start(model, PROMPTS[:1], 2, 5, name=name), torch.nan) == clean
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "early_exit", "self_speculative"])
+def test_ragged_rows_give_no_weight_to_slots_nobody_wrote(model, name):
+    # Inside a shorter row's window lie unwritten slots. Their weight is exactly 0, and 0 times a
+    # huge value is 0; 0 times NaN would be NaN, which is why the buffers begin as zeros.
+    clean = start(model, PROMPTS, 2, 5, name=name).finish().tokens
+    assert poisoned(start(model, PROMPTS, 2, 5, name=name), 1e30) == clean
+
+
+SAMPLINGS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=1.5, top_k=4),
+    Sampling(temperature=1.2, top_p=0.8),
+    Sampling(temperature=0.8, top_k=5, top_p=0.9),
+]
+VOCAB, LENGTH, ROWS = 6, 3, 4_000
+
+
+@pytest.fixture(scope="module")
+def biased_model():
+    """A model whose first exit and last layer disagree a good deal."""
+    model = build(small(n_layers=3, dim=16, n_heads=2, n_kv_heads=1, vocab_size=VOCAB), seed=5)
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith(("wo.weight", "w2.weight")):
+            weight.mul_(4)
+    return model.eval()
+
+
+def exact_joint(model, prompt, sampling):
+    """P(first LENGTH tokens), every sequence enumerated, each by one full forward."""
+    sequences = torch.tensor(list(product(range(VOCAB), repeat=LENGTH)))
+    tokens = torch.cat((torch.tensor(prompt).expand(len(sequences), -1), sequences), dim=1)
+    h, _ = model.run_layers(model.embed(tokens), 0, model.config.n_layers)
+    probs = probabilities(model.exit_logits(h).double(), sampling)[:, len(prompt) - 1 : -1]
+    return probs.gather(-1, sequences.unsqueeze(-1)).squeeze(-1).prod(-1)
+
+
+def excess(model, sampling, *, E, d):
+    """Pearson's chi-square over the joint, in standard deviations above what is expected.
+
+    Cells expected fewer than 5 times are pooled; a draw that is impossible gives infinity.
+    """
+    prompt = [1, 2, 3]
+    expected = exact_joint(model, prompt, sampling) * ROWS
+    generation = start(
+        model, [prompt] * ROWS, E, d, max_new_tokens=LENGTH, sampling=sampling, seed=11
+    ).finish()
+    tokens = torch.tensor(generation.tokens)
+    cells = (tokens * VOCAB ** torch.arange(LENGTH - 1, -1, -1)).sum(-1)
+    observed = cells.bincount(minlength=VOCAB**LENGTH).double()
+    if observed[expected == 0].any():
+        return float("inf")
+    rare = expected < 5
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    observed = torch.cat((observed[~rare], observed[rare].sum()[None]))
+    expected, observed = expected[expected > 0], observed[expected > 0]
+    freedom = len(expected) - 1
+    chi_square = ((observed - expected) ** 2 / expected).sum().item()
+    return (chi_square - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_sampled_tokens_have_the_full_models_distribution(biased_model, sampling, d):
+    assert excess(biased_model, sampling, E=1, d=d) < 4
+
+
+def greedy_draft(weights, generator):
+    return weights.argmax(-1)
+
+
+def residual_is_p(draft_tokens, q, p, generator):
+    num_accepted, _ = sampling_accept(draft_tokens, q, p, generator)
+    return num_accepted, sample(p[torch.arange(len(p)), num_accepted], generator)
+
+
+def accept_all(draft_tokens, q, p, generator):
+    d = draft_tokens.shape[1]
+    return torch.full((len(p),), d), sample(p[:, d], generator)
+
+
+sampling_accept = self_speculative.accept
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("sample", greedy_draft), ("accept", residual_is_p), ("accept", accept_all)],
+)
+def test_the_statistic_catches_a_biased_rule(biased_model, monkeypatch, name, wrong):
+    monkeypatch.setattr(self_speculative, name, wrong)
+    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2) > 20
