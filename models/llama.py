@@ -103,7 +103,7 @@ class KVCache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square layer norm (arXiv 1910.07467), computed in fp32."""
+    """Root-mean-square layer norm (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         """Make the norm of a residual stream `dim` wide."""
@@ -112,10 +112,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x / rms(x) * weight, shape and dtype of x."""
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        """Return x / rms(x) * weight, shape and dtype of x; computed in fp32 at least."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
