@@ -4,6 +4,7 @@ The exit after layer l runs E = l + 1 layers; l counts from 0.
 """
 
 import argparse
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from data.dataset import VALIDATION
 from data.shards import TokenStream
 from inference.cli import Parser, format_table, run_command, run_from, with_progress, write_json
+from inference.plot import write_exit_plot
 from models.llama import Llama
 
 _BATCH = 8
@@ -137,6 +139,17 @@ def build_parser() -> Parser:
         "--data", type=Path, metavar="DIR", help="dataset; the one trained on if not given"
     )
     parser.add_argument("--max_tokens", type=int, default=50_000, help="most tokens to predict")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="draw the loss at every exit here (PNG)"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="*",
+        default=(),
+        metavar="JSON",
+        help="files that --json wrote for other runs, to draw in the same picture",
+    )
     return parser
 
 
@@ -166,9 +179,14 @@ def evaluate(args: argparse.Namespace) -> None:
     header = ["l", "E", "loss", "perplexity", "bits/byte", "accuracy", "agreement"]
     print(f"{run.checkpoint}, step {run.manifest.step}, {tokens} tokens of {dataset.path}")
     print(format_table(header, rows))
+    if args.plot is not None:
+        curves = dict(_read_losses(path) for path in args.compare)
+        curves[run.manifest.config["name"]] = [quality.loss for quality in exits]
+        write_exit_plot(args.plot, curves)
     write_json(
         args.json,
         {
+            "name": run.manifest.config["name"],
             "checkpoint": str(run.checkpoint),
             "step": run.manifest.step,
             "data": str(dataset.path),
@@ -176,6 +194,15 @@ def evaluate(args: argparse.Namespace) -> None:
             "exits": [asdict(quality) for quality in exits],
         },
     )
+
+
+def _read_losses(path: Path) -> tuple[str, list[float]]:
+    """Return a run's name and its loss at every exit, out of what --json wrote."""
+    try:
+        content = json.loads(path.read_text())
+        return content["name"], [quality["loss"] for quality in content["exits"]]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"compare: {path} is not what --json writes, evaluate again") from None
 
 
 def main() -> None:

@@ -1,14 +1,36 @@
-"""The benchmark's picture: speedup of each arm, with its bound."""
+"""The pictures: speedup of each arm with its bound, and loss at every exit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from inference.measurement import ArmResult
 
 _COLORS = {"autoregressive": "0.6", "early_exit": "tab:orange", "self_speculative": "tab:blue"}
+
+
+def write_exit_plot(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
+    """Draw one curve of held-out loss by exit for each run, and write the picture to `path`.
+
+    Args:
+        path: A PNG file.
+        curves: By run name, the loss in nats per token of the exits l = 0, 1, ...
+    """
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, losses in curves.items():
+        axes.plot(range(1, len(losses) + 1), losses, marker="o", label=name)
+    axes.set_xlabel("E, layers run before the exit")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:

@@ -36,7 +36,7 @@ _LLAMA32 = RopeScaling(factor=32.0)
 # name: dim, layers, heads, kv heads, ffn, vocabulary, context
 SIZES: dict[str, LlamaConfig] = {
     "tiny": _size(32, 4, 4, 2, 64, 64, 64),
-    "demo": _size(192, 8, 3, 1, 512, 2048, 256),
+    "demo": _size(128, 8, 2, 1, 352, 2048, 256),
     "110m": _size(768, 12, 12, 12, 2048, 32000, 2048),
     "350m": _size(1024, 24, 16, 16, 2816, 32000, 2048),
     "layerskip_1.5b": _size(2048, 24, 16, 16, 5632, 32000, 4096),

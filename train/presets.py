@@ -27,22 +27,22 @@ def demo() -> TrainConfig:
     """LayerSkip from scratch in minutes on two CPU cores, on the corpus every machine has."""
     return TrainConfig(
         name="demo",
-        steps=600,
+        steps=500,
         model=SIZES["demo"],
         data=DataConfig(
             path="outputs/data/embedded-2048",
             input=EMBEDDED,
             seq_len=256,
-            global_batch_size=16,
-            microbatch_size=8,
+            global_batch_size=8,
+            microbatch_size=4,
         ),
-        optim=OptimConfig(lr=3e-3, warmup_steps=50),
+        optim=OptimConfig(lr=4e-3, warmup_steps=50),
         layer_dropout=LayerDropoutConfig(p_max=0.1),
         curriculum=CurriculumConfig(C="rot", R=7),
         early_exit=EarlyExitConfig(e_scale=0.2),
-        validate=ValidateConfig(interval_steps=200),
-        checkpoint=CheckpointConfig(interval_steps=200),
-        metrics=MetricsConfig(interval_steps=20),
+        validate=ValidateConfig(interval_steps=250),
+        checkpoint=CheckpointConfig(interval_steps=250),
+        metrics=MetricsConfig(interval_steps=25),
     )
 
 

@@ -60,7 +60,10 @@ def test_too_few_tokens_are_refused(tokens, limit):
 
 
 def test_the_command_prints_a_table_and_writes_json(run_folder, monkeypatch, capsys, tmp_path):
+    other = {"name": "other", "exits": [{"loss": 5.0 - l} for l in range(4)]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
     arguments = ["--run", run_folder, "--max_tokens", 300, "--json", tmp_path / "out.json"]
+    arguments += ["--plot", tmp_path / "plot.png", "--compare", tmp_path / "other.json"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     evaluate.main()
     lines = capsys.readouterr().out.splitlines()
@@ -71,3 +74,17 @@ def test_the_command_prints_a_table_and_writes_json(run_folder, monkeypatch, cap
         line.split()[2] for line in lines[2:]
     ]
     assert result["tokens"] == 288
+    assert result["name"] == "run"
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_to_compare_that_is_no_evaluation_is_one_line(
+    run_folder, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "other.json").write_text("{}")
+    arguments = ["--run", run_folder, "--max_tokens", 50, "--plot", tmp_path / "plot.png"]
+    arguments += ["--compare", tmp_path / "other.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert capsys.readouterr().err.startswith("error: compare: ")
