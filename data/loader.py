@@ -99,6 +99,11 @@ class TokenLoader:
         self._shuffle = shuffle
 
     @property
+    def global_batch_size(self) -> int:
+        """Sequences per step, over all ranks and microbatches."""
+        return self._global_batch_size
+
+    @property
     def windows(self) -> int:
         """Number of sequences in one epoch."""
         return (len(self._stream) - 1) // self._seq_len

@@ -7,7 +7,6 @@ nothing to save and nothing to restore. l = layer index from 0, t = step from 0;
 from dataclasses import dataclass
 from typing import Literal
 
-
 Curriculum = Literal["rot", "grad", "all", "none"]
 
 

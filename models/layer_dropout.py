@@ -126,11 +126,6 @@ class KeptRows:
         """Return layer l's choice."""
         return self.choices[l]
 
-    @property
-    def kept_layer_rows(self) -> list[int | None]:
-        """Number of rows each layer runs on; None means all of them."""
-        return [None if c.rows is None else c.rows.numel() for c in self.choices]
-
 
 def draw_kept_rows(
     drop_prob: Sequence[float],

@@ -25,26 +25,30 @@ class DataConfig:
     """Tokens per sequence."""
     global_batch_size: int = 256
     """Sequences per optimizer step, over all ranks."""
-    microbatch_size: int = 8
-    """Sequences per rank and forward pass. Gradient accumulation follows: global_batch_size /
-    (ranks * microbatch_size) microbatches per step."""
+    microbatch_size: int = 0
+    """Sequences per rank and forward pass; global_batch_size / (ranks * microbatch_size) of them
+    accumulate to one step. 0: a rank's whole share at once, without accumulation."""
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens in one global batch."""
         return self.global_batch_size * self.seq_len
 
+    def rows_at_once(self, world_size: int) -> int:
+        """Return the sequences of one microbatch on one of `world_size` ranks."""
+        return self.microbatch_size or self.global_batch_size // world_size
+
     def problems(self, world_size: int) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
         found = [
-            f"data.{name}: {getattr(self, name)}, must be at least 1"
-            for name in ("seq_len", "global_batch_size", "microbatch_size")
-            if getattr(self, name) < 1
+            f"data.{name}: {getattr(self, name)}, must be at least {least}"
+            for name, least in (("seq_len", 1), ("global_batch_size", 1), ("microbatch_size", 0))
+            if getattr(self, name) < least
         ]
-        if not found and self.global_batch_size % (world_size * self.microbatch_size):
+        if not found and self.global_batch_size % (world_size * max(self.microbatch_size, 1)):
             found.append(
                 f"data.global_batch_size: {self.global_batch_size} is not a multiple of "
-                f"{world_size} ranks * data.microbatch_size {self.microbatch_size}, "
+                f"{world_size} ranks * data.microbatch_size {self.microbatch_size or 1}, "
                 "change one of them"
             )
         return found
@@ -75,7 +79,7 @@ def train_loader(dataset: Dataset, config: DataConfig, runtime: Runtime, seed: i
         dataset.stream(TRAIN),
         seq_len=config.seq_len,
         global_batch_size=config.global_batch_size,
-        microbatch_size=config.microbatch_size,
+        microbatch_size=config.rows_at_once(runtime.world_size),
         seed=seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
@@ -91,11 +95,12 @@ def train_loader(dataset: Dataset, config: DataConfig, runtime: Runtime, seed: i
 
 def validation_loader(dataset: Dataset, config: DataConfig, runtime: Runtime) -> TokenLoader:
     """Return this rank's share of the held-out windows, in order, one microbatch per batch."""
+    rows = config.rows_at_once(runtime.world_size)
     return TokenLoader(
         dataset.stream(VALIDATION),
         seq_len=config.seq_len,
-        global_batch_size=config.microbatch_size * runtime.world_size,
-        microbatch_size=config.microbatch_size,
+        global_batch_size=rows * runtime.world_size,
+        microbatch_size=rows,
         seed=0,
         rank=runtime.rank,
         world_size=runtime.world_size,

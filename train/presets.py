@@ -34,7 +34,6 @@ def demo() -> TrainConfig:
             input=EMBEDDED,
             seq_len=256,
             global_batch_size=8,
-            microbatch_size=4,
         ),
         optim=OptimConfig(lr=4e-3, warmup_steps=50),
         layer_dropout=LayerDropoutConfig(p_max=0.1),

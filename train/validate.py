@@ -36,8 +36,7 @@ def validate(
     L = model.config.n_layers
     weights = dict.fromkeys(range(L), 0.0)
     sums = torch.zeros(L + 1, device=runtime.device)
-    batch_size = sum(len(m.tokens) for m in loader.batch(0)) * runtime.world_size
-    batches = max(min(config.sequences, loader.windows) // batch_size, 1)
+    batches = max(min(config.sequences, loader.windows) // loader.global_batch_size, 1)
     for _, microbatches in loader.batches(0, batches):
         for microbatch in microbatches:
             labels = microbatch.labels.to(runtime.device)
