@@ -5,12 +5,13 @@ curriculum, layer dropout and the learning rate are pure functions of t.
 """
 
 import logging
+import platform
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -96,7 +97,8 @@ def save_checkpoint(
             tokenizer_fingerprint=identity.tokenizer_fingerprint,
             data_fingerprint=identity.data_fingerprint,
             world_size=runtime.world_size,
-            versions={"torch": torch.__version__},
+            versions={"python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "torchtitan", "sentencepiece")},
             files=files,
         ).write(aside)
         shutil.rmtree(final, ignore_errors=True)

@@ -113,8 +113,10 @@ def start_logging() -> None:
         format=f"{prefix}%(message)s",
         force=True,
     )
-    logging.getLogger("torchtitan").setLevel(logging.WARNING)
-    logging.getLogger().handlers[0].addFilter(lambda record: record.name != "root")
+    # torchtitan logs by the root logger; of that, only warnings are for our users.
+    logging.getLogger().handlers[0].addFilter(
+        lambda record: record.name != "root" or record.levelno >= logging.WARNING
+    )
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.dataset import open_dataset
+from inference.evaluate import evaluate_exits
 from models.checkpoint_format import find_checkpoint, load_model
 from train import main as command
 from train.main import due, main
@@ -153,6 +155,28 @@ def test_help_lists_presets_and_documents_every_field(training):
     for field in ("--layer_dropout.p_max", "--curriculum.R", "--early_exit.e_scale", "--optim.lr"):
         assert field in help_text
     assert "Drop probability of the last layer" in " ".join(help_text.replace("│", " ").split())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(training, capsys, quiet):
+    wild = training.arguments(name="wild", optim__lr=1e30, optim__warmup_steps=0)
+    assert main(wild) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "nan at step 2" in line
+
+
+def test_training_and_inference_measure_the_same_held_out_loss(training, corpus):
+    status, output = training.run(name="both", steps=2, model__max_seq_len=16)
+    assert status == 0, output
+    run = training.output / "both"
+    model = load_model(find_checkpoint(run), device=torch.device("cpu"), dtype=torch.float32)
+    exits, tokens = evaluate_exits(
+        model, open_dataset(corpus).stream("validation"), bytes_per_token=1.0, max_tokens=8 * 16
+    )
+    assert tokens == 8 * 16
+    [record] = [r for r in records(run) if "validation/loss" in r]
+    for quality in exits:
+        assert record[f"validation/loss_exit_{quality.l:02d}"] == pytest.approx(quality.loss, 1e-5)
 
 
 def test_due_steps_are_the_multiples_and_the_last():

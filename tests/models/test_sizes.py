@@ -1,0 +1,45 @@
+"""Sizes, parameters and FLOPs, against published counts and numbers worked by hand."""
+
+import pytest
+import torch
+
+from models.flops import block_params, total_params, train_flops_per_token
+from models.llama import Llama
+from models.sizes import SIZES
+
+PUBLISHED = {
+    "llama1_7b": 6_738_415_616,
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
+    "llama3.2_1b": 1_235_814_400,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_counted_parameters_are_those_the_model_has(name):
+    with torch.device("meta"):
+        model = Llama(SIZES[name])
+    assert total_params(SIZES[name]) == sum(p.numel() for p in model.parameters())
+    assert SIZES[name].problems() == []
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_llama_sizes_have_the_published_number_of_parameters(name):
+    assert total_params(SIZES[name]) == PUBLISHED[name]
+
+
+def test_the_papers_model_has_its_shape():
+    config = SIZES["layerskip_1.5b"]
+    assert (config.n_layers, config.dim, config.n_heads, config.max_seq_len) == (24, 2048, 16, 4096)
+    assert config.vocab_size == 32000
+
+
+def test_flops_equal_numbers_worked_by_hand():
+    config = SIZES["tiny"]  # dim 32, 4 layers, 4 heads of 8, 2 kv heads, ffn 64, vocab 64
+    assert block_params(config) == 2 * 32 * 8 * 6 + 3 * 32 * 64 + 2 * 32
+    per_layer = 6 * block_params(config) + 6 * 32 * 10
+    head = 6 * 32 * 64
+    flops = train_flops_per_token(config, 10, mean_layers=3.5, mean_exits=2)
+    assert flops == pytest.approx(3.5 * per_layer + 2 * head)
