@@ -1,7 +1,7 @@
 """The command line of training: a preset, and any field of it overridden."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import tyro
 
@@ -19,17 +19,15 @@ def parse(arguments: Sequence[str], *, show: bool) -> TrainConfig:
         show: Whether this process may print help and tyro's own errors.
 
     Raises:
-        ValueError: If there is no such preset.
-        SystemExit: After --help, or on a field that does not exist or parse.
+        ValueError: If there is no such preset or field.
+        SystemExit: After --help, or on a value that does not parse; tyro has said why.
     """
     name, *rest = arguments if arguments else (DEFAULT_PRESET,)
     if name.startswith("-"):
         name, rest = DEFAULT_PRESET, list(arguments)
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise ValueError(f"preset: {name} does not exist, {hint}")
-    return tyro.cli(
+        raise ValueError(f"preset: {name} does not exist, {_suggest(name, [*PRESETS])}")
+    config, unknown = tyro.cli(
         TrainConfig,
         prog="train/main.py [PRESET]",
         description=_description(name),
@@ -37,8 +35,29 @@ def parse(arguments: Sequence[str], *, show: bool) -> TrainConfig:
         args=rest,
         use_underscores=True,
         console_outputs=show,
+        return_unknown_args=True,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+    if unknown:
+        options = [f"--{field}" for field in _field_names(config.as_dict())]
+        hint = _suggest(unknown[0].split("=")[0], options)
+        raise ValueError(f"option: {unknown[0]} does not exist, {hint}")
+    return config
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"choose one of {', '.join(known)}" if len(known) < 20 else "see --help"
+
+
+def _field_names(fields: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _field_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _description(chosen: str) -> str:

@@ -94,6 +94,7 @@ def test_offline_wandb_gets_the_metrics(training, monkeypatch):
         ({"curriculum__R": 0}, "error: curriculum.R: 0, must be at least 1 layer"),
         ({"model__n_heads": 3, "model__n_kv_heads": 3}, "n_heads: 3 does not divide model.dim 16"),
         ({"preset": "dmeo"}, "error: preset: dmeo does not exist, did you mean demo?"),
+        ({"layer_dropout__pmax": 1}, "option: --layer_dropout.pmax does not exist, did you mean"),
         ({"data__path": "no/such"}, "error: dataset no/such has no dataset.json"),
         ({"data__global_batch_size": 7}, "data.global_batch_size: 7 is not a multiple of"),
         ({"model__vocab_size": 200}, "error: model.vocab_size: 200 is smaller than the 400 ids"),
