@@ -30,7 +30,8 @@ python -m inference.evaluate --run "$run" --json "$reports/exits.json" --plot "$
 
 step "the same prompts, decoded three ways with the same weights"
 python -m inference.benchmark --run "$run" \
-  --strategies autoregressive,early_exit,self_speculative --E 2,3 --d 2,4 \
+  --strategies autoregressive,early_exit,self_speculative --E 2,3 --d 1,2 \
+  --prompts 4 --max_new_tokens 96 \
   --json "$reports/speed.json" --plot "$reports/speed.png"
 
 step "a sample"
