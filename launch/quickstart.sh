@@ -35,7 +35,8 @@ python -m inference.benchmark --run "$run" \
   --json "$reports/speed.json" --plot "$reports/speed.png"
 
 step "a sample"
-python -m inference.generate --run "$run" --strategy self_speculative --prompt "def "
+python -m inference.generate --run "$run" --strategy self_speculative --prompt "def " \
+  --temperature 0.7 --top_p 0.9
 
 step "done; pictures: $reports/exits.png, $reports/speed.png"
 echo "dashboard: tensorboard --logdir outputs    more text: python -m inference.generate --help"

@@ -26,6 +26,7 @@ TINY = {
     "data.seq_len": 16,
     "data.global_batch_size": 8,
     "data.microbatch_size": 2,
+    "optim.lr": 3e-3,
     "optim.warmup_steps": 2,
     "layer_dropout.p_max": 0.5,
     "curriculum.R": 3,
