@@ -7,6 +7,7 @@ curriculum, layer dropout and the learning rate are pure functions of t.
 import logging
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -161,6 +162,8 @@ def resume(
             return None
         manifest = verify(path)
         _check_identity(path, manifest, identity)
+        for change in differences(manifest.config, identity.config):
+            logger.warning("config: %s from step %d on", change, manifest.step)
         return manifest.step, path
 
     chosen = runtime.gather(runtime.on_every_rank(choose))[0]
@@ -206,6 +209,16 @@ def _tensors(model: Llama, optimizer: OptimizersContainer) -> dict[str, dict[str
     """Return all state that is saved: tensors only, so that nothing is ever unpickled."""
     moments = {k: v for k, v in optimizer.state_dict().items() if isinstance(v, Tensor)}
     return {"model": model.state_dict(), "optimizer": moments}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Say field by field what two resolved configurations differ in."""
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name} was {before}, is {after}"
 
 
 def _check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model, verify
 from tests.train.conftest import Training
-from train.checkpointer import newest_intact
+from train.checkpointer import differences, newest_intact
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,16 @@ def test_when_none_is_intact_training_stops(run):
         flip_bit(path / "__0_0.distcp")
     with pytest.raises(ValueError, match="none of the 3 .* is intact"):
         newest_intact(run / "checkpoints")
+
+
+def test_changes_of_the_configuration_are_named_field_by_field():
+    old = {"steps": 3, "optim": {"lr": 0.1, "eps": 1.0}, "model": {"rope_scaling": None}}
+    new = {"steps": 3, "optim": {"lr": 0.2, "eps": 1.0}, "model": {"rope_scaling": {"factor": 8}}}
+    assert list(differences(old, new)) == [
+        "optim.lr was 0.1, is 0.2",
+        "model.rope_scaling was None, is {'factor': 8}",
+    ]
+    assert not list(differences(old, old))
 
 
 def test_an_unfinished_checkpoint_is_no_checkpoint(run):
