@@ -170,10 +170,8 @@ def resume(
     if chosen is None:
         return 0
     t, path = chosen
-    state = _tensors(model, optimizer)
-    load(state, storage_reader=TensorReader(path))
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(optimizer.state_dict() | state["optimizer"])
+    # DCP writes into these tensors, which are the model's and the optimizer's own.
+    load(_tensors(model, optimizer), storage_reader=TensorReader(path))
     logger.info("checkpoint: resuming from %s, step %d", path, t)
     return t
 
@@ -200,8 +198,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     state = model.state_dict()
     reader = TensorReader(path)
     check_tensor_names(reader, "model.", set(state))
-    load({"model": state}, storage_reader=reader)
-    model.load_state_dict(state)
+    load({"model": state}, storage_reader=reader)  # in place
     logger.info("checkpoint: starting from the weights of %s", path)
 
 
