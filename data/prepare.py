@@ -160,6 +160,7 @@ def run(options: argparse.Namespace) -> None:
     dataset = prepare(config, options.output, workers=options.workers, overwrite=options.overwrite)
     print(format_table(dataset))
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(summarize(dataset), indent=2) + "\n")
 
 

@@ -205,3 +205,13 @@ class TokenStream:
             done += len(part)
             shard += 1
         return tokens
+
+    def spread(self, count: int, length: int) -> list[int]:
+        """Return where `count` windows of `length` + 1 tokens start, spread over the stream.
+
+        Windows overlap by one token, the last label of one and the first input of the next. Fewer
+        are returned where the stream has fewer.
+        """
+        windows = (len(self) - 1) // length
+        count = min(count, windows)
+        return [i * windows // count * length for i in range(count)]

@@ -183,6 +183,12 @@ def benchmark(args: argparse.Namespace) -> None:
     arms = expand_arms(
         args.strategies, args.E or (None,), args.d or (None,), run.model.config.n_layers
     )
+    deepest = max(arm.d or 0 for arm in arms)
+    if deepest + 2 > run.model.config.max_seq_len:
+        raise ValueError(
+            f"d: {deepest} drafted tokens do not fit the model's context of "
+            f"{run.model.config.max_seq_len}, give at most {run.model.config.max_seq_len - 2}"
+        )
     workload = Workload(
         prompts=_prompts(run, args),
         max_new_tokens=args.max_new_tokens,

@@ -10,7 +10,8 @@ from inference.counters import Counters
 from inference.kv_cache import StaticKVCache
 from inference.sampling import Sampling
 from inference.state import DecodeState, Strategy
-from models.llama import Llama, LlamaConfig
+from models.config import LlamaConfig
+from models.llama import Llama
 
 
 @dataclass(frozen=True)

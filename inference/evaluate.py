@@ -18,6 +18,7 @@ from data.dataset import VALIDATION
 from data.shards import TokenStream
 from inference.cli import Parser, format_table, run_command, run_from, with_progress, write_json
 from inference.plot import write_exit_plot
+from inference.run import Run
 from models.llama import Llama
 
 _BATCH = 8
@@ -46,18 +47,18 @@ class ExitQuality:
 
 @torch.inference_mode()
 def evaluate_exits(
-    model: Llama, stream: TokenStream, *, bytes_per_token: float, max_tokens: int
+    model: Llama, stream: TokenStream, *, bytes_per_token: float, max_tokens: int, seq_len: int
 ) -> tuple[list[ExitQuality], int]:
-    """Measure every exit on the first tokens of a stream.
+    """Measure every exit on windows spread evenly over a stream.
 
-    The stream is cut into windows of the model's context; each token but a window's first is
-    predicted from those before it in the window, and the last is the next window's first.
+    Each token but a window's first is predicted from those before it in the window.
 
     Args:
         model: In eval mode.
         stream: Held-out tokens.
         bytes_per_token: Of the text behind the stream, for bits per byte.
-        max_tokens: Most tokens to predict; at least one window is.
+        max_tokens: Tokens to predict, rounded down to whole windows, at least one.
+        seq_len: Tokens per window; fewer if the stream is shorter.
 
     Returns:
         The exits, in ascending l, and the number of tokens predicted.
@@ -69,20 +70,19 @@ def evaluate_exits(
         raise ValueError(f"max_tokens: {max_tokens}, give at least 1")
     if len(stream) < 2:
         raise ValueError(f"data: {len(stream)} held-out tokens, prepare a larger dataset")
-    seq = min(model.config.max_seq_len, len(stream) - 1)
-    windows = max(1, min(max_tokens, len(stream) - 1) // seq)
+    seq = min(seq_len, len(stream) - 1)
+    starts = stream.spread(max(1, max_tokens // seq), seq)
     sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
-    for first in with_progress(range(0, windows, _BATCH), "evaluating"):
-        starts = range(first, min(first + _BATCH, windows))
-        read = np.stack([stream.read(window * seq, seq + 1) for window in starts])
+    for first in with_progress(range(0, len(starts), _BATCH), "evaluating"):
+        read = np.stack([stream.read(start, seq + 1) for start in starts[first : first + _BATCH]])
         tokens = torch.from_numpy(read).to(model.head_weight.device)
         sums += _sums(model, tokens).cpu()
-    means = (sums / (windows * seq)).tolist()
+    means = (sums / (len(starts) * seq)).tolist()
     exits = [
         _quality(l, loss, accuracy, agreement, bytes_per_token=bytes_per_token)
         for l, (loss, accuracy, agreement) in enumerate(means)
     ]
-    return exits, windows * seq
+    return exits, len(starts) * seq
 
 
 def _quality(
@@ -138,7 +138,15 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="dataset; the one trained on if not given"
     )
-    parser.add_argument("--max_tokens", type=int, default=50_000, help="most tokens to predict")
+    parser.add_argument(
+        "--max_tokens",
+        type=int,
+        default=50_000,
+        help="tokens to predict, in windows spread over the split; rounded down to whole windows",
+    )
+    parser.add_argument(
+        "--seq_len", type=int, help="tokens per window; as in training if not given"
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="draw the loss at every exit here (PNG)"
     )
@@ -163,6 +171,7 @@ def evaluate(args: argparse.Namespace) -> None:
         dataset.stream(VALIDATION),
         bytes_per_token=split.text_bytes / split.tokens,
         max_tokens=args.max_tokens,
+        seq_len=_window(args.seq_len, run),
     )
     rows = [
         [
@@ -194,6 +203,14 @@ def evaluate(args: argparse.Namespace) -> None:
             "exits": [asdict(quality) for quality in exits],
         },
     )
+
+
+def _window(asked: int | None, run: Run) -> int:
+    seq_len: int = run.manifest.config["data"]["seq_len"] if asked is None else asked
+    longest = run.model.config.max_seq_len
+    if not 1 <= seq_len <= longest:
+        raise ValueError(f"seq_len: {seq_len}, give 1 to {longest}, the model's context")
+    return seq_len
 
 
 def _read_losses(path: Path) -> tuple[str, list[float]]:

@@ -112,6 +112,8 @@ def generate(args: argparse.Namespace) -> None:
     """Run the command."""
     run = run_from(args)
     config = StrategyConfig(name=args.strategy, E=args.E, d=args.d)
+    if any("\ud800" <= char <= "\udfff" for char in args.prompt):
+        raise ValueError("prompt: not valid UTF-8, give text")
     prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(args.prompt)]
     generation = Generation(
         run.model,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.llama import LlamaConfig
+from models.config import LlamaConfig
 
 
 class StaticKVCache:

@@ -168,7 +168,8 @@ def _summarise(
         draft_step = seconds[StrategyConfig(name="early_exit", E=arm.E)]
         draft_cost = draft_step / full_step
         verify_cost = (seconds[arm] - arm.d * draft_step) / full_step
-        bound = speedup_bound(counters.agreement or 0.0, arm.d, draft_cost)
+        if counters.agreement is not None:
+            bound = speedup_bound(counters.agreement, arm.d, draft_cost)
     return ArmResult(
         strategy=arm.name,
         E=arm.E,

@@ -7,7 +7,14 @@ import torch
 
 from data.dataset import Dataset, open_dataset
 from data.tokenizer import Tokenizer
-from models.checkpoint_format import TOKENIZER, Manifest, find_checkpoint, load_model, read_manifest
+from models.checkpoint_format import (
+    TOKENIZER,
+    Manifest,
+    file_entry,
+    find_checkpoint,
+    load_model,
+    read_manifest,
+)
 from models.llama import Llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,16 +59,18 @@ def load_run(path: Path, *, device: str = "auto", dtype: str | None = None) -> R
     """
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
-    tokenizer = Tokenizer(checkpoint / TOKENIZER)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+    file = checkpoint / TOKENIZER
+    fingerprint = file_entry(file)["sha256"] if file.is_file() else "missing"
+    if fingerprint != manifest.tokenizer_fingerprint:
         raise ValueError(
-            f"tokenizer: {tokenizer.path} is {tokenizer.fingerprint[:12]} but the checkpoint was "
-            f"trained with {manifest.tokenizer_fingerprint[:12]}, put that tokenizer.model back"
+            f"tokenizer: {file} is {str(fingerprint)[:12]} but the checkpoint was trained with "
+            f"{manifest.tokenizer_fingerprint[:12]}, put that tokenizer.model back"
         )
     place = choose_device(device)
     if dtype is None:
         dtype = "bfloat16" if place.type == "cuda" else "float32"
     model = load_model(checkpoint, device=place, dtype=DTYPES[dtype])
+    tokenizer = Tokenizer(file)
     return Run(checkpoint, manifest, tokenizer, model)
 
 
@@ -76,6 +85,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         raise ValueError(f"device: {name} is not available, give auto or cpu") from None
     return device

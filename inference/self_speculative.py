@@ -30,7 +30,9 @@ class SelfSpeculative:
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with E and d for a model of n_layers layers."""
         found = []
-        if not 1 <= self.E < n_layers:
+        if n_layers == 1:
+            found.append("strategy: self_speculative needs at least 2 layers, this model has 1")
+        elif not 1 <= self.E < n_layers:
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         if self.d < 1:
             found.append(f"d: {self.d}, give at least 1 drafted token")

@@ -99,12 +99,12 @@ def _sums_and_gradients(
     head_grad = torch.zeros_like(head_weight, dtype=torch.float32) if head_gradient else None
     for k, h in enumerate(hidden):
         rows = h.flatten(0, -2)
-        row_grads = torch.empty_like(rows) if weights is not None else None
+        row_grads = torch.zeros_like(rows) if weights is not None else None
         for begin in range(0, rows.shape[0], chunk_rows):
             chunk = slice(begin, begin + chunk_rows)
             loss_sum, logits_grad = _chunk_loss(rows[chunk], head_weight, flat_labels[chunk])
             sums[k] += loss_sum
-            if row_grads is not None and weights is not None:
+            if row_grads is not None and weights is not None and weights[k]:
                 logits_grad = logits_grad.mul_(weights[k]).to(rows.dtype)
                 torch.mm(logits_grad, head_weight, out=row_grads[chunk])
                 if head_grad is not None:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from models.llama import Llama, LlamaConfig
+from models.config import LlamaConfig
+from models.llama import Llama
 from models.rope import RopeScaling
 
 MANIFEST = "manifest.json"
@@ -77,13 +79,19 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(
             f"checkpoint: {checkpoint} has no {MANIFEST}, name a finished checkpoint"
         ) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"checkpoint: {path} is damaged ({error}), use another checkpoint"
         ) from None
-    if fields.pop("format", None) != _FORMAT:
-        raise ValueError(f"checkpoint: {path} is not of format {_FORMAT}, use the version it names")
-    return Manifest(**(fields | {"model": model_config_from_dict(fields["model"])}))
+    try:
+        if fields.pop("format") != _FORMAT:
+            raise ValueError("another format")
+        return Manifest(**(fields | {"model": model_config_from_dict(fields["model"])}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: {path} is no manifest of format {_FORMAT} ({error}), use another "
+            "checkpoint or the version that wrote it"
+        ) from None
 
 
 def file_entry(path: Path) -> dict[str, int | str]:
@@ -99,9 +107,15 @@ def verify(checkpoint: Path) -> Manifest:
     """Compare every file of a checkpoint with its manifest.
 
     Raises:
-        ValueError: Naming the file that is missing, cut short or changed.
+        ValueError: Naming the file that is missing, cut short, changed or not listed.
     """
     manifest = read_manifest(checkpoint)
+    present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    if unlisted := sorted(present - set(manifest.files)):
+        raise ValueError(
+            f"checkpoint: {checkpoint / unlisted[0]} is not listed in {MANIFEST}, remove it if it "
+            "is not part of the checkpoint, else use another checkpoint"
+        )
     for name, expected in manifest.files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -197,16 +211,17 @@ class _AllowListUnpickler(pickle.Unpickler):
         raise ValueError(f"checkpoint: .metadata names {module}.{name}, which is not allowed")
 
 
-def check_tensor_names(reader: TensorReader, prefix: str, expected: set[str]) -> None:
-    """Refuse a checkpoint whose tensors under `prefix` are not exactly the expected ones.
+def check_tensors(reader: TensorReader, prefix: str, state: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint whose tensors under `prefix` are not those of `state`, shape by shape.
 
     DCP itself passes over what the model lacks, so a deeper checkpoint would load half.
     """
     stored = {
-        name.removeprefix(prefix)
-        for name in reader.read_metadata().state_dict_metadata
-        if name.startswith(prefix)
+        (name.removeprefix(prefix), tuple(entry.size))
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
+    expected = {(name, tuple(value.shape)) for name, value in state.items()}
     if stored != expected:
         missing, unknown = sorted(expected - stored), sorted(stored - expected)
         raise ValueError(
@@ -232,7 +247,7 @@ def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) ->
     model.to_empty(device="cpu")
     reader = TensorReader(checkpoint)
     state = model.state_dict()
-    check_tensor_names(reader, "model.", set(state))
+    check_tensors(reader, "model.", state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is intended here
         load({"model": state}, storage_reader=reader, no_dist=True)

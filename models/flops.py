@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of a Llama, with and without exits."""
 
-from models.llama import LlamaConfig
+from models.config import LlamaConfig
 
 
 def block_params(config: LlamaConfig) -> int:

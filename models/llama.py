@@ -8,7 +8,6 @@ Hugging Face checkpoints, so weights pass between the two by renaming alone.
 
 import zlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,69 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.config import LlamaConfig
 from models.layer_dropout import KeptRows, run_kept_rows
-from models.rope import RopeScaling, apply_rope, rope_frequencies
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """The shape of a Llama model. Names as Meta writes them."""
-
-    dim: int
-    """Width of the residual stream."""
-    n_layers: int
-    """Number of transformer blocks, L."""
-    n_heads: int
-    """Number of query heads."""
-    n_kv_heads: int
-    """Number of key and value heads; divides n_heads (equal: MHA, fewer: GQA)."""
-    ffn_dim: int
-    """Width of the SwiGLU feed-forward layer."""
-    vocab_size: int
-    """Number of token ids."""
-    max_seq_len: int
-    """Longest context in tokens; the rotary table has this many rows."""
-    norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
-    rope_theta: float = 10000.0
-    """Base of the rotary wavelengths."""
-    rope_scaling: RopeScaling | None = None
-    """Llama 3 frequency scaling, or None."""
-    tie_embeddings: bool = False
-    """Use the token embedding as the LM head."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with the fields, one line each; empty when nothing is."""
-        found = [
-            f"model.{name}: {getattr(self, name)}, must be at least 1"
-            for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
-            if getattr(self, name) < 1
-        ]
-        if found:
-            return found
-        if self.dim % self.n_heads:
-            found.append(
-                f"model.n_heads: {self.n_heads} does not divide model.dim {self.dim}, "
-                "choose a divisor"
-            )
-        elif self.head_dim % 2:
-            found.append(
-                f"model.n_heads: {self.n_heads} gives an odd head width {self.head_dim}, "
-                "rotary embeddings need an even one"
-            )
-        if self.n_heads % self.n_kv_heads:
-            found.append(
-                f"model.n_kv_heads: {self.n_kv_heads} does not divide model.n_heads "
-                f"{self.n_heads}, choose a divisor"
-            )
-        if self.max_seq_len < 2:
-            found.append(f"model.max_seq_len: {self.max_seq_len}, must be at least 2")
-        return found
+from models.rope import apply_rope, rope_frequencies
 
 
 class LayerKV(Protocol):

@@ -1,6 +1,6 @@
 """The table of model sizes, one line each."""
 
-from models.llama import LlamaConfig
+from models.config import LlamaConfig
 from models.rope import RopeScaling
 
 

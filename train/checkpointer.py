@@ -17,18 +17,20 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
     TensorReader,
-    check_tensor_names,
+    check_tensors,
     checkpoint_steps,
     file_entry,
     find_checkpoint,
     verify,
 )
-from models.llama import Llama, LlamaConfig
+from models.config import LlamaConfig
+from models.llama import Llama
 from train.runtime import Runtime
 from train.titan import OptimizersContainer
 
@@ -76,7 +78,12 @@ def save_checkpoint(
     identity: RunIdentity,
     runtime: Runtime,
 ) -> None:
-    """Write `folder`/step-t; every rank calls this. The folder has its name only once whole."""
+    """Write `folder`/step-t; every rank calls this. The folder has its name only once whole.
+
+    Raises:
+        FloatingPointError: If a weight is not finite; nothing is written then.
+    """
+    _refuse_non_finite(model, t, runtime)
     final = folder / f"step-{t:08d}"
     aside = folder / f"step-{t:08d}.tmp"
     if runtime.is_main:
@@ -117,20 +124,29 @@ def delete_old_checkpoints(folder: Path, keep_latest: int) -> None:
         shutil.rmtree(path)
 
 
-def newest_intact(folder: Path) -> Path | None:
+def newest_intact(folder: Path) -> tuple[Path, Manifest] | None:
     """Return the newest checkpoint that verifies, or None where there is none at all.
+
+    Newer ones, all damaged, are set aside as step-*.damaged, so that they are neither kept in
+    place of good ones nor looked at again.
 
     Raises:
         ValueError: If there are checkpoints and every one is damaged.
     """
     paths = list(checkpoint_steps(folder).values())
+    damaged = []
     for path in reversed(paths):
         try:
-            verify(path)
+            manifest = verify(path)
         except ValueError as error:
             logger.warning("%s", error)
+            damaged.append(path)
         else:
-            return path
+            for bad in damaged:
+                aside = bad.with_name(bad.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+            return path, manifest
     if paths:
         raise ValueError(
             f"checkpoint: none of the {len(paths)} in {folder} is intact, "
@@ -157,10 +173,10 @@ def resume(
     """
 
     def choose() -> tuple[int, Path] | None:
-        path = newest_intact(folder) if runtime.is_main else None
-        if path is None:
+        found = newest_intact(folder) if runtime.is_main else None
+        if found is None:
             return None
-        manifest = verify(path)
+        path, manifest = found
         _check_identity(path, manifest, identity)
         for change in differences(manifest.config, identity.config):
             logger.warning("config: %s from step %d on", change, manifest.step)
@@ -197,9 +213,23 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     path = runtime.on_every_rank(choose)
     state = model.state_dict()
     reader = TensorReader(path)
-    check_tensor_names(reader, "model.", set(state))
+    check_tensors(reader, "model.", state)
     load({"model": state}, storage_reader=reader)  # in place
     logger.info("checkpoint: starting from the weights of %s", path)
+
+
+def _refuse_non_finite(model: Llama, t: int, runtime: Runtime) -> None:
+    """Raise on every rank if any rank's part of the weights is not finite."""
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if not (value.to_local() if isinstance(value, DTensor) else value).isfinite().all()
+    ]
+    if found := sorted(name for names in runtime.gather(bad) for name in names):
+        raise FloatingPointError(
+            f"{found[0]} is not finite after step {t}, so no checkpoint was written, lower optim.lr"
+            " and start again from the last one"
+        )
 
 
 def _tensors(model: Llama, optimizer: OptimizersContainer) -> dict[str, dict[str, Tensor]]:

@@ -38,6 +38,8 @@ def parse(arguments: Sequence[str], *, show: bool) -> TrainConfig:
         return_unknown_args=True,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
+    if unknown and unknown[0] in PRESETS:
+        raise ValueError(f"preset: {unknown[0]} comes after an option, name the preset first")
     if unknown:
         options = [f"--{field}" for field in _field_names(config.as_dict())]
         hint = _suggest(unknown[0].split("=")[0], options)

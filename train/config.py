@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loss.curriculum import CurriculumConfig
-from loss.early_exit import EarlyExitConfig
+from loss.curriculum import CurriculumConfig, active_layers
+from loss.early_exit import EarlyExitConfig, e_tilde
+from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
-from models.llama import LlamaConfig
 from train.checkpointer import CheckpointConfig
 from train.corpus import DataConfig
 from train.metrics import MetricsConfig
@@ -64,8 +64,12 @@ class TrainConfig:
         ]
         if self.steps < 1:
             found.append(f"steps: {self.steps}, must be at least 1")
-        if self.seed < 0:
-            found.append(f"seed: {self.seed}, must not be negative")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed: {self.seed}, must lie in [0, 2^63)")
+        if self.runtime.timeout_seconds < 1:
+            found.append(
+                f"runtime.timeout_seconds: {self.runtime.timeout_seconds}, must be at least 1"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             found.append(f"name: {self.name!r}, must be a plain folder name")
         if self.data.seq_len > self.model.max_seq_len:
@@ -73,15 +77,21 @@ class TrainConfig:
                 f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len "
                 f"{self.model.max_seq_len}, shorten one or raise the other"
             )
-        rotation = self.curriculum
-        rotates_alone = rotation.C == "rot" and not rotation.last_layer_always_on
-        if rotates_alone and self.model.n_layers < rotation.R:
-            found.append(
-                f"curriculum.R: {rotation.R} is more than model.n_layers {self.model.n_layers}, "
-                "which leaves steps without a loss, lower it or set "
-                "curriculum.last_layer_always_on"
-            )
+        if not found:
+            found += self._empty_steps()
         return found
+
+    def _empty_steps(self) -> list[str]:
+        """Return a line if the curriculum has steps whose weights e_tilde are all 0."""
+        L, T = self.model.n_layers, self.steps
+        for t in range(min(self.curriculum.R, T)):
+            active = active_layers(t, L=L, T=T, config=self.curriculum)
+            if not any(e_tilde(active, L, self.early_exit.e_scale).values()):
+                return [
+                    f"curriculum.last_layer_always_on: False leaves step {t} with the exits "
+                    f"{list(active)}, whose weights are 0, set it to True or lower curriculum.R"
+                ]
+        return []
 
     def check(self, world_size: int) -> None:
         """Raise a ValueError with every problem, one line each, if there is any."""

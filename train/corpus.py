@@ -7,6 +7,7 @@ from pathlib import Path
 from data.dataset import TRAIN, VALIDATION, Dataset, open_dataset
 from data.loader import TokenLoader
 from data.preparation import PrepareConfig, prepare
+from data.shards import TokenStream
 from train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,10 @@ class DataConfig:
             if getattr(self, name) < least
         ]
         if not found and self.global_batch_size % (world_size * max(self.microbatch_size, 1)):
+            rows = f" * data.microbatch_size {self.microbatch_size}" if self.microbatch_size else ""
             found.append(
                 f"data.global_batch_size: {self.global_batch_size} is not a multiple of "
-                f"{world_size} ranks * data.microbatch_size {self.microbatch_size or 1}, "
-                "change one of them"
+                f"{world_size} ranks{rows}, change one of them"
             )
         return found
 
@@ -93,16 +94,16 @@ def train_loader(dataset: Dataset, config: DataConfig, runtime: Runtime, seed: i
     return loader
 
 
-def validation_loader(dataset: Dataset, config: DataConfig, runtime: Runtime) -> TokenLoader:
-    """Return this rank's share of the held-out windows, in order, one microbatch per batch."""
-    rows = config.rows_at_once(runtime.world_size)
-    return TokenLoader(
-        dataset.stream(VALIDATION),
-        seq_len=config.seq_len,
-        global_batch_size=rows * runtime.world_size,
-        microbatch_size=rows,
-        seed=0,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        shuffle=False,
-    )
+def validation_stream(dataset: Dataset, config: DataConfig) -> TokenStream:
+    """Return the held-out tokens.
+
+    Raises:
+        ValueError: If they are fewer than one sequence.
+    """
+    stream = dataset.stream(VALIDATION)
+    if len(stream) <= config.seq_len:
+        raise ValueError(
+            f"data.seq_len: {config.seq_len} needs {config.seq_len + 1} tokens but the validation "
+            f"split of {config.path} has {len(stream)}, shorten it or hold out more"
+        )
+    return stream

@@ -18,13 +18,19 @@ from train.checkpointer import (
 )
 from train.command_line import parse
 from train.config import TrainConfig
-from train.corpus import open_corpus, train_loader, validation_loader
+from train.corpus import open_corpus, train_loader, validation_stream
 from train.layerskip import LayerSkipSchedule
 from train.metrics import open_metrics
 from train.optim import build_optimizer
 from train.parallelize import build_model
 from train.report import StepReport, exit_metrics, step_line, validation_line
-from train.runtime import Runtime, is_main_process, start_logging, start_runtime
+from train.runtime import (
+    Runtime,
+    is_main_process,
+    launched_ranks,
+    start_logging,
+    start_runtime,
+)
 from train.step import train_step
 from train.titan import GarbageCollection
 from train.validate import validate
@@ -34,10 +40,9 @@ logger = logging.getLogger(__name__)
 
 def train(config: TrainConfig, runtime: Runtime) -> None:
     """Train from the newest checkpoint of the run, or from step 0, to the last step."""
-    runtime.on_every_rank(lambda: config.check(runtime.world_size))
     dataset = runtime.main_first(lambda: open_corpus(config.data, config.model.vocab_size))
     loader = runtime.on_every_rank(lambda: train_loader(dataset, config.data, runtime, config.seed))
-    held_out = runtime.on_every_rank(lambda: validation_loader(dataset, config.data, runtime))
+    held_out = runtime.on_every_rank(lambda: validation_stream(dataset, config.data))
     layerskip = LayerSkipSchedule(
         layer_dropout=config.layer_dropout,
         curriculum=config.curriculum,
@@ -87,6 +92,8 @@ def train(config: TrainConfig, runtime: Runtime) -> None:
                     held_out,
                     config.validate,
                     runtime,
+                    seq_len=config.data.seq_len,
+                    rows=config.data.rows_at_once(runtime.world_size),
                     chunk_rows=config.early_exit.chunk_rows,
                 )
                 metrics.log(exit_metrics("validation", dict(enumerate(losses)), len(losses)), done)
@@ -129,12 +136,15 @@ def main(arguments: Sequence[str]) -> int:
     speaks = is_main_process()
     try:
         config = parse(arguments, show=speaks)
+        config.check(launched_ranks())
     except ValueError as error:
         return fail(error) if speaks else 2
     try:
         with start_runtime(config.runtime, config.seed) as runtime:
             train(config, runtime)
-    except (ValueError, FloatingPointError) as error:
+    except FloatingPointError as error:  # agreed on by all ranks
+        return fail(error) if speaks else 2
+    except (ValueError, OSError) as error:
         return fail(error)
     return 0
 

@@ -36,6 +36,9 @@ class OptimConfig:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
         checks = [
             ("lr", self.lr > 0, "must be positive"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "must lie in [0, 1)"),
+            ("eps", self.eps > 0, "must be positive"),
+            ("weight_decay", self.weight_decay >= 0, "must not be negative"),
             ("max_grad_norm", self.max_grad_norm > 0, "must be positive"),
             ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
             ("decay_fraction", 0 <= self.decay_fraction <= 1, "must lie in [0, 1]"),

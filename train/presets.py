@@ -2,7 +2,8 @@
 
 The presets of the paper carry its hyperparameters (LayerSkip, arXiv 2404.16710, section 5 and
 tables 8 to 10). It gives no optimizer, warmup, decay or weight decay: those are ours. Batch sizes
-are its batch per GPU times its GPUs; where it gives tokens instead, they are derived.
+are its batch per GPU times its GPUs; where it gives tokens instead, they are derived. How many
+sequences a GPU takes at once, microbatch_size, is ours.
 """
 
 import dataclasses
@@ -97,7 +98,7 @@ def continual_llama3_8b() -> TrainConfig:
     """The paper's continual pretraining of Llama-3 8B: 419B tokens. Its LR is not given."""
     return _paper(
         "continual_llama3_8b", "llama3_8b", p_max=0.1, e_scale=0.1, R=8, lr=3e-5,
-        global_batch_size=1024, microbatch_size=1, init_from="outputs/llama3_8b",
+        global_batch_size=1024, init_from="outputs/llama3_8b",
     )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def continual_llama3_2_1b() -> TrainConfig:
     """The paper's continual pretraining of Llama-3.2 1B: 839B tokens. Its LR is not given."""
     return _paper(
         "continual_llama3_2_1b", "llama3.2_1b", p_max=0.1, e_scale=0.1, R=8, lr=3e-5,
-        global_batch_size=2048, microbatch_size=2, init_from="outputs/llama3.2_1b",
+        global_batch_size=2048, init_from="outputs/llama3.2_1b",
     )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def finetune_topv2() -> TrainConfig:
     """The paper's finetuning of its 1.5B on TOPv2: 8 GPUs, batch 32 each. seq_len is ours."""
     return _paper(
         "finetune_topv2", "layerskip_1.5b", p_max=0.2, e_scale=1.0, C="grad", lr=1e-4,
-        steps=5_800, global_batch_size=256, microbatch_size=32, seq_len=512,
+        steps=5_800, global_batch_size=256, microbatch_size=8, seq_len=512,
         init_from="outputs/scratch_1_5b",
     )  # fmt: skip
 
@@ -161,7 +162,7 @@ def _paper(
     S: TimeSchedule = "constant",
     steps: int = 50_000,
     global_batch_size: int = 128,
-    microbatch_size: int = 4,
+    microbatch_size: int = 1,
     seq_len: int | None = None,
     init_from: str = "",
 ) -> TrainConfig:

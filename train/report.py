@@ -57,6 +57,12 @@ class StepReport:
             for l, (total, count) in enumerate(zip(flat[:L], flat[L:], strict=True))
             if count
         }
+        for l, loss in means.items():
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss of the exit after layer {l} is {loss} within the {self._steps} steps up "
+                    f"to {done_steps}, lower optim.lr and resume"
+                )
         metrics = {
             "train/J": J / self._steps,
             **exit_metrics("train", means, L),
@@ -71,8 +77,7 @@ class StepReport:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{name} is {value} at step {done_steps}, lower optim.lr or resume from an "
-                    "earlier checkpoint"
+                    f"{name} is {value} at step {done_steps}, lower optim.lr and resume"
                 )
         self._clear()
         return metrics

@@ -104,6 +104,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def launched_ranks() -> int:
+    """Return how many ranks torchrun has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start_logging() -> None:
     """Send INFO of rank 0, and WARNING of every other rank with its number, to stderr."""
     rank = int(os.environ.get("RANK", "0"))
@@ -126,7 +131,7 @@ def start_runtime(config: RuntimeConfig, seed: int) -> Iterator[Runtime]:
     Reads what torchrun sets; without torchrun the process is alone.
     """
     rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_ranks()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from models.config import LlamaConfig
 from models.flops import train_flops_per_token
-from models.llama import LlamaConfig
 from train.runtime import Runtime
 from train.titan import get_peak_flops
 

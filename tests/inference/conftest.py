@@ -43,7 +43,7 @@ def write_manifest(folder, config, dataset):
     Manifest(
         step=7,
         model=config,
-        config={"name": "run", "data": {"path": str(dataset.path)}},
+        config={"name": "run", "data": {"path": str(dataset.path), "seq_len": 96}},
         tokenizer_fingerprint=dataset.tokenizer_fingerprint,
         data_fingerprint=dataset.fingerprint,
         world_size=1,

@@ -22,7 +22,7 @@ def stream_of(count, vocab=61):
 def test_measures_equal_a_plain_computation():
     model = build(small(max_seq_len=16)).eval()
     stream = stream_of(100)
-    exits, tokens = evaluate_exits(model, stream, bytes_per_token=2.5, max_tokens=90)
+    exits, tokens = evaluate_exits(model, stream, bytes_per_token=2.5, max_tokens=90, seq_len=16)
     assert tokens == 80, "five windows of 16 fit into 90"
     logits = []
     for window in range(5):
@@ -47,7 +47,9 @@ def test_a_model_that_knows_nothing_needs_log2_vocab_bits_per_token():
     model = build(small(vocab_size=64)).eval()
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    exits, _ = evaluate_exits(model, stream_of(50, 64), bytes_per_token=3.0, max_tokens=40)
+    exits, _ = evaluate_exits(
+        model, stream_of(50, 64), bytes_per_token=3.0, max_tokens=40, seq_len=96
+    )
     for quality in exits:
         assert quality.perplexity == pytest.approx(64, rel=1e-5)
         assert quality.bits_per_byte == pytest.approx(6 / 3, rel=1e-5)
@@ -56,7 +58,9 @@ def test_a_model_that_knows_nothing_needs_log2_vocab_bits_per_token():
 @pytest.mark.parametrize(("tokens", "limit"), [(1, 10), (50, 0)])
 def test_too_few_tokens_are_refused(tokens, limit):
     with pytest.raises(ValueError, match=r"give at least 1|prepare a larger dataset"):
-        evaluate_exits(build(small()), stream_of(tokens), bytes_per_token=1, max_tokens=limit)
+        evaluate_exits(
+            build(small()), stream_of(tokens), bytes_per_token=1, max_tokens=limit, seq_len=96
+        )
 
 
 def test_the_command_prints_a_table_and_writes_json(run_folder, monkeypatch, capsys, tmp_path):

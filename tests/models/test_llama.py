@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.llama import Llama, LlamaConfig
+from models.config import LlamaConfig
+from models.llama import Llama
 from models.rope import RopeScaling
 
 

@@ -55,7 +55,7 @@ class Training:
 
     def arguments(self, *, preset="demo", **overrides):
         fields = self.fields | {k.replace("__", "."): v for k, v in overrides.items()}
-        options = [[f"--{k}"] if v is None else [f"--{k}", str(v)] for k, v in fields.items()]
+        options = [[f"--{k}", *str("" if v is None else v).split()] for k, v in fields.items()]
         return [preset, *(word for option in options for word in option)]
 
     def command(self, *, ranks=0, **arguments):

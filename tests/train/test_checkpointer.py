@@ -8,7 +8,13 @@ import shutil
 import pytest
 import torch
 
-from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model, verify
+from models.checkpoint_format import (
+    checkpoint_steps,
+    file_entry,
+    find_checkpoint,
+    load_model,
+    verify,
+)
 from tests.train.conftest import Training
 from train.checkpointer import differences, newest_intact
 
@@ -46,11 +52,15 @@ def remove(path):
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "tokenizer.model"])
 def test_damage_is_found_and_the_next_older_is_taken(run, damage, name):
     folder = run / "checkpoints"
-    assert newest_intact(folder).name == "step-00000008"
+    assert newest_intact(folder)[0].name == "step-00000008"
     damage(folder / "step-00000008" / name)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         verify(folder / "step-00000008")
-    assert newest_intact(folder).name == "step-00000006"
+    path, manifest = newest_intact(folder)
+    assert (path.name, manifest.step) == ("step-00000006", 6)
+    # The damaged one is set aside: neither counted nor kept in place of the good one.
+    assert list(checkpoint_steps(folder)) == [3, 6]
+    assert (folder / "step-00000008.damaged").is_dir()
 
 
 def test_when_none_is_intact_training_stops(run):
@@ -70,6 +80,24 @@ def test_changes_of_the_configuration_are_named_field_by_field():
     assert not list(differences(old, old))
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "torn", '{"format": 1, "step": 1}', "\udcff"])
+def test_what_is_no_manifest_is_named_and_passed_over(run, content):
+    manifest = run / "checkpoints" / "step-00000008" / "manifest.json"
+    manifest.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        verify(manifest.parent)
+    assert newest_intact(run / "checkpoints")[0].name == "step-00000006"
+
+
+def test_a_file_the_manifest_does_not_list_is_not_trusted(run):
+    checkpoint = find_checkpoint(run)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["files"]["__0_0.distcp"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is not listed"):
+        verify(checkpoint)
+
+
 def test_an_unfinished_checkpoint_is_no_checkpoint(run):
     (run / "checkpoints" / "step-00000009.tmp").mkdir()
     (run / "checkpoints" / "step-00000010").mkdir()
@@ -85,7 +113,7 @@ def test_loading_executes_no_code(run, tmp_path):
 
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    del manifest["files"][".metadata"]  # the attacker writes the manifest too
+    manifest["files"][".metadata"] = file_entry(checkpoint / ".metadata")  # all his own work
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"names posix.system, which is not allowed"):
         load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
@@ -98,4 +126,8 @@ def test_a_manifest_of_another_depth_does_not_load_half_a_model(run):
     manifest["model"]["n_layers"] = 3
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"does not fit the model.*layers\.3"):
+        load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    manifest["model"] |= {"n_layers": 4, "ffn_dim": 40}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"does not fit the model.*feed_forward"):
         load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)

@@ -95,6 +95,11 @@ def test_offline_wandb_gets_the_metrics(training, monkeypatch):
         ({"model__n_heads": 3, "model__n_kv_heads": 3}, "n_heads: 3 does not divide model.dim 16"),
         ({"preset": "dmeo"}, "error: preset: dmeo does not exist, did you mean demo?"),
         ({"layer_dropout__pmax": 1}, "option: --layer_dropout.pmax does not exist, did you mean"),
+        (
+            {"curriculum__R": 4, "curriculum__last_layer_always_on": False},
+            "error: curriculum.last_layer_always_on: False leaves step 0 with the exits [0]",
+        ),
+        ({"optim__betas": "2 0.9"}, "error: optim.betas: (2.0, 0.9), must lie in [0, 1)"),
         ({"data__path": "no/such"}, "error: dataset no/such has no dataset.json"),
         ({"data__global_batch_size": 7}, "data.global_batch_size: 7 is not a multiple of"),
         ({"model__vocab_size": 200}, "error: model.vocab_size: 200 is smaller than the 400 ids"),
@@ -166,15 +171,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(training, capsys, quiet):
     assert "nan at step 2" in line
 
 
+def test_weights_that_are_not_finite_are_never_saved(training, capsys, quiet):
+    wild = training.arguments(
+        name="wild", optim__lr=1e30, metrics__interval_steps=9, checkpoint__interval_steps=1
+    )
+    assert main(wild) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "is not finite after step" in line
+    checkpoint = find_checkpoint(training.output / "wild")
+    model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
 def test_training_and_inference_measure_the_same_held_out_loss(training, corpus):
-    status, output = training.run(name="both", steps=2, model__max_seq_len=16)
+    status, output = training.run(name="both", steps=2, validate__sequences=11)
     assert status == 0, output
     run = training.output / "both"
     model = load_model(find_checkpoint(run), device=torch.device("cpu"), dtype=torch.float32)
     exits, tokens = evaluate_exits(
-        model, open_dataset(corpus).stream("validation"), bytes_per_token=1.0, max_tokens=8 * 16
+        model,
+        open_dataset(corpus).stream("validation"),
+        bytes_per_token=1.0,
+        max_tokens=11 * 16,
+        seq_len=16,
     )
-    assert tokens == 8 * 16
+    assert tokens == 11 * 16
     [record] = [r for r in records(run) if "validation/loss" in r]
     for quality in exits:
         assert record[f"validation/loss_exit_{quality.l:02d}"] == pytest.approx(quality.loss, 1e-5)

@@ -13,8 +13,9 @@ from data.shards import TokenStream
 from loss.cross_entropy import weighted_cross_entropy_sums
 from loss.curriculum import CurriculumConfig
 from loss.early_exit import EarlyExitConfig
+from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig, uniform
-from models.llama import Llama, LlamaConfig
+from models.llama import Llama
 from tests.distributed import run_distributed
 from train.config import TrainConfig
 from train.corpus import DataConfig
