@@ -102,25 +102,31 @@ def _sums_and_gradients(
         row_grads = torch.zeros_like(rows) if weights is not None else None
         for begin in range(0, rows.shape[0], chunk_rows):
             chunk = slice(begin, begin + chunk_rows)
-            loss_sum, logits_grad = _chunk_loss(rows[chunk], head_weight, flat_labels[chunk])
+            loss_sum, log_probs = _chunk_loss(rows[chunk], head_weight, flat_labels[chunk])
             sums[k] += loss_sum
             if row_grads is not None and weights is not None and weights[k]:
+                logits_grad = _logits_gradient(log_probs, flat_labels[chunk])
                 logits_grad = logits_grad.mul_(weights[k]).to(rows.dtype)
                 torch.mm(logits_grad, head_weight, out=row_grads[chunk])
                 if head_grad is not None:
                     head_grad += logits_grad.t() @ rows[chunk]
-            del logits_grad
+                del logits_grad
+            del log_probs
         if row_grads is not None:
             grads.append(row_grads.view_as(h))
     return sums, grads, None if head_grad is None else head_grad.to(head_weight.dtype)
 
 
 def _chunk_loss(rows: Tensor, head_weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of rows: (n, dim) and its gradient by the logits, (n, vocab) fp32."""
-    counted = labels != IGNORE_INDEX
-    target = labels.clamp(min=0).unsqueeze(-1)
+    """Return the summed loss of rows: (n, dim), and their log-probabilities, (n, vocab) fp32."""
     log_probs = F.log_softmax(F.linear(rows, head_weight), -1, dtype=torch.float32)
-    loss_sum = torch.where(counted, -log_probs.gather(-1, target).squeeze(-1), 0.0).sum()
-    grad = log_probs.exp_()  # softmax - onehot, made in place
+    token_losses = -log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(labels != IGNORE_INDEX, token_losses, 0.0).sum(), log_probs
+
+
+def _logits_gradient(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Turn log_probs: (n, vocab) in place into the summed loss's gradient by the logits."""
+    target = labels.clamp(min=0).unsqueeze(-1)
+    grad = log_probs.exp_()  # softmax - onehot
     grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=grad.dtype))
-    return loss_sum, grad.mul_(counted.unsqueeze(-1))
+    return grad.mul_((labels != IGNORE_INDEX).unsqueeze(-1))
