@@ -6,11 +6,14 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.shards import ShardRecord, TokenStream, open_shard
+import numpy as np
+
+from data.progress import Progress
+from data.shards import HEADER_BYTES, ShardRecord, TokenStream, open_shard, token_dtype
 from data.tokenizer import Tokenizer
 
 DESCRIPTION_NAME = "dataset.json"
@@ -19,6 +22,7 @@ TRAIN = "train"
 VALIDATION = "validation"
 
 _FORMAT = 1
+_BLOCK_BYTES = 2**23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class Dataset:
     """Documents that repeat an earlier one; they are kept, in the split of the first."""
     skipped: Mapping[str, int]
     """Number of documents (or lines, rows, files) left out, by reason."""
+    skipped_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The first few places of each reason: file, file:line or file:row."""
     arguments: Mapping[str, object]
     """What `data.prepare` was asked for."""
 
@@ -98,6 +104,57 @@ class Dataset:
                 )
             shards.append(tokens)
         return TokenStream(shards)
+
+
+def verify_shards(dataset: Dataset, *, part: int = 0, parts: int = 1) -> None:
+    """Read every `parts`-th shard of all splits, from the `part`-th on, and check its content.
+
+    Finds what opening does not: a file of the right size whose bytes are no longer those that were
+    prepared, and ids that the vocabulary does not have. Each shard is read once, in blocks of 8 MB.
+    The ranks of a job share the work by giving their number and their count.
+
+    Raises:
+        ValueError: all that is wrong with these shards, each with its reason.
+    """
+    records = [record for _, split in sorted(dataset.splits.items()) for record in split.shards]
+    records = records[part::parts]
+    size = sum(record.tokens for record in records) * token_dtype(dataset.vocab_size).itemsize
+    found = []
+    with Progress("verifying shards", size, is_main=part == 0) as progress:
+        for record in records:
+            try:
+                _verify_shard(dataset, record, progress)
+            except (ValueError, OSError) as error:
+                found.append(str(error))
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def _verify_shard(dataset: Dataset, record: ShardRecord, progress: Progress) -> None:
+    path = dataset.path / record.name
+    dtype = np.dtype(open_shard(path)[0].dtype)
+    faults: list[str] = []
+    digest = hashlib.sha256()
+    first = 0
+    with path.open("rb") as file:
+        digest.update(file.read(HEADER_BYTES))
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            progress.update(len(block))
+            ids = np.frombuffer(block, dtype)
+            if not faults and ids.max() >= dataset.vocab_size:
+                place = int((ids >= dataset.vocab_size).argmax())
+                faults.append(
+                    f"id {ids[place]} of token {first + place} is outside the vocabulary of"
+                    f" {dataset.vocab_size}"
+                )
+            first += len(ids)
+    if digest.hexdigest() != record.sha256:
+        faults.append(
+            f"its sha256 is {digest.hexdigest()} but {DESCRIPTION_NAME} says {record.sha256}"
+        )
+    if faults:
+        raise ValueError(f"shard {path}: {' and '.join(faults)}, prepare the dataset again")
 
 
 def write_description(dataset: Dataset) -> None:

@@ -1,12 +1,19 @@
 """Documents to token ids, over several processes, in order.
 
 The output is the same for any number of processes. Knows nothing of files but the tokenizer's.
+Not a ProcessPoolExecutor: that of Python 3.11 may wait for ever when a process of it is killed
+(https://github.com/python/cpython/issues/94777).
 """
 
 import multiprocessing
+import queue
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import cycle
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +27,6 @@ _BATCH_CHARS = 500_000
 _BATCHES_AHEAD = 3
 
 _Tokens = npt.NDArray[np.unsignedinteger]
-
-# Set once in each worker process, so that the model is loaded once and not per batch.
-_worker_tokenizer: Tokenizer | None = None
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> _Tokens:
@@ -38,39 +42,61 @@ def encode_documents(
 ) -> Iterator[tuple[Document, _Tokens]]:
     """Yield every document with its ids, in the order of `documents`.
 
-    Holds a few batches of about half a megabyte of text per worker, or one longer document.
+    Holds three batches of about half a megabyte of text per worker and, beyond these, at most one
+    longer document.
 
     Args:
         documents: read only as far ahead as the workers need.
         tokenizer: loaded again by each worker from its path.
         workers: number of processes; 1 means this one.
+
+    Raises:
+        ValueError: a process was killed.
     """
     if workers == 1:
         for document in documents:
             yield document, encode_document(tokenizer, document.text)
         return
-    with ProcessPoolExecutor(
-        max_workers=workers,
-        # A forked child would inherit the threads' locks of a caller that has imported torch.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_load_tokenizer,
-        initargs=(tokenizer.path,),
-    ) as pool:
-        running: deque[tuple[list[Document], Future[list[_Tokens]]]] = deque()
-        for batch in _batches(documents):
-            running.append((batch, pool.submit(_encode_batch, [d.text for d in batch])))
-            if len(running) >= _BATCHES_AHEAD * workers:
-                yield from _finish(running)
-        while running:
-            yield from _finish(running)
+    with _start(workers, tokenizer.path) as connections:
+        yield from _encode_over(connections, documents)
 
 
-def _finish(
-    running: deque[tuple[list[Document], Future[list[_Tokens]]]],
+def _encode_over(
+    connections: list[Connection], documents: Iterable[Document]
 ) -> Iterator[tuple[Document, _Tokens]]:
-    """Wait for the oldest batch."""
-    batch, encoded = running.popleft()
-    yield from zip(batch, encoded.result(), strict=True)
+    """Deal batches out in turn, and take the results back in the same order."""
+    running: deque[tuple[Connection, list[Document]]] = deque()
+    chars = 0
+    for connection, batch in zip(cycle(connections), _batches(documents), strict=False):
+        with _loss_explained(len(connections)):
+            connection.send([document.text for document in batch])
+        running.append((connection, batch))
+        chars += _count_chars(batch)
+        while chars >= _BATCHES_AHEAD * len(connections) * _BATCH_CHARS:
+            oldest, batch = running.popleft()
+            chars -= _count_chars(batch)
+            with _loss_explained(len(connections)):
+                encoded = oldest.recv()
+            yield from zip(batch, encoded, strict=True)
+    for oldest, batch in running:
+        with _loss_explained(len(connections)):
+            encoded = oldest.recv()
+        yield from zip(batch, encoded, strict=True)
+
+
+@contextmanager
+def _loss_explained(workers: int) -> Iterator[None]:
+    """Say what it means when the other side of a connection is gone."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise ValueError(
+            f"workers {workers}: one of them was killed, perhaps for want of memory, give fewer"
+        ) from error
+
+
+def _count_chars(batch: list[Document]) -> int:
+    return sum(len(document.text) for document in batch)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -86,11 +112,43 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _load_tokenizer(path: Path) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = Tokenizer(path)
+@contextmanager
+def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
+    """Start the processes, and end them with the context."""
+    # A forked child would inherit the threads' locks of a caller that has imported torch.
+    context = multiprocessing.get_context("spawn")
+    connections, processes = [], []
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
+            process.start()
+            theirs.close()  # Else its end would stay open when the process has gone.
+            connections.append(ours)
+            processes.append(process)
+        yield connections
+    finally:
+        for connection, process in zip(connections, processes, strict=True):
+            connection.close()
+            process.terminate()
+            process.join()
 
 
-def _encode_batch(texts: list[str]) -> list[_Tokens]:
-    assert _worker_tokenizer is not None
-    return [encode_document(_worker_tokenizer, text) for text in texts]
+def _work(connection: Connection, path: Path) -> None:
+    """Encode the batches that come, until none comes any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends this process.
+    batches: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
+    # Else both sides could wait for the other to take what they send.
+    threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()
+    tokenizer = Tokenizer(path)
+    while (batch := batches.get()) is not None:
+        with suppress(ConnectionError):  # The parent may be gone; then no batch follows.
+            connection.send([encode_document(tokenizer, text) for text in batch])
+
+
+def _receive(connection: Connection, batches: "queue.SimpleQueue[list[str] | None]") -> None:
+    try:
+        while True:
+            batches.put(connection.recv())
+    except (EOFError, OSError):  # The parent is gone, perhaps in the middle of a batch.
+        batches.put(None)

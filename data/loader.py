@@ -1,12 +1,13 @@
-"""Batches of windows out of a stream of tokens, as a pure function of (seed, t).
+"""Batches of windows out of a stream of tokens, as a pure function of (seed, batch number).
 
 Knows nothing of the model, of files or of how ranks talk: rank and world size are numbers here.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +35,29 @@ class Microbatch:
         )
 
 
+def batch_number(t: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """Return the global batch of step `t`: the t-th number, from 0, that is not skipped.
+
+    Args:
+        t: optimizer step, from 0.
+        skipped: half-open ranges [start, stop) of batch numbers that are never dealt, in any
+            order; they may overlap.
+    """
+    number, behind = t, 0  # `behind` is where the ranges that are passed end.
+    for start, stop in sorted(skipped):
+        if start > number:
+            break
+        number += max(stop - max(start, behind), 0)
+        behind = max(stop, behind)
+    return number
+
+
 class TokenLoader:
     """Cuts a stream into windows and deals them out to steps, ranks and microbatches.
 
     Window i reads tokens [i * seq_len, i * seq_len + seq_len]: seq_len inputs and, one further,
     as many labels. Documents are packed: a window may hold the end of one and the start of the
-    next. Row j of global batch t is number k = t * global_batch_size + j of an endless sequence:
+    next. Row j of global batch b is number k = b * global_batch_size + j of an endless sequence:
     in epoch k // windows it is place k % windows of that epoch's permutation, so every epoch
     reads every window exactly once and a batch may hold the end of one epoch and the start of the
     next. Microbatch m holds the global rows [m, m + 1) * world_size * microbatch_size, of which
@@ -113,47 +131,57 @@ class TokenLoader:
         """Tokens at the end of the stream that no window reads."""
         return len(self._stream) - 1 - self.windows * self._seq_len
 
-    def epoch(self, t: int) -> int:
-        """Return the epoch, from 0, of the first row of global batch `t`."""
-        return t * self._global_batch_size // self.windows
+    def epoch(self, number: int) -> int:
+        """Return the epoch, from 0, of the first row of global batch `number`."""
+        return number * self._global_batch_size // self.windows
 
-    def batch(self, t: int) -> list[Microbatch]:
-        """Return this rank's microbatches of global batch `t`, from 0, in order."""
+    def batch(self, number: int) -> list[Microbatch]:
+        """Return this rank's microbatches of global batch `number`, from 0, in order."""
         rows = np.arange(self._global_batch_size)
         rows = rows.reshape(-1, self._world_size, self._microbatch_size)[:, self._rank]
-        numbers = t * self._global_batch_size + rows.flatten()
-        epochs, windows = np.divmod(numbers, self.windows)
+        places = number * self._global_batch_size + rows.flatten()
+        epochs, windows = np.divmod(places, self.windows)
         if self._shuffle:
             windows = permute(windows, epochs, size=self.windows, seed=self._seed)
         windows = windows.reshape(rows.shape)
         return [self._read(windows[m], rows[m]) for m in range(len(rows))]
 
     def batches(
-        self, start: int, stop: int, *, depth: int = 2, pin_memory: bool = False
+        self,
+        start: int,
+        stop: int,
+        *,
+        skipped: Sequence[tuple[int, int]] = (),
+        depth: int = 2,
+        pin_memory: bool = False,
     ) -> Iterator[tuple[int, list[Microbatch]]]:
-        """Yield (t, batch(t)) for t in [start, stop), read ahead by a background thread.
+        """Yield (t, batch(batch_number(t, skipped))) for t in [start, stop).
 
-        The thread ends with the iterator, also when the caller leaves it early.
+        A background thread reads ahead. It ends with the iterator, also when the caller leaves it
+        early.
 
         Args:
             start: first step.
             stop: step after the last.
+            skipped: half-open ranges of batch numbers that are never dealt, see `batch_number`.
             depth: batches to hold ready, at least 1.
             pin_memory: put them in page-locked memory, where there is CUDA.
         """
         pin = pin_memory and torch.cuda.is_available()
+        numbers = (batch_number(t, skipped) for t in range(start, stop))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader") as reader:
-            first = range(start, min(start + depth, stop))
-            ahead = deque(reader.submit(self._load, t, pin=pin) for t in first)
+            ahead: deque[Future[list[Microbatch]]] = deque()
+            for number in islice(numbers, depth):
+                ahead.append(reader.submit(self._load, number, pin=pin))
             for t in range(start, stop):
                 batch = ahead.popleft().result()
-                if t + depth < stop:
-                    ahead.append(reader.submit(self._load, t + depth, pin=pin))
+                for number in islice(numbers, 1):
+                    ahead.append(reader.submit(self._load, number, pin=pin))
                 yield t, batch
 
-    def _load(self, t: int, *, pin: bool) -> list[Microbatch]:
-        """Return batch(t), in page-locked memory if asked."""
-        batch = self.batch(t)
+    def _load(self, number: int, *, pin: bool) -> list[Microbatch]:
+        """Return batch(number), in page-locked memory if asked."""
+        batch = self.batch(number)
         return [microbatch.pin_memory() for microbatch in batch] if pin else batch
 
     def _read(self, windows: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> Microbatch:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from data.dataset import (
     write_description,
 )
 from data.encoding import encode_documents
+from data.faults import Faults
 from data.progress import Progress
 from data.shards import ShardWriter
-from data.sources import Document, Faults, read_documents
+from data.sources import Document, read_documents
 from data.survey import Survey, document_digest, survey_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 
@@ -38,6 +39,7 @@ DEFAULT_SHARD_TOKENS = 50_000_000
 """100 MB of a shard with two bytes per token, held in memory until it is written."""
 
 DEFAULT_VALIDATION_FRACTION = 0.01
+DEFAULT_MAX_SKIPPED_FRACTION = 0.1
 
 _TOKENIZER_SAMPLE_BYTES = 8_000_000
 
@@ -53,11 +55,14 @@ class PrepareConfig:
     vocab_size: int | None = None
     """Size of the tokenizer to train; None exactly when `tokenizer` is given."""
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION
-    """Expected fraction of documents that are held out."""
+    """Expected fraction of documents that are held out; of a single document, of its text."""
     text_field: str = "text"
     """JSON field or Parquet column that holds the text."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     """Tokens after which a shard ends."""
+    max_skipped_fraction: float = DEFAULT_MAX_SKIPPED_FRACTION
+    """Refuse the input when more of its documents than this fraction cannot be used. Empty
+    documents and files of an unknown kind do not count. Changes no byte of a dataset."""
 
     def __post_init__(self) -> None:
         """Check every field and name all faults at once."""
@@ -75,6 +80,10 @@ class PrepareConfig:
             )
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens {self.shard_tokens} is below 1, give more")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            problems.append(
+                f"max_skipped_fraction {self.max_skipped_fraction} is not between 0 and 1, try 0.1"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -160,15 +169,20 @@ def _fill(
 ) -> Dataset:
     """Write tokenizer and shards into an empty folder and return their description."""
     faults = Faults()
+    documents = read_documents(config.input, faults, text_field=config.text_field)
     try:
         survey = survey_documents(
-            read_documents(config.input, faults, text_field=config.text_field),
+            _refuse_mostly_damaged(documents, faults, config.max_skipped_fraction),
             validation_fraction=config.validation_fraction,
             sample_bytes=0 if config.tokenizer else _TOKENIZER_SAMPLE_BYTES,
         )
     finally:  # Also when nothing was left: the faults say why.
         for line in faults.lines():
             logger.warning("%s", line)
+    if survey.cut is not None:
+        logger.info(
+            "one document only: what follows its first %d characters is validation", survey.cut
+        )
     tokenizer_path = folder / TOKENIZER_NAME
     if config.vocab_size is not None:
         logger.info("training a tokenizer of %d tokens", config.vocab_size)
@@ -185,8 +199,25 @@ def _fill(
         splits=_write_splits(config, survey, tokenizer, folder, workers),
         duplicates=survey.duplicates,
         skipped=dict(sorted(faults.counts.items())),
+        skipped_at=faults.examples,
         arguments=arguments,
     )
+
+
+def _refuse_mostly_damaged(
+    documents: Iterable[Document], faults: Faults, max_skipped_fraction: float
+) -> Iterator[Document]:
+    """Yield the documents, and at their end refuse them if too many were skipped on the way."""
+    count = 0
+    for document in documents:
+        count += 1
+        yield document
+    if faults.damaged > max_skipped_fraction * (count + faults.damaged):
+        raise ValueError(
+            f"input: {faults.damaged} of {count + faults.damaged} documents cannot be used,"
+            f" {'; '.join(faults.lines())}: mend the input or name the right text_field, or raise"
+            f" max_skipped_fraction {max_skipped_fraction}"
+        )
 
 
 def _write_splits(
@@ -208,7 +239,7 @@ def _write_splits(
     def read_again() -> Iterator[Document]:
         for document in read_documents(config.input, Faults(), text_field=config.text_field):
             fingerprint.update(document_digest(document.text))
-            yield document
+            yield from survey.parts(document)
 
     with Progress("encoding", survey.text_bytes) as progress:
         for document, tokens in encode_documents(read_again(), tokenizer, workers):

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from data.dataset import Dataset
 from data.preparation import (
+    DEFAULT_MAX_SKIPPED_FRACTION,
     DEFAULT_SHARD_TOKENS,
     DEFAULT_VALIDATION_FRACTION,
     PrepareConfig,
@@ -63,6 +64,14 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="JSON field or Parquet column that holds the text (default: text)",
     )
+    parser.add_argument(
+        "--max_skipped_fraction",
+        type=float,
+        default=DEFAULT_MAX_SKIPPED_FRACTION,
+        metavar="F",
+        help="refuse the input when more than this fraction of its documents cannot be used, empty "
+        f"ones aside (default: {DEFAULT_MAX_SKIPPED_FRACTION})",
+    )
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model"
@@ -85,8 +94,8 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULT_VALIDATION_FRACTION,
         metavar="F",
-        help="expected fraction of documents to hold out, chosen by a hash of their text "
-        f"(default: {DEFAULT_VALIDATION_FRACTION}; at least one document is)",
+        help="expected fraction of documents to hold out, chosen by a hash of their text; at least "
+        f"one document is, of a single document its end (default: {DEFAULT_VALIDATION_FRACTION})",
     )
     parser.add_argument(
         "--shard_tokens",
@@ -121,7 +130,9 @@ def format_table(dataset: Dataset) -> str:
             f"{split.text_bytes / 1e6:>10.2f}{ratio:>13.3f}"
         )
     lines.append(f"vocabulary {dataset.vocab_size}, duplicate documents kept {dataset.duplicates}")
-    lines += [f"skipped {count}: {reason}" for reason, count in dataset.skipped.items()]
+    for reason, count in dataset.skipped.items():
+        places = ", ".join(dataset.skipped_at.get(reason, []))
+        lines.append(f"skipped {count}: {reason}" + (f" (first: {places})" if places else ""))
     return "\n".join(lines)
 
 
@@ -141,6 +152,7 @@ def summarize(dataset: Dataset) -> dict[str, object]:
         },
         "duplicates": dataset.duplicates,
         "skipped": dict(dataset.skipped),
+        "skipped_at": dict(dataset.skipped_at),
     }
 
 
@@ -156,6 +168,7 @@ def run(options: argparse.Namespace) -> None:
         validation_fraction=options.validation_fraction,
         text_field=options.text_field,
         shard_tokens=options.shard_tokens,
+        max_skipped_fraction=options.max_skipped_fraction,
     )
     dataset = prepare(config, options.output, workers=options.workers, overwrite=options.overwrite)
     print(format_table(dataset))

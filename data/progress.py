@@ -18,9 +18,10 @@ class Progress:
     Args:
         label: what is being done.
         total_bytes: all of it, if known.
+        is_main: whether this is the one of several processes that draws the bar.
     """
 
-    def __init__(self, label: str, total_bytes: int | None = None) -> None:
+    def __init__(self, label: str, total_bytes: int | None = None, *, is_main: bool = True) -> None:
         """Begin at zero; see the class."""
         self._label = label
         self._total = "" if total_bytes is None else f" of {total_bytes / 1e6:.1f}"
@@ -31,7 +32,7 @@ class Progress:
             desc=label,
             unit="B",
             unit_scale=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (is_main and sys.stderr.isatty()),
             leave=False,
         )
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -144,11 +145,54 @@ def write_shard(
     return digest.hexdigest()
 
 
-def open_shard(path: Path) -> tuple[ShardHeader, npt.NDArray[np.unsignedinteger]]:
-    """Map a shard into memory.
+class ShardTokens:
+    """The ids in a shard: read from the file when a slice is asked for, which is not kept open.
+
+    A map into memory would hold a file descriptor per shard, of which a large corpus has more than
+    a process may, and end the process by SIGBUS, without a word, when a file shrinks under it.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger], count: int) -> None:
+        """Read nothing yet; see the class."""
+        self._path = path
+        self._dtype = dtype
+        self._count = count
+
+    def __len__(self) -> int:
+        """Return the number of ids."""
+        return self._count
+
+    def __getitem__(self, part: slice) -> npt.NDArray[np.unsignedinteger]:
+        """Return the ids of a slice without step: (slice,) uint16 or uint32.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        start, stop, _ = part.indices(self._count)
+        offset = HEADER_BYTES + start * self._dtype.itemsize
+        ids = np.fromfile(self._path, self._dtype, max(stop - start, 0), offset=offset)
+        if len(ids) < stop - start:
+            raise ValueError(
+                f"shard {self._path} was cut short while it was in use, prepare the dataset again"
+            )
+        return ids
+
+
+class Sliceable(Protocol):
+    """Ids in memory, or in a file."""
+
+    def __len__(self) -> int:
+        """Return the number of ids."""
+
+    def __getitem__(self, part: slice, /) -> npt.NDArray[np.unsignedinteger]:
+        """Return the ids of a slice."""
+
+
+def open_shard(path: Path) -> tuple[ShardHeader, ShardTokens]:
+    """Check the header and the size of a shard.
 
     Returns:
-        The header, and tokens: (tokens,) uint16 or uint32, read only.
+        The header, and the ids, which are read when they are asked for.
 
     Raises:
         ValueError: the file is missing, no shard, or not as long as its header says.
@@ -171,18 +215,17 @@ def open_shard(path: Path) -> tuple[ShardHeader, npt.NDArray[np.unsignedinteger]
             f"shard {path} has {actual} bytes but its header says {expected},"
             " prepare the dataset again"
         )
-    tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(header.tokens,))
-    return header, tokens
+    return header, ShardTokens(path, dtype, header.tokens)
 
 
 class TokenStream:
     """Shards, one after the other, as one array of tokens that is read in ranges.
 
     Args:
-        shards: each (tokens,) of unsigned ids, memory-mapped or not.
+        shards: each (tokens,) of unsigned ids.
     """
 
-    def __init__(self, shards: Sequence[npt.NDArray[np.unsignedinteger]]) -> None:
+    def __init__(self, shards: Sequence[Sliceable]) -> None:
         """Keep the shards; see the class."""
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards])

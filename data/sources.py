@@ -13,10 +13,12 @@ import os
 import re
 import sysconfig
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
+
+from data.faults import EMPTY, UNKNOWN_KIND, Faults
 
 EMBEDDED = "embedded"
 """The input that is always there: the sources of the running Python and of torch."""
@@ -24,8 +26,15 @@ EMBEDDED = "embedded"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
 
+MAX_DOCUMENT_BYTES = 2**28
+"""A longer line is skipped; a longer text file is several documents, see `read_documents`."""
+
+_TEXT_PART_BYTES = 2**24
+
+_TOO_LONG = "longer than 268 MB"
+
 _NOT_EMBEDDED = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
-_PARQUET_BATCH_ROWS = 1024
+_PARQUET_BATCH_ROWS = 64  # They are in memory at once, and a row may be a book.
 
 # Half a surrogate pair, which a JSON escape can put into a str, has no UTF-8 form.
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
@@ -39,30 +48,6 @@ class Document:
     text: str
 
 
-@dataclass
-class Faults:
-    """What was skipped, counted by reason, with the first few places of each."""
-
-    max_examples: int = 3
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, origin: str) -> None:
-        """Count one fault."""
-        self.counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < self.max_examples:
-            examples.append(origin)
-
-    def lines(self) -> list[str]:
-        """Return one line per reason: the count, the reason, the first places."""
-        return [
-            f"skipped {count}: {reason} ({', '.join(self.examples[reason])}"
-            f"{', ...' if count > len(self.examples[reason]) else ''})"
-            for reason, count in sorted(self.counts.items())
-        ]
-
-
 def read_documents(
     inputs: Iterable[str], faults: Faults, *, text_field: str = "text"
 ) -> Iterator[Document]:
@@ -71,7 +56,8 @@ def read_documents(
     Args:
         inputs: files, folders (recursive, without hidden entries), globs, or `embedded`.
             .txt .md .rst .py hold one document per file, .jsonl .jsonl.gz one per line,
-            .parquet one per row.
+            .parquet one per row. A text file above MAX_DOCUMENT_BYTES is cut at line ends into
+            documents of 16 MB.
         faults: receives what is skipped.
         text_field: the JSON field or Parquet column that holds the text.
 
@@ -105,20 +91,22 @@ def _list_files(source: str, faults: Faults) -> Iterator[tuple[Path, str]]:
         raise ValueError(f"input {source} does not exist, give a file, a folder or a glob")
     for entry in found:
         for file in _walk(entry) if entry.is_dir() else [entry]:
-            if file.name.endswith(SUFFIXES):
+            if not file.is_file():  # Reading a pipe would wait for ever.
+                faults.add("neither a file nor a folder, or a link to a folder", str(file))
+            elif file.name.endswith(SUFFIXES):
                 yield file, str(file)
             else:
-                faults.add("unknown file kind", str(file))
+                faults.add(UNKNOWN_KIND, str(file))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order, without hidden files and folders."""
+    """Yield what is below a folder in sorted order, without hidden files and folders."""
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(entry)
-        elif entry.is_file():
+        else:
             yield entry
 
 
@@ -138,20 +126,49 @@ def _list_embedded() -> list[tuple[Path, str]]:
 
 
 def _read_text(path: Path, name: str, faults: Faults) -> Iterator[Document]:
-    """Yield the one document of a text file."""
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        faults.add("invalid UTF-8", f"{name}:{line}")
+    """Yield the one document of a text file, or the parts of a very long one."""
+    for line, content in _text_parts(path, name, faults):
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line += content.count(b"\n", 0, error.start)
+            faults.add("invalid UTF-8", f"{name}:{line}")
+        else:
+            yield from _document(text, name if line == 1 else f"{name}:{line}", faults)
+
+
+def _text_parts(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, bytes]]:
+    """Yield the content of a text file and its first line; a very long one in parts."""
+    if path.stat().st_size <= MAX_DOCUMENT_BYTES:
+        yield 1, path.read_bytes().removeprefix(codecs.BOM_UTF8)
         return
-    yield from _document(text, name, faults)
+    with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        line = 1
+        while part := file.read(_TEXT_PART_BYTES):
+            rest = _read_line(file)
+            lines = part.count(b"\n")
+            if rest is None:
+                faults.add(_TOO_LONG, f"{name}:{line + lines}")
+            else:
+                yield line, part + rest
+            line += lines + 1
+
+
+def _read_line(file: BufferedIOBase) -> bytes | None:
+    """Return the next line, empty at the end of the file; None for one that is too long."""
+    line = file.readline(MAX_DOCUMENT_BYTES)
+    if len(line) < MAX_DOCUMENT_BYTES:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = file.readline(_TEXT_PART_BYTES)
+    return None
 
 
 def _read_json_lines(path: Path, name: str, text_field: str, faults: Faults) -> Iterator[Document]:
     """Yield one document per line; blank lines are no fault."""
-    for number, line in enumerate(_lines(path, name, faults), start=1):
+    for number, line in _lines(path, name, faults):
         if not line.strip():
             continue
         origin = f"{name}:{number}"
@@ -171,23 +188,39 @@ def _read_json_lines(path: Path, name: str, text_field: str, faults: Faults) -> 
             yield from _document(row[text_field], origin, faults)
 
 
-def _lines(path: Path, name: str, faults: Faults) -> Iterator[bytes]:
-    """Yield the lines of a plain or gzipped file; a torn gzip file ends at its last whole line."""
-    if path.suffix != ".gz":
-        with path.open("rb") as file:
-            yield from file
-        return
+def _lines(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, bytes]]:
+    """Yield the numbered lines of a plain or gzipped file; a torn gzip file ends at its last."""
     number = 0
     try:
-        with gzip.open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):  # noqa: B007
-                yield line
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            while (line := _read_line(file)) != b"":
+                number += 1
+                if line is None:
+                    faults.add(_TOO_LONG, f"{name}:{number}")
+                else:
+                    yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        faults.add("torn gzip file, the rest of it", f"{name}:{number + 1}")
+        faults.add("torn or damaged gzip file, the rest of it", f"{name}:{number + 1}")
 
 
 def _read_parquet(path: Path, name: str, text_field: str, faults: Faults) -> Iterator[Document]:
+    """Yield one document per row."""
     import pyarrow  # Imported here: a slow import that only this kind of file needs.
+
+    row = 0
+    try:
+        for value in _column_values(path, name, text_field):
+            row += 1
+            yield from _row_document(value, f"{name}:{row}", text_field, faults)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"input {name} cannot be read after row {row}, remove or replace it ({error})"
+        ) from error
+
+
+def _column_values(path: Path, name: str, text_field: str) -> Iterator[bytes | None]:
+    """Yield one column of a Parquet file, as bytes."""
+    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -199,34 +232,39 @@ def _read_parquet(path: Path, name: str, text_field: str, faults: Faults) -> Ite
         raise ValueError(
             f"text_field {text_field} is no column of {name}, give one of: {', '.join(columns)}"
         )
-    row = 0
     for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[text_field]):
         try:
             # As bytes, so that one row of invalid UTF-8 does not take its batch with it.
-            values = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+            values = batch.column(0).cast(pyarrow.large_binary())
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
             raise ValueError(
                 f"text_field {text_field} of {name} holds {batch.column(0).type},"
                 " give a column of text"
             ) from error
-        for value in values:
-            row += 1
-            origin = f"{name}:{row}"
-            if value is None:
-                faults.add(f"no field '{text_field}'", origin)
-                continue
-            try:
-                text = value.decode("utf-8")
-            except UnicodeDecodeError:
-                faults.add("invalid UTF-8", origin)
-                continue
+        yield from (value.as_py() for value in values)
+
+
+def _row_document(
+    value: bytes | None, origin: str, text_field: str, faults: Faults
+) -> Iterator[Document]:
+    """Yield the document of one row."""
+    if value is None:
+        faults.add(f"no field '{text_field}'", origin)
+    elif len(value) > MAX_DOCUMENT_BYTES:
+        faults.add(_TOO_LONG, origin)
+    else:
+        try:
+            text = value.decode("utf-8")
+        except UnicodeDecodeError:
+            faults.add("invalid UTF-8", origin)
+        else:
             yield from _document(text, origin, faults)
 
 
 def _document(text: str, origin: str, faults: Faults) -> Iterator[Document]:
     """Yield the document if its text is sound, else count the fault."""
     if not text.strip():
-        faults.add("empty document", origin)
+        faults.add(EMPTY, origin)
     elif "\0" in text:
         faults.add("NUL character", origin)
     elif _SURROGATE.search(text):

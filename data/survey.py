@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from data.progress import Progress
 from data.sources import Document
@@ -29,13 +30,28 @@ class Survey:
     fingerprint: str
     """sha256 over the sha256 of every document, in order."""
     held_out_key: int
-    """Documents whose key is at most this are the validation split."""
+    """Documents whose key is at most this are the validation split; where there is but one
+    different document, the part whose key this is."""
+    cut: int | None
+    """Characters of that one document that are trained on, the rest is held out; else None."""
     sample: tuple[str, ...]
     """Chunks of documents of the train split, to train a tokenizer on."""
 
     def is_held_out(self, text: str) -> bool:
         """Whether a document belongs to the validation split: a function of its text alone."""
-        return document_key(document_digest(text)) <= self.held_out_key
+        key = document_key(document_digest(text))
+        return key <= self.held_out_key if self.cut is None else key == self.held_out_key
+
+    def parts(self, document: Document) -> list[Document]:
+        """Return the document, or two parts of it where it has to serve both splits.
+
+        The second, held out, is `validation_fraction` of the characters, from the last line end
+        within as many characters before, where there is one.
+        """
+        if self.cut is None:
+            return [document]
+        texts = (document.text[: self.cut], document.text[self.cut :])
+        return [Document(document.origin, text) for text in texts]
 
 
 def document_digest(text: str) -> bytes:
@@ -53,8 +69,8 @@ def survey_documents(
 ) -> Survey:
     """Read all documents once.
 
-    A document is held out when its key, as a fraction of 2**64, is below `validation_fraction`.
-    If that would leave a split empty the bound moves to the nearest key that does not.
+    A document is held out when its key, as a fraction of 2**64, is below `validation_fraction`,
+    or the nearest bound that leaves no split empty. A single one is cut, see `Survey.parts`.
 
     Args:
         documents: the corpus.
@@ -62,39 +78,57 @@ def survey_documents(
         sample_bytes: about how much text to keep for the tokenizer; 0 for none.
 
     Raises:
-        ValueError: there are fewer than two different documents.
+        ValueError: there is nothing to split.
     """
-    keys = array("Q")
-    fingerprint = hashlib.sha256()
-    text_bytes = 0
+    keys, fingerprint, text_bytes, first = array("Q"), hashlib.sha256(), 0, ""
     sample = _Sample(sample_bytes)
     with Progress("reading") as progress:
         for document in documents:
             digest = document_digest(document.text)
             size = len(document.text.encode())
             fingerprint.update(digest)
+            first = first if keys else document.text
             keys.append(document_key(digest))
             text_bytes += size
             sample.add(keys[-1], document.text)
             progress.update(size)
-    distinct = np.unique(np.frombuffer(keys, dtype=np.uint64)) if keys else np.empty(0, np.uint64)
-    if len(distinct) == 0:
+    if not keys:
         raise ValueError("input holds no documents, give files with text in them")
-    if len(distinct) == 1:
-        raise ValueError(
-            "input holds 1 different document, but one document cannot be split into training and"
-            " validation: give at least 2, for example by cutting the file into parts"
-        )
-    held_out_key = int(validation_fraction * _KEY_RANGE)
-    held_out_key = min(max(held_out_key, int(distinct[0])), int(distinct[-1]) - 1)
+    distinct = np.unique(np.frombuffer(keys, dtype=np.uint64))
+    cut = _cut(first, validation_fraction) if len(distinct) == 1 else None
+    if cut is None:
+        held_out_key = _bound(distinct, validation_fraction)
+    else:
+        held_out_key = document_key(document_digest(first[cut:]))
+        sample = _Sample(sample_bytes)
+        sample.add(held_out_key + 1, first[:cut])
     return Survey(
         documents=len(keys),
         duplicates=len(keys) - len(distinct),
         text_bytes=text_bytes,
         fingerprint=fingerprint.hexdigest(),
         held_out_key=held_out_key,
+        cut=cut,
         sample=sample.chunks(above_key=held_out_key),
     )
+
+
+def _bound(distinct: npt.NDArray[np.uint64], validation_fraction: float) -> int:
+    """Return the largest key that is held out; `distinct` is sorted."""
+    bound = int(validation_fraction * _KEY_RANGE)
+    return min(max(bound, int(distinct[0])), int(distinct[-1]) - 1)
+
+
+def _cut(text: str, validation_fraction: float) -> int:
+    """Return how much of the only document is trained on."""
+    end = len(text) - max(round(len(text) * validation_fraction), 1)
+    cut = text.rfind("\n", max(2 * end - len(text), 0), end) + 1 or end
+    if text[:cut] in ("", text[cut:]):
+        raise ValueError(
+            "input holds 1 different document, too short to be split into training and validation,"
+            " give more text"
+        )
+    return cut
 
 
 class _Sample:

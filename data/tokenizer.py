@@ -14,9 +14,15 @@ from pathlib import Path
 
 import sentencepiece
 
-# Text is encoded in pieces of at least this many characters that end with a newline: one call
-# on a long string is up to four times slower per byte, one call per line is slower again.
+# Text is encoded in pieces of at least this many characters that end at white space: one call on
+# a long string is up to four times slower per byte, one call per line is slower again.
 _PIECE_CHARS = 1000
+
+# A longer piece is cut all the same: SentencePiece needs about 60 bytes of memory per byte of text.
+_LONGEST_PIECE_CHARS = 65536
+
+_BEFORE_SPACES = re.compile(r"(?<! ) (?=.)", re.DOTALL)
+_WRITTEN_SPACE = "\u2581"
 
 # SentencePiece leaves out training lines longer than its limit, so longer lines are cut here.
 _TRAINING_LINE_CHARS = 4096
@@ -57,7 +63,9 @@ class Tokenizer:
                 f"tokenizer {self.path} has bos_id {self.bos_id} and eos_id {self.eos_id},"
                 " give a model that has both"
             )
-        self._splits_at_newlines = self._newlines_stand_alone()
+        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        self._splits_at_newlines = self._newlines_stand_alone(pieces)
+        self._dropped_at_spaces = self._dropped_when_cut_at_spaces(pieces)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path]]:
         """Pickle as the path, so that another process loads the file itself."""
@@ -68,37 +76,61 @@ class Tokenizer:
         return list(chain.from_iterable(self.encode_pieces(text)))
 
     def encode_pieces(self, text: str) -> Iterator[list[int]]:
-        """Yield the ids that `encode` returns, a piece of the text at a time.
+        """Yield the ids of `text`, a piece of the text at a time, in bounded memory.
 
-        The pieces end at newlines. This changes no id: no token of these models holds or crosses
-        a newline. For a model where that is not so the whole text is one piece.
+        A piece ends after a newline or, where none follows for 65536 characters, before a space.
+        This changes no id (but that a unigram model may settle a tie another way): no token holds
+        or crosses such a place; for a model where that is not so, those places are left alone.
+        Only 65536 characters without any of these places are cut where they end, which may change
+        the ids beside the cut (and a model with a dummy prefix, such as Llama 2's, sees a space).
         """
-        if not self._splits_at_newlines:
-            yield self._processor.encode(text)
-            return
         start = 0
         while start < len(text):
-            newline = text.find("\n", start + _PIECE_CHARS)
-            end = len(text) if newline < 0 else newline + 1
+            end, following = self._cut(text, start)
             yield self._processor.encode(text[start:end])
-            start = end
+            start = following
+
+    def _cut(self, text: str, start: int) -> tuple[int, int]:
+        """Return where the piece from `start` ends and where the next one begins."""
+        limit = min(start + _LONGEST_PIECE_CHARS, len(text))
+        if self._splits_at_newlines:
+            newline = text.find("\n", start + _PIECE_CHARS, limit)
+            if newline >= 0:
+                return newline + 1, newline + 1
+        if self._dropped_at_spaces is not None:
+            space = _BEFORE_SPACES.search(text, start + _PIECE_CHARS, limit)
+            if space:
+                return space.start(), space.start() + self._dropped_at_spaces
+        return limit, limit
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`; BOS and EOS give nothing, torn UTF-8 gives U+FFFD."""
         return str(self._processor.decode(ids))
 
-    def _newlines_stand_alone(self) -> bool:
+    def _newlines_stand_alone(self, pieces: list[str]) -> bool:
         """Whether text cut after any newline encodes to the same ids as the whole.
 
         False for a model with a token that holds a newline, a dummy prefix (Llama 2's has one),
         or a normalisation that folds white space.
         """
-        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
         if any("\n" in piece for piece in pieces):
             return False
         probe = "a \n  b\n\n\tc \n"
         lines = chain.from_iterable(map(self._processor.encode, probe.splitlines(keepends=True)))
         return bool(self._processor.encode(probe) == list(lines))
+
+    def _dropped_when_cut_at_spaces(self, pieces: list[str]) -> int | None:
+        """Return how many spaces to leave out when text is cut before spaces: 0, 1 or None.
+
+        A dummy prefix gives one back. None: a cut there changes ids, for a token may cross it.
+        """
+        if any(_WRITTEN_SPACE in piece.lstrip(_WRITTEN_SPACE) for piece in pieces):
+            return None
+        whole, first = map(self._processor.encode, ("a  b", "a"))
+        for dropped, rest in enumerate(("  b", " b")):
+            if whole == first + self._processor.encode(rest):
+                return dropped
+        return None
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, output: Path) -> None:

@@ -1,16 +1,18 @@
 """What a checkpoint folder holds, and how it is read: verified first, without running any code.
 
 A checkpoint is a folder of torch.distributed.checkpoint (DCP) shards that hold tensors only,
-`tokenizer.model`, and `manifest.json` with everything else, written last: a folder without it is
-not a checkpoint. The one file outside `train/` that knows DCP, and its reader alone.
+`tokenizer.model`, and, written last, `manifest.json` with everything else: without it, it is none.
+The one file outside `train/` that knows DCP, and its reader alone.
 """
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,18 @@ class Manifest:
     """Versions of the libraries that wrote it."""
     files: dict[str, dict[str, int | str]]
     """{file name: {"bytes": size, "sha256": digest}} of every other file in the folder."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What else the trainer wants back, as JSON."""
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`, in one piece."""
-        text = json.dumps({"format": _FORMAT} | asdict(self), indent=1)
+        """Write `manifest.json` into `folder`, in one piece, and to the disk itself."""
+        fields = {"format": _FORMAT} | asdict(self)
+        text = json.dumps(fields | {"sha256": _digest(fields)}, indent=1)
         aside = folder / (MANIFEST + ".tmp")
-        aside.write_text(text + "\n")
+        with aside.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(folder / MANIFEST)
 
 
@@ -84,14 +92,24 @@ def read_manifest(checkpoint: Path) -> Manifest:
             f"checkpoint: {path} is damaged ({error}), use another checkpoint"
         ) from None
     try:
+        if fields.pop("sha256", None) not in (None, _digest(fields)):  # None: an older one
+            raise ValueError("its sha256 is another")
         if fields.pop("format") != _FORMAT:
             raise ValueError("another format")
-        return Manifest(**(fields | {"model": model_config_from_dict(fields["model"])}))
+        manifest = Manifest(**(fields | {"model": model_config_from_dict(fields["model"])}))
+        whole = all(entry.keys() == {"bytes", "sha256"} for entry in manifest.files.values())
+        if not (whole and isinstance(manifest.step, int) and isinstance(manifest.state, dict)):
+            raise ValueError("fields of another type")
+        return manifest
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"checkpoint: {path} is no manifest of format {_FORMAT} ({error}), use another "
             "checkpoint or the version that wrote it"
         ) from None
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def file_entry(path: Path) -> dict[str, int | str]:
@@ -109,25 +127,56 @@ def verify(checkpoint: Path) -> Manifest:
     Raises:
         ValueError: Naming the file that is missing, cut short, changed or not listed.
     """
+    manifest = check_listing(checkpoint)
+    check_content(checkpoint, manifest, manifest.files)
+    return manifest
+
+
+def check_listing(checkpoint: Path) -> Manifest:
+    """Compare the files that are there with those the manifest lists: plain files of that size.
+
+    Raises:
+        ValueError: Naming the file that is missing, cut short, elsewhere or not listed.
+    """
     manifest = read_manifest(checkpoint)
-    present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
-    if unlisted := sorted(present - set(manifest.files)):
+    present = sorted(checkpoint.iterdir())
+    if links := [path for path in present if path.is_symlink()]:
+        raise ValueError(f"checkpoint: {links[0]} is a link, put the file itself there")
+    if unlisted := sorted({path.name for path in present} - {MANIFEST} - set(manifest.files)):
         raise ValueError(
             f"checkpoint: {checkpoint / unlisted[0]} is not listed in {MANIFEST}, remove it if it "
             "is not part of the checkpoint, else use another checkpoint"
         )
     for name, expected in manifest.files.items():
+        if not _is_plain(name):
+            raise ValueError(
+                f"checkpoint: {checkpoint / MANIFEST} lists {name!r}, which is outside the folder, "
+                "use another checkpoint"
+            )
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"checkpoint: {path} is missing, use another checkpoint")
-        found = file_entry(path)
-        for key in ("bytes", "sha256"):
-            if found[key] != expected[key]:
-                raise ValueError(
-                    f"checkpoint: {path} is damaged, {key} is {found[key]} and was "
-                    f"{expected[key]}, use another checkpoint"
-                )
+        _compare(path, "bytes", path.stat().st_size, expected)
     return manifest
+
+
+def check_content(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Raise a ValueError if what is in one of the files `names` is not what was written."""
+    for name in names:
+        path = checkpoint / name
+        _compare(path, "sha256", file_entry(path)["sha256"], manifest.files[name])
+
+
+def _compare(path: Path, key: str, found: int | str, expected: dict[str, int | str]) -> None:
+    if found != expected[key]:
+        raise ValueError(
+            f"checkpoint: {path} is damaged, {key} was {expected[key]}, is {found}, use another"
+        )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether `name` is that of a file in the folder itself."""
+    return "/" not in name and name not in ("", ".", "..")
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -171,10 +220,17 @@ class TensorReader(FileSystemReader):
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 raise ValueError(f"checkpoint: {self.path} holds {name}, which is not a tensor")
+        for place in (metadata.storage_data or {}).values():
+            if not _is_plain(place.relative_path):
+                raise ValueError(f"checkpoint: {self.path} points to {place.relative_path!r}")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+_METADATA = """BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta
+TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"""
 
 
 class _AllowListUnpickler(pickle.Unpickler):
@@ -188,20 +244,8 @@ class _AllowListUnpickler(pickle.Unpickler):
             ("torch", "device"),
             ("torch.serialization", "_get_layout"),
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    "BytesStorageMetadata",
-                    "ChunkStorageMetadata",
-                    "Metadata",
-                    "MetadataIndex",
-                    "StorageMeta",
-                    "TensorProperties",
-                    "TensorStorageMetadata",
-                    "_MEM_FORMAT_ENCODING",
-                )
-            ),
         }
+        | {("torch.distributed.checkpoint.metadata", name) for name in _METADATA.split()}
     )
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,3 +1,4 @@
+import random
 import threading
 from collections import Counter
 from pathlib import Path
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import Microbatch, TokenLoader
+from data.loader import Microbatch, TokenLoader, batch_number
 from data.shards import ShardWriter, TokenStream, open_shard
 
 
@@ -134,6 +135,24 @@ def test_prefetched_batches_equal_direct_ones(depth: int) -> None:
     assert [t for t, _ in ahead] == list(range(3, 17))
     assert all(equal(batch, loader.batch(t)) for t, batch in ahead)
     assert list(loader.batches(4, 4, depth=depth)) == []
+
+
+def test_batch_number_is_the_t_th_that_no_range_holds() -> None:
+    dice = random.Random(0)
+    for _ in range(300):
+        starts = [dice.randrange(-3, 40) for _ in range(dice.randrange(6))]
+        skipped = [(start, start + dice.randrange(9)) for start in starts]
+        dealt = [n for n in range(200) if not any(start <= n < stop for start, stop in skipped)]
+        assert [batch_number(t, skipped) for t in range(100)] == dealt[:100]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_skipped_batches_are_never_dealt_and_shift_the_later_ones(depth: int) -> None:
+    loader = make_loader(make_stream(500))
+    dealt = list(loader.batches(1, 7, skipped=[(5, 7), (2, 4), (3, 4)], depth=depth))
+    assert [t for t, _ in dealt] == [1, 2, 3, 4, 5, 6]
+    for (_, batch), number in zip(dealt, [1, 4, 7, 8, 9, 10], strict=True):
+        assert equal(batch, loader.batch(number))
 
 
 def loader_threads() -> list[threading.Thread]:

@@ -48,7 +48,7 @@ def test_folder_becomes_a_dataset_with_a_table_and_json(
     [
         (["--input", "absent"], "input absent does not exist, give"),
         (["--input", "{tmp}/empty"], "input holds no documents, give"),
-        (["--input", "{tmp}/one.txt"], "input holds 1 different document"),
+        (["--input", "{tmp}/one.txt"], "1 different document, too short to be split"),
         (["--input", "{tmp}/two"], "vocab_size 4096 is too large for this text"),
         (["--input", "{tmp}/two", "--tokenizer", "absent.model"], "tokenizer absent.model is not"),
         (["--input", "{tmp}/two", "--validation_fraction", "1"], "validation_fraction 1.0 is not"),
@@ -62,8 +62,9 @@ def test_user_error_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "two").mkdir()
-    for path in ("one.txt", "two/a.txt", "two/b.txt"):
+    for path in ("two/a.txt", "two/b.txt"):
         (tmp_path / path).write_text(path)
+    (tmp_path / "one.txt").write_text("x")
     filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     done = run(*filled, "--output", tmp_path / "out")
     assert done.returncode == 2

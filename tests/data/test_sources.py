@@ -9,7 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.sources import Document, Faults, read_documents
+import data.sources
+from data.faults import Faults
+from data.sources import Document, read_documents
 
 
 def read(*inputs: str | Path, text_field: str = "text") -> tuple[list[Document], Faults]:
@@ -149,8 +151,42 @@ def test_torn_gzip_gives_its_whole_lines(tmp_path: Path) -> None:
     documents, faults = read(path)
     assert 1000 < len(documents) < 4000
     assert [d.text for d in documents] == [json.loads(li)["text"] for li in lines[: len(documents)]]
-    assert faults.counts == {"torn gzip file, the rest of it": 1}
+    assert faults.counts == {"torn or damaged gzip file, the rest of it": 1}
     assert faults.lines()[0].endswith(f"({path}:{len(documents) + 1})")
+
+
+def test_very_long_text_file_is_cut_at_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.sources, "MAX_DOCUMENT_BYTES", 200)
+    monkeypatch.setattr(data.sources, "_TEXT_PART_BYTES", 50)
+    path = tmp_path / "a.txt"
+    lines = [f"line {n} caf\u00e9 {'x' * (n % 7)}\n" for n in range(1, 60)]
+    path.write_text("\ufeff" + "".join(lines), encoding="utf-8")
+    documents, faults = read(path)
+    assert not faults.counts
+    assert "".join(document.text for document in documents) == "".join(lines)
+    assert {50 <= len(document.text.encode()) < 80 for document in documents[:-1]} == {True}
+    assert documents[0].origin == str(path)
+    for document in documents[1:]:
+        line = int(document.origin.removeprefix(f"{path}:"))
+        assert document.text.startswith(lines[line - 1])
+    path.write_bytes(b"good\n" * 20 + b"bad \xff\n" + b"x" * 450 + b"\n" + b"good\n" * 20)
+    documents, faults = read(path)
+    assert "".join(document.text for document in documents).count("good\n") > 20
+    assert faults.examples == {
+        "invalid UTF-8": [f"{path}:21"],
+        "longer than 268 MB": [f"{path}:22"],
+    }
+
+
+def test_very_long_parquet_row_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.sources, "MAX_DOCUMENT_BYTES", 200)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "x" * 201, "x" * 200]}), path)
+    documents, faults = read(path)
+    assert [len(document.text) for document in documents] == [3, 200]
+    assert faults.examples == {"longer than 268 MB": [f"{path}:2"]}
 
 
 def test_only_the_first_examples_of_a_fault_are_kept(tmp_path: Path) -> None:

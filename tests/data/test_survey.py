@@ -66,8 +66,32 @@ def test_sample_of_a_small_corpus_is_the_train_split_exactly() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "fraction", "held_out"),
+    [
+        ("one\ntwo\nthree\nfour", 0.4, "three\nfour"),  # 7 of 18, back to the line's beginning.
+        ("one\ntwo\nthree\nfour\n", 0.01, "\n"),  # A line end before is further than 1 more.
+        ("a line without an end", 0.2, " end"),
+        ("x\n" * 50, 0.1, "x\n" * 5),
+    ],
+)
+def test_end_of_the_only_document_is_held_out(text: str, fraction: float, held_out: str) -> None:
+    seen = survey([text, text], fraction=fraction, sample_bytes=1000)
+    head, tail = seen.parts(Document("a", text))
+    assert head.text + tail.text == text
+    assert tail.text == held_out
+    assert [seen.is_held_out(part.text) for part in (head, tail)] == [False, True]
+    assert seen.sample == (head.text,)
+    assert head.origin == tail.origin == "a"
+
+
+def test_documents_stay_whole_where_there_are_two() -> None:
+    document = Document("a", "one\ntwo\n")
+    assert survey(["one\ntwo\n", "b"]).parts(document) == [document]
+
+
+@pytest.mark.parametrize(
     ("texts", "message"),
-    [([], "no documents"), (["a"], "1 different"), (["a", "a"], "1 different")],
+    [([], "no documents"), (["a"], "1 different"), (["aa", "aa"], "1 different")],
 )
 def test_corpus_that_cannot_be_split_is_a_value_error(texts: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

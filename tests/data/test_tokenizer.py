@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+import data.tokenizer
 from data.tokenizer import Tokenizer, train_tokenizer
 
 NASTY = [
@@ -59,25 +60,54 @@ def test_pieces_give_the_ids_of_the_whole_text(tokenizer_path: Path, documents: 
     assert tokenizer.encode(text) == processor.encode(text)
 
 
-def test_model_with_dummy_prefix_encodes_the_text_in_one_piece(
-    tmp_path: Path, documents: list[str]
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"add_dummy_prefix": True},  # As in Llama 2.
+        {"add_dummy_prefix": True, "remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True, "add_dummy_prefix": True},
+        {"split_by_whitespace": False, "vocab_size": 400},
+        # Whose runs of spaces may be cut in several ways of the same score.
+        {"model_type": "unigram", "allow_whitespace_only_pieces": False},
+    ],
+)
+def test_pieces_change_no_id_for_any_kind_of_model(
+    tmp_path: Path,
+    documents: list[str],
+    kind: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(data.tokenizer, "_PIECE_CHARS", 3)  # Many cuts.
+    settings = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    settings |= {"allow_whitespace_only_pieces": True} | kind
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("".join(documents).split("\n")),
         model_writer=model,
-        model_type="bpe",
-        vocab_size=320,
+        model_type=settings.pop("model_type", "bpe"),
+        vocab_size=settings.pop("vocab_size", 310),
         byte_fallback=True,
-        add_dummy_prefix=True,
         normalization_rule_name="identity",
         minloglevel=2,
+        **settings,
     )
     path = tmp_path / "foreign.model"
     path.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    text = "self return\n" * 500
-    assert Tokenizer(path).encode(text) == processor.encode(text)
+    rng = random.Random(0)
+    words = ["self", "return", " ", "  ", "     ", "caf\u00e9", "x", "\t", "12", "layer ", "\n"]
+    for newlines in (True, False):
+        text = "".join(rng.choices(words if newlines else words[:-1], k=2000)) + "x "
+        assert Tokenizer(path).encode(text) == processor.encode(text)
+
+
+def test_text_without_white_space_is_cut_into_bounded_pieces(tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    text = "".join(random.Random(0).choices("selfdraft\u65e5", k=200_000))
+    pieces = [tokenizer.decode(ids) for ids in tokenizer.encode_pieces(text)]
+    assert [len(piece) for piece in pieces] == [65536, 65536, 65536, 200_000 - 3 * 65536]
+    assert "".join(pieces) == text
 
 
 def test_training_twice_gives_the_same_file(tmp_path: Path, documents: list[str]) -> None:

@@ -1,0 +1,36 @@
+"""What could not be used of a corpus: counted by reason and located."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+EMPTY = "empty document"
+UNKNOWN_KIND = "unknown file kind"
+
+
+@dataclass
+class Faults:
+    """What was skipped, counted by reason, with the first few places of each."""
+
+    max_examples: int = 3
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, origin: str) -> None:
+        """Count one fault."""
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < self.max_examples:
+            examples.append(origin)
+
+    @property
+    def damaged(self) -> int:
+        """Number of faults that lost text, or may have: no empty document, no unknown file."""
+        return self.counts.total() - self.counts[EMPTY] - self.counts[UNKNOWN_KIND]
+
+    def lines(self) -> list[str]:
+        """Return one line per reason: the count, the reason, the first places."""
+        return [
+            f"skipped {count}: {reason} ({', '.join(self.examples[reason])}"
+            f"{', ...' if count > len(self.examples[reason]) else ''})"
+            for reason, count in sorted(self.counts.items())
+        ]
