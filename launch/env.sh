@@ -15,3 +15,6 @@ export RANKS
 cores=$(nproc 2>/dev/null || echo "$RANKS")
 threads=$((cores / RANKS))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+# A new store for every attempt of torchrun: its restarts on several nodes would otherwise read the
+# addresses of ranks that are gone (pytorch#167288).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

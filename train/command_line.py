@@ -1,25 +1,49 @@
-"""The command line of training: a preset, and any field of it overridden."""
+"""The command line of training: a preset, any field of it overridden, and what is to be done."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
 from train.config import TrainConfig
+from train.dry_run import DryRun
 from train.presets import PRESETS
 
 DEFAULT_PRESET = "demo"
+_DRY_RUN_FIELDS = tuple(field.name for field in dataclasses.fields(DryRun))
 
 
-def parse(arguments: Sequence[str], *, show: bool) -> TrainConfig:
-    """Return the configuration that `[PRESET] [--section.field VALUE ...]` asks for.
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    config: TrainConfig
+    """The run."""
+    dry_run: DryRun | None
+    """Plan the run for this machine and end; None trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CommandLine:
+    config: tyro.conf.FlagConversionOff[Annotated[TrainConfig, tyro.conf.arg(name="")]]
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the plan of the run (sizes, memory per GPU, FLOPs, steps) and end; refuse what cannot
+    work. Needs one process, no GPU and no data."""
+    machine: Annotated[DryRun, tyro.conf.arg(name="")] = field(default_factory=DryRun)
+
+
+def parse(arguments: Sequence[str], *, show: bool) -> Command:
+    """Return what `[PRESET] [--section.field VALUE ...] [--dry_run ...]` asks for.
 
     Args:
         arguments: The command line without the program's name.
         show: Whether this process may print help and tyro's own errors.
 
     Raises:
-        ValueError: If there is no such preset or field.
+        ValueError: If there is no such preset or field, or an option of --dry_run stands alone.
         SystemExit: After --help, or on a value that does not parse; tyro has said why.
     """
     name, *rest = arguments if arguments else (DEFAULT_PRESET,)
@@ -27,24 +51,28 @@ def parse(arguments: Sequence[str], *, show: bool) -> TrainConfig:
         name, rest = DEFAULT_PRESET, list(arguments)
     if name not in PRESETS:
         raise ValueError(f"preset: {name} does not exist, {_suggest(name, [*PRESETS])}")
-    config, unknown = tyro.cli(
-        TrainConfig,
+    line, unknown = tyro.cli(
+        _CommandLine,
         prog="train/main.py [PRESET]",
         description=_description(name),
-        default=PRESETS[name](),
+        default=_CommandLine(config=PRESETS[name]()),
         args=rest,
         use_underscores=True,
         console_outputs=show,
         return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands,),
     )
     if unknown and unknown[0] in PRESETS:
         raise ValueError(f"preset: {unknown[0]} comes after an option, name the preset first")
     if unknown:
-        options = [f"--{field}" for field in _field_names(config.as_dict())]
+        options = [f"--{name}" for name in _field_names(line.config.as_dict())]
+        options += ["--dry_run", *(f"--{name}" for name in _DRY_RUN_FIELDS)]
         hint = _suggest(unknown[0].split("=")[0], options)
         raise ValueError(f"option: {unknown[0]} does not exist, {hint}")
-    return config
+    given = {word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")}
+    if not line.dry_run and (alone := [name for name in _DRY_RUN_FIELDS if name in given]):
+        raise ValueError(f"{alone[0]}: belongs to a plan and not to training, add --dry_run")
+    return Command(line.config, line.machine if line.dry_run else None)
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

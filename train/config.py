@@ -10,12 +10,20 @@ from loss.curriculum import CurriculumConfig, active_layers
 from loss.early_exit import EarlyExitConfig, e_tilde
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
+from train.adam_monitor import AdamMonitorConfig
+from train.blocks import float8_problems
 from train.checkpointer import CheckpointConfig
 from train.corpus import DataConfig
+from train.layerskip import LayerSkipSchedule
 from train.metrics import MetricsConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
+from train.preflight import name_problems
+from train.recovery import RecoveryConfig
+from train.replica_check import ReplicaCheckConfig
 from train.runtime import RuntimeConfig
+from train.step import StepConfig
+from train.stragglers import StragglerConfig
 from train.validate import ValidateConfig
 
 
@@ -40,13 +48,41 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    adam_monitor: AdamMonitorConfig = field(default_factory=AdamMonitorConfig)
+    replica_check: ReplicaCheckConfig = field(default_factory=ReplicaCheckConfig)
+    stragglers: StragglerConfig = field(default_factory=StragglerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @property
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def step(self) -> StepConfig:
+        """What `train_step` needs to know."""
+        return StepConfig(
+            seed=self.seed,
+            T=self.steps,
+            tokens_per_step=self.data.tokens_per_step,
+            chunk_rows=self.early_exit.chunk_rows,
+            optim=self.optim,
+            layer_dropout=self.layer_dropout,
+            reduce_every_microbatch=self.parallel.reduce_every_microbatch,
+        )
+
+    @property
+    def layerskip(self) -> LayerSkipSchedule:
+        """The recipe of every step."""
+        return LayerSkipSchedule(
+            layer_dropout=self.layer_dropout,
+            curriculum=self.curriculum,
+            early_exit=self.early_exit,
+            L=self.model.n_layers,
+            T=self.steps,
+        )
 
     def problems(self, world_size: int) -> list[str]:
         """Return all that is wrong with the configuration, one line each."""
@@ -60,18 +96,20 @@ class TrainConfig:
             *self.parallel.problems(world_size),
             *self.validate.problems(),
             *self.checkpoint.problems(),
+            *self.recovery.problems(),
             *self.metrics.problems(),
+            *self.adam_monitor.problems(),
+            *self.replica_check.problems(),
+            *self.stragglers.problems(),
+            *self.runtime.problems(),
+            *name_problems(self.name),
         ]
+        if self.parallel.float8:
+            found += float8_problems(self.model)
         if self.steps < 1:
             found.append(f"steps: {self.steps}, must be at least 1")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed: {self.seed}, must lie in [0, 2^63)")
-        if self.runtime.timeout_seconds < 1:
-            found.append(
-                f"runtime.timeout_seconds: {self.runtime.timeout_seconds}, must be at least 1"
-            )
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            found.append(f"name: {self.name!r}, must be a plain folder name")
         if self.data.seq_len > self.model.max_seq_len:
             found.append(
                 f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len "

@@ -29,6 +29,9 @@ class DataConfig:
     microbatch_size: int = 0
     """Sequences per rank and forward pass; global_batch_size / (ranks * microbatch_size) of them
     accumulate to one step. 0: a rank's whole share at once, without accumulation."""
+    verify_shards: bool = True
+    """Before step 1, read all shards, each rank its part, and compare them with the checksums of
+    their preparation. False: only their sizes."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -91,6 +94,13 @@ def train_loader(dataset: Dataset, config: DataConfig, runtime: Runtime, seed: i
         config.seq_len,
         loader.dropped_tokens,
     )
+    if loader.windows < config.global_batch_size:
+        logger.warning(
+            "data.global_batch_size: %d is more than the %d windows of %s, every step repeats some",
+            config.global_batch_size,
+            loader.windows,
+            config.path,
+        )
     return loader
 
 

@@ -4,10 +4,11 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from train.runtime import Runtime
@@ -35,11 +36,26 @@ class MetricsConfig:
         return []
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """How many numbers fell into each of equal bins."""
+
+    counts: list[int]
+    low: float
+    """Lower edge of the first bin; numbers below are in it."""
+    high: float
+    """Upper edge of the last bin; numbers above are in it."""
+
+
 class Sink(Protocol):
     """Somewhere metrics go."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the metrics of one step."""
+        ...
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Write the histograms of one step."""
         ...
 
     def close(self) -> None:
@@ -68,6 +84,11 @@ class JsonLines:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Append them as one line."""
+        fields = {name: asdict(histogram) for name, histogram in histograms.items()}
+        self._file.write(json.dumps({"step": step, **fields}) + "\n")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -92,6 +113,24 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Add one slice to every histogram."""
+        for name, histogram in histograms.items():
+            counts = np.array(histogram.counts)
+            edges = np.linspace(histogram.low, histogram.high, len(counts) + 1)
+            middles = (edges[1:] + edges[:-1]) / 2
+            self._writer.add_histogram_raw(
+                name,
+                min=histogram.low,
+                max=histogram.high,
+                num=int(counts.sum()),
+                sum=float(counts @ middles),
+                sum_squares=float(counts @ middles**2),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
+
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
@@ -107,6 +146,7 @@ class WeightsAndBiases:
         id_file = folder / "wandb-id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
+        self._histogram = wandb.Histogram
         self._run = wandb.init(
             project=project,
             name=name,
@@ -115,10 +155,24 @@ class WeightsAndBiases:
             dir=folder,
             config=config,
         )
+        # Not W&B's own count of steps, which cannot go back when the run does.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step."""
-        self._run.log(dict(metrics), step=step)
+        self._run.log({"step": step, **metrics})
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Log them all at once."""
+        self._run.log(
+            {"step": step}
+            | {
+                name: self._histogram(
+                    np_histogram=(h.counts, np.linspace(h.low, h.high, len(h.counts) + 1))
+                )
+                for name, h in histograms.items()
+            }
+        )
 
     def close(self) -> None:
         """Finish the run."""
@@ -136,6 +190,11 @@ class Metrics:
         """Send the metrics of one step to every sink."""
         for sink in self._sinks:
             sink.log(metrics, step)
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Send the histograms of one step to every sink."""
+        for sink in self._sinks:
+            sink.log_histograms(histograms, step)
 
     def close(self) -> None:
         """Close every sink."""

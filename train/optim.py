@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from models.llama import Llama
 from train.titan import OptimizersContainer, ParamGroupConfig
 
@@ -86,3 +89,18 @@ def set_lr(optimizer: OptimizersContainer, value: float) -> None:
     for inner in optimizer:
         for group in inner.param_groups:
             group["lr"] = value
+
+
+def update_unless(bad: Tensor, optimizer: OptimizersContainer) -> None:
+    """Update the weights and drop the gradients; where `bad` holds, change nothing but that.
+
+    Args:
+        bad: Scalar bool on the device; the host does not wait for it.
+        optimizer: Fused AdamW, whose kernel reads `found_inf` as torch.amp.GradScaler sets it and
+            leaves weights, moments and its own count of steps alone.
+    """
+    for inner in optimizer:
+        inner.found_inf = bad.to(inner.param_groups[0]["params"][0].device, torch.float32)
+        inner.grad_scale = None
+        inner.step()
+        inner.zero_grad()

@@ -69,8 +69,9 @@ def layerskip_350m() -> TrainConfig:
 def scratch_1_5b() -> TrainConfig:
     """The paper's 1.5B from scratch: 32 GPUs, 26B tokens."""
     return _paper(
-        "scratch_1_5b", "layerskip_1.5b", p_max=0.1, e_scale=0.2, R=23, S="exponential", lr=8e-4
-    )
+        "scratch_1_5b", "layerskip_1.5b", p_max=0.1, e_scale=0.2, R=23, S="exponential", lr=8e-4,
+        microbatch_size=4,
+    )  # fmt: skip
 
 
 def scratch_7b() -> TrainConfig:
@@ -91,6 +92,7 @@ def continual_llama2_13b() -> TrainConfig:
     return _paper(
         "continual_llama2_13b", "llama2_13b", p_max=0.1, e_scale=0.1, R=39, lr=2e-5,
         global_batch_size=256, init_from="outputs/llama2_13b",
+        parallel=ParallelConfig(reduce_every_microbatch=True),
     )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def continual_llama3_8b() -> TrainConfig:
     return _paper(
         "continual_llama3_8b", "llama3_8b", p_max=0.1, e_scale=0.1, R=8, lr=3e-5,
         global_batch_size=1024, init_from="outputs/llama3_8b",
+        parallel=ParallelConfig(activation_checkpointing="selective"),
     )  # fmt: skip
 
 
@@ -165,6 +168,7 @@ def _paper(
     microbatch_size: int = 1,
     seq_len: int | None = None,
     init_from: str = "",
+    parallel: ParallelConfig | None = None,
 ) -> TrainConfig:
     model = SIZES[size]
     return TrainConfig(
@@ -181,6 +185,7 @@ def _paper(
         layer_dropout=LayerDropoutConfig(p_max=p_max, S=S),
         curriculum=CurriculumConfig(C=C, R=R),
         early_exit=EarlyExitConfig(e_scale=e_scale),
+        parallel=parallel or ParallelConfig(),
         checkpoint=CheckpointConfig(interval_steps=1000, init_from=init_from),
     )
 

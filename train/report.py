@@ -1,85 +1,58 @@
 """What is said of training: the losses since the last log line, as metrics and as one line."""
 
-import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
-import torch
-from torch import Tensor
-
-from train.config import TrainConfig
 from train.layerskip import StepPlan
-from train.optim import lr
-from train.runtime import Runtime
-from train.step import StepResult
+from train.outcome import Outcome
 from train.throughput import Throughput
 
 
 class StepReport:
-    """Gathers steps on the device; the host looks at them only when a line is due."""
+    """Gathers the outcomes of steps until a line is due."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
+    def __init__(self, L: int, tokens_per_step: int, throughput: Throughput) -> None:
         """Start with no step seen."""
-        self._config, self._runtime = config, runtime
-        self.throughput = Throughput(config.model, config.data.seq_len, runtime)
-        self._clear()
+        self._L, self._tokens_per_step, self._throughput = L, tokens_per_step, throughput
+        self._outcomes: list[Outcome] = []
 
-    def _clear(self) -> None:
-        self._J = torch.zeros((), device=self._runtime.device)
-        self._exits = torch.zeros(2, self._config.model.n_layers, device=self._runtime.device)
-        self._grad_norm: Tensor | None = None
-        self._steps = 0
-
-    def add(self, result: StepResult, plan: StepPlan) -> None:
-        """Take in one step, without waiting for the device."""
-        self._J += result.J
-        self._exits += torch.stack((result.exit_loss_sums, result.exit_tokens))
-        self._grad_norm = result.grad_norm
+    def add(self, outcome: Outcome, plan: StepPlan) -> None:
+        """Take in one step and the plan it followed."""
+        self._outcomes.append(outcome)
         self._plan = plan
-        self._steps += 1
-        self.throughput.add(
-            self._config.data.tokens_per_step,
-            mean_layers=plan.mean_layers,
-            num_exits=len(plan.exit_layers),
+        self._throughput.add(
+            self._tokens_per_step, mean_layers=plan.mean_layers, num_exits=len(plan.exit_layers)
         )
 
-    def read(self, done_steps: int) -> dict[str, float]:
-        """Return the means since the last reading, over all ranks; every rank calls this.
+    def read(self, done_steps: int, *, lr: float, seconds: float) -> dict[str, float]:
+        """Return the means since the last reading, over the steps that updated the weights.
 
-        Raises:
-            FloatingPointError: If a loss or the gradient norm is not finite.
+        Args:
+            done_steps: Steps done.
+            lr: Learning rate of the last of them.
+            seconds: Time they took.
         """
-        assert self._grad_norm is not None
-        totals = self._runtime.sum_over_ranks(torch.cat((self._J[None], self._exits.flatten())))
-        J, *flat = totals.tolist()
-        L = self._config.model.n_layers
-        means = {
-            l: total / count
-            for l, (total, count) in enumerate(zip(flat[:L], flat[L:], strict=True))
-            if count
-        }
-        for l, loss in means.items():
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss of the exit after layer {l} is {loss} within the {self._steps} steps up "
-                    f"to {done_steps}, lower optim.lr and resume"
-                )
+        finite = [outcome for outcome in self._outcomes if outcome.finite]
         metrics = {
-            "train/J": J / self._steps,
-            **exit_metrics("train", means, L),
-            "optim/grad_norm": self._grad_norm.item(),
-            "optim/lr": lr(self._config.optim, done_steps - 1, self._config.steps),
+            "optim/lr": lr,
             "layerskip/p_max_t": max(self._plan.drop_prob),
             "layerskip/mean_layers": self._plan.mean_layers,
             "layerskip/num_exits": float(len(self._plan.exit_layers)),
-            "progress/tokens": float(done_steps * self._config.data.tokens_per_step),
-            **self.throughput.read(),
+            "progress/tokens": float(done_steps * self._tokens_per_step),
+            "progress/skipped_updates": float(len(self._outcomes) - len(finite)),
+            **self._throughput.read(seconds),
         }
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {done_steps}, lower optim.lr and resume"
-                )
-        self._clear()
+        if finite:
+            by_exit = {
+                l: [o.exit_losses[l] for o in finite if l in o.exit_losses] for l in range(self._L)
+            }
+            means = {l: fmean(losses) for l, losses in by_exit.items() if losses}
+            metrics |= {
+                "train/J": fmean(outcome.J for outcome in finite),
+                **exit_metrics("train", means, self._L),
+                "optim/grad_norm": finite[-1].grad_norm,
+            }
+        self._outcomes = []
         return metrics
 
 
@@ -89,24 +62,36 @@ def exit_metrics(split: str, losses: Mapping[int, float], L: int) -> dict[str, f
     return {f"{split}/loss": losses[L - 1], **metrics} if L - 1 in losses else metrics
 
 
-def step_line(metrics: Mapping[str, float], done_steps: int, config: TrainConfig) -> str:
+def step_line(
+    metrics: Mapping[str, float], done_steps: int, *, T: int, tokens_per_step: int
+) -> str:
     """Write one log step in one line."""
-    exits = [name for name in metrics if name.startswith("train/loss_exit_")]
-    shown = dict.fromkeys((exits[0], exits[(len(exits) - 1) // 2], exits[-1]))
-    losses = ", ".join(f"{name[-2:]} {metrics[name]:.3f}" for name in shown)
+    parts = [f"step {done_steps}/{T}"]
+    if "train/J" in metrics:
+        exits = [name for name in metrics if name.startswith("train/loss_exit_")]
+        shown = dict.fromkeys((exits[0], exits[(len(exits) - 1) // 2], exits[-1]))
+        losses = ", ".join(f"{name[-2:]} {metrics[name]:.3f}" for name in shown)
+        parts += [
+            f"J {metrics['train/J']:.3f}",
+            f"exit loss {losses}",
+            f"grad norm {metrics['optim/grad_norm']:.2f}",
+        ]
+    if metrics["progress/skipped_updates"]:
+        parts.append(f"{metrics['progress/skipped_updates']:.0f} updates skipped")
     tokens_per_second = metrics["perf/tokens_per_second"]
-    left = (config.steps - done_steps) * config.data.tokens_per_step / tokens_per_second
     speed = (
         f"MFU {metrics['perf/mfu']:.1%}"
         if "perf/mfu" in metrics
         else f"{metrics['perf/gflops_per_second']:.1f} GFLOP/s"
     )
-    return (
-        f"step {done_steps}/{config.steps} | J {metrics['train/J']:.3f} | exit loss {losses} | "
-        f"grad norm {metrics['optim/grad_norm']:.2f} | lr {metrics['optim/lr']:.2e} | "
-        f"{tokens_per_second:,.0f} tok/s | {speed} | "
-        f"{metrics['perf/peak_memory_gib']:.2f} GiB | ETA {_clock(left)}"
-    )
+    parts += [
+        f"lr {metrics['optim/lr']:.2e}",
+        f"{tokens_per_second:,.0f} tok/s",
+        speed,
+        f"{metrics['perf/peak_memory_gib']:.2f} GiB",
+        f"ETA {_clock((T - done_steps) * tokens_per_step / tokens_per_second)}",
+    ]
+    return " | ".join(parts)
 
 
 def validation_line(losses: Sequence[float], done_steps: int) -> str:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -26,9 +27,23 @@ class RuntimeConfig:
     """How the processes run."""
 
     timeout_seconds: int = 600
-    """A collective that takes longer than this ends the job."""
+    """A rank that stays longer than this in one step or one validation has hung: it is named, all
+    stacks are written to the run folder and the job ends."""
+    setup_timeout_seconds: int = 3600
+    """The same while data is prepared and checkpoints are written or verified."""
+    status_file: str = ""
+    """Also write the run's status.json here, where a job script finds it. Empty: the run folder
+    alone."""
     deterministic: bool = False
     """Refuse CUDA kernels whose result varies from run to run. Slower; the CPU always is."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        return [
+            f"runtime.{name}: {getattr(self, name)}, must be at least 1"
+            for name in ("timeout_seconds", "setup_timeout_seconds")
+            if getattr(self, name) < 1
+        ]
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Runtime:
     rank: int
     world_size: int
     device: torch.device
+    job: str
+    """Names the job across restarts and requeues; empty where nothing does."""
 
     @property
     def is_main(self) -> bool:
@@ -142,16 +159,60 @@ def start_runtime(config: RuntimeConfig, seed: int) -> Iterator[Runtime]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.timeout_seconds)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=_shared_store(rank, world_size),
+        rank=rank,
+        world_size=world_size,
+        # The watchdog is to speak first, and it names the rank.
+        timeout=timedelta(seconds=2 * max(config.timeout_seconds, config.setup_timeout_seconds)),
+    )
     try:
-        yield Runtime(rank, world_size, device)
+        yield Runtime(rank, world_size, device, _job())
         # torch 2.11 now and then aborts when a rank leaves while another still talks.
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def connect_store() -> Store:
+    """Return a connection of its own to the store all ranks share, for another thread to use."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    return _of_this_attempt(_tcp_store(is_master=False))
+
+
+def _shared_store(rank: int, world_size: int) -> Store:
+    """Return the store that the process group is formed over."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return _of_this_attempt(_tcp_store(is_master=rank == 0 and not torchrun_serves))
+
+
+def _tcp_store(*, is_master: bool) -> Store:
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=is_master,
+        timeout=timedelta(seconds=300),
+        wait_for_workers=False,
+        multi_tenant=is_master,
+    )
+
+
+def _of_this_attempt(store: Store) -> Store:
+    """Keep this attempt's keys apart from those of the ranks before a restart of torchrun.
+
+    Its store outlives the ranks, and new ones would connect to the addresses of dead ones
+    (pytorch#167288). Restarts are counted by each node, and only one node's count is everybody's:
+    on several, launch/env.sh has torchrun make a new store for every attempt.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _job() -> str:
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name

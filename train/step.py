@@ -1,36 +1,53 @@
 """One optimizer step: minimise J(X, Y, t) over the microbatches of a global batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data.loader import Microbatch
 from loss.early_exit import early_exit_loss
 from models.layer_dropout import KeptRows, LayerDropoutConfig, draw_kept_rows
 from models.llama import Llama
-from train.config import TrainConfig
+from train.adam_monitor import AdamMonitor
 from train.layerskip import StepPlan
-from train.optim import lr, set_lr
+from train.optim import OptimConfig, lr, set_lr, update_unless
 from train.parallelize import set_gradient_sync
 from train.runtime import Runtime
 from train.titan import OptimizersContainer, clip_grad_norm_
 
 
-class StepResult(NamedTuple):
-    """What one step did on this rank."""
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a step needs to know of the run, besides its plan."""
 
-    J: Tensor
-    """This rank's part of J(X, Y, t), scalar fp32; the parts add up to J."""
-    exit_loss_sums: Tensor
-    """(L,) fp32: summed token loss of each exit that was on, 0 elsewhere."""
-    exit_tokens: Tensor
-    """(L,) fp32: number of tokens behind each sum."""
-    grad_norm: Tensor
-    """Norm of the whole gradient before clipping, scalar."""
+    seed: int
+    T: int
+    """Steps of the whole run."""
+    tokens_per_step: int
+    """Tokens of a global batch."""
+    chunk_rows: int
+    """Tokens whose logits are alive at once."""
+    optim: OptimConfig
+    layer_dropout: LayerDropoutConfig
+    reduce_every_microbatch: bool = False
+    """See ParallelConfig."""
+
+
+class StepResult(NamedTuple):
+    """What one step did; on the device, not yet waited for."""
+
+    totals: Tensor
+    """(2 L + 3,) fp32, the same on every rank: J; the token loss of each exit summed over the
+    global batch, 0 where it was off; the number of tokens behind each; the norm of the whole
+    gradient before clipping; how many ranks want to stop."""
+    local: Tensor
+    """The same before it was summed over the ranks."""
 
 
 def train_step(
@@ -40,18 +57,32 @@ def train_step(
     plan: StepPlan,
     t: int,
     *,
-    config: TrainConfig,
+    config: StepConfig,
     runtime: Runtime,
+    adam_monitor: AdamMonitor | None = None,
+    wants_to_stop: bool = False,
 ) -> StepResult:
-    """Take the gradient of J, clip it and update the weights."""
+    """Take the gradient of J, clip it and update the weights.
+
+    Where a loss of any exit or the gradient is not finite on any rank, no rank updates anything:
+    weights and moments stay as they were. All of it is decided on the device.
+    """
     J, sums, counts = accumulate_gradients(
         model, microbatches, plan, t, config=config, runtime=runtime
     )
     grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-    set_lr(optimizer, lr(config.optim, t, config.steps))
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(J, sums, counts, grad_norm)
+    if adam_monitor is not None:
+        adam_monitor.observe()
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    # Summed along with the rest, so that every rank judges by the same bits.
+    norm_share = grad_norm.to(runtime.device) / runtime.world_size
+    stop = torch.tensor(float(wants_to_stop)).to(runtime.device, non_blocking=True)
+    local = torch.cat((J[None], sums, counts, norm_share[None], stop[None]))
+    totals = runtime.sum_over_ranks(local.clone())
+    set_lr(optimizer, lr(config.optim, t, config.T))
+    update_unless(~totals.isfinite().all(), optimizer)
+    return StepResult(totals, local)
 
 
 def accumulate_gradients(
@@ -60,7 +91,7 @@ def accumulate_gradients(
     plan: StepPlan,
     t: int,
     *,
-    config: TrainConfig,
+    config: StepConfig,
     runtime: Runtime,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run forward and backward of J over this rank's microbatches.
@@ -69,24 +100,32 @@ def accumulate_gradients(
     the same however the batch is split over ranks and microbatches.
 
     Returns:
-        This rank's part of J, exit_loss_sums and exit_tokens, as in StepResult.
+        This rank's part of J, scalar; of each exit's summed token loss, (L,); and the number of
+        tokens behind each, (L,). All fp32.
     """
-    L, device = config.model.n_layers, runtime.device
+    L, device = model.config.n_layers, runtime.device
     J = torch.zeros((), device=device)
     sums, counts = torch.zeros(L, device=device), torch.zeros(L)
     for m, microbatch in enumerate(microbatches):
-        set_gradient_sync(model, m == len(microbatches) - 1)
-        kept_rows = _kept_rows(plan, config, runtime, microbatch, t, m)
+        set_gradient_sync(
+            model,
+            m == len(microbatches) - 1,
+            every_microbatch=config.reduce_every_microbatch,
+        )
         tokens = microbatch.tokens.to(device, non_blocking=True)
         labels = microbatch.labels.to(device, non_blocking=True)
-        hidden = model(tokens, exit_layers=plan.exit_layers, kept_rows=kept_rows)
+        hidden = model(
+            tokens,
+            exit_layers=plan.exit_layers,
+            kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
+        )
         loss = early_exit_loss(
             hidden,
             model.head_weight,
             labels,
             plan.exit_weights,
-            num_tokens=config.data.tokens_per_step,
-            chunk_rows=config.early_exit.chunk_rows,
+            num_tokens=config.tokens_per_step,
+            chunk_rows=config.chunk_rows,
         )
         # FSDP averages gradients over ranks; J is a sum over them.
         (loss.total * runtime.world_size).backward()
@@ -99,7 +138,7 @@ def accumulate_gradients(
 
 def _kept_rows(
     plan: StepPlan,
-    config: TrainConfig,
+    config: StepConfig,
     runtime: Runtime,
     microbatch: Microbatch,
     t: int,

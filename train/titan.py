@@ -13,16 +13,33 @@ if not torch.cuda.is_available():
     # torchtitan/tools/utils.py: `_get_available_device_type() or "cuda"`.
     torch._utils._get_available_device_type = lambda: "cpu"
 
+from typing import TYPE_CHECKING, Literal
+
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.tools.utils import GarbageCollection, get_peak_flops
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 __all__ = [
     "GarbageCollection",
     "OptimizersContainer",
     "ParallelDims",
     "ParamGroupConfig",
+    "activation_checkpointing",
     "clip_grad_norm_",
     "get_peak_flops",
 ]
+
+
+def activation_checkpointing(mode: Literal["full", "selective"]) -> "ActivationCheckpointing":
+    """Return the policy, to be applied to a model; a block draws no random numbers.
+
+    Imported here: it pulls in torch's compiler, which takes a second.
+    """
+    from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
+    policy = FullAC if mode == "full" else SelectiveAC
+    return policy.Config(preserve_rng_state=False).build(dump_folder="")

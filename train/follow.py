@@ -1,0 +1,126 @@
+"""What the host makes of the steps: the log, the run's health, and whether to go on."""
+
+import logging
+from collections.abc import Sequence
+
+from data.loader import batch_number
+from train.adam_monitor import alarms
+from train.job import Job
+from train.metrics import Histogram, Metrics
+from train.optim import lr
+from train.outcome import Outcome
+from train.recovery import RunState, Trouble
+from train.report import StepReport, step_line
+from train.stragglers import StragglerWatch
+from train.throughput import Throughput
+
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """Follows the outcomes of steps; all ranks see the same ones and come to the same end."""
+
+    def __init__(self, job: Job, start: int, state: RunState, metrics: Metrics) -> None:
+        """Go on from `state`, which `start` steps led to."""
+        self.done, self.state = start, state
+        self.stop = False
+        """Whether a rank has been asked to stop."""
+        self.trouble: tuple[int, Trouble] | None = None
+        """The first step of trouble that asks for going back, and the trouble."""
+        self._job, self._metrics = job, metrics
+        job.sections.read()  # what was before these steps is not theirs
+        config = job.config
+        self._report = StepReport(
+            config.model.n_layers,
+            config.data.tokens_per_step,
+            Throughput(config.model, config.data.seq_len, job.runtime),
+        )
+        self._stragglers = StragglerWatch(
+            config.stragglers,
+            job.runtime,
+            lambda: job.sections.current[0],
+            done_steps=start,
+        )
+
+    def follow(self, outcomes: Sequence[Outcome]) -> None:
+        """Take in steps that have become known; every rank calls this alike."""
+        config, L = self._job.config.recovery, self._job.layerskip.L
+        for outcome in outcomes:
+            self._report.add(outcome, self._job.layerskip.at(outcome.t))
+            self.done = outcome.t + 1
+            self.stop = self.stop or outcome.stop
+            if not outcome.finite:
+                self._tell_skipped(outcome)
+            before = self.state.health
+            health = before.after(outcome, L, config)
+            self.state = self.state.with_health(health)
+            if trouble := health.trouble(before, config):
+                self._tell("trouble", outcome.t, trouble.reason)
+                if trouble.rollback and self.trouble is None:
+                    self.trouble = (outcome.t - trouble.steps + 1, trouble)
+
+    def watch(self, done: int) -> None:
+        """Look for what goes wrong in silence, where a look is due; every rank calls this.
+
+        Raises:
+            ReplicasDifferError: On every rank, if ranks hold different bits for one tensor.
+        """
+        job, config = self._job, self._job.config
+        if job.replica_check.due(done):
+            job.replica_check.check(done)
+        if self._stragglers.due(done):
+            for line in self._stragglers.read(done):
+                self._tell("straggler", done - 1, line)
+        if job.adam_monitor.due(done):
+            statistics = job.adam_monitor.read()
+            self._metrics.log(statistics.metrics(), done)
+            self._metrics.log_histograms(
+                {
+                    f"adam/update_ratio/{name}": Histogram(counts, low=-2.0, high=2.0)
+                    for name, counts in statistics.histograms().items()
+                },
+                done,
+            )
+            warmup_steps = config.optim.warmup_steps
+            for line in alarms(statistics, config.adam_monitor, warmup_steps=warmup_steps):
+                self._tell("alarm", done - 1, line)
+
+    def close(self) -> None:
+        """End what watches in the background."""
+        self._stragglers.close()
+
+    def log(self, done: int) -> None:
+        """Log the steps since the last time; every rank calls this."""
+        job, config = self._job, self._job.config
+        spent = job.sections.read()
+        seconds = spent["data"] + spent["step"]
+        self.state = self.state.with_seconds(seconds)
+        t = done - 1
+        values = self._report.read(done, lr=lr(config.optim, t, config.steps), seconds=seconds)
+        number = batch_number(t, self.state.skipped_batches)
+        values["progress/epoch"] = float(job.loader.epoch(number))
+        values |= job.lifetime(self.state)
+        self._metrics.log(values, done)
+        logger.info(
+            "%s",
+            step_line(values, done, T=config.steps, tokens_per_step=config.data.tokens_per_step),
+        )
+
+    def _tell_skipped(self, outcome: Outcome) -> None:
+        """Name the ranks, exits and batch of a step that updated nothing."""
+        batch = batch_number(outcome.t, self.state.skipped_batches)
+        found = [
+            f"rank {rank}: {text}"
+            for rank, texts in enumerate(self._job.runtime.gather(outcome.bad_losses_here()))
+            for text in texts
+        ] or ["every loss is finite, but the gradient is not"]
+        self._job.events.append("update_skipped", outcome.t, batch=batch, found=found)
+        if self._job.runtime.is_main:
+            logger.warning(
+                "step %d updates nothing (batch %d): %s", outcome.t + 1, batch, "; ".join(found)
+            )
+
+    def _tell(self, kind: str, t: int, text: str) -> None:
+        self._job.events.append(kind, t, reason=text)
+        if self._job.runtime.is_main:
+            logger.warning("step %d: %s", t + 1, text)

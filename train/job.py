@@ -1,0 +1,271 @@
+"""What a training run is made of: opened in order, closed in order, its end written down."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.dataset import Dataset, verify_shards
+from data.loader import Microbatch, TokenLoader
+from data.shards import TokenStream
+from models.flops import total_params
+from models.llama import Llama
+from train.adam_monitor import AdamMonitor
+from train.checkpoint_content import RunIdentity, checkpoint_bytes
+from train.checkpointer import CheckpointWriter
+from train.config import TrainConfig
+from train.corpus import open_corpus, train_loader, validation_stream
+from train.events import EventLog, State, append_event, goodput, starts, write_status
+from train.hang_watchdog import Watchdog
+from train.interruption import Interruption
+from train.layerskip import LayerSkipSchedule
+from train.optim import build_optimizer
+from train.parallelize import build_model
+from train.preflight import check_run_folder, check_space
+from train.recovery import Ranges, RunState, run_state_from_dict
+from train.replica_check import ReplicaCheck
+from train.resume import Resumed, load_initial_weights, resume
+from train.run_lock import RunLock, lock_run
+from train.runtime import Runtime, connect_store
+from train.sections import Sections
+from train.titan import OptimizersContainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run, ready to take steps."""
+
+    config: TrainConfig
+    runtime: Runtime
+    interruption: Interruption
+    sections: Sections
+    lock: RunLock
+    events: EventLog
+    loader: TokenLoader
+    held_out: TokenStream
+    layerskip: LayerSkipSchedule
+    model: Llama
+    optimizer: OptimizersContainer
+    adam_monitor: AdamMonitor
+    replica_check: ReplicaCheck
+    identity: RunIdentity
+    checkpoints: CheckpointWriter
+    resumed: Resumed
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.config.run_dir / "checkpoints"
+
+    def initial_state(self) -> RunState:
+        """Return the state of the checkpoint, less the batches that going back has ruled out."""
+        ranges = [
+            (first, stop)
+            for event in self.events.read()
+            if event["kind"] == "rollback"
+            for first, stop in [event["skipped"]]
+        ]
+        return run_state_from_dict(self.resumed.state).skipping(
+            self.runtime.gather(ranges)[0]  # rank 0's: it alone writes the events
+        )
+
+    def batches(self, start: int, skipped: Ranges) -> Iterator[tuple[int, list[Microbatch]]]:
+        """Yield (t, this rank's microbatches) from step `start` to the last."""
+        return self.loader.batches(
+            start,
+            self.config.steps,
+            skipped=skipped,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    def wants_to_stop(self) -> bool:
+        """Whether this rank has been asked to stop, or has lost the run to another job."""
+        return bool(self.interruption.reason or self.lock.lost)
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank wants to stop; all ranks call this at the same place."""
+        return any(self.runtime.gather(self.wants_to_stop()))
+
+    def save(self, done: int, state: RunState, *, required: bool) -> None:
+        """Write a checkpoint, if the run folder is still this job's."""
+        self.runtime.on_every_rank(self.lock.check)
+        self.checkpoints.save(done, state.as_dict(), required=required)
+        _write_status(self.config, self.runtime, "running", done)
+
+    def lifetime(self, state: RunState) -> dict[str, float]:
+        """Return what became of the run's time so far, over all its starts; on rank 0."""
+        if not self.runtime.is_main:
+            return {}
+        events = self.events.read()
+        return {
+            "progress/restarts": float(max(starts(events) - 1, 0)),
+            "progress/rollbacks": float(sum(event["kind"] == "rollback" for event in events)),
+            "progress/goodput": goodput(state.productive_seconds, events, time.time()),
+        }
+
+    def finish(self, done: int) -> None:
+        """Write down how the run ended: after its last step, or because a rank was asked to."""
+        if done < self.config.steps:
+            reason = next(filter(None, self.runtime.gather(self.interruption.reason)), "")
+            self.events.append("preempted", done, reason=reason)
+            _write_status(self.config, self.runtime, "preempted", done, reason)
+            logger.info("stopped by %s after step %d; the same command resumes", reason, done)
+            return
+        model = self.config.run_dir / "model"
+        if self.resumed.t < done or not self.runtime.gather(model.exists())[0]:
+            self.checkpoints.write_model(model, done)
+        if self.resumed.t < done:
+            self.events.append("finish", done)
+        else:
+            logger.info("%s has done all its %d steps", self.config.run_dir, done)
+        _write_status(self.config, self.runtime, "finished", done)
+
+
+@contextmanager
+def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> Iterator[Job]:
+    """Lock the run folder, build everything and load the newest checkpoint.
+
+    Where the `with` block fails, the run's status says so.
+
+    Raises:
+        ValueError: On rank 0, if the run cannot begin.
+        SystemExit: On the other ranks then.
+    """
+    run_dir, sections = config.run_dir, Sections()
+    check_run_folder(run_dir, Path(config.output_dir), needed_bytes=0, runtime=runtime)
+    with ExitStack() as stack:
+        lock = stack.enter_context(lock_run(run_dir, runtime))
+        events = EventLog(run_dir / "events.jsonl", writes=runtime.is_main)
+        stack.enter_context(_failure_written_down(config, runtime, lock, events, sections))
+        stack.enter_context(
+            Watchdog(
+                sections,
+                connect_store(),
+                run_dir / "hangs",
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+                timeout_seconds=config.runtime.timeout_seconds,
+                setup_timeout_seconds=config.runtime.setup_timeout_seconds,
+                record=lambda verdict, t: _record_hang(config, verdict, t),
+            )
+        )
+        job = _build(config, runtime, interruption, sections, lock, events, stack)
+        if job.resumed.t < config.steps:
+            _announce(config, runtime, events, job.resumed.t)
+        yield job
+
+
+def _build(
+    config: TrainConfig,
+    runtime: Runtime,
+    interruption: Interruption,
+    sections: Sections,
+    lock: RunLock,
+    events: EventLog,
+    stack: ExitStack,
+) -> Job:
+    """Open the data, build the model, and go on from the newest checkpoint."""
+    dataset, loader, held_out = _open_data(config, runtime)
+    model = build_model(config.model, config.parallel, runtime, config.seed)
+    optimizer = build_optimizer(model, config.optim)
+    check_space(config.run_dir, checkpoint_bytes(model), runtime)
+    identity = RunIdentity(
+        model=config.model,
+        config=config.as_dict(),
+        tokenizer_path=dataset.tokenizer_path,
+        tokenizer_fingerprint=dataset.tokenizer_fingerprint,
+        data_fingerprint=dataset.fingerprint,
+    )
+    folder, settings = config.run_dir / "checkpoints", config.checkpoint
+    resumed = resume(folder, model, optimizer, config=settings, identity=identity, runtime=runtime)
+    if resumed.t == 0 and settings.init_from:
+        load_initial_weights(settings.init_from, model, runtime=runtime)
+    writer = CheckpointWriter(
+        folder, model, optimizer, config=settings, identity=identity, runtime=runtime
+    )
+    rotates = config.curriculum.C == "rot"
+    return Job(
+        config=config,
+        runtime=runtime,
+        interruption=interruption,
+        sections=sections,
+        lock=lock,
+        events=events,
+        loader=loader,
+        held_out=held_out,
+        layerskip=config.layerskip,
+        model=model,
+        optimizer=optimizer,
+        adam_monitor=AdamMonitor(
+            config.adam_monitor, optimizer, runtime, period=config.curriculum.R * rotates
+        ),
+        replica_check=ReplicaCheck(config.replica_check, model, optimizer, runtime),
+        identity=identity,
+        checkpoints=stack.enter_context(writer),
+        resumed=resumed,
+    )
+
+
+def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Dataset, TokenLoader, TokenStream]:
+    """Open the dataset, preparing it if it is missing: rank 0 first."""
+    dataset = runtime.main_first(lambda: open_corpus(config.data, config.model.vocab_size))
+    if config.data.verify_shards:
+        rank, ranks = runtime.rank, runtime.world_size
+        runtime.on_every_rank(lambda: verify_shards(dataset, part=rank, parts=ranks))
+    loader = runtime.on_every_rank(lambda: train_loader(dataset, config.data, runtime, config.seed))
+    held_out = runtime.on_every_rank(lambda: validation_stream(dataset, config.data))
+    return dataset, loader, held_out
+
+
+def _announce(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:
+    """Write `config.json` into the run folder, and say what is about to run."""
+    events.append("start", start, world_size=runtime.world_size)
+    _write_status(config, runtime, "running", start)
+    if not runtime.is_main:
+        return
+    (config.run_dir / "config.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n")
+    logger.info(
+        "%s: %.1fM parameters on %d x %s, %d steps of %s tokens",
+        config.run_dir,
+        total_params(config.model) / 1e6,
+        runtime.world_size,
+        runtime.device_name(),
+        config.steps,
+        f"{config.data.tokens_per_step:,}",
+    )
+
+
+@contextmanager
+def _failure_written_down(
+    config: TrainConfig, runtime: Runtime, lock: RunLock, events: EventLog, sections: Sections
+) -> Iterator[None]:
+    """Note in the run folder, if it is still ours, that the `with` block failed, and why."""
+    try:
+        yield
+    except Exception as error:
+        if not lock.lost:
+            reason = f"{type(error).__name__}: {error}"
+            _, t, _ = sections.current
+            events.append("failed", t, reason=reason)
+            _write_status(config, runtime, "failed", t, reason)
+        raise
+
+
+def _record_hang(config: TrainConfig, verdict: str, t: int) -> None:
+    """Note who hangs; called by one rank, and not by rank 0 if that is the one."""
+    append_event(config.run_dir / "events.jsonl", "hang", t, reason=verdict)
+
+
+def _write_status(
+    config: TrainConfig, runtime: Runtime, state: State, step: int, reason: str = ""
+) -> None:
+    """Write how the run stands: into its folder, and where a job script looks for it."""
+    if runtime.is_main:
+        elsewhere = config.runtime.status_file
+        paths = [config.run_dir / "status.json", *([Path(elsewhere)] if elsewhere else [])]
+        write_status(paths, state, step, reason)

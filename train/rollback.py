@@ -1,0 +1,90 @@
+"""Going back: to a checkpoint from before the trouble, and past the batches around it."""
+
+import logging
+
+from models.checkpoint_format import checkpoint_steps
+from train.job import Job
+from train.recovery import (
+    RunState,
+    Trouble,
+    rollback_step,
+    run_state_from_dict,
+    skip_after_rollback,
+)
+from train.resume import rollback
+
+logger = logging.getLogger(__name__)
+
+
+def roll_back(
+    job: Job, trouble_began: int, trouble: Trouble, t: int, state: RunState
+) -> tuple[int, RunState]:
+    """Load an earlier checkpoint, and leave the batches since out for good.
+
+    Args:
+        job: The run; its weights and moments are replaced.
+        trouble_began: First step of the trouble.
+        trouble: What it is.
+        t: Steps done.
+        state: The state they led to.
+
+    Returns:
+        Steps done at the checkpoint, and the state to go on from.
+
+    Raises:
+        ValueError: If there is nothing to go back to, or the run has gone back too often.
+    """
+    config, runtime = job.config.recovery, job.runtime
+    job.sections.enter("checkpoint", t)
+    job.checkpoints.wait()
+    folder = job.checkpoint_folder
+
+    last_step = _way_back(job, trouble_began, trouble, t)
+    resumed = rollback(
+        folder,
+        job.model,
+        job.optimizer,
+        last_step=last_step,
+        identity=job.identity,
+        runtime=runtime,
+    )
+    skipped = skip_after_rollback(
+        to=resumed.t, trouble_t=t - 1, skipped=state.skipped_batches, config=config
+    )
+    # Recorded only now: a job that dies before this meets the same trouble and comes back here.
+    job.events.append_required("rollback", t, to=resumed.t, skipped=skipped, reason=trouble.reason)
+    if runtime.is_main:
+        logger.warning(
+            "%s: back from step %d to %d, leaving out the batches %d to %d",
+            trouble.reason,
+            t,
+            resumed.t,
+            skipped[0],
+            skipped[1] - 1,
+        )
+    before = run_state_from_dict(resumed.state)
+    return resumed.t, before.skipping([*state.skipped_batches, skipped])
+
+
+def _way_back(job: Job, trouble_began: int, trouble: Trouble, t: int) -> int:
+    """Return the step of the checkpoint to go back to, as rank 0 chooses it."""
+    config, runtime = job.config.recovery, job.runtime
+
+    def choose() -> int:
+        if not runtime.is_main:
+            return -1
+        done = sum(event["kind"] == "rollback" for event in job.events.read())
+        if done >= config.max_rollbacks:
+            raise ValueError(
+                f"recovery.max_rollbacks: {config.max_rollbacks} are used up, and again "
+                f"{trouble.reason} at step {t}; lower optim.lr and start from an earlier checkpoint"
+            )
+        step = rollback_step(list(checkpoint_steps(job.checkpoint_folder)), trouble_began, config)
+        if step is None:
+            raise ValueError(
+                f"recovery: {trouble.reason} at step {t}, and no checkpoint from before step "
+                f"{trouble_began} to go back to, lower optim.lr or checkpoint.interval_steps"
+            )
+        return step
+
+    return runtime.gather(runtime.on_every_rank(choose))[0]
