@@ -1,5 +1,6 @@
 """Run a test function on several gloo ranks, each a process of its own."""
 
+import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 from train.runtime import RuntimeConfig, start_runtime
 
 ROOT = Path(__file__).parent.parent
+SLOW_TO_IMPORT = ("train.parallelize", "train.resume", "torch._dynamo")
 
 
 def run_distributed(function, world_size, *arguments):
@@ -17,7 +19,14 @@ def run_distributed(function, world_size, *arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(function, world_size, port, arguments), nprocs=world_size)
+    # Ranks are forked from one process that has imported what takes the seconds.
+    multiprocessing.set_forkserver_preload(["tests.distributed", *SLOW_TO_IMPORT])
+    mp.start_processes(
+        _rank,
+        args=(function, world_size, port, arguments),
+        nprocs=world_size,
+        start_method="forkserver",
+    )
 
 
 def _rank(rank, function, world_size, port, arguments):

@@ -58,17 +58,17 @@ class Training:
         options = [[f"--{k}", *str("" if v is None else v).split()] for k, v in fields.items()]
         return [preset, *(word for option in options for word in option)]
 
-    def command(self, *, ranks=0, **arguments):
-        launcher = [sys.executable]
+    def command(self, *, ranks=0, launcher=(), script="train/main.py", **arguments):
+        command = [sys.executable]
         if ranks:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        return [*launcher, "train/main.py", *self.arguments(**arguments)]
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        return [*command, *launcher, script, *self.arguments(**arguments)]
 
-    def start(self, **arguments):
+    def start(self, *, environment=None, **arguments):
         return subprocess.Popen(
             self.command(**arguments),
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

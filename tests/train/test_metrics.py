@@ -34,12 +34,13 @@ def test_console_line_shows_first_middle_and_last_exit():
         "train/J": 1.5,
         **exit_metrics("train", {0: 5.0, 2: 4.0, 3: 3.5, 6: 3.0, 7: 2.0}, L=8),
         "optim/grad_norm": 0.7,
+        "progress/skipped_updates": 0.0,
         "optim/lr": 1e-3,
         "perf/tokens_per_second": config.data.tokens_per_step * 2.0,
         "perf/gflops_per_second": 12.3,
         "perf/peak_memory_gib": 0.5,
     }
-    line = step_line(metrics, config.steps - 260, config)
+    line = step_line(metrics, 240, T=500, tokens_per_step=config.data.tokens_per_step)
     assert "exit loss 00 5.000, 03 3.500, 07 2.000" in line
     assert "12.3 GFLOP/s" in line
     assert "ETA 2:10" in line

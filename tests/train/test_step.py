@@ -102,7 +102,7 @@ def check_gradients(runtime, config):
     model = build_model(config.model, config.parallel, runtime, config.seed)
     microbatches = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
     J, sums, counts = accumulate_gradients(
-        model, microbatches, plan_of(config), STEP, config=config, runtime=runtime
+        model, microbatches, plan_of(config), STEP, config=config.step, runtime=runtime
     )
     slow_J, slow = slow_gradients(config)
     torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J, atol=1e-6, rtol=1e-6)
@@ -157,7 +157,7 @@ def count_communication(runtime):
             batch = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
             with CollectiveCounter() as counter:
                 accumulate_gradients(
-                    model, batch, plan_of(config), STEP, config=config, runtime=runtime
+                    model, batch, plan_of(config), STEP, config=config.step, runtime=runtime
                 )
             gathers = sum(n for name, n in counter.counts.items() if "gather" in name)
             reduces = sum(n for name, n in counter.counts.items() if "reduce_scatter" in name)
@@ -190,7 +190,7 @@ def check_plain(runtime):
     assert plan.exit_weights == {3: 1.0}
     for t in range(4):
         batch = loader.batch(t)
-        train_step(model, optimizer, batch, plan, t, config=config, runtime=runtime)
+        train_step(model, optimizer, batch, plan, t, config=config.step, runtime=runtime)
         for microbatch in batch:
             x = plain.tok_embeddings(microbatch.tokens)
             for block in plain.layers.values():

@@ -1,0 +1,53 @@
+"""A rank that hangs is named in bounded time, the job ends, and the run goes on from there."""
+
+import signal
+
+import pytest
+
+from tests.faults.state import events, fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (("hang", {"rank": 1, "t": 4}), "rank 1 is in step of step 4"),
+        (("kill", {"rank": 1, "t": 4, "number": signal.SIGSTOP}), "rank 1 is frozen"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_the_job_ends(launch, fault, said):
+    job = launch(faults=[fault], runtime__timeout_seconds=3)
+    statuses = job.wait()
+    assert all(statuses), job.output
+    assert said in job.output
+    [event] = events(job.run, "hang")
+    assert said in event["reason"]
+    stacks = list((job.run / "hangs").iterdir())
+    assert stacks
+    assert all("run_steps" in path.read_text() for path in stacks)
+    again = launch(steps=8)
+    assert again.wait() == [0, 0], again.output
+    assert fingerprint(job.run)[0] == 8
+
+
+def test_two_jobs_cannot_write_one_run(launch):
+    first = launch(steps=100000, validate__interval_steps=0)
+    first.wait_for_line("step 2/")
+    second = launch()
+    assert second.wait() == [2, 2], second.output
+    assert str(first.pids[0]) in second.output
+    first.kill()
+    first.wait()
+    third = launch(steps=100000, validate__interval_steps=0)
+    third.wait_for_line("recovered")
+    third.wait_for_line("grad norm")
+
+
+def test_a_straggler_is_named_with_its_section_and_line(launch):
+    job = launch(
+        faults=[("slow_loader", {"rank": 1, "seconds": 0.3})], steps=20,
+        validate__interval_steps=0, stragglers__interval_steps=5,
+    )  # fmt: skip
+    assert job.wait() == [0, 0], job.output
+    told = [event["reason"] for event in events(job.run, "straggler")]
+    assert told, job.output
+    assert all("rank 1 is slow in data" in text for text in told)

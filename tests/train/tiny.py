@@ -1,0 +1,88 @@
+"""A tiny model that is trained without data: step t's gradients are drawn from t alone.
+
+So a run's end does not depend on the number of ranks, and is known without running it again.
+"""
+
+import hashlib
+from dataclasses import replace
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.config import LlamaConfig
+from train.checkpoint_content import RunIdentity, training_tensors
+from train.checkpointer import CheckpointConfig, CheckpointWriter
+from train.optim import OptimConfig, build_optimizer
+from train.parallelize import ParallelConfig, build_model
+from train.resume import resume
+
+MODEL = LlamaConfig(
+    dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=24, vocab_size=50, max_seq_len=16
+)
+
+
+def build(runtime, *, dp_replicate=1, **shape):
+    """Return a sharded model and its optimizer."""
+    parallel = ParallelConfig(dp_replicate=dp_replicate)
+    model = build_model(replace(MODEL, **shape), parallel, runtime, 0)
+    return model, build_optimizer(model, OptimConfig(lr=0.01))
+
+
+def train(model, optimizer, start, stop):
+    """Take steps start, ..., stop - 1."""
+    for t in range(start, stop):
+        generator = torch.Generator().manual_seed(t)
+        for parameter in model.parameters():
+            full = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = distribute_tensor(
+                full, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fingerprint(model, optimizer):
+    """Return a sha256 of all weights and moments, the same on every rank."""
+    digest = hashlib.sha256()
+    for part in training_tensors(model, optimizer).values():
+        for name, value in sorted(part.items()):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            digest.update(name.encode() + whole.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identity(folder, **config):
+    """Return what the checkpoints say of the run, with a tokenizer file in `folder`."""
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(b"tokenizer")
+    return RunIdentity(
+        model=MODEL,
+        config={"name": "tiny", "steps": 8, "optim": {"lr": 0.01}} | config,
+        tokenizer_path=tokenizer,
+        tokenizer_fingerprint=hashlib.sha256(b"tokenizer").hexdigest(),
+        data_fingerprint="data",
+    )
+
+
+def writer(root, model, optimizer, runtime, **config):
+    """Return a writer of checkpoints into root/checkpoints."""
+    return CheckpointWriter(
+        root / "checkpoints",
+        model,
+        optimizer,
+        config=CheckpointConfig(**config),
+        identity=identity(root),
+        runtime=runtime,
+    )
+
+
+def load_newest(root, model, optimizer, runtime, *, allow=False, **config):
+    """Go on from the newest checkpoint in root/checkpoints."""
+    return resume(
+        root / "checkpoints",
+        model,
+        optimizer,
+        config=CheckpointConfig(allow_config_changes=allow),
+        identity=identity(root, **config),
+        runtime=runtime,
+    )
