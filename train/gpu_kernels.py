@@ -5,24 +5,32 @@ RMSNorm in steps that each keep an fp32 copy, and knows another flash attention.
 here; nothing is computed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 
-class GpuKernels(TorchFunctionMode):
-    """Replaces RMSNorm and bfloat16 attention by stand-ins of the same memory as on a GPU."""
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Replace RMSNorm and bfloat16 attention by stand-ins of the same memory as on a GPU.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one torch function, or its stand-in."""
-        if func is F.rms_norm:
-            return _rms_norm(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and args[0].dtype == torch.bfloat16:
-            return _attention(*args, **kwargs)
-        return func(*args, **(kwargs or {}))
+    In torch.nn.functional itself: a TorchFunctionMode would not reach the blocks that activation
+    checkpointing runs again, in the backward pass.
+    """
+    on_cpu = F.rms_norm, F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        return (_attention if q.dtype == torch.bfloat16 else on_cpu[1])(q, k, v, **how)
+
+    F.rms_norm, F.scaled_dot_product_attention = _rms_norm, attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.rms_norm, F.scaled_dot_product_attention = on_cpu
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:

@@ -22,7 +22,7 @@ from loss.early_exit import early_exit_loss
 from models.config import LlamaConfig
 from models.llama import Llama
 from train.blocks import checkpoint_blocks
-from train.gpu_kernels import GpuKernels
+from train.gpu_kernels import gpu_kernels
 from train.layerskip import StepPlan
 from train.ledger import Ledger, Peak, find_peak
 from train.optim import build_optimizer
@@ -88,7 +88,7 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
         warnings.simplefilter("ignore")
         model = _build(work.model, parallel, _mesh(parallel, work.ranks))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, ledger, GpuKernels() if on_gpu else nullcontext():
+        with fake, ledger, gpu_kernels() if on_gpu else nullcontext():
             ledger.only_part = "parameters"
             model.to_empty(device="cpu")
             ledger.only_part, built = None, ledger.now

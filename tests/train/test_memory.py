@@ -136,6 +136,14 @@ def test_a_layer_on_a_gpu_keeps_what_its_kernels_need():
     assert activations(5) - activations(4) == pytest.approx(4 * 256 * per_token, rel=1e-4)
 
 
+def test_on_gpus_too_checkpointing_keeps_less():
+    def activations(mode):
+        work = make_work(param_dtype="bfloat16", activation_checkpointing=mode)
+        return measure(work, on_gpu=True).device.highest["activations"]
+
+    assert activations("full") < activations("selective") < activations("none")
+
+
 def test_gradients_wait_unreduced_only_where_microbatches_accumulate():
     alone, accumulated = (
         measure(make_work(8, microbatches=n), on_gpu=True).device.highest for n in (1, 3)
