@@ -4,34 +4,77 @@ E = number of layers run. Early exit (LayerSkip, arXiv 2404.16710, section 4.2) 
 l = E - 1 for good: later layers never run, and their part of the KV cache is never read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 
 from inference.sampling import sample
-from inference.state import DecodeState, Round
+from inference.state import Decoder, DecodeState, Round
+from models.llama import NOTHING, SkippedParts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Autoregressive:
-    """Decode with the first E layers; None means all of them."""
+    """Decode with all layers."""
 
-    E: int | None = None
-    """Layers to run, 1 to n_layers."""
+    name: ClassVar[str] = "autoregressive"
 
-    def depth(self, n_layers: int) -> int:
-        """Return E."""
-        return n_layers if self.E is None else self.E
+    def filled(self, n_layers: int) -> "Autoregressive":
+        """Return itself: nothing is open."""
+        return self
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with E for a model of n_layers layers."""
-        if not 1 <= self.depth(n_layers) <= n_layers:
-            return [f"E: {self.E}, early_exit needs 1 to {n_layers} for this model"]
+        """Return none: it fits every model."""
         return []
 
-    def round(self, state: DecodeState, room: int) -> Round:
-        """Draw one token after each pending one; `room` is at least 1."""
-        h = state.model.embed(state.pending[:, None])
-        h = state.run(h, 0, self.depth(state.model.config.n_layers))
-        tokens = sample(state.distribution(h), state.generator)
-        return Round(tokens, torch.zeros_like(state.positions), drafted=0)
+    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+        """Return all layers."""
+        return n_layers, NOTHING
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Begin to decode."""
+        return partial(decode_one, state, state.model.config.n_layers, NOTHING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExit:
+    """Decode with the first E layers."""
+
+    name: ClassVar[str] = "early_exit"
+    E: int | None = None
+    """Layers to run, 1 to n_layers; a quarter of the model's if not given."""
+
+    def filled(self, n_layers: int) -> "EarlyExit":
+        """Return a copy with E set."""
+        return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
+
+    def problems(self, n_layers: int) -> list[str]:
+        """Return what is wrong with E."""
+        if self.E is not None and 1 <= self.E <= n_layers:
+            return []
+        return [f"E: {self.E}, early_exit needs 1 to {n_layers} for this model"]
+
+    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+        """Return the first E layers."""
+        assert self.E is not None
+        return self.E, NOTHING
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Begin to decode."""
+        assert self.E is not None
+        return partial(decode_one, state, self.E, NOTHING)
+
+
+def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, room: int) -> Round:
+    """Draw one token after each pending one from the first layers, less those skipped."""
+    h = state.run(state.model.embed(state.pending[:, None]), 0, depth, skipped=skipped)
+    tokens = sample(state.distribution(h), state.generator)
+    none = torch.zeros_like(state.positions)
+    return Round(tokens, accepted=none, drafted=none)
+
+
+def a_quarter(n_layers: int) -> int:
+    """Return a quarter of the layers, rounded, at least 1."""
+    return max(1, round(n_layers / 4))

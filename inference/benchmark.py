@@ -3,6 +3,7 @@
 import argparse
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import product
@@ -24,7 +25,9 @@ from inference.cli import (
 from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
 from inference.plot import write_plot
 from inference.run import Run
-from inference.strategies import STRATEGIES, StrategyConfig
+from inference.self_speculative import SelfSpeculative
+from inference.state import Strategy
+from inference.strategies import STRATEGIES, parse_strategy
 
 
 def build_parser() -> Parser:
@@ -46,13 +49,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--E",
-        type=integers,
+        type=names,
         metavar="N,...",
         help="layers run before the exit, each in turn; a quarter of the model's if not given",
     )
     parser.add_argument(
         "--d",
-        type=integers,
+        type=names,
         metavar="N,...",
         help="tokens drafted per round, each in turn; 4 if not given",
     )
@@ -81,29 +84,24 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def integers(text: str) -> tuple[int, ...]:
-    """Read a list of integers separated by commas."""
-    return tuple(int(part) for part in text.split(","))
-
-
 def expand_arms(
     strategies: list[str],
-    exits: tuple[int | None, ...],
-    draft_tokens: tuple[int | None, ...],
+    exits: Sequence[str | None],
+    draft_tokens: Sequence[str | None],
     n_layers: int,
-) -> list[StrategyConfig]:
+) -> list[Strategy]:
     """Return every combination that differs, autoregressive decoding first.
 
     Raises:
         ValueError: a name is unknown, or E or d does not fit the model.
     """
     arms = [AUTOREGRESSIVE] + [
-        StrategyConfig(name=name, E=E, d=d).filled(n_layers)
+        parse_strategy(name, E=E, d=d).filled(n_layers)
         for name, E, d in product(strategies, exits, draft_tokens)
     ]
     arms = [*dict.fromkeys(arms)]
-    for arm in arms:
-        arm.build(n_layers)
+    if problems := [problem for arm in arms for problem in arm.problems(n_layers)]:
+        raise ValueError("; ".join(problems))
     return arms
 
 
@@ -183,7 +181,7 @@ def benchmark(args: argparse.Namespace) -> None:
     arms = expand_arms(
         args.strategies, args.E or (None,), args.d or (None,), run.model.config.n_layers
     )
-    deepest = max(arm.d or 0 for arm in arms)
+    deepest = max((arm.d for arm in arms if isinstance(arm, SelfSpeculative)), default=0)
     if deepest + 2 > run.model.config.max_seq_len:
         raise ValueError(
             f"d: {deepest} drafted tokens do not fit the model's context of "

@@ -1,6 +1,7 @@
 """What a decoding run counts, and the speedup those counts allow at best."""
 
-from dataclasses import astuple, dataclass
+from collections import Counter
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -17,11 +18,17 @@ class Counters:
     """Drafted tokens accepted, also those after a stop token or beyond a row's limit."""
     rejections: int = 0
     """Rounds in which a drafted token was rejected."""
-    token_layers: int = 0
-    """Tokens times layers run, after the prompt."""
+    depths: Counter[int] = field(default_factory=Counter)
+    """New tokens by the number of layers behind them, where a strategy says so."""
+    token_layers: float = 0
+    """Tokens times layers run, after the prompt; a half for attention or feed-forward alone."""
     head_evaluations: int = 0
     """Tokens the LM head was applied to."""
-    prompt_token_layers: int = 0
+    projected: int = 0
+    """Tokens times layers of which keys and values alone were computed."""
+    syncs: int = 0
+    """Times the host waited inside a round for an answer of the device."""
+    prompt_token_layers: float = 0
     """Tokens times layers run on the prompts."""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -29,8 +36,8 @@ class Counters:
 
     def __add__(self, other: "Counters") -> "Counters":
         """Return the counts of both runs together."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Counters(*(mine + others for mine, others in pairs))
+        names = [field.name for field in fields(self)]
+        return Counters(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def tokens_per_second(self) -> float:
@@ -51,6 +58,17 @@ class Counters:
     def layers_per_token(self) -> float:
         """Layers run per new token, drafts and rejected tokens included."""
         return self.token_layers / self.tokens if self.tokens else 0.0
+
+    @property
+    def heads_per_token(self) -> float:
+        """Tokens the LM head was applied to per new token."""
+        return self.head_evaluations / self.tokens if self.tokens else 0.0
+
+    @property
+    def mean_depth(self) -> float | None:
+        """Mean number of layers behind a new token; None where no strategy counted them."""
+        tokens = self.depths.total()
+        return sum(d * n for d, n in self.depths.items()) / tokens if tokens else None
 
     @property
     def agreement(self) -> float | None:

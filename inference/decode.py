@@ -1,15 +1,17 @@
 """The driver: prompts in, rounds of tokens out, for any strategy. Knows nothing of text."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from inference.counters import Counters
-from inference.kv_cache import StaticKVCache
+from inference.rows import fill_row, fill_rows, open_state
 from inference.sampling import Sampling
-from inference.state import DecodeState, Strategy
+from inference.state import Round, Strategy
 from models.config import LlamaConfig
 from models.llama import Llama
 
@@ -19,6 +21,7 @@ class Emission:
     """What one round gave one row."""
 
     row: int
+    """Index of the prompt."""
     tokens: list[int]
     """At least one; none after a stop token or beyond the row's limit."""
     accepted: int
@@ -29,17 +32,21 @@ class Emission:
 
 
 class Generation:
-    """Continues a batch of prompts; iterate over it for the tokens of each round.
+    """Continues prompts; iterate over it for the tokens of each round.
 
     Args:
         model: In eval mode, on its device.
-        prompts: One list of token ids for each row; lengths may differ.
+        prompts: One list of token ids for each; lengths may differ.
         strategy: How to decode.
-        max_new_tokens: Most tokens to add to a row; a row also ends when it is as long as the
+        max_new_tokens: Most tokens to add to a prompt; one also ends when it is as long as the
             model's context.
-        stop_tokens: Ids that end a row; the id itself is the row's last token.
+        batch_size: Prompts decoded at once; the next takes the row of the first that ends. All
+            of them if not given.
+        stop_tokens: Ids that end a prompt's continuation; the id itself is its last token.
         sampling: Greedy by default.
         seed: Of every random draw.
+        reads_late: Start each round before the tokens of the one before are read, so that a
+            device need not wait for the host; the default on CUDA.
 
     Raises:
         ValueError: a prompt, the strategy's settings or max_new_tokens do not fit the model.
@@ -52,47 +59,64 @@ class Generation:
         strategy: Strategy,
         *,
         max_new_tokens: int,
+        batch_size: int | None = None,
         stop_tokens: Sequence[int] = (),
         sampling: Sampling | None = None,
         seed: int = 0,
+        reads_late: bool | None = None,
     ) -> None:
         """Check everything and compute nothing yet; see the class."""
         config = model.config
+        strategy = strategy.filled(config.n_layers)
         problems = strategy.problems(config.n_layers) + _problems(prompts, max_new_tokens, config)
+        if batch_size is not None and batch_size < 1:
+            problems.append(f"batch_size: {batch_size}, give at least 1")
         if problems:
             raise ValueError("; ".join(problems))
         self.prompts = [list(prompt) for prompt in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        """New tokens of each row so far."""
+        """New tokens of each prompt so far."""
         self.counters = Counters()
-        self._strategy = strategy
-        self._n_layers = config.n_layers
+        self._prompt_parts = strategy.prompt_parts(config.n_layers)
         self._stop_tokens = frozenset(stop_tokens)
         self._ends = [min(len(p) + max_new_tokens, config.max_seq_len) for p in self.prompts]
-        self._active = list(range(len(self.prompts)))
+        rows = min(batch_size or len(prompts), len(prompts))
+        self._rows: list[int | None] = [*range(rows)]
+        """The prompt in each row; None: the row is free for good."""
+        self._next_prompt = rows
+        device = model.norm.weight.device
+        self._reads_late = device.type == "cuda" if reads_late is None else reads_late
+        self._unread: deque[_Unread] = deque()
         self._state = open_state(
-            model,
-            self.prompts,
-            slots=max(self._ends),
-            sampling=sampling or Sampling(),
-            seed=seed,
+            model, rows, slots=max(self._ends), sampling=sampling or Sampling(), seed=seed
         )
+        self._decoder = strategy.start(self._state)
 
     def __iter__(self) -> Iterator[list[Emission]]:
         """Return itself: a loop that was left goes on where it was."""
         return self
 
+    @torch.inference_mode()
     def __next__(self) -> list[Emission]:
-        """Run one round, after the prompts before the first; return what each row was given."""
-        if not self._active:
+        """Run one round, after the prompts before the first; return what each prompt was given."""
+        if not any(prompt is not None for prompt in self._rows):
             raise StopIteration
         if self.counters.rounds == 0:
-            start = time.perf_counter()
-            prefill(self._state, self.prompts, self._strategy.depth(self._n_layers))
-            wait_for(self._state.pending.device)
-            self.counters.prefill_seconds = time.perf_counter() - start
-            self.counters.prompt_token_layers = self._state.work.token_layers
-        return self._round()
+            with self._timing_prefill():
+                fill_rows(self._state, self.prompts[: len(self._rows)], self._prompt_parts)
+        start, prefill_seconds = time.perf_counter(), self.counters.prefill_seconds
+        if not self._unread:
+            self._launch()
+        if self._reads_late and self._room() > 0:
+            self._launch()
+        emissions = self._read()
+        work, counters = self._state.work, self.counters
+        counters.token_layers = work.token_layers - counters.prompt_token_layers
+        counters.head_evaluations = work.head_evaluations
+        counters.projected, counters.syncs = work.projected, work.syncs
+        admitting = counters.prefill_seconds - prefill_seconds
+        counters.decode_seconds += time.perf_counter() - start - admitting
+        return emissions
 
     def finish(self) -> "Generation":
         """Run to the end and return itself."""
@@ -100,111 +124,94 @@ class Generation:
             pass
         return self
 
-    @torch.inference_mode()
-    def _round(self) -> list[Emission]:
-        start = time.perf_counter()
-        state, counters = self._state, self.counters
-        room = min(max(map(self._left, self._active)), state.cache.slots - state.longest)
-        result = self._strategy.round(state, room)
-        state.advance(result)
+    def _launch(self) -> None:
+        """Start a round and move the rows on; nothing is read."""
+        result = self._decoder(self._room())
+        self._state.advance(result)
+        self._unread.append(_Unread(result, list(self._rows)))
+
+    def _room(self) -> int:
+        """Return the most tokens a round may give: 0 if every prompt may be done."""
+        sure = len(self._unread)  # each unread round gave every row a token at least
+        left = max(self._left(p) for p in self._rows if p is not None) - sure
+        return max(0, min(left, self._state.cache.slots - self._state.longest))
+
+    def _read(self) -> list[Emission]:
+        """Take in the oldest unread round; rows whose prompts are done get the next ones."""
+        unread, counters = self._unread.popleft(), self.counters
+        result = unread.result
         tokens, accepted = result.tokens.tolist(), result.accepted.tolist()
+        drafted = result.drafted.tolist()
+        depths = None if result.depths is None else result.depths.tolist()
         emissions = []
-        for row in self._active:
-            new = self._cut(row, tokens[row][: accepted[row] + 1])
-            self.tokens[row] += new
-            emissions.append(Emission(row, new, min(accepted[row], len(new)), result.drafted))
+        for row, prompt in enumerate(unread.rows):
+            if prompt is None or prompt != self._rows[row]:
+                continue  # it was done before this round
+            new = self._cut(prompt, tokens[row][: accepted[row] + 1])
+            self.tokens[prompt] += new
+            emissions.append(Emission(prompt, new, min(accepted[row], len(new)), drafted[row]))
             counters.tokens += len(new)
             counters.rounds += 1
-            counters.drafted += result.drafted
+            counters.drafted += drafted[row]
             counters.accepted += accepted[row]
-            counters.rejections += accepted[row] < result.drafted
-        self._park_finished()
-        counters.token_layers = state.work.token_layers - counters.prompt_token_layers
-        counters.head_evaluations = state.work.head_evaluations
-        counters.decode_seconds += time.perf_counter() - start
+            counters.rejections += accepted[row] < drafted[row]
+            if depths is not None:
+                counters.depths.update(depths[row][: len(new)])
+        self._replace_finished()
         return emissions
 
-    def _left(self, row: int) -> int:
-        """Return how many tokens a row may still get."""
-        return self._ends[row] - len(self.prompts[row]) - len(self.tokens[row])
+    def _left(self, prompt: int) -> int:
+        """Return how many tokens a prompt may still get."""
+        return self._ends[prompt] - len(self.prompts[prompt]) - len(self.tokens[prompt])
 
-    def _cut(self, row: int, new: list[int]) -> list[int]:
-        """Return `new` up to the row's limit and up to and with the first stop token."""
-        new = new[: self._left(row)]
+    def _cut(self, prompt: int, new: list[int]) -> list[int]:
+        """Return `new` up to the limit and up to and with the first stop token."""
+        new = new[: self._left(prompt)]
         stops = [i for i, token in enumerate(new) if token in self._stop_tokens]
         return new[: stops[0] + 1] if stops else new
 
-    def _park_finished(self) -> None:
-        """Take finished rows out of play and find the longest of the others."""
-        state, before = self._state, len(self._active)
-        self._active = [
-            row
-            for row in self._active
-            if self._left(row) and self.tokens[row][-1] not in self._stop_tokens
+    def _replace_finished(self) -> None:
+        """Give the rows of finished prompts to waiting ones, or park them; find the longest."""
+        state = self._state
+        for row, prompt in enumerate(self._rows):
+            if prompt is None:
+                continue
+            if self._left(prompt) and not self._stop_tokens.intersection(self.tokens[prompt][-1:]):
+                continue
+            self._rows[row] = None
+            if self._next_prompt < len(self.prompts):
+                self._rows[row] = self._next_prompt
+                with self._timing_prefill():
+                    fill_row(state, row, self.prompts[self._next_prompt], self._prompt_parts)
+                self._next_prompt += 1
+            else:
+                state.finished[row] = True
+                state.positions[row] = 0
+        unread = sum(round.result.tokens.shape[1] for round in self._unread)
+        places = [
+            len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1
+            for prompt in self._rows
+            if prompt is not None
         ]
-        if len(self._active) < before:
-            finished = torch.ones(len(self.prompts), dtype=torch.bool)
-            finished[self._active] = False
-            state.finished = finished.to(state.finished.device)
-        state.positions = state.positions.masked_fill(state.finished, 0)
-        state.longest = max(
-            (len(self.prompts[row]) + len(self.tokens[row]) - 1 for row in self._active), default=0
-        )
+        state.longest = max(places, default=0) + unread
+
+    @contextmanager
+    def _timing_prefill(self) -> Iterator[None]:
+        state, start = self._state, time.perf_counter()
+        before = state.work.token_layers
+        yield
+        wait_for(state.pending.device)
+        self.counters.prompt_token_layers += state.work.token_layers - before
+        self.counters.prefill_seconds += time.perf_counter() - start
 
 
-def open_state(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    *,
-    slots: int,
-    sampling: Sampling,
-    seed: int,
-) -> DecodeState:
-    """Lay out a batch: an empty cache, and each prompt's last token pending.
+@dataclass(frozen=True)
+class _Unread:
+    """A round whose tokens the host has not seen."""
 
-    Args:
-        model: On its device.
-        prompts: One list of token ids for each row, none empty.
-        slots: Longest row, continuation included, in tokens.
-        sampling: How tokens are drawn.
-        seed: Of every draw.
-    """
-    device, dtype = model.head_weight.device, model.head_weight.dtype
-    positions = [len(prompt) - 1 for prompt in prompts]
-    return DecodeState(
-        model=model,
-        cache=StaticKVCache(model.config, len(prompts), slots, device=device, dtype=dtype),
-        sampling=sampling,
-        generator=(
-            torch.Generator(device=device).manual_seed(seed) if sampling.temperature else None
-        ),
-        pending=torch.tensor([prompt[-1] for prompt in prompts], device=device),
-        positions=torch.tensor(positions, device=device),
-        finished=torch.zeros(len(prompts), dtype=torch.bool, device=device),
-        longest=max(positions),
-    )
-
-
-@torch.inference_mode()
-def prefill(state: DecodeState, prompts: Sequence[Sequence[int]], depth: int) -> None:
-    """Run all prompt tokens but each row's last, the pending one, through the first layers.
-
-    Shorter rows are padded on the right. The padding leaves junk in slots from the pending
-    token's on; each is overwritten by the token of that position before any query may see it.
-
-    Args:
-        state: Fresh from `open_state`.
-        prompts: The same as there.
-        depth: Number of layers to run.
-    """
-    if state.longest == 0:
-        return
-    padded = [([*p[:-1]] + [0] * state.longest)[: state.longest] for p in prompts]
-    tokens = torch.tensor(padded, device=state.pending.device)
-    positions, longest = state.positions, state.longest
-    state.positions, state.longest = torch.zeros_like(positions), 0
-    state.run(state.model.embed(tokens), 0, depth)
-    state.positions, state.longest = positions, longest
+    result: Round
+    rows: list[int | None]
+    """The prompt that was in each row."""
 
 
 def wait_for(device: torch.device) -> None:

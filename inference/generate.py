@@ -19,7 +19,7 @@ from inference.cli import (
 )
 from inference.counters import Counters
 from inference.decode import Emission, Generation
-from inference.strategies import STRATEGIES, StrategyConfig
+from inference.strategies import STRATEGIES, describe, parse_strategy
 from inference.text_stream import TextStream
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
@@ -37,15 +37,18 @@ def build_parser() -> Parser:
         " --strategy self_speculative --E 2 --d 4",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
-    parser.add_argument("--strategy", default="self_speculative", help=", ".join(STRATEGIES))
+    parser.add_argument(
+        "--strategy",
+        default="self_speculative",
+        help="name or name:setting=value:setting=value, of " + ", ".join(STRATEGIES),
+    )
     parser.add_argument(
         "--E",
-        type=int,
         help="layers run before the exit, for early_exit and self_speculative;"
         " a quarter of the model's if not given",
     )
     parser.add_argument(
-        "--d", type=int, help="tokens drafted per round, for self_speculative; 4 if not given"
+        "--d", help="tokens drafted per round, for self_speculative; 4 if not given"
     )
     parser.add_argument(
         "--max_new_tokens",
@@ -111,14 +114,14 @@ def stream(
 def generate(args: argparse.Namespace) -> None:
     """Run the command."""
     run = run_from(args)
-    config = StrategyConfig(name=args.strategy, E=args.E, d=args.d)
+    strategy = parse_strategy(args.strategy, E=args.E, d=args.d).filled(run.model.config.n_layers)
     if any("\ud800" <= char <= "\udfff" for char in args.prompt):
         raise ValueError("prompt: not valid UTF-8, give text")
     prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(args.prompt)]
     generation = Generation(
         run.model,
         [prompt],
-        config.build(run.model.config.n_layers),
+        strategy,
         max_new_tokens=args.max_new_tokens,
         stop_tokens=[run.tokenizer.eos_id],
         sampling=sampling_from(args),
@@ -135,7 +138,7 @@ def generate(args: argparse.Namespace) -> None:
     print(statistics_line(generation.counters), file=sys.stderr)
     result = {
         "checkpoint": str(run.checkpoint),
-        "strategy": asdict(config.filled(run.model.config.n_layers)),
+        "strategy": describe(strategy),
         "sampling": asdict(sampling_from(args)),
         "seed": args.seed,
         "prompt": args.prompt,

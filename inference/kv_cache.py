@@ -6,6 +6,7 @@ concatenated or zeroed. Knows nothing of strategies.
 """
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class StaticKVCache:
         in the batch. Set by the engine, so that a pass costs what the text is long, not what the
         buffers are. A row of a ragged batch may see unwritten slots inside the window, masked."""
         self._slot_index = torch.arange(slots, device=device)
+
+    def row(self, row: int) -> "StaticKVCache":
+        """Return one row's part of the same buffers."""
+        view = copy(self)
+        view.keys = [keys[row : row + 1] for keys in self.keys]
+        view.values = [values[row : row + 1] for values in self.values]
+        return view
 
     def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
         """Open the cache for tokens at `positions`: (batch, seq) int64, all below `window`.

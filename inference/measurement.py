@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from inference.autoregressive import Autoregressive, EarlyExit
 from inference.counters import Counters, speedup_bound
-from inference.decode import Generation, open_state, prefill, wait_for
+from inference.decode import Generation, wait_for
+from inference.rows import fill_rows, open_state
 from inference.sampling import Sampling
-from inference.strategies import StrategyConfig
-from models.llama import Llama
+from inference.self_speculative import SelfSpeculative
+from inference.state import Strategy
+from inference.strategies import describe
+from models.llama import NOTHING, Llama
 
 _TIMINGS = 12
 _ROUNDS_PER_TIMING = 4
 
-AUTOREGRESSIVE = StrategyConfig(name="autoregressive")
+AUTOREGRESSIVE: Strategy = Autoregressive()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class ArmResult:
     """One strategy's measurements; medians over repeats where time is involved."""
 
     strategy: str
+    settings: str
+    """The strategy as a user writes it."""
     E: int | None
     """Layers run before the exit."""
     d: int | None
@@ -70,7 +76,7 @@ class _Repeat:
 
 def measure(
     model: Llama,
-    arms: Sequence[StrategyConfig],
+    arms: Sequence[Strategy],
     workload: Workload,
     *,
     repeats: int,
@@ -89,7 +95,7 @@ def measure(
     """
     for arm in arms:  # Warm-up: the first call of a shape is slow.
         _decode(model, arm, workload, workload.prompts[: workload.batch_size])
-    results: dict[StrategyConfig, list[_Repeat]] = {arm: [] for arm in arms}
+    results: dict[Strategy, list[_Repeat]] = {arm: [] for arm in arms}
     start = time.perf_counter()
     for repeat in range(repeats):
         for arm in arms:
@@ -105,57 +111,53 @@ def measure(
 
 
 def _decode(
-    model: Llama, arm: StrategyConfig, workload: Workload, prompts: list[list[int]]
+    model: Llama, strategy: Strategy, workload: Workload, prompts: list[list[int]]
 ) -> _Repeat:
-    strategy = arm.build(model.config.n_layers)
-    counters, tokens = Counters(), []
-    for first in range(0, len(prompts), workload.batch_size):
-        generation = Generation(
-            model,
-            prompts[first : first + workload.batch_size],
-            strategy,
-            max_new_tokens=workload.max_new_tokens,
-            sampling=workload.sampling,
-            seed=workload.seed + first,
-        ).finish()
-        counters += generation.counters
-        tokens += generation.tokens
-    return _Repeat(counters, tokens)
+    generation = Generation(
+        model,
+        prompts,
+        strategy,
+        max_new_tokens=workload.max_new_tokens,
+        batch_size=workload.batch_size,
+        sampling=workload.sampling,
+        seed=workload.seed,
+    ).finish()
+    return _Repeat(generation.counters, generation.tokens)
 
 
 @torch.inference_mode()
 def _round_seconds(
-    model: Llama, arms: Sequence[StrategyConfig], rows: list[list[int]], sampling: Sampling
-) -> dict[StrategyConfig, float]:
+    model: Llama, arms: Sequence[Strategy], rows: list[list[int]], sampling: Sampling
+) -> dict[Strategy, float]:
     """Time one round of every arm, and of early exit at every E that drafts, on the same rows.
 
     A few rounds of an arm are timed together: a draft step that follows another finds its weights
     in the processor's cache.
     """
-    drafters = [StrategyConfig(name="early_exit", E=arm.E) for arm in arms if arm.E is not None]
-    configs = [*dict.fromkeys([*arms, *drafters])]
-    deepest = max(arm.d or 0 for arm in arms)
+    speculative = [arm for arm in arms if isinstance(arm, SelfSpeculative)]
+    configs = [*dict.fromkeys([*arms, *(EarlyExit(E=arm.E) for arm in speculative)])]
+    deepest = max((arm.d for arm in speculative), default=0)
     rows = [row[: model.config.max_seq_len - deepest - 1] for row in rows]
     slots = max(map(len, rows)) + deepest + 1
-    state = open_state(model, rows, slots=slots, sampling=sampling, seed=0)
-    prefill(state, rows, model.config.n_layers)
-    strategies = {config: config.build(model.config.n_layers) for config in configs}
-    samples: dict[StrategyConfig, list[float]] = {config: [] for config in configs}
+    state = open_state(model, len(rows), slots=slots, sampling=sampling, seed=0)
+    fill_rows(state, rows, (model.config.n_layers, NOTHING))
+    decoders = {config: config.start(state) for config in configs}
+    samples: dict[Strategy, list[float]] = {config: [] for config in configs}
     for _ in range(_TIMINGS):
-        for config, strategy in strategies.items():
+        for config, decoder in decoders.items():
             start = time.perf_counter()
             for _ in range(_ROUNDS_PER_TIMING):
-                strategy.round(state, deepest + 1)
+                decoder(deepest + 1)
             wait_for(state.pending.device)
             samples[config].append((time.perf_counter() - start) / _ROUNDS_PER_TIMING)
     return {config: statistics.median(times) for config, times in samples.items()}
 
 
 def _summarise(
-    arm: StrategyConfig,
+    arm: Strategy,
     repeats: list[_Repeat],
     reference: list[_Repeat],
-    seconds: dict[StrategyConfig, float],
+    seconds: dict[Strategy, float],
     workload: Workload,
 ) -> ArmResult:
     speeds = [repeat.counters.tokens_per_second for repeat in repeats]
@@ -163,21 +165,22 @@ def _summarise(
     speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
     counters = repeats[0].counters
     draft_cost = verify_cost = bound = None
-    if arm.d is not None:
+    if isinstance(arm, SelfSpeculative):
         full_step = seconds[AUTOREGRESSIVE]
-        draft_step = seconds[StrategyConfig(name="early_exit", E=arm.E)]
+        draft_step = seconds[EarlyExit(E=arm.E)]
         draft_cost = draft_step / full_step
         verify_cost = (seconds[arm] - arm.d * draft_step) / full_step
         if counters.agreement is not None:
             bound = speedup_bound(counters.agreement, arm.d, draft_cost)
     return ArmResult(
         strategy=arm.name,
-        E=arm.E,
-        d=arm.d,
+        settings=describe(arm),
+        E=getattr(arm, "E", None),
+        d=getattr(arm, "d", None),
         tokens_per_second=statistics.median(speeds),
         speedup=speedup,
         acceptance_rate=counters.acceptance_rate,
-        tokens_per_verify=None if arm.d is None else counters.tokens_per_round,
+        tokens_per_verify=counters.tokens_per_round if counters.drafted else None,
         layers_per_token=counters.layers_per_token,
         agreement=counters.agreement,
         draft_cost=draft_cost,

@@ -5,47 +5,62 @@ L = n_layers; x_E = output of layer E - 1, the paper's "exit query". Drafted tok
 verification runs only layers E, ..., L - 1 on them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from inference.autoregressive import a_quarter
 from inference.sampling import accept, sample
-from inference.state import DecodeState, Round
+from inference.state import Decoder, DecodeState, Round
+from models.llama import NOTHING, SkippedParts
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculative:
     """Draft d tokens with the first E layers, then verify them with the rest."""
 
-    E: int
-    """Layers that draft, 1 to n_layers - 1."""
-    d: int
+    name: ClassVar[str] = "self_speculative"
+    E: int | None = None
+    """Layers that draft, 1 to n_layers - 1; a quarter of the model's if not given."""
+    d: int = 4
     """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
 
-    def depth(self, n_layers: int) -> int:
-        """Return n_layers: verification uses all of them."""
-        return n_layers
+    def filled(self, n_layers: int) -> "SelfSpeculative":
+        """Return a copy with E set."""
+        return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with E and d for a model of n_layers layers."""
+        """Return what is wrong with E and d."""
         found = []
         if n_layers == 1:
             found.append("strategy: self_speculative needs at least 2 layers, this model has 1")
-        elif not 1 <= self.E < n_layers:
+        elif self.E is None or not 1 <= self.E < n_layers:
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         if self.d < 1:
             found.append(f"d: {self.d}, give at least 1 drafted token")
         return found
 
-    def round(self, state: DecodeState, room: int) -> Round:
-        """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
-        draft_tokens, q, exits = draft(state, self.E, min(self.d, room - 1))
-        p = verify(state, self.E, draft_tokens, exits)
-        accepted, next_token = accept(draft_tokens, q, p, state.generator)
-        tokens = torch.cat((draft_tokens, next_token[:, None]), dim=1)
-        tokens.scatter_(1, accepted[:, None], next_token[:, None])
-        return Round(tokens, accepted, drafted=draft_tokens.shape[1])
+    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+        """Return all layers: verification uses them."""
+        return n_layers, NOTHING
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Begin to decode."""
+        assert self.E is not None
+        return partial(speculate, state, self.E, self.d)
+
+
+def speculate(state: DecodeState, E: int, d: int, room: int) -> Round:
+    """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
+    draft_tokens, q, exits = draft(state, E, min(d, room - 1))
+    p = verify(state, E, draft_tokens, exits)
+    accepted, next_token = accept(draft_tokens, q, p, state.generator)
+    tokens = torch.cat((draft_tokens, next_token[:, None]), dim=1)
+    tokens.scatter_(1, accepted[:, None], next_token[:, None])
+    return Round(tokens, accepted, drafted=torch.full_like(accepted, draft_tokens.shape[1]))
 
 
 def draft(state: DecodeState, E: int, d: int) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -1,29 +1,41 @@
 """What every strategy works on: a batch of rows, each with one token not yet run.
 
 A row is prompt and continuation. Its last token is *pending*: known, but in no KV slot yet. A
-strategy turns the pending tokens into a `Round`, using `run` and `distribution` alone, which
-count the work; `decode.py` drives the rounds.
+strategy turns the pending tokens into a `Round`, using `run`, `write_keys_and_values`,
+`distribution` and `ask` alone, which count the work; `decode.py` drives the rounds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from inference.kv_cache import StaticKVCache
 from inference.sampling import Sampling, probabilities
-from models.llama import Llama
+from models.llama import NOTHING, Llama, SkippedParts
 
 
 @dataclass
 class Work:
     """What was really computed, junk in padding and finished rows included."""
 
-    token_layers: int = 0
-    """Tokens times layers."""
+    token_attentions: int = 0
+    """Tokens times attention parts run."""
+    token_feed_forwards: int = 0
+    """Tokens times feed-forward parts run."""
     head_evaluations: int = 0
     """Tokens the final norm and LM head were applied to."""
+    projected: int = 0
+    """Tokens times layers whose keys and values alone were computed."""
+    syncs: int = 0
+    """Times a strategy made the host wait for an answer of the device."""
+
+    @property
+    def token_layers(self) -> float:
+        """Tokens times layers; attention and feed-forward count half a layer each."""
+        return (self.token_attentions + self.token_feed_forwards) / 2
 
 
 @dataclass(frozen=True)
@@ -31,76 +43,166 @@ class Round:
     """What one round of a strategy found for each row."""
 
     tokens: Tensor
-    """(batch, drafted + 1) int64; the first accepted + 1 of a row are its continuation."""
+    """(batch, n) int64; the first accepted + 1 of a row, at most n, are its continuation."""
     accepted: Tensor
-    """(batch,) int64, how many of them are accepted drafts; the one after is the full model's."""
-    drafted: int
-    """Tokens drafted for each row."""
+    """(batch,) int64, how many of them are drafts that were accepted; one more token follows."""
+    drafted: Tensor
+    """(batch,) int64, tokens drafted; accepted to n - 1."""
+    depths: Tensor | None = None
+    """(batch, n) int64, layers behind each token where it may be fewer than the strategy's
+    deepest."""
 
 
 @dataclass(kw_only=True)
 class DecodeState:
-    """A batch between two rounds."""
+    """A batch between two rounds. Tensors are changed in place, never replaced."""
 
     model: Llama
     cache: StaticKVCache
     sampling: Sampling
     generator: torch.Generator | None
     """Source of every draw; None when greedy."""
+    history: Tensor
+    """(batch, slots + 1) int64, each row's tokens by place, the pending one the last that counts.
+    What would fall beyond the slots lands in the extra one."""
     pending: Tensor
     """(batch,) int64, the last token of each row."""
     positions: Tensor
     """(batch,) int64, the pending token's place in its row."""
+    prompt_lengths: Tensor
+    """(batch,) int64, tokens of each row that were given."""
     finished: Tensor
     """(batch,) bool. Such rows are still computed, parked at position 0, where they fit any
     draft; what they give is thrown away."""
     longest: int
-    """The largest of `positions`, known to the host so that nothing waits for the device."""
+    """At least the largest of `positions`, known to the host so that nothing waits for the
+    device."""
     work: Work = field(default_factory=Work)
 
-    def run(self, h: Tensor, start: int, stop: int, *, offset: int = 0) -> Tensor:
+    def run(
+        self,
+        h: Tensor,
+        start: int,
+        stop: int,
+        *,
+        offset: int = 0,
+        first: Tensor | None = None,
+        skipped: SkippedParts = NOTHING,
+    ) -> Tensor:
         """Run layers start, ..., stop - 1 on consecutive tokens of each row.
 
         Args:
             h: (batch, seq, dim), the tokens' x_start.
             start: First layer index l.
             stop: One past the last layer index.
-            offset: Place of the first of them, counted from the pending token.
+            offset: Place of the first of them, counted from the pending token; no less than the
+                truth where `first` is given.
+            first: (batch,) int64, place of each row's first token; None: pending token + offset.
+            skipped: Parts of layers to leave out.
 
         Returns:
             x_stop, (batch, seq, dim); keys and values of these layers are in the cache.
         """
-        batch, seq, _ = h.shape
-        steps = torch.arange(offset, offset + seq, device=h.device)
-        self.cache.window = self.longest + offset + seq
-        self.work.token_layers += batch * seq * (stop - start)
-        h, _ = self.model.run_layers(
-            h, start, stop, positions=self.positions[:, None] + steps, cache=self.cache
+        return self.run_and_tap(
+            h, start, stop, offset=offset, first=first, skipped=skipped, exit_layers=()
+        )[0]
+
+    def run_and_tap(
+        self,
+        h: Tensor,
+        start: int,
+        stop: int,
+        *,
+        exit_layers: range | tuple[int, ...],
+        offset: int = 0,
+        first: Tensor | None = None,
+        skipped: SkippedParts = NOTHING,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Do as `run` does, and return {l: x_{l+1}} for l in `exit_layers` as well."""
+        tokens = h.shape[0] * h.shape[1]
+        self.work.token_attentions += tokens * _count(start, stop, skipped.attention)
+        self.work.token_feed_forwards += tokens * _count(start, stop, skipped.feed_forward)
+        return self.model.run_layers(
+            h,
+            start,
+            stop,
+            positions=self._places(h.shape[1], offset, first),
+            cache=self.cache,
+            skipped=skipped,
+            exit_layers=exit_layers,
         )
-        return h
+
+    def write_keys_and_values(self, h: Tensor, start: int, stop: int, *, offset: int = 0) -> None:
+        """Give tokens that left with h: (batch, seq, dim) keys and values in layers they missed.
+
+        See `Llama.write_keys_and_values`; `offset` as in `run`.
+        """
+        self.work.projected += h.shape[0] * h.shape[1] * (stop - start)
+        self.model.write_keys_and_values(
+            h, start, stop, positions=self._places(h.shape[1], offset, None), cache=self.cache
+        )
+
+    def _places(self, seq: int, offset: int, first: Tensor | None) -> Tensor:
+        steps = torch.arange(seq, device=self.positions.device)
+        self.cache.window = min(self.longest + offset + seq, self.cache.slots)
+        start = self.positions + offset if first is None else first
+        return start[:, None] + steps
 
     def distribution(self, h: Tensor) -> Tensor:
         """Return the exit's distributions, (batch, seq, vocab), for h: (batch, seq, dim)."""
+        return probabilities(self.logits(h), self.sampling)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Return the exit's logits, (batch, seq, vocab), for h: (batch, seq, dim)."""
         self.work.head_evaluations += h.shape[0] * h.shape[1]
-        return probabilities(self.model.exit_logits(h), self.sampling)
+        return self.model.exit_logits(h)
+
+    def ask(self, condition: Tensor) -> bool:
+        """Return a condition of one element: the host waits for the device."""
+        self.work.syncs += 1
+        return bool(condition)
 
     def advance(self, result: Round) -> None:
         """Move each row on by its accepted tokens and the one after; the last is now pending."""
-        self.pending = result.tokens.gather(1, result.accepted[:, None]).squeeze(1)
-        self.positions = self.positions + result.accepted + 1
+        n = result.tokens.shape[1]
+        places = self.positions[:, None] + torch.arange(1, n + 1, device=self.positions.device)
+        places.clamp_(max=self.history.shape[1] - 1)
+        self.history.scatter_(1, places, result.tokens)
+        self.pending.copy_(result.tokens.gather(1, result.accepted[:, None]).squeeze(1))
+        self.positions.add_((result.accepted + 1).masked_fill(self.finished, 0))
+        self.longest += n
+
+
+def _count(start: int, stop: int, skipped: frozenset[int]) -> int:
+    return stop - start - sum(start <= l < stop for l in skipped)
+
+
+Decoder = Callable[[int], Round]
+"""Continues every row by 1 to `room` tokens; the caller advances the state. `room` is at least 1.
+A row that was finished may hold another prompt the next time."""
 
 
 class Strategy(Protocol):
-    """A way to continue rows."""
+    """A way to continue rows: a frozen dataclass of its settings."""
 
-    def depth(self, n_layers: int) -> int:
-        """Return how many of the model's layers it uses; the prompt is run through these."""
+    name: ClassVar[str]
+
+    def filled(self, n_layers: int) -> Self:
+        """Return a copy with every setting that was left open set for such a model."""
         ...
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with its settings for such a model, one line each."""
+        """Return what is wrong with its settings, filled in, for such a model, one line each."""
         ...
 
-    def round(self, state: DecodeState, room: int) -> Round:
-        """Continue every row by 1 to `room` tokens; the caller advances the state."""
+    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+        """Return the layers prompts are run through: the first so many, less those skipped."""
+        ...
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Begin to decode.
+
+        Raises:
+            ValueError: what it needs besides the model is missing or does not fit.
+        """
         ...

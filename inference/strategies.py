@@ -1,54 +1,105 @@
-"""Strategies by name."""
+"""Strategies by name, and how a user writes one: `name` or `name:setting=value:setting=value`."""
 
-from dataclasses import dataclass
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from inference.autoregressive import Autoregressive
+from inference.autoregressive import Autoregressive, EarlyExit
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
 
-STRATEGIES = ("autoregressive", "early_exit", "self_speculative")
-"""The known names."""
+STRATEGIES: Mapping[str, type[Strategy]] = {
+    kind.name: kind
+    for kind in (
+        Autoregressive,
+        EarlyExit,
+        SelfSpeculative,
+    )
+}
+"""The known ones."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StrategyConfig:
-    """A strategy and its settings, as a user gives them."""
+def parse_strategy(text: str, **settings: str | None) -> Strategy:
+    """Make the strategy that `text` describes; its settings are not checked against a model.
 
-    name: str
-    """One of STRATEGIES."""
-    E: int | None = None
-    """Layers run before the exit (early_exit, self_speculative); None means a quarter of the
-    model's, rounded, at least 1."""
-    d: int | None = None
-    """Tokens drafted per round (self_speculative); None means 4."""
+    Args:
+        text: `name`, or `name:setting=value:...`. Numbers as Python writes them; true or false;
+            integers of a list joined by "+", as in 0+3+7; none for what is to be left open.
+        settings: Further settings, as text; None, and what the strategy does not have, is left
+            out.
 
-    def filled(self, n_layers: int) -> "StrategyConfig":
-        """Return a copy with E and d set where the strategy uses them, and None elsewhere.
+    Raises:
+        ValueError: there is no such strategy, or it has no such setting, or cannot read its value.
+    """
+    name, *parts = text.split(":")
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy: {name or 'empty'}, give one of {', '.join(STRATEGIES)}")
+    kind = STRATEGIES[name]
+    known = setting_types(kind)
+    given = {key: value for key, value in settings.items() if value is not None and key in known}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"strategy: {part!r} in {text!r} is no setting, write name=value")
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"strategy: {name} has no setting {key}, {has}")
+        given[key] = value
+    values = {key: _read(f"{name}: {key}", value, known[key]) for key, value in given.items()}
+    return kind(**values)
 
-        Raises:
-            ValueError: there is no such strategy.
-        """
-        if self.name not in STRATEGIES:
-            raise ValueError(f"strategy: {self.name}, give one of {', '.join(STRATEGIES)}")
-        quarter = max(1, round(n_layers / 4))
-        return StrategyConfig(
-            name=self.name,
-            E=None if self.name == "autoregressive" else quarter if self.E is None else self.E,
-            d=None if self.name != "self_speculative" else 4 if self.d is None else self.d,
-        )
 
-    def build(self, n_layers: int) -> Strategy:
-        """Make the strategy for a model of n_layers layers.
+def setting_types(kind: type[Strategy]) -> dict[str, Any]:
+    """Return the settings of a strategy and their types."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}  # type: ignore[arg-type]
 
-        Raises:
-            ValueError: there is no such strategy, or E or d does not fit the model.
-        """
-        settings = self.filled(n_layers)
-        strategy: Strategy
-        if settings.d is not None and settings.E is not None:
-            strategy = SelfSpeculative(E=settings.E, d=settings.d)
-        else:
-            strategy = Autoregressive(E=settings.E)
-        if problems := strategy.problems(n_layers):
-            raise ValueError("; ".join(problems))
-        return strategy
+
+def describe(strategy: Strategy) -> str:
+    """Return the text `parse_strategy` reads back, every setting named that is not at default."""
+    parts = [strategy.name]
+    for field in fields(strategy):  # type: ignore[arg-type]
+        value = getattr(strategy, field.name)
+        if value != field.default:
+            parts.append(f"{field.name}={_write(value)}")
+    return ":".join(parts)
+
+
+def _write(value: object) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _read(what: str, text: str, kind: Any) -> object:
+    """Read a value of type `kind`, which may be a union with None.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if isinstance(kind, types.UnionType):
+        if text == "none":
+            return None
+        [kind] = [part for part in get_args(kind) if part is not types.NoneType]
+    try:
+        if get_origin(kind) is Literal:
+            if text not in get_args(kind):
+                raise ValueError
+            return text
+        if get_origin(kind) is tuple:
+            return tuple(int(part) for part in text.split("+") if part)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return Path(text) if kind is Path else kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"strategy: {what}={text}, give {_kind_in_words(kind)}") from None
+
+
+def _kind_in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "integers joined by +"
+    return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "a value")

@@ -8,6 +8,7 @@ Hugging Face checkpoints, so weights pass between the two by renaming alone.
 
 import zlib
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,17 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.block import LayerKV, RMSNorm, TransformerBlock
 from models.config import LlamaConfig
 from models.layer_dropout import KeptRows, run_kept_rows
-from models.rope import apply_rope, rope_frequencies
-
-
-class LayerKV(Protocol):
-    """Where one attention layer keeps its keys and values while decoding."""
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v: (batch, kv_heads, seq, head_dim); return all keys and values to read."""
-        ...
+from models.rope import rope_frequencies
 
 
 class KVCache(Protocol):
@@ -41,89 +35,27 @@ class KVCache(Protocol):
         ...
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square layer norm (arXiv 1910.07467)."""
+@dataclass(frozen=True)
+class SkippedParts:
+    """Layers l whose attention, or feed-forward part, is left out; a layer may be in both."""
 
-    def __init__(self, dim: int, eps: float) -> None:
-        """Make the norm of a residual stream `dim` wide."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+    attention: frozenset[int] = frozenset()
+    feed_forward: frozenset[int] = frozenset()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x / rms(x) * weight, shape and dtype of x; computed in fp32 at least."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        """Make the four projections of one layer."""
-        super().__init__()
-        self.n_heads = config.n_heads
-        self.n_kv_heads = config.n_kv_heads
-        self.head_dim = config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kv: LayerKV | None
-    ) -> Tensor:
-        """Attend within x: (batch, seq, dim), and to `kv` where it is given."""
-        b, s, _ = x.shape
-        q = self.wq(x).view(b, s, self.n_heads, self.head_dim).transpose(1, 2)
-        k = self.wk(x).view(b, s, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        v = self.wv(x).view(b, s, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (batch, heads, seq, head_dim)
-        if kv is not None:
-            k, v = kv.update(k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+    def __or__(self, other: "SkippedParts") -> "SkippedParts":
+        """Leave out what either leaves out."""
+        return SkippedParts(
+            self.attention | other.attention, self.feed_forward | other.feed_forward
         )
-        return self.wo(out.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        """Make the three projections of one layer."""
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform x: (batch, seq, dim) position by position."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+NOTHING = SkippedParts()
+"""Skips nothing."""
 
 
-class TransformerBlock(nn.Module):
-    """One layer: x_{l+1} = x_l + f_l(x_l), attention then feed-forward, each pre-normed."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        """Make one layer."""
-        super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
-
-    def forward(
-        self,
-        h: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None = None,
-        kv: LayerKV | None = None,
-    ) -> Tensor:
-        """Map h: (batch, seq, dim) to the next layer's input, same shape."""
-        h = h + self.attention(self.attention_norm(h), cos, sin, mask, kv)
-        return h + self.feed_forward(self.ffn_norm(h))
+def whole_layers(layers: Collection[int]) -> SkippedParts:
+    """Leave out both parts of some layers l."""
+    return SkippedParts(frozenset(layers), frozenset(layers))
 
 
 class Llama(nn.Module):
@@ -156,6 +88,12 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         """The LM head's weight, (vocab, dim): the embedding's when they are tied."""
         return self.tok_embeddings.weight if self.lm_head is None else self.lm_head.weight
+
+    def block(self, l: int) -> TransformerBlock:
+        """Return layer l."""
+        block = self.layers[str(l)]
+        assert isinstance(block, TransformerBlock)
+        return block
 
     def fill_rope_table(self) -> None:
         """Write the rotary table; call again after `to_empty`, which leaves it undefined."""
@@ -217,6 +155,7 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         kept_rows: KeptRows | None = None,
+        skipped: SkippedParts = NOTHING,
         exit_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run layers start, ..., stop - 1: the one loop over layers in the house.
@@ -229,37 +168,74 @@ class Llama(nn.Module):
                 None means 0, 1, ..., seq - 1 in every row.
             cache: Keys and values of earlier tokens, written as the layers run.
             kept_rows: Which rows each layer runs on (stochastic depth); None runs all.
+            skipped: Parts of layers that no row runs, when decoding; their keys and values are
+                not written.
             exit_layers: Layer indices l whose output x_{l+1} is returned as well.
 
         Returns:
             x_stop, (batch, seq, dim), and {l: x_{l+1}} for l in `exit_layers`.
         """
-        if positions is None:
-            cos, sin = (
-                self.rope_cos[None, None, : h.shape[1]],
-                self.rope_sin[None, None, : h.shape[1]],
-            )
-        else:
-            cos, sin = self.rope_cos[positions].unsqueeze(1), self.rope_sin[positions].unsqueeze(1)
-        cos, sin = cos.to(h.dtype), sin.to(h.dtype)
+        cos, sin = self.rotary(positions, h)
         mask, layer_kv = None, None
         if cache is not None:
             assert positions is not None, "decoding with a cache needs positions"
             mask, layer_kv = cache.at(positions)
         exits = {}
         for l in range(start, stop):
-            block = self.layers[str(l)]
-            if kept_rows is None:
+            block = self.block(l)
+            if kept_rows is not None:
+                h = run_kept_rows(block, h, cos, sin, kept_rows.at(l))
+            elif skipped is NOTHING:
                 h = block(h, cos, sin, mask, None if layer_kv is None else layer_kv(l))
             else:
-                h = run_kept_rows(block, h, cos, sin, kept_rows.at(l))
+                attend, feed = l not in skipped.attention, l not in skipped.feed_forward
+                if attend or feed:
+                    kv = None if layer_kv is None else layer_kv(l)
+                    h = block(h, cos, sin, mask, kv, attend=attend, feed=feed)
             if l in exit_layers:
                 exits[l] = h
         return h, exits
 
+    def write_keys_and_values(
+        self, h: Tensor, start: int, stop: int, *, positions: Tensor, cache: KVCache
+    ) -> None:
+        """Fill the cache of layers start, ..., stop - 1 as if h were the input of each of them.
+
+        State propagation of CALM (arXiv 2207.07061, section 3.1): a token that left early passes
+        through each later layer's own norm and key and value projections, and nothing else.
+
+        Args:
+            h: (batch, seq, dim), where the tokens left.
+            start: First layer index l to write.
+            stop: One past the last.
+            positions: (batch, seq) int64.
+            cache: Where to.
+        """
+        cos, sin = self.rotary(positions, h)
+        _, layer_kv = cache.at(positions)
+        for l in range(start, stop):
+            block = self.block(l)
+            k, v = block.attention.keys_and_values(block.attention_norm(h), cos, sin)
+            layer_kv(l).update(k, v)
+
+    def rotary(self, positions: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, (batch or 1, 1, seq, head_dim), in the dtype of h.
+
+        Args:
+            positions: (batch, seq) int64; None means 0, 1, ..., seq - 1 in every row.
+            h: (batch, seq, dim).
+        """
+        if positions is None:
+            seq = h.shape[1]
+            cos, sin = self.rope_cos[None, None, :seq], self.rope_sin[None, None, :seq]
+        else:
+            cos, sin = self.rope_cos[positions].unsqueeze(1), self.rope_sin[positions].unsqueeze(1)
+        return cos.to(h.dtype), sin.to(h.dtype)
+
     def exit_logits(self, h: Tensor) -> Tensor:
         """Apply g, the shared norm and head, to h: (..., dim); returns logits: (..., vocab)."""
-        return F.linear(self.norm(h), self.head_weight)
+        x = self.norm(h)
+        return F.linear(x, self.head_weight) if self.lm_head is None else self.lm_head(x)
 
     def forward(
         self,

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from models.block import TransformerBlock
 from models.config import LlamaConfig
-from models.llama import Llama, TransformerBlock
+from models.llama import Llama
 
 
 def float8_problems(model: LlamaConfig) -> list[str]:

@@ -8,7 +8,9 @@ import pytest
 
 from data.shards import TokenStream
 from inference import benchmark
+from inference.autoregressive import Autoregressive, EarlyExit
 from inference.benchmark import expand_arms, held_out_prompts
+from inference.self_speculative import SelfSpeculative
 
 
 def run_command(monkeypatch, *arguments):
@@ -19,7 +21,7 @@ def run_command(monkeypatch, *arguments):
 def test_the_command_measures_writes_and_draws(run_folder, monkeypatch, capsys, tmp_path):
     run_command(
         monkeypatch,
-        *("--run", run_folder, "--E", "1,3", "--d", "2", "--prompts", 3, "--prompt_tokens", 8),
+        *("--run", run_folder, "--E", "1,3", "--d", "2", "--prompts", 4, "--prompt_tokens", 8),
         *("--max_new_tokens", 12, "--repeats", 2, "--batch_size", 2),
         *("--json", tmp_path / "a" / "out.json", "--plot", tmp_path / "plot.png"),
     )
@@ -68,18 +70,20 @@ def test_prompts_from_a_file_are_its_lines(run_folder, monkeypatch, tmp_path):
 
 
 def test_arms_are_every_combination_once():
-    arms = expand_arms(["autoregressive", "early_exit", "self_speculative"], (1, 2), (3, 4), 8)
-    assert [(arm.name, arm.E, arm.d) for arm in arms] == [
-        ("autoregressive", None, None),
-        ("early_exit", 1, None),
-        ("early_exit", 2, None),
-        ("self_speculative", 1, 3),
-        ("self_speculative", 1, 4),
-        ("self_speculative", 2, 3),
-        ("self_speculative", 2, 4),
+    arms = expand_arms(
+        ["autoregressive", "early_exit", "self_speculative"], ("1", "2"), ("3", "4"), 8
+    )
+    assert arms == [
+        Autoregressive(),
+        EarlyExit(E=1),
+        EarlyExit(E=2),
+        SelfSpeculative(E=1, d=3),
+        SelfSpeculative(E=1, d=4),
+        SelfSpeculative(E=2, d=3),
+        SelfSpeculative(E=2, d=4),
     ]
     with pytest.raises(ValueError, match="E: 8, self_speculative needs 1 to 7"):
-        expand_arms(["self_speculative"], (8,), (None,), 8)
+        expand_arms(["self_speculative"], ("8",), (None,), 8)
 
 
 def test_prompts_are_spread_over_the_held_out_text():
@@ -94,9 +98,9 @@ def test_prompts_are_spread_over_the_held_out_text():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--strategies", "oracle"), "strategy: oracle, give one of"),
+        (("--strategies", "magic"), "strategy: magic, give one of"),
         (("--repeats", 0), "repeats: 0"),
-        (("--E", "1,x"), "argument --E: invalid integers value: '1,x'"),
+        (("--E", "1,x"), "E=x, give an integer"),
         (("--prompt_tokens", 200), "context of 96"),
     ],
 )

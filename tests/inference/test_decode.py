@@ -3,16 +3,18 @@
 import pytest
 import torch
 
+from inference.autoregressive import Autoregressive, EarlyExit
 from inference.decode import Generation
 from inference.sampling import Sampling
-from inference.strategies import StrategyConfig
+from inference.self_speculative import SelfSpeculative
+from inference.strategies import parse_strategy
 from tests.models.test_llama import build, hugging_face_twin, small
 
-AUTOREGRESSIVE = StrategyConfig(name="autoregressive")
+AUTOREGRESSIVE = Autoregressive()
 STRATEGIES = [
     AUTOREGRESSIVE,
-    StrategyConfig(name="early_exit", E=2),
-    StrategyConfig(name="self_speculative", E=3, d=3),
+    EarlyExit(E=2),
+    SelfSpeculative(E=3, d=3),
 ]
 PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
 
@@ -23,9 +25,7 @@ def model():
 
 
 def decode(model, prompts, strategy, **options):
-    return Generation(
-        model, prompts, strategy.build(model.config.n_layers), **({"max_new_tokens": 20} | options)
-    ).finish()
+    return Generation(model, prompts, strategy, **({"max_new_tokens": 20} | options)).finish()
 
 
 def names(strategies):
@@ -37,7 +37,7 @@ def test_greedy_equals_transformers(model, depth):
     twin = hugging_face_twin(model)
     twin.model.layers = twin.model.layers[:depth]
     twin.config.num_hidden_layers = depth
-    strategy = StrategyConfig(name="early_exit", E=depth)
+    strategy = EarlyExit(E=depth)
     for prompt in PROMPTS:
         theirs = twin.generate(
             torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=-1
@@ -109,27 +109,27 @@ def test_no_row_gets_more_than_max_new_tokens(model, strategy, max_new_tokens):
 def test_rows_fill_the_context_and_end(d, longest):
     model = build(small(n_layers=3, max_seq_len=24)).eval()
     prompts = [list(range(longest)), [5, 6]]
-    speculative = StrategyConfig(name="self_speculative", E=2, d=d)
+    speculative = SelfSpeculative(E=2, d=d)
     ours = decode(model, prompts, speculative, max_new_tokens=100).tokens
     assert [len(row) for row in ours] == [24 - longest, 22]
     assert ours == decode(model, prompts, AUTOREGRESSIVE, max_new_tokens=100).tokens
 
 
 def test_drafts_are_no_longer_than_what_is_left(model):
-    strategy = StrategyConfig(name="self_speculative", E=3, d=8)
-    generation = Generation(model, [[1, 2]], strategy.build(4), max_new_tokens=5)
+    strategy = SelfSpeculative(E=3, d=8)
+    generation = Generation(model, [[1, 2]], strategy, max_new_tokens=5)
     drafted = [emission.drafted for [emission] in generation]
     left = [5]
     assert drafted[0] == 4
-    for emission in list(Generation(model, [[1, 2]], strategy.build(4), max_new_tokens=5)):
+    for emission in list(Generation(model, [[1, 2]], strategy, max_new_tokens=5)):
         assert emission[0].drafted <= left[-1] - 1
         left.append(left[-1] - len(emission[0].tokens))
     assert left[-1] == 0
 
 
 def test_emissions_join_to_the_rows_and_say_what_was_accepted(model):
-    strategy = StrategyConfig(name="self_speculative", E=3, d=3)
-    generation = Generation(model, PROMPTS, strategy.build(4), max_new_tokens=20)
+    strategy = SelfSpeculative(E=3, d=3)
+    generation = Generation(model, PROMPTS, strategy, max_new_tokens=20)
     rows, accepted = [[] for _ in PROMPTS], 0
     for emissions in generation:
         for emission in emissions:
@@ -141,7 +141,7 @@ def test_emissions_join_to_the_rows_and_say_what_was_accepted(model):
 
 
 def test_a_loop_that_was_left_goes_on_where_it_was(model):
-    generation = Generation(model, PROMPTS, AUTOREGRESSIVE.build(4), max_new_tokens=6)
+    generation = Generation(model, PROMPTS, AUTOREGRESSIVE, max_new_tokens=6)
     for _ in generation:
         break
     whole = decode(model, PROMPTS, AUTOREGRESSIVE).tokens
@@ -173,23 +173,41 @@ def test_what_does_not_fit_is_refused(model, prompts, options, message):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("text", "message"),
     [
-        ({"name": "self_speculative", "E": 4}, "E: 4, self_speculative needs 1 to 3"),
-        ({"name": "self_speculative", "E": 0, "d": 0}, "E: 0.*; d: 0, give at least 1"),
-        ({"name": "early_exit", "E": 5}, "E: 5, early_exit needs 1 to 4"),
-        ({"name": "early_exit", "E": 0}, "E: 0, early_exit needs 1 to 4"),
-        ({"name": "oracle"}, "oracle, give one of autoregressive, early_exit, self_speculative"),
+        ("self_speculative:E=4", "E: 4, self_speculative needs 1 to 3"),
+        ("self_speculative:E=0:d=0", "E: 0.*; d: 0, give at least 1"),
+        ("early_exit:E=5", "E: 5, early_exit needs 1 to 4"),
+        ("early_exit:E=0", "E: 0, early_exit needs 1 to 4"),
+        ("early_exit:E=-1", "E: -1, early_exit needs 1 to 4"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, message):
+def test_settings_that_do_not_fit_are_refused(model, text, message):
     with pytest.raises(ValueError, match=message):
-        StrategyConfig(**settings).build(4)
+        decode(model, [[1]], parse_strategy(text))
 
 
-def test_settings_not_given_are_a_quarter_of_the_layers_and_four_tokens():
-    filled = StrategyConfig(name="self_speculative").filled(8)
-    assert (filled.E, filled.d) == (2, 4)
-    assert StrategyConfig(name="early_exit", d=3).filled(2) == StrategyConfig(
-        name="early_exit", E=1
-    )
+def test_prompts_take_the_rows_of_those_that_end(model):
+    prompts = [*PROMPTS, [11], [12, 13, 14, 15, 16], [17, 18]]
+    for strategy in STRATEGIES:
+        alone = [decode(model, [prompt], strategy).tokens[0] for prompt in prompts]
+        stops = [alone[0][2], alone[4][7]]
+        expected = [decode(model, [p], strategy, stop_tokens=stops).tokens[0] for p in prompts]
+        assert len({len(row) for row in expected}) > 1, "rows were to end at different times"
+        for batch_size in (1, 2, 3):
+            generation = decode(model, prompts, strategy, batch_size=batch_size, stop_tokens=stops)
+            assert generation.tokens == expected
+            assert generation.counters.tokens == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=names(STRATEGIES))
+def test_reading_a_round_late_changes_no_token(model, strategy):
+    whole = decode(model, PROMPTS, strategy, reads_late=False)
+    assert decode(model, PROMPTS, strategy, reads_late=True).tokens == whole.tokens
+    stops = {whole.tokens[0][4], whole.tokens[2][9]}
+    for batch_size in (None, 2):
+        options = {"stop_tokens": stops, "batch_size": batch_size}
+        at_once = decode(model, PROMPTS, strategy, reads_late=False, **options)
+        late = decode(model, PROMPTS, strategy, reads_late=True, **options)
+        assert late.tokens == at_once.tokens
+        assert late.counters.tokens == at_once.counters.tokens

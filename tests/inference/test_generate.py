@@ -84,7 +84,7 @@ def test_a_terminal_is_not_sent_what_the_model_made_of_escape_bytes():
         (("--prompt", "cat " * 100), "leave no room in the model's context of 96"),
         (("--strategy", "oracle"), "strategy: oracle, give one of autoregressive, early_exit"),
         (("--temperature", -1), "temperature: -1.0"),
-        (("--d", "two"), "argument --d: invalid int value: 'two', see --help"),
+        (("--d", "two"), "self_speculative: d=two, give an integer"),
         (("--run", "nowhere"), "run: nowhere holds no finished checkpoint"),
     ],
 )

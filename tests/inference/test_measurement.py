@@ -3,15 +3,16 @@
 import pytest
 
 from inference import measurement
+from inference.autoregressive import EarlyExit
 from inference.measurement import AUTOREGRESSIVE, Workload, measure
 from inference.sampling import Sampling
-from inference.strategies import StrategyConfig
+from inference.self_speculative import SelfSpeculative
 from tests.models.test_llama import build, small
 
 
 def test_costs_and_bound_worked_by_hand(monkeypatch):
-    exit_after_1 = StrategyConfig(name="early_exit", E=1)
-    speculative = StrategyConfig(name="self_speculative", E=1, d=4)
+    exit_after_1 = EarlyExit(E=1)
+    speculative = SelfSpeculative(E=1, d=4)
     # One full step takes 2 s, a draft step 0.5 s; a round of 4 drafts 5 s leaves 3 s to verify.
     seconds = {AUTOREGRESSIVE: 2.0, exit_after_1: 0.5, speculative: 5.0}
     monkeypatch.setattr(measurement, "_round_seconds", lambda *args: seconds)

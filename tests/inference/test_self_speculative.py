@@ -8,8 +8,8 @@ import torch
 from inference import self_speculative
 from inference.decode import Generation
 from inference.sampling import Sampling, probabilities, sample
-from inference.strategies import StrategyConfig
-from models.llama import apply_rope
+from inference.strategies import parse_strategy
+from models.rope import apply_rope
 from tests.models.test_llama import build, small
 
 PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
@@ -21,7 +21,7 @@ def model():
 
 
 def start(model, prompts, E=None, d=None, *, name="self_speculative", **options):
-    strategy = StrategyConfig(name=name, E=E, d=d).build(model.config.n_layers)
+    strategy = parse_strategy(name, E=E and str(E), d=d and str(d))
     return Generation(model, prompts, strategy, **({"max_new_tokens": 30} | options))
 
 

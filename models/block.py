@@ -1,0 +1,116 @@
+"""One layer of the Llama: attention, feed-forward and their norms. Knows nothing of the others."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.config import LlamaConfig
+from models.rope import apply_rope
+
+
+class LayerKV(Protocol):
+    """Where one attention layer keeps its keys and values while decoding."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v: (batch, kv_heads, seq, head_dim); return all keys and values to read."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square layer norm (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        """Make the norm of a residual stream `dim` wide."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / rms(x) * weight, shape and dtype of x; computed in fp32 at least."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Make the four projections of one layer."""
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kv: LayerKV | None
+    ) -> Tensor:
+        """Attend within x: (batch, seq, dim), and to `kv` where it is given."""
+        b, s, _ = x.shape
+        q = apply_rope(self.split(self.wq(x)), cos, sin)
+        k, v = self.keys_and_values(x, cos, sin)
+        if kv is not None:
+            k, v = kv.update(k, v)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
+        return self.wo(out.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return k, rotated, and v, (batch, kv_heads, seq, head_dim), of x: (batch, seq, dim)."""
+        return apply_rope(self.split(self.wk(x)), cos, sin), self.split(self.wv(x))
+
+    def split(self, x: Tensor) -> Tensor:
+        """Turn (batch, seq, heads * head_dim) into (batch, heads, seq, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Make the three projections of one layer."""
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform x: (batch, seq, dim) position by position."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: x_{l+1} = x_l + f_l(x_l), attention then feed-forward, each pre-normed."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Make one layer."""
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        kv: LayerKV | None = None,
+        *,
+        attend: bool = True,
+        feed: bool = True,
+    ) -> Tensor:
+        """Map h: (batch, seq, dim) to the next layer's input, same shape.
+
+        Without `attend` or `feed`, that part adds nothing.
+        """
+        if attend:
+            h = h + self.attention(self.attention_norm(h), cos, sin, mask, kv)
+        return h + self.feed_forward(self.ffn_norm(h)) if feed else h
