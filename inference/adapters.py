@@ -1,0 +1,74 @@
+"""Small files of tensors that were fitted to a checkpoint: gates, linear maps.
+
+They lie beside it, in `<checkpoint>.decode/`, as safetensors, which run no code when loaded, and
+name the weights they belong to.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.llama import Llama
+
+
+def decode_folder(checkpoint: Path) -> Path:
+    """Return where what was fitted to a checkpoint is kept."""
+    return checkpoint.with_name(checkpoint.name + ".decode")
+
+
+def weights_fingerprint(model: Llama) -> str:
+    """Return a hash that tells checkpoints apart, the same in every dtype and on every device."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    norms = [model.norm.weight, *(model.block(l).ffn_norm.weight for l in range(len(model.layers)))]
+    for weight in (*norms, model.tok_embeddings.weight[:64]):
+        rounded = weight.detach().to("cpu", torch.bfloat16)
+        digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(
+    path: Path, kind: str, model: Llama, tensors: Mapping[str, Tensor], settings: Mapping[str, str]
+) -> None:
+    """Write tensors fitted to `model`.
+
+    Args:
+        path: The file; its folder is made.
+        kind: What it is, such as "gate".
+        model: What it was fitted to.
+        tensors: By name.
+        settings: What else its reader needs, as text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {**settings, "kind": kind, "weights": weights_fingerprint(model)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, told)
+
+
+def load_adapter(path: Path, kind: str, model: Llama) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors fitted to `model`, to its device and dtype, and their settings.
+
+    Raises:
+        ValueError: there is no such file, it is something else, or it was fitted to other weights.
+    """
+    weight = model.norm.weight
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{kind}: there is no {path}, fit one to this checkpoint first") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{kind}: {path} cannot be read ({error}), fit it again") from None
+    if settings.get("kind") != kind:
+        raise ValueError(f"{kind}: {path} holds a {settings.get('kind')}, give a {kind}")
+    if settings.get("weights") != weights_fingerprint(model):
+        raise ValueError(
+            f"{kind}: {path} was fitted to another checkpoint, fit one to this checkpoint"
+        )
+    return {name: t.to(weight.device, weight.dtype) for name, t in tensors.items()}, settings
