@@ -23,6 +23,7 @@ class StaticKVCache:
         slots: Longest row in tokens.
         device: Where the buffers live.
         dtype: Of keys and values.
+        window_step: Windows are multiples of it, or all slots.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class StaticKVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        window_step: int = 1,
     ) -> None:
         """Allocate the buffers; see the class."""
         shape = (batch, config.n_kv_heads, slots, config.head_dim)
@@ -40,11 +42,17 @@ class StaticKVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.slots = slots
+        self.window_step = window_step
         self.window = slots
         """Slots from this one on are neither masked nor read: one more than the largest position
-        in the batch. Set by the engine, so that a pass costs what the text is long, not what the
+        in the batch. Set by `look_at`, so that a pass costs what the text is long, not what the
         buffers are. A row of a ragged batch may see unwritten slots inside the window, masked."""
         self._slot_index = torch.arange(slots, device=device)
+
+    def look_at(self, slots: int) -> None:
+        """Set the window to the first `slots` slots, rounded up."""
+        steps = -(-slots // self.window_step)
+        self.window = min(steps * self.window_step, self.slots)
 
     def row(self, row: int) -> "StaticKVCache":
         """Return one row's part of the same buffers."""

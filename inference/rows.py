@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from inference.compiled import window_step
 from inference.kv_cache import StaticKVCache
 from inference.sampling import Sampling
 from inference.state import DecodeState
@@ -32,7 +33,14 @@ def open_state(
 
     return DecodeState(
         model=model,
-        cache=StaticKVCache(model.config, rows, slots, device=device, dtype=weight.dtype),
+        cache=StaticKVCache(
+            model.config,
+            rows,
+            slots,
+            device=device,
+            dtype=weight.dtype,
+            window_step=window_step(model),
+        ),
         sampling=sampling,
         generator=(
             torch.Generator(device=device).manual_seed(seed) if sampling.temperature else None

@@ -7,6 +7,7 @@ import torch
 
 from data.dataset import Dataset, open_dataset
 from data.tokenizer import Tokenizer
+from inference.packed import can_pack, pack
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
@@ -70,6 +71,8 @@ def load_run(path: Path, *, device: str = "auto", dtype: str | None = None) -> R
     if dtype is None:
         dtype = "bfloat16" if place.type == "cuda" else "float32"
     model = load_model(checkpoint, device=place, dtype=DTYPES[dtype])
+    if can_pack(model):
+        pack(model)
     tokenizer = Tokenizer(file)
     return Run(checkpoint, manifest, tokenizer, model)
 

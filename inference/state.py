@@ -144,7 +144,7 @@ class DecodeState:
 
     def _places(self, seq: int, offset: int, first: Tensor | None) -> Tensor:
         steps = torch.arange(seq, device=self.positions.device)
-        self.cache.window = min(self.longest + offset + seq, self.cache.slots)
+        self.cache.look_at(self.longest + offset + seq)
         start = self.positions + offset if first is None else first
         return start[:, None] + steps
 

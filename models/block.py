@@ -52,14 +52,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend within x: (batch, seq, dim), and to `kv` where it is given."""
         b, s, _ = x.shape
-        q = apply_rope(self.split(self.wq(x)), cos, sin)
-        k, v = self.keys_and_values(x, cos, sin)
+        q, k, v = self.project(x, cos, sin)
         if kv is not None:
             k, v = kv.update(k, v)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
         return self.wo(out.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, both rotated, and v, (batch, heads, seq, head_dim)."""
+        return apply_rope(self.split(self.wq(x)), cos, sin), *self.keys_and_values(x, cos, sin)
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Return k, rotated, and v, (batch, kv_heads, seq, head_dim), of x: (batch, seq, dim)."""

@@ -74,7 +74,7 @@ class Llama(nn.Module):
             {str(l): TransformerBlock(config) for l in range(config.n_layers)}
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = (
+        self.lm_head: nn.Module | None = (
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
         table = torch.empty(config.max_seq_len, config.head_dim)
@@ -87,7 +87,9 @@ class Llama(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The LM head's weight, (vocab, dim): the embedding's when they are tied."""
-        return self.tok_embeddings.weight if self.lm_head is None else self.lm_head.weight
+        weight = self.tok_embeddings.weight if self.lm_head is None else self.lm_head.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def block(self, l: int) -> TransformerBlock:
         """Return layer l."""
