@@ -47,13 +47,16 @@ class Run:
         return dataset
 
 
-def load_run(path: Path, *, device: str = "auto", dtype: str | None = None) -> Run:
+def load_run(
+    path: Path, *, device: str = "auto", dtype: str | None = None, packed: bool = True
+) -> Run:
     """Load the newest checkpoint of a run folder, or the checkpoint folder `path`.
 
     Args:
         path: A run folder or a checkpoint folder.
         device: "auto" (CUDA if there is a device, else CPU) or a name torch knows.
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
+        packed: Pack the weights for decoding, where that can be.
 
     Raises:
         ValueError: nothing there, damaged, or with another tokenizer than the manifest names.
@@ -71,7 +74,7 @@ def load_run(path: Path, *, device: str = "auto", dtype: str | None = None) -> R
     if dtype is None:
         dtype = "bfloat16" if place.type == "cuda" else "float32"
     model = load_model(checkpoint, device=place, dtype=DTYPES[dtype])
-    if can_pack(model):
+    if packed and can_pack(model):
         pack(model)
     tokenizer = Tokenizer(file)
     return Run(checkpoint, manifest, tokenizer, model)
