@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from inference.autoregressive import Autoregressive, EarlyExit
+from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
 
@@ -16,6 +17,9 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Autoregressive,
         EarlyExit,
         SelfSpeculative,
+        Unified,
+        SkipDecode,
+        Pruned,
     )
 }
 """The known ones."""
