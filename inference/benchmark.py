@@ -43,9 +43,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--strategies",
         type=names,
-        default=",".join(STRATEGIES),
+        default="autoregressive,early_exit,self_speculative",
         metavar="A,B,...",
-        help="which to compare; autoregressive is always measured",
+        help="which to compare, each a name or name:setting=value:setting=value, of "
+        + ", ".join(STRATEGIES)
+        + "; autoregressive is always measured",
     )
     parser.add_argument(
         "--E",

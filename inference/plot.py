@@ -42,7 +42,7 @@ def write_plot(path: Path, results: Sequence[ArmResult], title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for x, result in enumerate(results):
-        bar = axes.bar(x, result.speedup, color=_COLORS[result.strategy])
+        bar = axes.bar(x, result.speedup, color=_COLORS.get(result.strategy, "tab:green"))
         axes.bar_label(bar, fmt="%.2f", label_type="center")
         if result.bound is not None:
             axes.plot([x - 0.4, x + 0.4], [result.bound] * 2, color="black", linestyle="--")

@@ -81,7 +81,11 @@ def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def accept(
-    draft_tokens: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None
+    draft_tokens: Tensor,
+    q: Tensor,
+    p: Tensor,
+    generator: torch.Generator | None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep the longest accepted prefix of a draft and draw the token after it.
 
@@ -96,19 +100,28 @@ def accept(
         q: (batch, d, vocab), the draft's distributions.
         p: (batch, d + 1, vocab), the full model's.
         generator: Source of the u_i and of the last draw; None when q and p are one-hot.
+        lengths: (batch,) int64, tokens each row drafted, where some drafted fewer than d; what
+            stands behind them is not looked at.
 
     Returns:
         num_accepted: (batch,) int64, n in 0..d, and next_token: (batch,) int64.
     """
     d = draft_tokens.shape[1]
+    drafted = None
+    if lengths is not None:
+        drafted = torch.arange(d, device=p.device) < lengths[:, None]  # (batch, d)
+        q = q * drafted.unsqueeze(-1)
     p_x = p[:, :d].gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)  # (batch, d)
     q_x = q.gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)
     # Any u in [0, 1) decides alike between one-hot distributions.
     u = torch.zeros_like(p_x) if generator is None else p_x.clone().uniform_(generator=generator)
-    num_accepted = (u * q_x < p_x).long().cumprod(-1).sum(-1)
+    accepted = u * q_x < p_x
+    if drafted is not None:
+        accepted &= drafted
+    num_accepted = accepted.long().cumprod(-1).sum(-1)
     rows = torch.arange(len(p), device=p.device)
     p_n = p[rows, num_accepted]  # (batch, vocab)
-    # q_d = 0: after a draft accepted whole the residual is p_d itself.
+    # q_d = 0, also where a shorter draft ends: after one accepted whole the residual is p itself.
     q_n = F.pad(q, (0, 0, 0, 1))[rows, num_accepted]
     residual = (p_n - q_n).clamp_min(0.0)
     # A rejection has p_n(x) < q_n(x), so some other token has p_n > q_n, unless rounding ate it.

@@ -11,29 +11,40 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from inference.autoregressive import a_quarter
-from inference.sampling import accept, sample
+from inference.drafting import Draft, Stop, draft
+from inference.ngram import look_up
+from inference.sampling import accept
 from inference.state import Decoder, DecodeState, Round
 from models.llama import NOTHING, SkippedParts
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSpeculative:
-    """Draft d tokens with the first E layers, then verify them with the rest."""
+    """Draft up to d tokens with the first E layers, then verify them with the rest."""
 
     name: ClassVar[str] = "self_speculative"
     E: int | None = None
     """Layers that draft, 1 to n_layers - 1; a quarter of the model's if not given."""
     d: int = 4
     """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
+    stop: float = 0.0
+    """A row's draft ends after a token whose distribution has no probability as large as this;
+    0: never."""
+    stop_entropy: float = float("inf")
+    """A row's draft ends after a token whose distribution has more entropy, in nats."""
+    ngram: int = 0
+    """Where the last so many tokens (or fewer, at least 2) of every row came before, what followed
+    them there is the draft, and no layer drafts; 0: never."""
 
     def filled(self, n_layers: int) -> "SelfSpeculative":
         """Return a copy with E set."""
         return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with E and d."""
+        """Return what is wrong with the settings for a model of n_layers layers."""
         found = []
         if n_layers == 1:
             found.append("strategy: self_speculative needs at least 2 layers, this model has 1")
@@ -41,7 +52,7 @@ class SelfSpeculative:
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         if self.d < 1:
             found.append(f"d: {self.d}, give at least 1 drafted token")
-        return found
+        return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return all layers: verification uses them."""
@@ -49,39 +60,40 @@ class SelfSpeculative:
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
+        return partial(self._round, state)
+
+    def _round(self, state: DecodeState, room: int) -> Round:
+        """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
         assert self.E is not None
-        return partial(speculate, state, self.E, self.d)
+        d = min(self.d, room - 1)
+        if self.ngram and d and (guessed := guess(state, self.ngram, d)) is not None:
+            return settle(state, guessed, verify(state, 0, guessed))
+        drafted = draft(state, self.E, d, stop=Stop(self.stop, self.stop_entropy))
+        return settle(state, drafted, verify(state, self.E, drafted))
 
 
-def speculate(state: DecodeState, E: int, d: int, room: int) -> Round:
-    """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
-    draft_tokens, q, exits = draft(state, E, min(d, room - 1))
-    p = verify(state, E, draft_tokens, exits)
-    accepted, next_token = accept(draft_tokens, q, p, state.generator)
-    tokens = torch.cat((draft_tokens, next_token[:, None]), dim=1)
-    tokens.scatter_(1, accepted[:, None], next_token[:, None])
-    return Round(tokens, accepted, drafted=torch.full_like(accepted, draft_tokens.shape[1]))
+def draft_problems(stop: float, stop_entropy: float, ngram: int) -> list[str]:
+    """Return what is wrong with the settings of a draft."""
+    found = []
+    if not stop >= 0.0:
+        found.append(f"stop: {stop}, give a probability, or 0 to stop no draft")
+    if not stop_entropy >= 0.0:
+        found.append(f"stop_entropy: {stop_entropy}, give nats, at least 0")
+    if ngram < 0:
+        found.append(f"ngram: {ngram}, give a number of tokens, or 0 for none")
+    return found
 
 
-def draft(state: DecodeState, E: int, d: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Decode d tokens with the first E layers, starting from the pending token.
-
-    Returns:
-        The drafted tokens, (batch, d) int64; their distributions q, (batch, d, vocab); and x_E,
-        each (batch, 1, dim), of the tokens run: the pending one and all drafted but the last.
-    """
-    batch, vocab = len(state.pending), state.model.config.vocab_size
-    tokens, exits = [state.pending[:, None]], []
-    q = [torch.empty(batch, 0, vocab, device=state.pending.device)]
-    for i in range(d):
-        x_E = state.run(state.model.embed(tokens[-1]), 0, E, offset=i)
-        q.append(state.distribution(x_E))
-        tokens.append(sample(q[-1], state.generator))
-        exits.append(x_E)
-    return torch.cat(tokens, dim=1)[:, 1:], torch.cat(q, dim=1), exits
+def guess(state: DecodeState, ngram: int, d: int) -> Draft | None:
+    """Draft d tokens from each row's own past; None if a row that is not finished has no match."""
+    tokens, found = look_up(state.history[:, :-1], state.positions, ngram, d)
+    if not state.ask((found | state.finished).all()):
+        return None
+    q = F.one_hot(tokens, state.model.config.vocab_size).float()
+    return Draft(tokens, q, lengths=None, exits=[], shallow=[])
 
 
-def verify(state: DecodeState, E: int, draft_tokens: Tensor, exits: list[Tensor]) -> Tensor:
+def verify(state: DecodeState, E: int, drafted: Draft) -> Tensor:
     """Give the full model's distribution after the pending token and after each drafted one.
 
     The last drafted token has not been run yet: it goes through the first E layers, then all
@@ -89,14 +101,34 @@ def verify(state: DecodeState, E: int, draft_tokens: Tensor, exits: list[Tensor]
 
     Args:
         state: The batch.
-        E: Layers that drafted.
-        draft_tokens: (batch, d) int64.
-        exits: d tensors x_E, each (batch, 1, dim), from `draft`.
+        E: Layers that drafted; 0 if none did, then all d + 1 tokens go through all layers.
+        drafted: The draft, with its x_E.
 
     Returns:
         p: (batch, d + 1, vocab).
     """
-    last = torch.cat((state.pending[:, None], draft_tokens), dim=1)[:, -1:]
-    x_E = state.run(state.model.embed(last), 0, E, offset=len(exits))
-    x_L = state.run(torch.cat((*exits, x_E), dim=1), E, state.model.config.n_layers)
-    return state.distribution(x_L)
+    return state.distribution(run_the_rest(state, E, drafted, ())[0])
+
+
+def run_the_rest(
+    state: DecodeState, E: int, drafted: Draft, tapped: tuple[int, ...]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return x_L of all d + 1 tokens, and {l: x_{l+1}} for l >= E in `tapped`."""
+    tokens = torch.cat((state.pending[:, None], drafted.tokens), dim=1)
+    done = len(drafted.exits)
+    x_E = state.model.embed(tokens[:, done:])
+    if E > 0:
+        x_E = state.run(x_E, 0, E, offset=done)
+    x_E = torch.cat((*drafted.exits, x_E), dim=1)
+    return state.run_and_tap(x_E, E, state.model.config.n_layers, exit_layers=tapped)
+
+
+def settle(state: DecodeState, drafted: Draft, p: Tensor) -> Round:
+    """Accept what the full model's distributions p: (batch, d + 1, vocab) allow."""
+    accepted, next_token = accept(drafted.tokens, drafted.q, p, state.generator, drafted.lengths)
+    tokens = torch.cat((drafted.tokens, next_token[:, None]), dim=1)
+    tokens.scatter_(1, accepted[:, None], next_token[:, None])
+    lengths = drafted.lengths
+    if lengths is None:
+        lengths = torch.full_like(accepted, drafted.tokens.shape[1])
+    return Round(tokens, accepted, drafted=lengths)

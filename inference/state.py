@@ -150,7 +150,11 @@ class DecodeState:
 
     def distribution(self, h: Tensor) -> Tensor:
         """Return the exit's distributions, (batch, seq, vocab), for h: (batch, seq, dim)."""
-        return probabilities(self.logits(h), self.sampling)
+        return self.filtered(self.logits(h))
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """Return the distributions tokens are drawn from, for logits: (batch, seq, vocab)."""
+        return probabilities(logits, self.sampling)
 
     def logits(self, h: Tensor) -> Tensor:
         """Return the exit's logits, (batch, seq, vocab), for h: (batch, seq, dim)."""

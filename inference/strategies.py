@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from inference.autoregressive import Autoregressive, EarlyExit
+from inference.dynamic import Dynamic
 from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
@@ -17,6 +18,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Autoregressive,
         EarlyExit,
         SelfSpeculative,
+        Dynamic,
         Unified,
         SkipDecode,
         Pruned,

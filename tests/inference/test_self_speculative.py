@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from inference import self_speculative
+from inference import drafting, self_speculative
 from inference.decode import Generation
 from inference.sampling import Sampling, probabilities, sample
 from inference.strategies import parse_strategy
@@ -21,6 +21,7 @@ def model():
 
 
 def start(model, prompts, E=None, d=None, *, name="self_speculative", **options):
+    """Begin to decode with a strategy, or with what stands behind its name as text."""
     strategy = parse_strategy(name, E=E and str(E), d=d and str(d))
     return Generation(model, prompts, strategy, **({"max_new_tokens": 30} | options))
 
@@ -123,7 +124,7 @@ def exact_joint(model, prompt, sampling):
     return probs.gather(-1, sequences.unsqueeze(-1)).squeeze(-1).prod(-1)
 
 
-def excess(model, sampling, *, E, d):
+def excess(model, sampling, *, E, d, name="self_speculative"):
     """Pearson's chi-square over the joint, in standard deviations above what is expected.
 
     Cells expected fewer than 5 times are pooled; a draw that is impossible gives infinity.
@@ -131,7 +132,7 @@ def excess(model, sampling, *, E, d):
     prompt = [1, 2, 3]
     expected = exact_joint(model, prompt, sampling) * ROWS
     generation = start(
-        model, [prompt] * ROWS, E, d, max_new_tokens=LENGTH, sampling=sampling, seed=11
+        model, [prompt] * ROWS, E, d, name=name, max_new_tokens=LENGTH, sampling=sampling, seed=11
     ).finish()
     tokens = torch.tensor(generation.tokens)
     cells = (tokens * VOCAB ** torch.arange(LENGTH - 1, -1, -1)).sum(-1)
@@ -147,22 +148,92 @@ def excess(model, sampling, *, E, d):
     return (chi_square - freedom) / (2 * freedom) ** 0.5
 
 
+def ignore_lengths(draft_tokens, q, p, generator, lengths):
+    return sampling_accept(draft_tokens, q, p, generator)
+
+
+def test_the_statistic_catches_tokens_accepted_behind_a_drafts_end(biased_model, monkeypatch):
+    monkeypatch.setattr(self_speculative, "guess", forged_guess)
+    name = "self_speculative:ngram=2"
+    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2, name=name) < 4
+    monkeypatch.setattr(self_speculative, "accept", ignore_lengths)
+    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2, name=name) > 20
+
+
+def forged_guess(state, ngram, d):
+    """Guess tokens 3, 3 and claim one of them, with a q that is not what they were drawn from."""
+    tokens = torch.full((len(state.pending), d), 3)
+    q = torch.full((len(state.pending), d, VOCAB), 1e-6)
+    q[:, 0] = torch.nn.functional.one_hot(tokens[:, 0], VOCAB).float()
+    return drafting.Draft(tokens, q, torch.ones_like(state.pending), [], [])
+
+
 @pytest.mark.parametrize("d", [1, 2])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_sampled_tokens_have_the_full_models_distribution(biased_model, sampling, d):
     assert excess(biased_model, sampling, E=1, d=d) < 4
 
 
+MORE = [
+    "self_speculative:stop=0.35",
+    "self_speculative:stop_entropy=1.4",
+    "self_speculative:ngram=2",
+    "self_speculative:ngram=1:stop=0.3",
+]
+
+
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
+def test_drafts_that_stop_or_repeat_keep_the_distribution(biased_model, sampling, name):
+    assert excess(biased_model, sampling, E=1, d=2, name=name) < 4
+
+
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("d", [1, 3, 6])
+def test_greedy_tokens_are_autoregressive_decodings_of_drafts_that_stop_or_repeat(
+    model, greedy, name, d
+):
+    for reads_late in (False, True):
+        together = start(model, PROMPTS, 2, d, name=name, reads_late=reads_late).finish()
+        assert together.tokens == greedy
+    refilled = start(model, PROMPTS, 2, d, name=name, batch_size=2).finish()
+    assert refilled.tokens == greedy
+    alone = start(model, PROMPTS[:1], 2, d, name=name).finish()
+    assert alone.tokens == greedy[:1]
+    assert alone.counters.drafted <= d * alone.counters.rounds
+
+
+def test_a_draft_stops_after_the_token_it_is_not_sure_of(model):
+    never = start(model, PROMPTS[:1], 2, 5).finish().counters
+    at_once = start(model, PROMPTS[:1], 2, 5, name="self_speculative:stop=1.1").finish().counters
+    assert at_once.rounds - 1 <= at_once.drafted <= at_once.rounds
+    assert at_once.syncs > 0 == never.syncs
+    some = start(model, PROMPTS[:1], 2, 5, name="self_speculative:stop=0.1").finish().counters
+    assert at_once.drafted / at_once.rounds < some.drafted / some.rounds <= 5
+
+
+def test_guesses_run_no_layer_to_draft():
+    model = build(small(n_layers=4)).eval().requires_grad_(False)
+    for l in range(4):  # every token predicts itself: the row repeats, and lookup finds it
+        model.layers[str(l)].attention.wo.weight.zero_()
+        model.layers[str(l)].feed_forward.w2.weight.zero_()
+    model.lm_head.weight.copy_(model.tok_embeddings.weight)
+    counters = start(model, [[5, 5, 5]], 1, 4, name="self_speculative:ngram=2").finish().counters
+    assert counters.acceptance_rate == 1.0
+    assert counters.tokens_per_round == 5.0
+    assert counters.token_layers == 4 * 30
+
+
 def greedy_draft(weights, generator):
     return weights.argmax(-1)
 
 
-def residual_is_p(draft_tokens, q, p, generator):
-    num_accepted, _ = sampling_accept(draft_tokens, q, p, generator)
+def residual_is_p(draft_tokens, q, p, generator, lengths):
+    num_accepted, _ = sampling_accept(draft_tokens, q, p, generator, lengths)
     return num_accepted, sample(p[torch.arange(len(p)), num_accepted], generator)
 
 
-def accept_all(draft_tokens, q, p, generator):
+def accept_all(draft_tokens, q, p, generator, lengths):
     d = draft_tokens.shape[1]
     return torch.full((len(p),), d), sample(p[:, d], generator)
 
@@ -175,5 +246,5 @@ sampling_accept = self_speculative.accept
     [("sample", greedy_draft), ("accept", residual_is_p), ("accept", accept_all)],
 )
 def test_the_statistic_catches_a_biased_rule(biased_model, monkeypatch, name, wrong):
-    monkeypatch.setattr(self_speculative, name, wrong)
+    monkeypatch.setattr(drafting if name == "sample" else self_speculative, name, wrong)
     assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2) > 20
