@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import threading
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -32,12 +33,15 @@ def trained(runtime):
     return model, optimizer
 
 
-@pytest.fixture
-def file_size_limit():
-    """Return a function that limits the files this process may write, and lift the limit again."""
+@contextmanager
+def small_files():
+    """Let this process write no file of more than 10 kB; pytest's own output may be such a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def warnings(caplog):
@@ -142,16 +146,13 @@ def test_weights_that_are_not_finite_are_not_written(runtime, trained, tmp_path,
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_failed_checkpoint_is_logged_removed_and_tried_again(
-    runtime, trained, tmp_path, file_size_limit, caplog
-):
+def test_a_failed_checkpoint_is_logged_removed_and_tried_again(runtime, trained, tmp_path, caplog):
     with tiny.writer(tmp_path, *trained, runtime, asynchronous=True) as writer:
         writer.save(1, {})
         writer.wait()
-        file_size_limit(10_000)
-        writer.save(2, {})
-        writer.wait()
-        file_size_limit(resource.RLIM_INFINITY)
+        with small_files():
+            writer.save(2, {})
+            writer.wait()
         assert names(tmp_path / "checkpoints") == ["step-00000001"]
         writer.save(3, {})
         writer.wait()
@@ -163,25 +164,22 @@ def test_a_failed_checkpoint_is_logged_removed_and_tried_again(
     verify(tmp_path / "checkpoints" / "step-00000001")
 
 
-def test_too_many_failures_in_a_row_stop_the_run(runtime, trained, tmp_path, file_size_limit):
+def test_too_many_failures_in_a_row_stop_the_run(runtime, trained, tmp_path):
     with tiny.writer(
         tmp_path, *trained, runtime, asynchronous=False, max_failures=2, keep_latest=1
     ) as writer:
-        file_size_limit(10_000)
-        writer.save(1, {})
-        file_size_limit(resource.RLIM_INFINITY)
+        with small_files():
+            writer.save(1, {})
         writer.save(2, {})  # sets the count back
-        file_size_limit(10_000)
-        writer.save(3, {})
-        with pytest.raises(OSError, match=r"could not write step-00000004.* \(2 in a row"):
-            writer.save(4, {})
-        file_size_limit(resource.RLIM_INFINITY)
+        with small_files():
+            writer.save(3, {})
+            with pytest.raises(OSError, match=r"could not write step-00000004.* \(2 in a row"):
+                writer.save(4, {})
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
 
 
-def test_a_required_checkpoint_may_not_fail(runtime, trained, tmp_path, file_size_limit, caplog):
-    with tiny.writer(tmp_path, *trained, runtime) as writer:
-        file_size_limit(10_000)
+def test_a_required_checkpoint_may_not_fail(runtime, trained, tmp_path, caplog):
+    with tiny.writer(tmp_path, *trained, runtime) as writer, small_files():
         with pytest.raises(OSError, match="could not write step-00000003"):
             writer.save(3, {}, required=True)
     assert not warnings(caplog)  # it is said once, by whoever catches the error
