@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from inference.autoregressive import Autoregressive, EarlyExit
 from inference.dynamic import Dynamic
+from inference.exit_rules import Calm, Patience
 from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
@@ -19,6 +20,8 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         EarlyExit,
         SelfSpeculative,
         Dynamic,
+        Calm,
+        Patience,
         Unified,
         SkipDecode,
         Pruned,

@@ -179,9 +179,12 @@ def test_too_many_failures_in_a_row_stop_the_run(runtime, trained, tmp_path):
 
 
 def test_a_required_checkpoint_may_not_fail(runtime, trained, tmp_path, caplog):
-    with tiny.writer(tmp_path, *trained, runtime) as writer, small_files():
-        with pytest.raises(OSError, match="could not write step-00000003"):
-            writer.save(3, {}, required=True)
+    with (
+        tiny.writer(tmp_path, *trained, runtime) as writer,
+        small_files(),
+        pytest.raises(OSError, match="could not write step-00000003"),
+    ):
+        writer.save(3, {}, required=True)
     assert not warnings(caplog)  # it is said once, by whoever catches the error
 
 
