@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from inference.autoregressive import Autoregressive, EarlyExit
 from inference.dynamic import Dynamic
 from inference.exit_rules import Calm, Patience
+from inference.free import Free
 from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
@@ -22,6 +23,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Dynamic,
         Calm,
         Patience,
+        Free,
         Unified,
         SkipDecode,
         Pruned,
