@@ -28,6 +28,7 @@ from inference.run import Run
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
 from inference.strategies import STRATEGIES, parse_strategy
+from inference.two_model import check_tokenizer
 
 
 def build_parser() -> Parser:
@@ -183,6 +184,8 @@ def benchmark(args: argparse.Namespace) -> None:
     arms = expand_arms(
         args.strategies, args.E or (None,), args.d or (None,), run.model.config.n_layers
     )
+    for arm in arms:
+        check_tokenizer(arm, run)
     deepest = max((arm.d for arm in arms if isinstance(arm, SelfSpeculative)), default=0)
     if deepest + 2 > run.model.config.max_seq_len:
         raise ValueError(

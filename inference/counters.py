@@ -26,6 +26,8 @@ class Counters:
     """Tokens the LM head was applied to."""
     projected: int = 0
     """Tokens times layers of which keys and values alone were computed."""
+    draft_token_layers: float = 0
+    """Tokens times layers run by another model that drafts; in no other count."""
     syncs: int = 0
     """Times the host waited inside a round for an answer of the device."""
     prompt_token_layers: float = 0

@@ -114,6 +114,7 @@ class Generation:
         counters.token_layers = work.token_layers - counters.prompt_token_layers
         counters.head_evaluations = work.head_evaluations
         counters.projected, counters.syncs = work.projected, work.syncs
+        counters.draft_token_layers = work.draft_token_layers
         admitting = counters.prefill_seconds - prefill_seconds
         counters.decode_seconds += time.perf_counter() - start - admitting
         return emissions

@@ -5,12 +5,14 @@ section 3.3) by the probability of its most probable token, DSSD (arXiv 2407.210
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from inference.sampling import sample
 from inference.state import DecodeState
+from models.llama import NOTHING, SkippedParts
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class Stop:
 NEVER = Stop()
 
 
+class StopRule(Protocol):
+    """When a row's draft ends: a `Stop`, or one that learns."""
+
+    @property
+    def never(self) -> bool:
+        """Whether every draft has d tokens."""
+        ...
+
+    def is_sure(self, logits: Tensor) -> Tensor:
+        """Return (batch,) bool for logits: (batch, 1, vocab)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Draft:
     """What was drafted after each row's pending token."""
@@ -57,7 +72,13 @@ class Draft:
 
 
 def draft(
-    state: DecodeState, E: int, d: int, *, stop: Stop = NEVER, tapped: tuple[int, ...] = ()
+    state: DecodeState,
+    E: int,
+    d: int,
+    *,
+    stop: StopRule = NEVER,
+    tapped: tuple[int, ...] = (),
+    skipped: SkippedParts = NOTHING,
 ) -> Draft:
     """Decode d tokens, or fewer, with the first E layers, starting from the pending token.
 
@@ -67,6 +88,7 @@ def draft(
         d: Most tokens to draft.
         stop: When a row ends before; the loop ends when all have.
         tapped: Layer indices l < E whose outputs are wanted as well.
+        skipped: Parts of layers to leave out.
     """
     batch, vocab = len(state.pending), state.model.config.vocab_size
     tokens, exits, shallow = [state.pending[:, None]], [], []
@@ -74,7 +96,7 @@ def draft(
     lengths, sure = torch.zeros_like(state.positions), ~state.finished
     for i in range(d):
         x_E, taps = state.run_and_tap(
-            state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped
+            state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped
         )
         logits = state.logits(x_E)
         q.append(state.filtered(logits))

@@ -21,6 +21,7 @@ from inference.counters import Counters
 from inference.decode import Emission, Generation
 from inference.strategies import STRATEGIES, describe, parse_strategy
 from inference.text_stream import TextStream
+from inference.two_model import check_tokenizer
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
 _COLORS = {ACCEPTED: "\033[32m", CORRECTED: "\033[33m", PLAIN: ""}
@@ -115,6 +116,7 @@ def generate(args: argparse.Namespace) -> None:
     """Run the command."""
     run = run_from(args)
     strategy = parse_strategy(args.strategy, E=args.E, d=args.d).filled(run.model.config.n_layers)
+    check_tokenizer(strategy, run)
     if any("\ud800" <= char <= "\udfff" for char in args.prompt):
         raise ValueError("prompt: not valid UTF-8, give text")
     prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(args.prompt)]

@@ -29,6 +29,8 @@ class Work:
     """Tokens the final norm and LM head were applied to."""
     projected: int = 0
     """Tokens times layers whose keys and values alone were computed."""
+    draft_token_layers: float = 0
+    """Tokens times layers run by another model that drafts."""
     syncs: int = 0
     """Times a strategy made the host wait for an answer of the device."""
 

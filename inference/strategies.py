@@ -12,7 +12,9 @@ from inference.exit_rules import Calm, Patience
 from inference.free import Free
 from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
+from inference.skip_draft import SkipDraft
 from inference.state import Strategy
+from inference.two_model import Speculative
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     kind.name: kind
@@ -21,6 +23,8 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         EarlyExit,
         SelfSpeculative,
         Dynamic,
+        SkipDraft,
+        Speculative,
         Calm,
         Patience,
         Free,

@@ -39,6 +39,17 @@ def run_folder(tmp_path_factory):
     return root / "run"
 
 
+@pytest.fixture(scope="session")
+def biased_model():
+    """A model whose first exit and last layer disagree a good deal."""
+    model = build(small(n_layers=3, dim=16, n_heads=2, n_kv_heads=1, vocab_size=6), seed=5)
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith(("wo.weight", "w2.weight")):
+            weight.mul_(4)
+    return model.eval()
+
+
 def write_manifest(folder, config, dataset):
     Manifest(
         step=7,

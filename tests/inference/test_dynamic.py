@@ -8,7 +8,7 @@ from inference.autoregressive import Autoregressive
 from inference.dynamic import Dynamic, best_pair
 from inference.sampling import Sampling
 from tests.inference.every_strategy import PROMPTS, decode, make_model
-from tests.inference.test_self_speculative import biased_model, excess  # noqa: F401
+from tests.inference.test_self_speculative import excess
 from tests.models.test_llama import build, small
 
 
@@ -49,13 +49,13 @@ def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
         assert found.counters.drafted > 0
 
 
-def test_sampled_tokens_have_the_full_models_distribution(biased_model):  # noqa: F811
+def test_sampled_tokens_have_the_full_models_distribution(biased_model):
     hot = Sampling(temperature=1.0)
     name = "dynamic:verify_cost=0.1:probe=1"
     assert excess(biased_model, hot, E=None, d=2, name=name) < 4
 
 
-def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):  # noqa: F811
+def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):
     def settle_all(state, drafted, p):
         return dynamic.Round(
             torch.cat((drafted.tokens, p[:, -1:].argmax(-1)), 1),

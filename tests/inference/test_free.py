@@ -9,7 +9,7 @@ from inference.free import Free
 from inference.sampling import Sampling
 from models.rope import apply_rope
 from tests.inference.every_strategy import PROMPTS, decode, make_model
-from tests.inference.test_self_speculative import biased_model, excess  # noqa: F401
+from tests.inference.test_self_speculative import excess
 
 L = 6
 
@@ -80,13 +80,13 @@ def test_exact_rollback_gives_plain_tokens(model, exits, threshold, rows):
 
 @pytest.mark.parametrize("exits", ["1", "1+2"])
 @pytest.mark.parametrize("rollback", ["exact", "off"])
-def test_exact_rollback_keeps_the_distribution(biased_model, exits, rollback):  # noqa: F811
+def test_exact_rollback_keeps_the_distribution(biased_model, exits, rollback):
     name = f"free:exits={exits}:threshold=0.2:rollback={rollback}"
     found = excess(biased_model, Sampling(temperature=1.0), E=None, d=None, name=name)
     assert found < 4 if rollback == "exact" else found > 20
 
 
-def test_the_statistic_catches_greedy_drafts(biased_model, monkeypatch):  # noqa: F811
+def test_the_statistic_catches_greedy_drafts(biased_model, monkeypatch):
     monkeypatch.setattr(free, "sample", lambda weights, generator: weights.argmax(-1))
     name = "free:exits=1:threshold=0.2:rollback=exact"
     assert excess(biased_model, Sampling(temperature=1.0), E=None, d=None, name=name) > 20

@@ -104,17 +104,6 @@ SAMPLINGS = [
 VOCAB, LENGTH, ROWS = 6, 3, 4_000
 
 
-@pytest.fixture(scope="module")
-def biased_model():
-    """A model whose first exit and last layer disagree a good deal."""
-    model = build(small(n_layers=3, dim=16, n_heads=2, n_kv_heads=1, vocab_size=VOCAB), seed=5)
-    model.requires_grad_(False)
-    for name, weight in model.named_parameters():
-        if name.endswith(("wo.weight", "w2.weight")):
-            weight.mul_(4)
-    return model.eval()
-
-
 def exact_joint(model, prompt, sampling):
     """P(first LENGTH tokens), every sequence enumerated, each by one full forward."""
     sequences = torch.tensor(list(product(range(VOCAB), repeat=LENGTH)))

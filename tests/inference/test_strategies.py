@@ -29,7 +29,8 @@ def test_what_is_described_is_read_back(name):
     assert parse_strategy(describe(strategy)) == strategy
     filled = strategy.filled(8)
     assert parse_strategy(describe(filled)) == filled
-    assert filled.problems(8) == []
+    needs = {"speculative": ["draft: none"]}.get(name, [])
+    assert [problem[:11] for problem in filled.problems(8)] == needs
 
 
 @pytest.mark.parametrize(

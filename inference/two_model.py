@@ -1,0 +1,173 @@
+"""Speculative decoding with two models: a smaller one drafts, ours verifies.
+
+Leviathan et al. (arXiv 2211.17192). The draft model keeps its own keys and values.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from inference.drafting import Draft
+from inference.rows import open_state
+from inference.run import Run, load_run
+from inference.sampling import sample
+from inference.self_speculative import settle, verify
+from inference.state import Decoder, DecodeState, Round, Strategy
+from models.checkpoint_format import find_checkpoint, read_manifest
+from models.llama import NOTHING, Llama, SkippedParts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculative:
+    """Draft d tokens with another model, then verify them."""
+
+    name: ClassVar[str] = "speculative"
+    draft: Path | None = None
+    """Run or checkpoint folder of the draft model, which must have the same tokenizer."""
+    d: int = 4
+    """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
+
+    def filled(self, n_layers: int) -> "Speculative":
+        """Return itself: nothing is open."""
+        return self
+
+    def problems(self, n_layers: int) -> list[str]:
+        """Return what is wrong with the settings."""
+        found = []
+        if self.draft is None:
+            found.append(
+                "draft: none, speculative needs the folder of a smaller model, give draft=DIR"
+            )
+        if self.d < 1:
+            found.append(f"d: {self.d}, give at least 1 drafted token")
+        return found
+
+    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+        """Return all layers."""
+        return n_layers, NOTHING
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Load the draft model and begin to decode.
+
+        Raises:
+            ValueError: its vocabulary is another, or its context is too short.
+        """
+        assert self.draft is not None
+        weight, config = state.model.norm.weight, state.model.config
+        dtype = str(weight.dtype).removeprefix("torch.")
+        model = _load(self.draft, str(weight.device), dtype).model
+        if model.config.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"draft: {self.draft} has a vocabulary of {model.config.vocab_size} and the model "
+                f"one of {config.vocab_size}, give a model with the same tokenizer"
+            )
+        if model.config.max_seq_len < state.cache.slots:
+            raise ValueError(
+                f"draft: {self.draft} has a context of {model.config.max_seq_len}, but rows may "
+                f"have {state.cache.slots} tokens, decode fewer or give another model"
+            )
+        return TwoModels(state, model, self.d)
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, device: str, dtype: str) -> Run:
+    return load_run(path, device=device, dtype=dtype)
+
+
+def check_tokenizer(strategy: Strategy, run: Run) -> None:
+    """Make sure that a draft model reads the tokens of the model it drafts for.
+
+    Raises:
+        ValueError: it has another tokenizer.
+    """
+    if not isinstance(strategy, Speculative) or strategy.draft is None:
+        return
+    theirs = read_manifest(find_checkpoint(strategy.draft)).tokenizer_fingerprint
+    if theirs != run.tokenizer.fingerprint:
+        raise ValueError(
+            f"draft: {strategy.draft} has tokenizer {theirs[:12]} and {run.checkpoint} has "
+            f"{run.tokenizer.fingerprint[:12]}, give a model trained with the same one"
+        )
+
+
+class TwoModels:
+    """The rounds of one generation.
+
+    Args:
+        state: The batch of the model that verifies.
+        model: The one that drafts.
+        d: Tokens drafted in a round.
+    """
+
+    def __init__(self, state: DecodeState, model: Llama, d: int) -> None:
+        """Open the draft model's own batch; see the class."""
+        self._state, self._d = state, d
+        self._own = open_state(
+            model,
+            len(state.positions),
+            slots=state.cache.slots,
+            sampling=state.sampling,
+            seed=0,
+        )
+        self._own.history.fill_(-1)  # what the draft model has run, by place; -1: nothing
+
+    def __call__(self, room: int) -> Round:
+        """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
+        state, d = self._state, min(self._d, room - 1)
+        before = self._own.work.token_layers
+        drafted = self._draft(d) if d else self._nothing()
+        state.work.draft_token_layers += self._own.work.token_layers - before
+        return settle(state, drafted, verify(state, 0, drafted))
+
+    def _nothing(self) -> Draft:
+        rows, vocab = len(self._state.positions), self._state.model.config.vocab_size
+        tokens = self._state.pending.new_empty(rows, 0)
+        return Draft(tokens, torch.empty(rows, 0, vocab, device=tokens.device), None, [], [])
+
+    def _draft(self, d: int) -> Draft:
+        """Decode d tokens with the draft model, after catching up with the rows."""
+        state, own = self._state, self._own
+        own.positions.copy_(state.positions)
+        own.finished.copy_(state.finished)
+        own.longest = state.longest
+        self._catch_up()
+        # The token before the pending one may be the last of a draft accepted whole, which the
+        # draft model has not run. Running it again does no harm.
+        first = (state.positions - 1).clamp(min=0)
+        tokens = state.history.gather(1, torch.stack((first, first + 1), dim=1))
+        h = own.run(own.model.embed(tokens), 0, own.model.config.n_layers, first=first)
+        h = h.gather(1, (state.positions - first)[:, None, None].expand(-1, 1, h.shape[2]))
+        drafts, q = [state.pending[:, None]], []
+        for i in range(d):
+            if i:
+                h = own.run(own.model.embed(drafts[-1]), 0, own.model.config.n_layers, offset=i)
+            q.append(own.distribution(h))
+            drafts.append(sample(q[-1], state.generator))
+        ran = torch.cat(drafts[:-1], dim=1)
+        places = state.positions[:, None] + torch.arange(d, device=ran.device)
+        own.history.scatter_(1, first[:, None], tokens[:, :1])
+        own.history.scatter_(1, places.clamp(max=own.history.shape[1] - 1), ran)
+        return Draft(torch.cat(drafts[1:], dim=1), torch.cat(q, dim=1), None, [], [])
+
+    def _catch_up(self) -> None:
+        """Run what a row holds and the draft model has not seen: prompts, for the most part.
+
+        What it has run is compared with what the row holds, so that a row given another prompt
+        needs no telling.
+        """
+        state, own = self._state, self._own
+        same = (own.history == state.history).long().cumprod(1).sum(1)
+        behind = (state.positions - 1 - same).masked_fill(state.finished, 0)
+        longest = behind.amax()
+        if not state.ask(longest > 0):
+            return
+        count = int(longest)
+        # Rows that are less behind run some tokens again.
+        first = (state.positions - 1 - count).clamp(min=0)
+        places = first[:, None] + torch.arange(count, device=first.device)
+        tokens = state.history.gather(1, places)
+        own.run(own.model.embed(tokens), 0, own.model.config.n_layers, first=first)
+        own.history.scatter_(1, places, tokens)
