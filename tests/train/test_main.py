@@ -58,7 +58,7 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
     # The same command once more has nothing left to do.
     status, output = training.run(ranks=2, name="killed")
-    assert status == 0
+    assert status == 0, output
     assert "has done all its 8 steps" in output
 
 
