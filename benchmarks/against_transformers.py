@@ -1,7 +1,7 @@
 """The same weights decoded by skipstone and by transformers' `generate`, taking turns.
 
-    python benchmarks/against_transformers.py --run outputs/recipe --E 4 --d 2
-    python benchmarks/against_transformers.py --size 110m --E 3 --d 4
+    PYTHONPATH=. python benchmarks/against_transformers.py --run outputs/recipe --E 4 --d 2
+    PYTHONPATH=. python benchmarks/against_transformers.py --size 110m --E 3 --d 4
 
 Greedy, batch 1, the prompt's time left out on neither side. Plain decoding is paired with plain
 `generate`; self-speculation with `assistant_early_exit`, once as transformers drafts by default

@@ -11,24 +11,29 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import VALIDATION
-from data.shards import TokenStream
 from inference.cli import (
     Parser,
+    add_compile_argument,
     add_sampling_arguments,
+    decoding_run_from,
     format_table,
     run_command,
-    run_from,
     sampling_from,
     write_json,
 )
 from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
 from inference.plot import write_plot
-from inference.run import Run
+from inference.prompts import add_prompt_arguments, prompts_from
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
 from inference.strategies import STRATEGIES, parse_strategy
 from inference.two_model import check_tokenizer
+
+LEGEND = """
+accept: drafted tokens accepted. a: agreement of a draft token given those before it were accepted.
+c: a draft step, verify: a verification, in full steps. bound: best speedup for this a, d and c.
+layers, heads: computed per new token, drafts included. depth: mean layers behind a token, where a
+strategy may take fewer. identical, same: tokens equal to autoregressive's, all and what share."""
 
 
 def build_parser() -> Parser:
@@ -62,24 +67,13 @@ def build_parser() -> Parser:
         metavar="N,...",
         help="tokens drafted per round, each in turn; 4 if not given",
     )
-    _add_prompt_arguments(parser)
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add to each")
+    add_prompt_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded at once")
     parser.add_argument("--repeats", type=int, default=3, help="times everything is measured")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the speedups here (PNG)")
     add_sampling_arguments(parser)
+    add_compile_argument(parser)
     return parser
-
-
-def _add_prompt_arguments(parser: Parser) -> None:
-    parser.add_argument("--prompts", type=int, default=8, help="number of held-out prompts")
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens of each of them")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="dataset to cut them from; the run's if not given"
-    )
-    parser.add_argument(
-        "--prompt_file", type=Path, metavar="PATH", help="take prompts from here, one on each line"
-    )
 
 
 def names(text: str) -> list[str]:
@@ -108,47 +102,23 @@ def expand_arms(
     return arms
 
 
-def held_out_prompts(stream: TokenStream, count: int, tokens: int) -> list[list[int]]:
-    """Cut `count` windows of `tokens` tokens, evenly spread, out of a stream.
-
-    Raises:
-        ValueError: the stream is too short for windows that do not overlap.
-    """
-    if count < 1 or tokens < 1:
-        raise ValueError(f"prompts: {count} of prompt_tokens: {tokens}, give at least 1 of each")
-    if count * tokens > len(stream):
-        raise ValueError(
-            f"prompts: {count} of {tokens} tokens need {count * tokens} held-out tokens but there "
-            f"are {len(stream)}, give fewer or shorter ones"
-        )
-    return [stream.read(i * (len(stream) // count), tokens).tolist() for i in range(count)]
-
-
-def _prompts(run: Run, args: argparse.Namespace) -> list[list[int]]:
-    if args.prompt_file is None:
-        stream = run.open_data(args.data).stream(VALIDATION)
-        return held_out_prompts(stream, args.prompts, args.prompt_tokens)
-    lines = [line for line in args.prompt_file.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"prompt_file: {args.prompt_file} is empty, give one prompt on each line")
-    return [[run.tokenizer.bos_id, *run.tokenizer.encode(line)] for line in lines]
-
-
 def table(results: list[ArmResult]) -> str:
     """Return the results as text, one line for each arm."""
-    header = "strategy E d tokens/s speedup bound of_bound accept a c verify tokens/verify"
+    header = "strategy tokens/s speedup bound of_bound accept a c verify tokens/round"
+    header += " layers/token heads/token depth syncs/token prompt_s identical same"
     rows = []
     for r in results:
         same = "-" if r.same_tokens is None else "yes" if r.same_tokens == 1.0 else "no"
         rows.append(
-            [r.strategy, *(_cell(value, "") for value in (r.E, r.d))]
-            + [f"{r.tokens_per_second:.1f}", f"{r.speedup:.2f}x", _cell(r.bound, ".2f")]
+            [r.settings, f"{r.tokens_per_second:.1f}", f"{r.speedup:.2f}x", _cell(r.bound, ".2f")]
             + [_cell(r.share_of_bound, ".0%"), _cell(r.acceptance_rate, ".1%")]
             + [_cell(r.agreement, ".3f"), _cell(r.draft_cost, ".3f"), _cell(r.verify_cost, ".2f")]
             + [_cell(r.tokens_per_verify, ".2f"), f"{r.layers_per_token:.2f}"]
-            + [same, _cell(r.same_tokens, ".1%")]
+            + [f"{r.heads_per_token:.2f}", _cell(r.mean_depth, ".2f")]
+            + [f"{r.syncs_per_token:.2f}", f"{r.prefill_seconds:.3f}", same]
+            + [_cell(r.same_tokens, ".1%")]
         )
-    return format_table([*header.split(), "layers/token", "identical", "same"], rows)
+    return format_table(header.split(), rows)
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -180,7 +150,7 @@ def benchmark(args: argparse.Namespace) -> None:
         raise ValueError(
             f"repeats: {args.repeats}, batch_size: {args.batch_size}, give at least 1 of each"
         )
-    run = run_from(args)
+    run = decoding_run_from(args)
     arms = expand_arms(
         args.strategies, args.E or (None,), args.d or (None,), run.model.config.n_layers
     )
@@ -193,7 +163,7 @@ def benchmark(args: argparse.Namespace) -> None:
             f"{run.model.config.max_seq_len}, give at most {run.model.config.max_seq_len - 2}"
         )
     workload = Workload(
-        prompts=_prompts(run, args),
+        prompts=prompts_from(run, args),
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         sampling=sampling_from(args),
@@ -203,6 +173,7 @@ def benchmark(args: argparse.Namespace) -> None:
     results = measure(run.model, arms, workload, repeats=args.repeats, report=_report)
     print(f"{run.checkpoint}, step {run.manifest.step}, {len(workload.prompts)} prompts")
     print(table(results))
+    print(LEGEND)
     write_json(
         args.json,
         {
@@ -213,6 +184,7 @@ def benchmark(args: argparse.Namespace) -> None:
             "dtype": str(run.model.head_weight.dtype).removeprefix("torch."),
             "workload": asdict(workload),
             "repeats": args.repeats,
+            "compiled": args.compile,
             "arms": [asdict(result) for result in results],
         },
     )

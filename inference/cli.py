@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from inference.compiled import compile_layers
 from inference.run import DTYPES, Run, load_run
 from inference.sampling import Sampling
 
@@ -85,6 +86,23 @@ def add_sampling_arguments(parser: Parser) -> None:
 def sampling_from(args: argparse.Namespace) -> Sampling:
     """Return what `add_sampling_arguments` read."""
     return Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+
+
+def add_compile_argument(parser: Parser) -> None:
+    """Add --compile."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the layers: faster, after seconds for each shape of a pass",
+    )
+
+
+def decoding_run_from(args: argparse.Namespace) -> Run:
+    """Load the run the arguments name, its layers compiled where `add_compile_argument` says so."""
+    run = run_from(args)
+    if args.compile:
+        compile_layers(run.model)
+    return run
 
 
 def run_from(args: argparse.Namespace) -> Run:

@@ -11,9 +11,10 @@ from dataclasses import asdict
 
 from inference.cli import (
     Parser,
+    add_compile_argument,
     add_sampling_arguments,
+    decoding_run_from,
     run_command,
-    run_from,
     sampling_from,
     write_json,
 )
@@ -21,6 +22,7 @@ from inference.counters import Counters
 from inference.decode import Emission, Generation
 from inference.strategies import STRATEGIES, describe, parse_strategy
 from inference.text_stream import TextStream
+from inference.tuned import read_tuned
 from inference.two_model import check_tokenizer
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
@@ -40,8 +42,8 @@ def build_parser() -> Parser:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument(
         "--strategy",
-        default="self_speculative",
-        help="name or name:setting=value:setting=value, of " + ", ".join(STRATEGIES),
+        help="the one inference.tune found, or else self_speculative, if not given;"
+        " name or name:setting=value:setting=value, of " + ", ".join(STRATEGIES),
     )
     parser.add_argument(
         "--E",
@@ -58,6 +60,7 @@ def build_parser() -> Parser:
         help="most tokens to add; ends earlier at EOS or at the end of the model's context",
     )
     add_sampling_arguments(parser)
+    add_compile_argument(parser)
     return parser
 
 
@@ -114,8 +117,10 @@ def stream(
 
 def generate(args: argparse.Namespace) -> None:
     """Run the command."""
-    run = run_from(args)
-    strategy = parse_strategy(args.strategy, E=args.E, d=args.d).filled(run.model.config.n_layers)
+    run = decoding_run_from(args)
+    tuned = read_tuned(run) if not (args.strategy or args.E or args.d) else None
+    text = args.strategy or tuned or "self_speculative"
+    strategy = parse_strategy(text, E=args.E, d=args.d).filled(run.model.config.n_layers)
     check_tokenizer(strategy, run)
     if any("\ud800" <= char <= "\udfff" for char in args.prompt):
         raise ValueError("prompt: not valid UTF-8, give text")
@@ -129,6 +134,8 @@ def generate(args: argparse.Namespace) -> None:
         sampling=sampling_from(args),
         seed=args.seed,
     )
+    if tuned is not None:
+        print(f"strategy, tuned for this checkpoint: {tuned}", file=sys.stderr)
     on_terminal = sys.stdout.isatty()
     colored = on_terminal and "NO_COLOR" not in os.environ
     print(args.prompt, end="", flush=True)

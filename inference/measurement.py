@@ -53,7 +53,15 @@ class ArmResult:
     acceptance_rate: float | None
     """Accepted over drafted tokens."""
     tokens_per_verify: float | None
+    """New tokens per round, where anything is drafted."""
     layers_per_token: float
+    heads_per_token: float
+    syncs_per_token: float
+    """Times the host waited inside a round."""
+    mean_depth: float | None
+    """Layers behind a new token, where a strategy may take fewer than all."""
+    prefill_seconds: float
+    """Of all prompts together."""
     agreement: float | None
     """a: see `Counters.agreement`."""
     draft_cost: float | None
@@ -182,6 +190,10 @@ def _summarise(
         acceptance_rate=counters.acceptance_rate,
         tokens_per_verify=counters.tokens_per_round if counters.drafted else None,
         layers_per_token=counters.layers_per_token,
+        heads_per_token=counters.heads_per_token,
+        syncs_per_token=counters.syncs / counters.tokens,
+        mean_depth=counters.mean_depth,
+        prefill_seconds=statistics.median(r.counters.prefill_seconds for r in repeats),
         agreement=counters.agreement,
         draft_cost=draft_cost,
         verify_cost=verify_cost,

@@ -9,7 +9,8 @@ import pytest
 from data.shards import TokenStream
 from inference import benchmark
 from inference.autoregressive import Autoregressive, EarlyExit
-from inference.benchmark import expand_arms, held_out_prompts
+from inference.benchmark import LEGEND, expand_arms
+from inference.prompts import held_out_prompts
 from inference.self_speculative import SelfSpeculative
 
 
@@ -30,7 +31,8 @@ def test_the_command_measures_writes_and_draws(run_folder, monkeypatch, capsys, 
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert {"cpu", "torch", "threads", "date"} <= result["machine"].keys()
     arms = {(arm["strategy"], arm["E"], arm["d"]): arm for arm in result["arms"]}
-    assert len(table.splitlines()) == 2 + len(arms) == 2 + 5
+    lines = len(table.splitlines()) - len(LEGEND.splitlines())
+    assert lines == 2 + len(arms) == 2 + 5
     plain = arms["autoregressive", None, None]
     assert plain["speedup"] == plain["same_tokens"] == 1.0
     assert plain["layers_per_token"] == 4.0
