@@ -1,0 +1,142 @@
+"""The least depth any exit rule could do with: `python -m inference.oracle --run DIR`.
+
+Along each greedy continuation every exit's most probable token is recorded. A rule that leaves a
+token only where its exit says what the last layer says cannot leave before the oracle does.
+"""
+
+import argparse
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from inference.autoregressive import Autoregressive
+from inference.cli import Parser, format_table, run_command, run_from, write_json
+from inference.decode import Generation
+from inference.prompts import add_prompt_arguments, prompts_from
+from models.llama import Llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle:
+    """What the exits of some greedy continuations allow."""
+
+    tokens: int
+    agreement: list[float]
+    """By E - 1: share of tokens whose exit after E layers says what the last layer says."""
+    least_depth: dict[int, int]
+    """Tokens by the least E whose exit agrees."""
+    settled_depth: dict[int, int]
+    """Tokens by the least E from which on every exit agrees."""
+    mean_least: float
+    mean_settled: float
+    sequences: list[int]
+    """For each continuation, the least E whose exit agrees at every one of its tokens."""
+
+
+@torch.inference_mode()
+def record_exits(model: Llama, row: list[int], first: int) -> Tensor:
+    """Return what every exit says along a row: (L, tokens) int64.
+
+    Args:
+        model: In eval mode.
+        row: A prompt and its greedy continuation.
+        first: Length of the prompt.
+    """
+    L = model.config.n_layers
+    h = model.embed(torch.tensor([row], device=model.norm.weight.device))
+    _, exits = model.run_layers(h, 0, L, exit_layers=range(L))
+    said = [model.exit_logits(exits[l][0, first - 1 : -1]).argmax(-1) for l in range(L)]
+    return torch.stack(said).cpu()
+
+
+def find_oracle(traces: list[Tensor]) -> Oracle:
+    """Work out the oracle of traces (L, tokens), one for each continuation."""
+    same = torch.cat([trace == trace[-1] for trace in traces], dim=1)  # (L, tokens)
+    least = same.int().argmax(0) + 1
+    # From the last layer down, the layers that agree without a gap.
+    settled = len(same) + 1 - same.flip(0).int().cumprod(0).sum(0)
+    sequences = [int((trace == trace[-1]).all(1).int().argmax()) + 1 for trace in traces]
+    return Oracle(
+        tokens=same.shape[1],
+        agreement=same.float().mean(1).tolist(),
+        least_depth=dict(sorted(Counter(least.tolist()).items())),
+        settled_depth=dict(sorted(Counter(settled.tolist()).items())),
+        mean_least=least.float().mean().item(),
+        mean_settled=settled.float().mean().item(),
+        sequences=sequences,
+    )
+
+
+def speed_model(traces: list[Tensor], E: int, lanes: int) -> tuple[float, float]:
+    """Return (mean tokens kept of a burst, share of bursts flushed) of SPEED's pipeline.
+
+    SPEED (arXiv 2310.12072) starts token after token from an early layer's prediction while those
+    before are still in the later layers, and flushes what follows a wrong one. This is a model of
+    its costs, not its decoding: worked out of recorded predictions, for bursts of `lanes` tokens
+    in flight. Where layers do not share weights it is self-speculation with d = lanes.
+    """
+    kept, flushed, bursts = 0, 0, 0
+    for trace in traces:
+        right, place = (trace[E - 1] == trace[-1]).tolist(), 0
+        while place < len(right):
+            burst = right[place : place + lanes]
+            good = burst.index(False) if False in burst else len(burst)
+            kept, flushed, bursts = kept + good, flushed + (good < len(burst)), bursts + 1
+            place += good + 1  # the last layer's own token follows in any case
+    return kept / bursts, flushed / bursts
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        "inference.oracle",
+        description="The least number of layers, by token and by sequence, that gives what all of"
+        " them give, along greedy continuations: the ceiling of every exit rule.",
+        example="--run outputs/demo --prompts 16",
+    )
+    parser.add_argument("--lanes", type=int, default=4, help="tokens in flight, for SPEED's model")
+    add_prompt_arguments(parser)
+    return parser
+
+
+def oracle(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if args.lanes < 1:
+        raise ValueError(f"lanes: {args.lanes}, give at least 1")
+    run = run_from(args)
+    prompts = prompts_from(run, args)
+    whole = Generation(
+        run.model, prompts, Autoregressive(), max_new_tokens=args.max_new_tokens, batch_size=8
+    ).finish()
+    traces = [
+        record_exits(run.model, prompt + tokens, len(prompt))
+        for prompt, tokens in zip(prompts, whole.tokens, strict=True)
+    ]
+    found, L = find_oracle(traces), run.model.config.n_layers
+    rows = []
+    for E in range(1, L + 1):
+        kept, flushed = speed_model(traces, E, args.lanes)
+        rows.append(
+            [str(E), f"{found.agreement[E - 1]:.1%}"]
+            + [f"{found.least_depth.get(E, 0) / found.tokens:.1%}"]
+            + [f"{found.settled_depth.get(E, 0) / found.tokens:.1%}"]
+            + [str(found.sequences.count(E)), f"{kept:.2f}", f"{flushed:.1%}"]
+        )
+    print(f"{run.checkpoint}: {found.tokens} tokens of {len(traces)} greedy continuations")
+    print(
+        format_table(["E", "agrees", "least", "settled", "sequences", "in_flight", "flushed"], rows)
+    )
+    print(f"mean layers: {found.mean_least:.2f} least, {found.mean_settled:.2f} settled, of {L}")
+    print(f"in_flight, flushed: a model of SPEED with {args.lanes} lanes, not its decoding")
+    write_json(args.json, asdict(found))
+
+
+def main() -> None:
+    """Enter from the command line."""
+    run_command(build_parser(), oracle)
+
+
+if __name__ == "__main__":
+    main()
