@@ -142,7 +142,7 @@ def _round_seconds(
     A few rounds of an arm are timed together: a draft step that follows another finds its weights
     in the processor's cache.
     """
-    speculative = [arm for arm in arms if isinstance(arm, SelfSpeculative)]
+    speculative = [arm for arm in arms if isinstance(arm, SelfSpeculative) and arm.always_drafts]
     configs = [*dict.fromkeys([*arms, *(EarlyExit(E=arm.E) for arm in speculative)])]
     deepest = max((arm.d for arm in speculative), default=0)
     rows = [row[: model.config.max_seq_len - deepest - 1] for row in rows]
@@ -173,7 +173,7 @@ def _summarise(
     speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
     counters = repeats[0].counters
     draft_cost = verify_cost = bound = None
-    if isinstance(arm, SelfSpeculative):
+    if isinstance(arm, SelfSpeculative) and arm.always_drafts:
         full_step = seconds[AUTOREGRESSIVE]
         draft_step = seconds[EarlyExit(E=arm.E)]
         draft_cost = draft_step / full_step

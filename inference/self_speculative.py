@@ -54,6 +54,11 @@ class SelfSpeculative:
             found.append(f"d: {self.d}, give at least 1 drafted token")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
 
+    @property
+    def always_drafts(self) -> bool:
+        """Whether each round drafts d tokens with E layers, as the bound of speedup has it."""
+        return not self.ngram and Stop(self.stop, self.stop_entropy).never
+
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return all layers: verification uses them."""
         return n_layers, NOTHING

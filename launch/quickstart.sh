@@ -28,10 +28,10 @@ export OMP_NUM_THREADS=$((OMP_NUM_THREADS * RANKS))
 step "held-out loss at every exit"
 python -m inference.evaluate --run "$run" --json "$reports/exits.json" --plot "$reports/exits.png"
 
-step "the same prompts, decoded three ways with the same weights"
+step "the same prompts, decoded in several ways with the same weights"
 # float32 on a GPU too: in bfloat16 two tokens may tie, and passes of different shapes then differ.
 python -m inference.benchmark --run "$run" \
-  --strategies autoregressive,early_exit,self_speculative --E 2,3 --d 1,2 \
+  --strategies early_exit:E=3,self_speculative:E=3:d=2,self_speculative:E=5:d=2,self_speculative:E=5:d=6:stop=0.5:ngram=2,dynamic:ngram=2 \
   --prompts 4 --max_new_tokens 96 --dtype float32 \
   --json "$reports/speed.json" --plot "$reports/speed.png"
 
