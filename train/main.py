@@ -21,6 +21,7 @@ from train.report import exit_metrics, validation_line
 from train.rollback import roll_back
 from train.runtime import (
     Runtime,
+    end_process,
     is_main_process,
     launched_ranks,
     start_logging,
@@ -152,4 +153,4 @@ def fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(lambda: main(sys.argv[1:]))

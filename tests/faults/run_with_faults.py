@@ -6,8 +6,9 @@ import sys
 
 from tests.faults import faults
 from train.main import main
+from train.runtime import end_process
 
 if __name__ == "__main__":
     for name, arguments in json.loads(os.environ["FAULTS"]):
         getattr(faults, name)(int(os.environ["RANK"]), **arguments)
-    sys.exit(main(sys.argv[1:]))
+    end_process(lambda: main(sys.argv[1:]))

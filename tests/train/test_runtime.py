@@ -1,5 +1,8 @@
 """Ranks agree before they act."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.distributed import run_distributed
@@ -37,3 +40,32 @@ def both(runtime, path):
 
 def test_a_failure_on_one_rank_ends_all_and_the_first_speaks(tmp_path):
     run_distributed(both, 2, tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("return 3", 3), ("return 0", 0), ("sys.exit(2)", 2), ("sys.exit()", 0), ("sys.exit('x')", 1)],
+)
+def test_a_process_ends_with_its_status_and_all_its_output(end, status):
+    script = (
+        "import atexit, sys, threading\n"
+        "from train.runtime import end_process\n"
+        "def main():\n"
+        "    atexit.register(print, 'closed')\n"
+        "    threading.Thread(target=threading.Event().wait).start()  # would never end\n"
+        f"    print('done', end='')\n    {end}\n"
+        "end_process(main)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (status, "doneclosed\n")
+
+
+def test_an_error_is_shown_and_ends_the_process():
+    script = "from train.runtime import end_process\nend_process(lambda: 1 // 0)"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert "ZeroDivisionError" in ended.stderr

@@ -1,0 +1,73 @@
+"""Which thresholds are safe, with a certain probability: fixed-sequence testing of risks.
+
+Learn then Test (arXiv 2110.01052), as CALM (arXiv 2207.07061, section 4) uses it. Knows nothing of
+models.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """One threshold and what is known of it."""
+
+    threshold: float
+    risk: float
+    """Mean loss seen."""
+    p_value: float
+    """Of the hypothesis that its expected loss is above delta."""
+    certified: bool
+
+
+def hoeffding_bentkus(risk: float, n: int, delta: float) -> float:
+    """Return a p-value for "the expected loss is above delta".
+
+    Bates et al. (arXiv 2101.02703), section 3.1: for n independent losses in [0, 1] of mean `risk`,
+      min( exp(-n h(min(risk, delta), delta)),  e P(Binomial(n, delta) <= ceil(n risk)) ),
+      h(a, b) = a ln(a / b) + (1 - a) ln((1 - a) / (1 - b)).
+
+    Args:
+        risk: Mean loss, in [0, 1].
+        n: Number of losses.
+        delta: The bound, in (0, 1).
+    """
+    a = min(risk, delta)
+    h = (a * math.log(a / delta) if a > 0 else 0.0) + (
+        (1 - a) * math.log((1 - a) / (1 - delta)) if a < 1 else 0.0
+    )
+    most = math.ceil(n * risk - 1e-9)
+    tail = sum(math.comb(n, k) * delta**k * (1 - delta) ** (n - k) for k in range(most + 1))
+    return min(1.0, math.exp(-n * h), math.e * tail)
+
+
+def certify(
+    thresholds: Sequence[float],
+    losses: Callable[[float], Sequence[float]],
+    *,
+    delta: float,
+    eps: float,
+) -> list[Tested]:
+    """Test thresholds one after the other until one cannot be certified.
+
+    With probability 1 - eps over the losses, no certified threshold has an expected loss above
+    delta.
+
+    Args:
+        thresholds: From the safest on; they must not be chosen by the losses.
+        losses: Returns the independent losses in [0, 1] at a threshold.
+        delta: Largest expected loss allowed, in (0, 1).
+        eps: Largest probability of being wrong, in (0, 1).
+    """
+    tested: list[Tested] = []
+    for threshold in thresholds:
+        found = losses(threshold)
+        risk = sum(found) / len(found)
+        p_value = hoeffding_bentkus(risk, len(found), delta)
+        tested.append(
+            Tested(threshold=threshold, risk=risk, p_value=p_value, certified=p_value <= eps)
+        )
+        if p_value > eps:
+            break
+    return tested
