@@ -7,7 +7,7 @@ from inference.autoregressive import Autoregressive, EarlyExit
 from inference.decode import Generation
 from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
-from inference.strategies import parse_strategy
+from inference.strategies import describe, parse_strategy
 from tests.models.test_llama import build, hugging_face_twin, small
 
 AUTOREGRESSIVE = Autoregressive()
@@ -15,6 +15,25 @@ STRATEGIES = [
     AUTOREGRESSIVE,
     EarlyExit(E=2),
     SelfSpeculative(E=3, d=3),
+]
+ALL = [
+    *STRATEGIES,
+    *map(
+        parse_strategy,
+        [
+            "self_speculative:E=1:d=4:stop=0.1:ngram=1",
+            "dynamic:d=3:verify_cost=0.2:probe=2",
+            "skip_draft:attention=1+2:feed_forward=2:d=3:gamma=0.1",
+            "calm:threshold=0.1",
+            "calm:confidence=similarity:threshold=0.9:first=2",
+            "patience:patience=1",
+            "free:exits=1+3:threshold=0.08:max_pending=4",
+            "free:exits=2:threshold=0.08:max_pending=4:rollback=exact",
+            "unified:speedup=2.0",
+            "skipdecode:min_layers=2:length=6",
+            "pruned:keep=0+2+3",
+        ],
+    ),
 ]
 PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
 
@@ -45,7 +64,7 @@ def test_greedy_equals_transformers(model, depth):
         assert decode(model, [prompt], strategy).tokens[0] == theirs[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=names(STRATEGIES))
+@pytest.mark.parametrize("strategy", ALL, ids=describe)
 def test_rows_of_a_ragged_batch_are_what_they_are_alone(model, strategy):
     together = decode(model, PROMPTS, strategy).tokens
     assert together == [decode(model, [prompt], strategy).tokens[0] for prompt in PROMPTS]
@@ -71,6 +90,35 @@ def test_reported_work_is_what_hooks_count(model, strategy):
     assert counters.head_evaluations == counted["heads"]
 
 
+@pytest.mark.parametrize("strategy", ALL, ids=describe)
+def test_reported_parts_of_layers_are_what_hooks_count(model, strategy):
+    counted = {"parts": 0, "heads": 0}
+
+    def count(key):
+        def hook(module, args, output):
+            counted[key] += output.shape[0] * output.shape[1]
+
+        return hook
+
+    hooks = [model.norm.register_forward_hook(count("heads"))]
+    for block in model.layers.values():
+        hooks.append(block.attention.register_forward_hook(count("parts")))
+        hooks.append(block.feed_forward.register_forward_hook(count("parts")))
+    counters = decode(model, PROMPTS, strategy).counters
+    for hook in hooks:
+        hook.remove()
+    assert counters.prompt_token_layers + counters.token_layers == counted["parts"] / 2
+    assert counters.head_evaluations == counted["heads"]
+
+
+@pytest.mark.parametrize("strategy", ALL, ids=describe)
+@pytest.mark.parametrize("longest", [1, 15, 23])
+def test_every_strategy_fills_the_context_and_ends(strategy, longest):
+    model = build(small(n_layers=4, n_kv_heads=2, max_seq_len=24)).eval().requires_grad_(False)
+    tokens = decode(model, [list(range(longest)), [5, 6]], strategy, max_new_tokens=100).tokens
+    assert [len(row) for row in tokens] == [24 - longest, 22]
+
+
 def test_layers_per_token_of_one_row_worked_by_hand(model):
     alone = {s.name: decode(model, PROMPTS[:1], s).counters for s in STRATEGIES}
     assert alone["autoregressive"].layers_per_token == 4
@@ -82,7 +130,7 @@ def test_layers_per_token_of_one_row_worked_by_hand(model):
     assert counters.accepted + counters.rounds == counters.tokens == 20
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=names(STRATEGIES))
+@pytest.mark.parametrize("strategy", ALL, ids=describe)
 def test_a_row_ends_with_its_first_stop_token(model, strategy):
     whole = decode(model, PROMPTS, strategy).tokens
     stops = {whole[0][4], whole[2][9]}
@@ -96,7 +144,7 @@ def test_a_row_ends_with_its_first_stop_token(model, strategy):
     assert generation.counters.tokens == sum(map(len, expected))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=names(STRATEGIES))
+@pytest.mark.parametrize("strategy", ALL, ids=describe)
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 7])
 def test_no_row_gets_more_than_max_new_tokens(model, strategy, max_new_tokens):
     whole = decode(model, PROMPTS, strategy).tokens
@@ -189,7 +237,7 @@ def test_settings_that_do_not_fit_are_refused(model, text, message):
 
 def test_prompts_take_the_rows_of_those_that_end(model):
     prompts = [*PROMPTS, [11], [12, 13, 14, 15, 16], [17, 18]]
-    for strategy in STRATEGIES:
+    for strategy in ALL:
         alone = [decode(model, [prompt], strategy).tokens[0] for prompt in prompts]
         stops = [alone[0][2], alone[4][7]]
         expected = [decode(model, [p], strategy, stop_tokens=stops).tokens[0] for p in prompts]
@@ -200,7 +248,7 @@ def test_prompts_take_the_rows_of_those_that_end(model):
             assert generation.counters.tokens == sum(map(len, expected))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=names(STRATEGIES))
+@pytest.mark.parametrize("strategy", ALL, ids=describe)
 def test_reading_a_round_late_changes_no_token(model, strategy):
     whole = decode(model, PROMPTS, strategy, reads_late=False)
     assert decode(model, PROMPTS, strategy, reads_late=True).tokens == whole.tokens
