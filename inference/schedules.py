@@ -53,7 +53,7 @@ class Unified:
 
     def filled(self, n_layers: int) -> "Unified":
         """Return a copy with `keep` set."""
-        if self.keep is not None or self.speedup < 1.0:
+        if self.keep is not None or not self.speedup >= 1.0:
             return self
         kept = min(n_layers, max(2, round(n_layers / self.speedup)))
         return replace(self, keep=evenly_spaced(n_layers, kept) if n_layers > 1 else (0,))

@@ -160,11 +160,10 @@ class TwoModels:
         """
         state, own = self._state, self._own
         same = (own.history == state.history).long().cumprod(1).sum(1)
-        behind = (state.positions - 1 - same).masked_fill(state.finished, 0)
-        longest = behind.amax()
-        if not state.ask(longest > 0):
+        state.work.syncs += 1
+        count = int((state.positions - 1 - same).amax())
+        if count <= 0:
             return
-        count = int(longest)
         # Rows that are less behind run some tokens again.
         first = (state.positions - 1 - count).clamp(min=0)
         places = first[:, None] + torch.arange(count, device=first.device)

@@ -1,5 +1,7 @@
 """Fixed rules leave out the layers they say, for the tokens they say, and read no others."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -77,6 +79,32 @@ def test_skipdecode_equals_the_slow_form(model, warmup, length):
     assert sum(depth * n for depth, n in alone.depths.items()) == sum(budgets)
 
 
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_rows_with_other_budgets_in_one_pass_are_what_they_are_alone(model, batch_size):
+    rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8)
+    prompts = [*PROMPTS, [11], [5, 3, 9, 1], [17, 18, 19]]
+    whole = [decode(model, [prompt], rule).tokens[0] for prompt in prompts]
+    stops = [whole[0][2], whole[3][4], whole[4][6]]
+    alone = [decode(model, [p], rule, stop_tokens=stops).counters for p in prompts]
+    assert len({counters.tokens for counters in alone}) > 2, "rows were to be refilled at odd times"
+    rows = [decode(model, [p], rule, stop_tokens=stops).tokens[0] for p in prompts]
+    for reads_late in (False, True):
+        options = {"stop_tokens": stops, "batch_size": batch_size, "reads_late": reads_late}
+        together = decode(model, prompts, rule, **options)
+        assert together.tokens == rows
+        assert together.counters.depths == sum((c.depths for c in alone), Counter())
+    assert together.counters.token_layers > sum(counters.token_layers for counters in alone)
+
+
+def test_a_row_that_is_done_takes_no_layers(model):
+    rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8)
+    prompts = [[3, 4, 5], [7, 8, 9]]
+    first, second = (decode(model, [prompt], rule).tokens[0] for prompt in prompts)
+    stop = next(token for token in second[:4] if token not in first)
+    counters = decode(model, prompts, rule, stop_tokens=[stop]).counters
+    assert counters.token_layers == 2 * decode(model, prompts[:1], rule).counters.token_layers
+
+
 def test_everything_kept_is_plain_decoding(model):
     plain = decode(model, PROMPTS, Autoregressive()).tokens
     whole = tuple(range(L))
@@ -100,6 +128,7 @@ def test_no_slot_nobody_wrote_is_read(model, rule):
     ("rule", "message"),
     [
         (Unified(speedup=0.5), "speedup: 0.5, unified needs at least 1"),
+        (Unified(speedup=float("nan")), "speedup: nan, unified needs at least 1"),
         (Unified(keep=(0, 6)), r"keep: 0\+6, unified needs layers from 0 to 5"),
         (Pruned(every=1), "every: 1, pruned needs at least 2"),
         (Pruned(keep=()), "keep: none, pruned needs layers"),

@@ -47,6 +47,38 @@ def test_greedy_tokens_are_autoregressive_decodings(model, monkeypatch, d, same,
     assert alone.token_layers == 4 * (alone.drafted + alone.rounds)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_work_is_what_hooks_count(model, monkeypatch, batch_size, tmp_path):
+    draft = build(small(n_layers=2, n_kv_heads=2), seed=2).eval().requires_grad_(False)
+    drafting_with(monkeypatch, draft)
+    counted = {}
+
+    def count(key, modules):
+        def hook(module, args, output):
+            counted[key] = counted.get(key, 0) + output.shape[0] * output.shape[1]
+
+        return [module.register_forward_hook(hook) for module in modules]
+
+    hooks = count("layers", model.layers.values()) + count("draft", draft.layers.values())
+    hooks += count("heads", [model.norm])
+    strategy = Speculative(draft=tmp_path, d=3)
+    counters = decode(model, PROMPTS, strategy, batch_size=batch_size).counters
+    for hook in hooks:
+        hook.remove()
+    assert counters.token_layers + counters.prompt_token_layers == counted["layers"]
+    assert counters.draft_token_layers == counted["draft"]
+    assert counters.head_evaluations == counted["heads"]
+
+
+def test_the_draft_model_runs_a_prompt_once(model, monkeypatch, tmp_path):
+    drafting_with(monkeypatch, build(small(n_layers=2, n_kv_heads=2), seed=2).eval())
+    prompt, d = list(range(30)), 3
+    counters = decode(model, [prompt], Speculative(draft=tmp_path, d=d)).counters
+    # The prompt less its last two tokens; in every round those two and the drafts but the last.
+    in_rounds = counters.draft_token_layers / 2 - (len(prompt) - 2)
+    assert in_rounds - counters.drafted in (counters.rounds, counters.rounds - 1)
+
+
 def test_sampled_tokens_have_the_full_models_distribution(biased_model, monkeypatch, tmp_path):
     config = small(n_layers=2, dim=16, n_heads=2, n_kv_heads=1, vocab_size=6)
     draft = build(config, seed=9).eval().requires_grad_(False)

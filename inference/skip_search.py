@@ -1,0 +1,280 @@
+"""Find what drafts can do without: `python -m inference.skip_search --run DIR`.
+
+Draft & Verify (arXiv 2309.08168), section 3.2: Bayesian optimisation over the 2 L attention and
+feed-forward parts of a model. The paper maximises tokens/s, which another machine or another load
+orders otherwise; by default ours maximises a cost model, which is the same everywhere. The process
+is fitted to the choices themselves: the paper's is fitted to [0, 1]^(2 L), cut at 1/2, and so
+measures one choice many times.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, replace
+
+from inference.autoregressive import Autoregressive
+from inference.bayesian_search import Choice, search
+from inference.cli import (
+    Parser,
+    add_sampling_arguments,
+    format_table,
+    run_command,
+    run_from,
+    sampling_from,
+    write_json,
+)
+from inference.counters import Counters, speedup_bound
+from inference.decode import Generation
+from inference.prompts import add_prompt_arguments, prompts_from
+from inference.run import Run
+from inference.sampling import Sampling
+from inference.skip_draft import SkipDraft
+from inference.state import Strategy
+from inference.strategies import describe
+from models.config import LlamaConfig
+from models.flops import block_params
+from models.llama import Llama, SkippedParts
+
+MODEL_COST, TOKENS_PER_SECOND = "model_cost", "tokens_per_second"
+_FINALISTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One strategy, measured."""
+
+    strategy: SkipDraft
+    score: float
+    """What is maximised: speedup by the cost model, or tokens/s."""
+    draft_cost: float
+    """c, see `draft_cost`."""
+    agreement: float
+    """a, see `Counters.agreement`; in a search, of drafts of the most tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How strategies are measured."""
+
+    model: Llama
+    objective: str
+    """MODEL_COST or TOKENS_PER_SECOND."""
+    d: int
+    """Most tokens drafted in a round."""
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+
+    def of_choice(self, choice: Choice, prompts: list[list[int]]) -> Trial:
+        """Decode prompts without some parts; by the cost model, with the best d up to ours.
+
+        There, drafts end for no other reason than d, so that all prompts may be decoded at once
+        and one agreement describes them.
+        """
+        strategy = replace(strategy_of(choice), d=self.d)
+        if self.objective == TOKENS_PER_SECOND:
+            return self.of_strategy(strategy, prompts)
+        strategy = replace(strategy, gamma=0.0)
+        counters = self.decode(strategy, prompts)
+        trials = [self._scored(replace(strategy, d=d), counters) for d in range(1, self.d + 1)]
+        return max(trials, key=lambda trial: trial.score)
+
+    def of_strategy(self, strategy: SkipDraft, prompts: list[list[int]]) -> Trial:
+        """Decode prompts with a strategy as it is."""
+        return self._scored(strategy, self.decode(strategy, prompts))
+
+    def decode(self, strategy: Strategy, prompts: list[list[int]]) -> Counters:
+        """Return the counts of a run: of all prompts at once, or one at a time for tokens/s."""
+        generation = Generation(
+            self.model,
+            prompts,
+            strategy,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=1 if self.objective == TOKENS_PER_SECOND else None,
+            sampling=self.sampling,
+            seed=self.seed,
+        )
+        return generation.finish().counters
+
+    def _scored(self, strategy: SkipDraft, counters: Counters) -> Trial:
+        a, c = counters.agreement or 0.0, draft_cost(strategy.skipped, self.model.config)
+        score = counters.tokens_per_second
+        if self.objective == MODEL_COST:
+            score = speedup_bound(a, strategy.d, c)
+        return Trial(strategy=strategy, score=score, draft_cost=c, agreement=a)
+
+
+def strategy_of(choice: Choice) -> SkipDraft:
+    """Return the strategy whose drafts leave out what is chosen of the 2 L parts.
+
+    The first L answers are the attention parts'.
+    """
+    n_layers = len(choice) // 2
+    attention, feed_forward = choice[:n_layers], choice[n_layers:]
+    return SkipDraft(
+        attention=tuple(l for l in range(n_layers) if attention[l]),
+        feed_forward=tuple(l for l in range(n_layers) if feed_forward[l]),
+    )
+
+
+def draft_cost(skipped: SkippedParts, config: LlamaConfig) -> float:
+    """Return c: parameters that a draft step reads over those of a full step, head included.
+
+    Keys and values are not counted: where texts are long, attention costs more than this says.
+    """
+    feed_forward = 3 * config.dim * config.ffn_dim + config.dim
+    attention = block_params(config) - feed_forward
+    full = config.n_layers * block_params(config) + config.dim * config.vocab_size
+    saved = len(skipped.attention) * attention + len(skipped.feed_forward) * feed_forward
+    return 1.0 - saved / full
+
+
+def starting_points(n_layers: int) -> list[Choice]:
+    """Return the choices tried first, given by hand as the authors' are.
+
+    Nothing; `SkipDraft`'s own; every other attention part, and the middle half of them; the same of
+    both kinds; the upper half of the layers, which is early exit.
+    """
+    layers, quarter = range(n_layers), n_layers // 4
+    own, none = SkipDraft().filled(n_layers).skipped, [False] * n_layers
+    odd = [l % 2 == 1 for l in layers]
+    middle = [quarter <= l < n_layers - quarter for l in layers]
+    upper = [l >= (n_layers + 1) // 2 for l in layers]
+    given = [
+        (none, none),
+        ([l in own.attention for l in layers], [l in own.feed_forward for l in layers]),
+        *((part, none) for part in (odd, middle)),
+        *((part, part) for part in (odd, middle, upper)),
+    ]
+    return [*dict.fromkeys((*attention, *feed_forward) for attention, feed_forward in given)]
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        "inference.skip_search",
+        description="Search for the attention and feed-forward parts that drafts of skip_draft can"
+        " leave out, on every other prompt. The best few are then measured on the prompts between,"
+        " which give the table its order. The other commands take the strategies as they are"
+        " written there.",
+        example="--run outputs/demo --iterations 100 --json outputs/demo/reports/skip.json",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=[MODEL_COST, TOKENS_PER_SECOND],
+        default=MODEL_COST,
+        help="what to maximise: the speedup that measured agreement and the parameters read allow,"
+        " or measured tokens/s, one prompt at a time",
+    )
+    parser.add_argument("--iterations", type=int, default=200, help="choices to try")
+    parser.add_argument(
+        "--d", type=int, default=8, help="tokens drafted per round at most; model_cost finds fewer"
+    )
+    add_prompt_arguments(parser)
+    parser.set_defaults(prompts=16, max_new_tokens=32)
+    add_sampling_arguments(parser)
+    return parser
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def find(
+    measurement: Measurement, prompts: list[list[int]], *, iterations: int
+) -> list[tuple[Trial, Trial]]:
+    """Search on every other prompt; return the best few there, and as they are on the others."""
+    seen, fresh = prompts[::2], prompts[1::2]
+    trials: dict[Choice, Trial] = {}
+
+    def measure(choice: Choice) -> float:
+        trials[choice] = measurement.of_choice(choice, seen)
+        return trials[choice].score
+
+    starts = starting_points(measurement.model.config.n_layers)
+    measurement.of_choice(starts[0], seen[:1])  # Warm-up: the first call of a shape is slow.
+    found = search(measure, starts, iterations=iterations, seed=measurement.seed, report=_report)
+    best = [trials[choice] for choice in [*found][:_FINALISTS]]
+    pairs = [(trial, measurement.of_strategy(trial.strategy, fresh)) for trial in best]
+    return sorted(pairs, key=lambda pair: -pair[1].score)
+
+
+def table(pairs: list[tuple[Trial, Trial]], plain: list[float]) -> str:
+    """Return what was found as text; `plain` is autoregressive decoding's score on both halves."""
+    rows = [["autoregressive", *(f"{score:.4g}" for score in plain), "-", "1.000"]]
+    rows += [
+        [describe(again.strategy), f"{first.score:.4g}", f"{again.score:.4g}"]
+        + [f"{again.agreement:.3f}", f"{again.draft_cost:.3f}"]
+        for first, again in pairs
+    ]
+    return format_table(["strategy", "searched", "other prompts", "a", "c"], rows)
+
+
+def skip_search(args: argparse.Namespace) -> None:
+    """Run the command."""
+    _check(args)
+    run = run_from(args)
+    prompts = prompts_from(run, args)
+    if len(prompts) < 2:
+        raise ValueError(f"prompts: {len(prompts)}, give at least 2, of which one is not seen")
+    measurement = Measurement(
+        model=run.model,
+        objective=args.objective,
+        d=args.d,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling_from(args),
+        seed=args.seed,
+    )
+    pairs = find(measurement, prompts, iterations=args.iterations)
+    plain = [1.0, 1.0]
+    if args.objective == TOKENS_PER_SECOND:
+        runs = [
+            measurement.decode(Autoregressive(), part) for part in (prompts[::2], prompts[1::2])
+        ]
+        plain = [counters.tokens_per_second for counters in runs]
+    unit = "speedup by the cost model" if args.objective == MODEL_COST else "tokens/s"
+    print(f"{run.checkpoint}, step {run.manifest.step}, {args.iterations} trials, {unit}")
+    print(table(pairs, plain))
+    write_json(args.json, _content(args, run, prompts, pairs) | {"autoregressive": plain})
+
+
+def _check(args: argparse.Namespace) -> None:
+    problems = [
+        f"{name}: {getattr(args, name)}, give at least {least}"
+        for name, least in (("iterations", 1), ("d", 1), ("max_new_tokens", 2))
+        if getattr(args, name) < least
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _content(
+    args: argparse.Namespace, run: Run, prompts: list[list[int]], pairs: list[tuple[Trial, Trial]]
+) -> dict[str, object]:
+    return {
+        "checkpoint": str(run.checkpoint),
+        "step": run.manifest.step,
+        "objective": args.objective,
+        "iterations": args.iterations,
+        "d": args.d,
+        "prompts": prompts,
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": asdict(sampling_from(args)),
+        "seed": args.seed,
+        "found": [
+            {
+                "strategy": describe(again.strategy),
+                "searched": asdict(first),
+                "other_prompts": asdict(again),
+            }
+            for first, again in pairs
+        ],
+    }
+
+
+def main() -> None:
+    """Enter from the command line."""
+    run_command(build_parser(), skip_search)
+
+
+if __name__ == "__main__":
+    main()
