@@ -19,6 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 KILL_AFTER_SECONDS = 10.0
+AGREED = 2
+"""Exit status of an error that all ranks know of, and end with."""
+AGREED_WITHIN_SECONDS = 5.0
+"""How long after one rank has ended with it the others are left in peace."""
 
 
 class Job:
@@ -136,14 +140,17 @@ def _lead(job):
             _run_rank(rank, port, job)
         pids.append(pid)
     _write(folder / "pids", pids)
-    statuses, kill_at = {}, None
+    statuses, stop_at, kill_at = {}, None, None
     while len(statuses) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             statuses[pid] = os.waitstatus_to_exitcode(status)
-            if statuses[pid] and kill_at is None:
-                kill_at = time.monotonic() + KILL_AFTER_SECONDS
-                _signal_all(set(pids) - set(statuses), signal.SIGTERM)
+            if statuses[pid] and stop_at is None:
+                stop_at = time.monotonic()
+                stop_at += AGREED_WITHIN_SECONDS if statuses[pid] == AGREED else 0.0
+        elif kill_at is None and stop_at is not None and time.monotonic() > stop_at:
+            kill_at = time.monotonic() + KILL_AFTER_SECONDS
+            _signal_all(set(pids) - set(statuses), signal.SIGTERM)
         elif kill_at is not None and time.monotonic() > kill_at:
             _signal_all(set(pids) - set(statuses), signal.SIGKILL)
             time.sleep(0.1)
