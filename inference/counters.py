@@ -22,8 +22,8 @@ class Counters:
     """New tokens by the number of layers behind them, where a strategy says so."""
     token_layers: float = 0
     """Tokens times layers run, after the prompt; a half for attention or feed-forward alone."""
-    head_evaluations: int = 0
-    """Tokens the LM head was applied to."""
+    head_evaluations: float = 0
+    """Tokens the LM head was applied to; a part of the head counts as that part."""
     projected: int = 0
     """Tokens times layers of which keys and values alone were computed."""
     draft_token_layers: float = 0

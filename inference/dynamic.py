@@ -3,9 +3,11 @@
 DEL (arXiv 2504.05598). With a_E the probability that the exit after E layers agrees with the last
 layer, a round that drafts d tokens with E layers gives 1 + a_E + ... + a_E^d tokens on average
 (Leviathan et al., arXiv 2211.17192, eq. 1) and costs d c_E + v full steps. The best pair of
-  (1 + a_E + ... + a_E^d) / (d c_E + v)        (DEL, eq. 4, with costs instead of layers)
+  (1 + a_E + ... + a_E^d) / (d c_E + v)        (TPL, with costs instead of layers)
 is taken. What agreement every exit would have had is seen when a round is verified: all layers'
-outputs of its tokens are at hand, and the head is put on them ("shadow tokens").
+outputs of its tokens are at hand, and the head is put on them ("shadow tokens"). For sampled tokens
+agreement is the chance that a draft is accepted, sum_x min(p(x), q(x)) (Leviathan et al., corollary
+3.6), here without top_k and top_p.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from inference.autoregressive import decode_one
-from inference.drafting import Stop, draft
-from inference.self_speculative import draft_problems, guess, run_the_rest, settle, verify
+from inference.drafting import Draft, Stop, draft, guess
+from inference.sampling import Sampling, probabilities
+from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
 from models.flops import block_params
 from models.llama import NOTHING, SkippedParts
@@ -35,6 +38,8 @@ class Dynamic:
     """What weight an observation keeps when the next comes."""
     head_cost: float | None = None
     """Cost of the LM head in layers; by its number of parameters if not given."""
+    call_cost: float = 0.0
+    """Cost in layers of calling the model once, however few layers are run."""
     verify_cost: float = 1.0
     """v: cost of a verification in full steps."""
     stop: float = 0.0
@@ -61,6 +66,8 @@ class Dynamic:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
         if self.head_cost is not None and not self.head_cost >= 0.0:
             found.append(f"head_cost: {self.head_cost}, give layers, at least 0")
+        if not self.call_cost >= 0.0:
+            found.append(f"call_cost: {self.call_cost}, give layers, at least 0")
         if not self.verify_cost > 0.0:
             found.append(f"verify_cost: {self.verify_cost}, give full steps, more than 0")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
@@ -113,68 +120,79 @@ class _Rounds:
 
     def __post_init__(self) -> None:
         """Work out what drafting costs."""
-        config = self.state.model.config
-        head = self.settings.head_cost
+        config, settings = self.state.model.config, self.settings
+        head = settings.head_cost
         if head is None:
             head = config.dim * config.vocab_size / block_params(config)
-        L = config.n_layers
-        self.draft_costs = [(E + head) / (L + head) for E in range(1, L)]
+        L, beside = config.n_layers, head + settings.call_cost
+        self.draft_costs = [(E + beside) / (L + beside) for E in range(1, L)]
         self.agreed = [1.0] * (L - 1)
 
     def __call__(self, room: int) -> Round:
         """Draft, verify, accept; now and then look at what every exit would have said."""
         settings, state = self.settings, self.state
-        most = min(settings.d, room - 1)
-        if settings.ngram and most and (guessed := guess(state, settings.ngram, most)) is not None:
-            return settle(state, guessed, verify(state, 0, guessed))
         agreement = [agreed / self.seen for agreed in self.agreed]
+        most = min(settings.d, room - 1)
         E, d = best_pair(agreement, self.draft_costs, settings.verify_cost, most)
         probing = self.rounds % settings.probe == 0
         self.rounds += 1
-        L = state.model.config.n_layers
+        drafted = self._draft(E, d, most, tapped=tuple(range(E - 1)) if probing else ())
+        if drafted.tokens.shape[1] == 0 and not probing:
+            return decode_one(state, state.model.config.n_layers, NOTHING, room)
+        first = E if drafted.exits else 0
         if not probing:
-            if d == 0:
-                return decode_one(state, L, NOTHING, room)
-            drafted = draft(state, E, d, stop=self._stop)
-            return settle(state, drafted, verify(state, E, drafted))
-        drafted = draft(state, E, d, stop=self._stop, tapped=tuple(range(E - 1)))
-        first = E if d else 0  # without a draft, all layers are still to be run
+            return settle(state, drafted, verify(state, first, drafted))
+        return self._verify_and_look(first, drafted)
+
+    def _draft(self, E: int, d: int, most: int, *, tapped: tuple[int, ...]) -> Draft:
+        """Draft with E layers, or not at all if guesses serve all rows, or if d = 0."""
+        settings, state = self.settings, self.state
+        guesses = guess(state, settings.ngram, most)
+        if guesses is not None:
+            served = guesses.found | state.finished
+            # Where layers are not worth their while, guesses for some rows are better than none.
+            enough = served.all() if d else (guesses.found & ~state.finished).any()
+            if state.ask(enough):
+                return guesses.alone()
+        stop = Stop(settings.stop, settings.stop_entropy)
+        return draft(state, E, d, stop=stop, tapped=tapped, guesses=guesses if d else None)
+
+    def _verify_and_look(self, first: int, drafted: Draft) -> Round:
+        """Verify a draft, and put the head on the outputs of all layers.
+
+        Args:
+            first: Layers the draft has been through.
+            drafted: With the outputs of the layers below those.
+        """
+        state, L = self.state, self.state.model.config.n_layers
         x_L, deep = run_the_rest(state, first, drafted, tuple(range(first, L - 1)))
         logits = state.logits(x_L)
         result = settle(state, drafted, state.filtered(logits))
-        places = max(drafted.tokens.shape[1], 1)
-        shallow = [
-            torch.cat(xs, dim=1) for xs in zip(*map(_by_layer, drafted.shallow), strict=True)
-        ]
-        exits = [*shallow, *([torch.cat(drafted.exits, dim=1)] if d else []), *_by_layer(deep)]
-        self._look(
-            torch.stack([x[:, :places] for x in exits]), logits[:, :places].argmax(-1), result
-        )
+        exits = [deep[l] for l in range(first, L - 1)]
+        places = drafted.tokens.shape[1] + 1
+        if drafted.exits:
+            places = len(drafted.exits)
+            below = [[taps[l] for taps in drafted.shallow] for l in range(first - 1)]
+            exits = [torch.cat(xs, dim=1) for xs in (*below, drafted.exits)] + exits
+        self._look(torch.stack([x[:, :places] for x in exits]), logits[:, :places], result)
         return result
 
-    @property
-    def _stop(self) -> Stop:
-        return Stop(self.settings.stop, self.settings.stop_entropy)
-
     def _look(self, exits: Tensor, full: Tensor, result: Round) -> None:
-        """Count where each exit agrees with the last layer, among the tokens that were accepted.
+        """Add up how far each exit agrees with the last layer, after tokens that were accepted.
 
         Args:
             exits: (L - 1, batch, n, dim), x_{l+1} for l = 0, ..., L - 2.
-            full: (batch, n) int64, what the last layer says.
+            full: (batch, n, vocab), the last layer's logits.
             result: The round.
         """
-        n = full.shape[1]
-        places = torch.arange(n, device=full.device)
-        true = (places <= result.accepted[:, None]) & ~self.state.finished[:, None]
-        said = self.state.logits(exits.flatten(0, 1)).argmax(-1).unflatten(0, exits.shape[:2])
-        agreed = ((said == full) & true).flatten(1).sum(1)
-        self.state.work.syncs += 1
-        *counts, seen = torch.cat((agreed, true.sum()[None])).tolist()
+        state, plain = self.state, Sampling(temperature=self.state.sampling.temperature)
+        places = torch.arange(full.shape[1], device=full.device)
+        true = (places <= result.accepted[:, None]) & ~state.finished[:, None]
+        q = probabilities(state.logits(exits.flatten(0, 1)), plain).unflatten(0, exits.shape[:2])
+        overlap = torch.minimum(probabilities(full, plain), q).sum(-1)  # (L - 1, batch, n)
+        agreed = (overlap * true).flatten(1).sum(1)
+        state.work.syncs += 1
+        *sums, seen = torch.cat((agreed, true.sum()[None])).tolist()
         memory = self.settings.memory
         self.seen = memory * self.seen + seen
-        self.agreed = [memory * a + c for a, c in zip(self.agreed, counts, strict=True)]
-
-
-def _by_layer(exits: dict[int, Tensor]) -> list[Tensor]:
-    return [exits[l] for l in sorted(exits)]
+        self.agreed = [memory * a + s for a, s in zip(self.agreed, sums, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inference.autoregressive import a_quarter
+from inference.beta_mixture import RowThresholds
 from inference.exit_rules import softmax_gap
 from inference.sampling import accept, sample
 from inference.state import Decoder, DecodeState, Round
@@ -35,6 +36,11 @@ class Free:
     """Confidence at which a token leaves; above 1 none does."""
     max_pending: int = 16
     """Most tokens that wait; then the layers left out run in any case."""
+    adapt: bool = False
+    """Move the threshold, for each prompt from the first on, to where exits turn out to be right:
+    see `beta_mixture`. The head is put on all tokens that waited."""
+    zeta: float = 0.4
+    """An adapted threshold is where the last layer agrees with a chance above this."""
     rollback: Literal["off", "threshold", "exact"] = "off"
     """What becomes of tokens the last layer would not have chosen. off: they stay. threshold: the
     first with a cross entropy above rollback_threshold is replaced and what follows it forgotten.
@@ -59,6 +65,8 @@ class Free:
             )
         if not self.threshold >= 0.0:
             found.append(f"threshold: {self.threshold}, give at least 0")
+        if not 0.0 < self.zeta < 1.0:
+            found.append(f"zeta: {self.zeta}, give a number between 0 and 1")
         if self.max_pending < 1:
             found.append(f"max_pending: {self.max_pending}, give at least 1 token")
         if not self.rollback_threshold >= 0.0:
@@ -71,43 +79,60 @@ class Free:
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
-        return partial(self._round, state)
+        thresholds = None
+        if self.adapt:
+            thresholds = RowThresholds(
+                state,
+                exits=len(self.exits or ()),
+                first=self.threshold,
+                zeta=self.zeta,
+                longest_round=self.max_pending,
+            )
+        return partial(self._round, state, thresholds)
 
-    def _round(self, state: DecodeState, room: int) -> Round:
+    def _round(self, state: DecodeState, thresholds: RowThresholds | None, room: int) -> Round:
         """Decode until a row needs the last layer, then run what was left out for all of them.
 
         All rows take the same number of tokens; each token comes from the exit its own row was
         sure at, so that it is what the row would get alone.
         """
-        run = _Run(self, state)
+        run = _Run(self, state, thresholds)
+        if thresholds is not None:
+            thresholds.begin()
         last = min(self.max_pending, room) - 1
         for i in range(last + 1):
             if run.next_token() or i == last:
                 break
         return run.finish()
 
-    def sure(self, logits: Tensor) -> Tensor:
-        """Say which rows leave, (batch,) bool, for logits: (batch, vocab)."""
+    def confidence_of(self, logits: Tensor) -> Tensor:
+        """Say how sure an exit is, (batch,), for logits: (batch, vocab)."""
         if self.confidence == "gap":
-            confidence = softmax_gap(logits)
-        else:
-            confidence = logits.float().softmax(-1).amax(-1)
-        return confidence >= self.threshold
+            return softmax_gap(logits)
+        return logits.float().softmax(-1).amax(-1)
 
 
 class _Run:
     """One round: tokens found so far, and states waiting at each exit."""
 
-    def __init__(self, settings: Free, state: DecodeState) -> None:
+    def __init__(
+        self, settings: Free, state: DecodeState, thresholds: RowThresholds | None
+    ) -> None:
         assert settings.exits is not None
-        self._settings, self._state = settings, state
+        self._settings, self._state, self._thresholds = settings, state, thresholds
         self._stages = [0, *settings.exits, state.model.config.n_layers]
         self._waiting: list[list[Tensor]] = [[] for _ in self._stages]
         self._tokens = [state.pending[:, None]]
         self._depths: list[Tensor] = []
         self._q: list[Tensor] = []
+        self._confidences: list[Tensor] = []
+        """By token, (batch, exits)."""
+        self._said: list[Tensor] = []
+        """By token, (batch, exits) int64, the exits' own tokens; -1 where a row had left before."""
         self._begun = 0
         """Tokens of each row that are past the embedding."""
+        self._last: Tensor | None = None
+        """The last layer's logits, (batch, 1, vocab), where the last token needed them."""
 
     def next_token(self) -> bool:
         """Find each row's next token; say whether one came from the last layer."""
@@ -116,6 +141,8 @@ class _Run:
         self._begun += 1
         undecided = ~state.finished
         depth = torch.full((rows,), self._stages[1], device=undecided.device)
+        confidences = torch.zeros(rows, len(self._stages) - 2, device=undecided.device)
+        said = torch.full(confidences.shape, -1, device=undecided.device)
         logits, E = torch.zeros(0), 0
         for stage in range(1, len(self._stages)):
             if stage > 1 and not state.ask(undecided.any()):
@@ -125,12 +152,25 @@ class _Run:
             logits = here if stage == 1 else torch.where(undecided[:, None], here, logits)
             depth = torch.where(undecided, E, depth)
             if self._stages[-1] > E:
-                undecided = undecided & ~self._settings.sure(here)
+                confidence = self._settings.confidence_of(here)
+                if self._thresholds is not None:
+                    confidences[:, stage - 1] = confidence
+                    said[:, stage - 1] = here.argmax(-1).where(undecided, -1)
+                undecided = undecided & ~(confidence >= self._threshold())
         q = state.filtered(logits[:, None])
         self._q.append(q)
         self._tokens.append(sample(q, state.generator))
         self._depths.append(depth)
-        return self._stages[-1] == E
+        self._confidences.append(confidences)
+        self._said.append(said)
+        if self._stages[-1] == E:
+            self._last = here[:, None]
+        return self._last is not None
+
+    def _threshold(self) -> Tensor | float:
+        if self._thresholds is None:
+            return self._settings.threshold
+        return self._thresholds.of_token(self._begun - 1)
 
     def _advance(self, stage: int) -> Tensor:
         """Run what waits before a stage up to it; return the states, which wait there now."""
@@ -156,9 +196,15 @@ class _Run:
         tokens, depths = torch.cat(self._tokens[1:], dim=1), torch.stack(self._depths, dim=1)
         n = tokens.shape[1]
         drafted = torch.full_like(state.positions, n - 1)
+        if settings.rollback == "off" and self._thresholds is None:
+            return Round(tokens, accepted=drafted, drafted=drafted, depths=depths)
+        logits = self._last_layers_logits(x_L)
+        if self._thresholds is not None:
+            said = torch.stack(self._said, dim=1)  # (batch, n, exits)
+            right = said == logits.argmax(-1, keepdim=True)
+            self._thresholds.learn(torch.stack(self._confidences, dim=1), right, said >= 0)
         if settings.rollback == "off":
             return Round(tokens, accepted=drafted, drafted=drafted, depths=depths)
-        logits = state.logits(x_L)
         p = state.filtered(logits)
         if settings.rollback == "exact":
             q = torch.cat(self._q, dim=1)[:, :-1]
@@ -166,7 +212,8 @@ class _Run:
             depths = torch.full_like(depths, L)
         else:
             surprise = F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none")
-            fits = (surprise <= settings.rollback_threshold).long().cumprod(-1).sum(-1)
+            fit = (surprise <= settings.rollback_threshold) | (depths == L)
+            fits = fit.long().cumprod(-1).sum(-1)
             bad, accepted = fits < n, fits.clamp(max=n - 1)  # the first that does not fit, if any
             rows = torch.arange(len(tokens), device=tokens.device)
             own, depth = tokens[rows, accepted], depths[rows, accepted]
@@ -174,3 +221,11 @@ class _Run:
             depths = depths.scatter(1, accepted[:, None], torch.where(bad, L, depth)[:, None])
         tokens = tokens.scatter(1, accepted[:, None], token[:, None])
         return Round(tokens, accepted, drafted=drafted, depths=depths)
+
+    def _last_layers_logits(self, x_L: Tensor) -> Tensor:
+        """Return them for x_L: (batch, n, dim), the last token's from where they were found."""
+        if self._last is None:
+            return self._state.logits(x_L)
+        if x_L.shape[1] == 1:
+            return self._last
+        return torch.cat((self._state.logits(x_L[:, :-1]), self._last), dim=1)

@@ -7,15 +7,15 @@ verification runs only layers E, ..., L - 1 on them.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from inference.autoregressive import a_quarter
-from inference.drafting import Draft, Stop, draft
-from inference.ngram import look_up
+from inference.drafting import Draft, Stop, draft, guess
+from inference.part_of_head import COUNT_THEM, PartOfHead, load_part_of_head
 from inference.sampling import accept
 from inference.state import Decoder, DecodeState, Round
 from models.llama import NOTHING, SkippedParts
@@ -36,8 +36,13 @@ class SelfSpeculative:
     stop_entropy: float = float("inf")
     """A row's draft ends after a token whose distribution has more entropy, in nats."""
     ngram: int = 0
-    """Where the last so many tokens (or fewer, at least 2) of every row came before, what followed
-    them there is the draft, and no layer drafts; 0: never."""
+    """Where the last so many tokens of a row, or fewer but at least 2, came before, what followed
+    them there is its draft; no layer drafts if that is so in every row; 0: never."""
+    draft_vocab: int = 0
+    """Drafts choose from so many tokens, the most frequent ones (FR-Spec, arXiv 2502.14856); 0:
+    from all."""
+    token_counts: Path | None = None
+    """Which tokens are frequent: the file `python -m inference.frequent_tokens` makes."""
 
     def filled(self, n_layers: int) -> "SelfSpeculative":
         """Return a copy with E set."""
@@ -52,28 +57,45 @@ class SelfSpeculative:
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         if self.d < 1:
             found.append(f"d: {self.d}, give at least 1 drafted token")
+        if self.draft_vocab < 0:
+            found.append(f"draft_vocab: {self.draft_vocab}, give a number of tokens, or 0 for all")
+        if self.draft_vocab and self.token_counts is None:
+            found.append(f"token_counts: none, draft_vocab needs them, {COUNT_THEM}")
+        if self.token_counts is not None and not self.draft_vocab:
+            found.append("draft_vocab: 0, token_counts are for drafts from fewer tokens, give both")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
 
     @property
     def always_drafts(self) -> bool:
         """Whether each round drafts d tokens with E layers, as the bound of speedup has it."""
-        return not self.ngram and Stop(self.stop, self.stop_entropy).never
+        plain = not self.ngram and not self.draft_vocab
+        return plain and Stop(self.stop, self.stop_entropy).never
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return all layers: verification uses them."""
         return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
-        return partial(self._round, state)
+        """Begin to decode.
 
-    def _round(self, state: DecodeState, room: int) -> Round:
+        Raises:
+            ValueError: the token counts are missing or of another vocabulary.
+        """
+        head = None
+        if self.token_counts is not None:
+            head = load_part_of_head(state.model, self.token_counts, self.draft_vocab)
+        return partial(self._round, state, head)
+
+    def _round(self, state: DecodeState, head: PartOfHead | None, room: int) -> Round:
         """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
         assert self.E is not None
         d = min(self.d, room - 1)
-        if self.ngram and d and (guessed := guess(state, self.ngram, d)) is not None:
-            return settle(state, guessed, verify(state, 0, guessed))
-        drafted = draft(state, self.E, d, stop=Stop(self.stop, self.stop_entropy))
+        guesses = guess(state, self.ngram, d)
+        if guesses is not None and state.ask((guesses.found | state.finished).all()):
+            drafted = guesses.alone()
+        else:
+            stop = Stop(self.stop, self.stop_entropy)
+            drafted = draft(state, self.E, d, stop=stop, head=head, guesses=guesses)
         return settle(state, drafted, verify(state, self.E, drafted))
 
 
@@ -89,24 +111,15 @@ def draft_problems(stop: float, stop_entropy: float, ngram: int) -> list[str]:
     return found
 
 
-def guess(state: DecodeState, ngram: int, d: int) -> Draft | None:
-    """Draft d tokens from each row's own past; None if a row that is not finished has no match."""
-    tokens, found = look_up(state.history[:, :-1], state.positions, ngram, d)
-    if not state.ask((found | state.finished).all()):
-        return None
-    q = F.one_hot(tokens, state.model.config.vocab_size).float()
-    return Draft(tokens, q, lengths=None, exits=[], shallow=[])
-
-
 def verify(state: DecodeState, E: int, drafted: Draft) -> Tensor:
     """Give the full model's distribution after the pending token and after each drafted one.
 
-    The last drafted token has not been run yet: it goes through the first E layers, then all
-    d + 1 tokens through layers E, ..., L - 1 in one pass.
+    The last drafted token has not been run yet, nor have guesses that no layer drafted: they go
+    through the first E layers, then all d + 1 tokens through layers E, ..., L - 1 in one pass.
 
     Args:
         state: The batch.
-        E: Layers that drafted; 0 if none did, then all d + 1 tokens go through all layers.
+        E: Layers that drafted; 0 where nothing they computed is of use.
         drafted: The draft, with its x_E.
 
     Returns:

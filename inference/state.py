@@ -25,8 +25,8 @@ class Work:
     """Tokens times attention parts run."""
     token_feed_forwards: int = 0
     """Tokens times feed-forward parts run."""
-    head_evaluations: int = 0
-    """Tokens the final norm and LM head were applied to."""
+    head_evaluations: float = 0
+    """Tokens the final norm and LM head were applied to; a part of the head counts as that part."""
     projected: int = 0
     """Tokens times layers whose keys and values alone were computed."""
     draft_token_layers: float = 0
@@ -158,10 +158,15 @@ class DecodeState:
         """Return the distributions tokens are drawn from, for logits: (batch, seq, vocab)."""
         return probabilities(logits, self.sampling)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """Return the exit's logits, (batch, seq, vocab), for h: (batch, seq, dim)."""
-        self.work.head_evaluations += h.shape[0] * h.shape[1]
-        return self.model.exit_logits(h)
+    def logits(self, h: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return the exit's logits, (batch, seq, vocab), for h: (batch, seq, dim).
+
+        With `head`, a part of the LM head, those of its part of the vocabulary.
+        """
+        logits = self.model.exit_logits(h) if head is None else head(self.model.norm(h))
+        part = logits.shape[-1] / self.model.config.vocab_size
+        self.work.head_evaluations += h.shape[0] * h.shape[1] * part
+        return logits
 
     def ask(self, condition: Tensor) -> bool:
         """Return a condition of one element: the host waits for the device."""

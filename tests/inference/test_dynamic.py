@@ -1,10 +1,13 @@
 """The choice of E and d is the best of its formula, learns from the exits, and costs no token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from inference import dynamic
 from inference.autoregressive import Autoregressive
+from inference.decode import Generation
 from inference.dynamic import Dynamic, best_pair
 from inference.sampling import Sampling
 from tests.inference.every_strategy import PROMPTS, decode, make_model
@@ -34,6 +37,8 @@ SETTINGS = [
     Dynamic(head_cost=0.0, verify_cost=0.2, probe=2),
     Dynamic(verify_cost=0.2, stop=0.2),
     Dynamic(verify_cost=0.2, ngram=2),
+    Dynamic(verify_cost=0.2, ngram=1, stop=0.2, probe=2),
+    Dynamic(ngram=1, probe=1, call_cost=2.0),
 ]
 
 
@@ -49,9 +54,17 @@ def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
         assert found.counters.drafted > 0
 
 
-def test_sampled_tokens_have_the_full_models_distribution(biased_model):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dynamic:verify_cost=0.1:probe=1",
+        "dynamic:verify_cost=0.1:probe=2:stop=0.35",
+        "dynamic:verify_cost=0.1:ngram=1:probe=2",
+        "dynamic:verify_cost=100:ngram=1",
+    ],
+)
+def test_sampled_tokens_have_the_full_models_distribution(biased_model, name):
     hot = Sampling(temperature=1.0)
-    name = "dynamic:verify_cost=0.1:probe=1"
     assert excess(biased_model, hot, E=None, d=2, name=name) < 4
 
 
@@ -86,17 +99,57 @@ def dynamic_rounds(model, settings):
     return decode(model, PROMPTS, settings, max_new_tokens=40)
 
 
-def test_the_exits_agreement_is_what_a_full_forward_finds(model):
-    settings = Dynamic(d=1, probe=1, memory=0.999999, verify_cost=100.0)  # never drafts
-    generation = decode(model, PROMPTS[:1], settings, max_new_tokens=30)
-    ids = torch.tensor([PROMPTS[0] + generation.tokens[0]])
+@pytest.mark.parametrize("ngram", [0, 1])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_the_exits_agreement_is_what_a_full_forward_finds(model, ngram, temperature):
+    settings = Dynamic(d=3, probe=1, memory=0.999999, verify_cost=100.0, ngram=ngram)
+    sampling = Sampling(temperature=temperature)  # no layer ever drafts; guesses may
+    generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
+    assert (generation.counters.drafted > 0) == (ngram > 0)
+    ids = torch.tensor([[7, 8, 7] + generation.tokens[0]])
     _, exits = model.run_layers(model.embed(ids), 0, 6, exit_layers=range(6))
-    said = {
-        l: model.exit_logits(x).argmax(-1)[0, len(PROMPTS[0]) - 1 : -1] for l, x in exits.items()
-    }
+    logits = [model.exit_logits(exits[l][0, 2:-1]) for l in range(6)]
+    for E in range(1, 6):
+        if temperature:
+            q, p = (logits[l].div(temperature).softmax(-1) for l in (E - 1, 5))
+            true = torch.minimum(q, p).sum().item()
+        else:
+            true = (logits[E - 1].argmax(-1) == logits[5].argmax(-1)).sum().item()
+        assert generation._decoder.agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
+    assert generation._decoder.seen == pytest.approx(2.0 + 30, abs=0.01)
+
+
+def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model):
+    settings = Dynamic(d=3, probe=1, memory=0.999999, verify_cost=0.01, head_cost=0.0)
+    generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
+    tokens, places = [7, 8, 7], []
+    for [emission] in generation:
+        seen = min(len(emission.tokens), emission.drafted or 1)  # not after a draft accepted whole
+        places += range(len(tokens) - 1, len(tokens) - 1 + seen)
+        tokens += emission.tokens
+    assert generation.counters.drafted > 30
+    _, exits = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
+    said = [model.exit_logits(exits[l][0, places]).argmax(-1) for l in range(6)]
     for E in range(1, 6):
         true = (said[E - 1] == said[5]).sum().item()
         assert generation._decoder.agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
+
+
+def test_costs_of_a_draft_step_worked_by_hand(model):
+    settings = Dynamic(head_cost=1.0, call_cost=3.0)
+    costs = Generation(model, PROMPTS, settings, max_new_tokens=1)._decoder.draft_costs
+    assert costs == pytest.approx([5 / 10, 6 / 10, 7 / 10, 8 / 10, 9 / 10])
+    block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 + 2 * 32  # the parameters of one layer
+    costs = Generation(model, PROMPTS, Dynamic(), max_new_tokens=1)._decoder.draft_costs
+    head = 32 * 61 / block
+    assert costs == pytest.approx([(E + head) / (6 + head) for E in range(1, 6)])
+
+
+def test_guesses_are_verified_where_layers_do_not_pay(model):
+    settings = Dynamic(verify_cost=100.0, ngram=1, d=3)
+    alone = decode(model, [[7, 8, 7]], settings).counters
+    assert alone.drafted > 0
+    assert decode(model, [[7, 8, 7]], replace(settings, ngram=0)).counters.drafted == 0
 
 
 @pytest.mark.parametrize(
@@ -105,10 +158,11 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model):
         (Dynamic(d=0), "d: 0, give at least 1"),
         (Dynamic(probe=0, memory=1.0), "probe: 0, .*; memory: 1.0, give a number between"),
         (Dynamic(head_cost=-1.0), "head_cost: -1.0"),
+        (Dynamic(call_cost=-1.0), "call_cost: -1.0"),
         (Dynamic(verify_cost=0.0), "verify_cost: 0.0"),
         (Dynamic(ngram=-1), "ngram: -1"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_settings_that_do_not_fit_are_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """Tokens leave where a slow form says, and what they left out is made up for exactly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from inference.free import Free
 from inference.sampling import Sampling
 from models.rope import apply_rope
 from tests.inference.every_strategy import PROMPTS, decode, make_model
+from tests.inference.test_beta_mixture import slow_chance, slow_fit
 from tests.inference.test_self_speculative import excess
 
 L = 6
@@ -21,18 +24,22 @@ def model():
 
 def slow_form(model, prompt, count, rule):
     """Run everything for every new token, and look at the exits in turn."""
-    tokens, depths = list(prompt), []
-    for _ in range(count):
+    tokens, depths, looks, threshold = list(prompt), [], [], rule.threshold
+    for t in range(count):
+        if rule.adapt and t % 16 == 0 and t >= 32:
+            threshold = slow_threshold(looks, t - 16, rule, threshold)
         h = model.embed(torch.tensor([tokens]))
         _, exits = model.run_layers(h, 0, L, exit_layers=range(L))
+        full = model.exit_logits(exits[L - 1][0, -1])
         for E in (*rule.exits, L):
             logits = model.exit_logits(exits[E - 1][0, -1])
             top = logits.softmax(-1).sort(descending=True).values
             confidence = top[0] - top[1] if rule.confidence == "gap" else top[0]
-            if E == L or confidence >= rule.threshold:
+            if E < L:
+                looks.append((t, float(confidence), bool(logits.argmax() == full.argmax())))
+            if E == L or confidence >= threshold:
                 break
         depth, token = E, int(logits.argmax())
-        full = model.exit_logits(exits[L - 1][0, -1])
         if rule.rollback == "threshold" and E < L:
             surprise = -full.log_softmax(-1)[token]
             if surprise > rule.rollback_threshold:
@@ -40,6 +47,16 @@ def slow_form(model, prompt, count, rule):
         tokens.append(token)
         depths.append(depth)
     return tokens[len(prompt) :], depths
+
+
+def slow_threshold(looks, end, rule, threshold):
+    """Fit to (token, confidence, right) of all exits, of the last 256 tokens before `end`."""
+    known = [(c, y) for place, c, y in looks if end - 256 <= place < end]
+    if min(sum(y for _, y in known), sum(not y for _, y in known)) < 4:
+        return threshold
+    mixture = slow_fit(*zip(*known, strict=True))
+    bad = [i for i in range(1, 100) if not slow_chance(mixture, i / 100) > rule.zeta]
+    return (max(bad, default=0) + 1) / 100
 
 
 RULES = [
@@ -50,19 +67,25 @@ RULES = [
     Free(exits=(2, 4), threshold=0.16, confidence="maxprob", max_pending=4),
     Free(exits=(2,), threshold=0.1, rollback="threshold", rollback_threshold=2.5),
     Free(exits=(1, 3), threshold=0.1, rollback="threshold", rollback_threshold=1.5),
+    Free(exits=(2,), threshold=0.1, adapt=True, zeta=0.5, max_pending=5),
+    Free(exits=(1, 3), threshold=0.3, adapt=True, zeta=0.3, rollback="threshold"),
 ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
 def test_tokens_and_depths_are_those_of_the_slow_form(model, rule):
-    expected = [slow_form(model, prompt, 20, rule) for prompt in PROMPTS]
+    count = 70 if rule.adapt else 20
+    expected = [slow_form(model, prompt, count, rule) for prompt in PROMPTS]
     depths = sorted(depth for _, row in expected for depth in row)
     for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"reads_late": True}):
-        found = decode(model, PROMPTS, rule, **options)
+        found = decode(model, PROMPTS, rule, max_new_tokens=count, **options)
         assert found.tokens == [tokens for tokens, _ in expected]
         assert sorted(found.counters.depths.elements()) == depths
         assert found.counters.drafted <= (rule.max_pending - 1) * found.counters.rounds
     assert len(set(depths)) > 1 or rule.threshold == 0.0
+    if rule.adapt:
+        fixed = decode(model, PROMPTS, replace(rule, adapt=False), max_new_tokens=count)
+        assert sorted(fixed.counters.depths.elements()) != depths
 
 
 @pytest.mark.parametrize("exits", [(1,), (3,), (1, 4), (2, 3, 5)])
@@ -74,6 +97,7 @@ def test_exact_rollback_gives_plain_tokens(model, exits, threshold, rows):
     rule = Free(exits=exits, threshold=threshold, max_pending=5, rollback="exact")
     for options in ({}, {"batch_size": 3}, {"reads_late": True}):
         assert decode(model, prompts, rule, **options).tokens == plain
+    assert decode(model, prompts, replace(rule, adapt=True)).tokens == plain
     if threshold > 1:
         assert decode(model, prompts, Free(exits=exits, threshold=1.1)).tokens == plain
 
@@ -84,6 +108,26 @@ def test_exact_rollback_keeps_the_distribution(biased_model, exits, rollback):
     name = f"free:exits={exits}:threshold=0.2:rollback={rollback}"
     found = excess(biased_model, Sampling(temperature=1.0), E=None, d=None, name=name)
     assert found < 4 if rollback == "exact" else found > 20
+
+
+def test_exact_rollback_keeps_the_distribution_while_the_threshold_moves(
+    biased_model,
+    monkeypatch,
+):
+    # Three new tokens are too few to fit anything to: thresholds drawn anew stand in for it.
+    generator = torch.Generator().manual_seed(3)
+    monkeypatch.setattr(
+        free.RowThresholds,
+        "of_token",
+        lambda self, i: torch.rand(len(self._new), generator=generator) / 2,
+    )
+    name = "free:exits=1+2:adapt=true:rollback=exact"
+    assert excess(biased_model, Sampling(temperature=1.0), E=None, d=None, name=name) < 4
+
+
+def test_the_last_layers_own_tokens_are_not_replaced(biased_model):
+    name = "free:exits=1:threshold=1.1:rollback=threshold:rollback_threshold=1.0"
+    assert excess(biased_model, Sampling(temperature=1.0), E=None, d=None, name=name) < 4
 
 
 def test_the_statistic_catches_greedy_drafts(biased_model, monkeypatch):
@@ -117,7 +161,15 @@ def test_after_a_round_keys_and_values_are_those_of_a_full_forward(model, exits)
             torch.testing.assert_close(cache.values[l][row, :, :seq], v, **close)
 
 
-def test_work_is_what_hooks_count(model):
+WORKS = [
+    Free(exits=(1, 3), threshold=0.1),
+    Free(exits=(2,), threshold=0.1, rollback="threshold", adapt=True),
+    Free(exits=(2,), threshold=1.1, rollback="exact", adapt=True),
+]
+
+
+@pytest.mark.parametrize("rule", WORKS, ids=range(len(WORKS)))
+def test_work_is_what_hooks_count(model, rule):
     counted = {"layers": 0, "heads": 0}
 
     def count(key):
@@ -128,12 +180,15 @@ def test_work_is_what_hooks_count(model):
 
     hooks = [block.register_forward_hook(count("layers")) for block in model.layers.values()]
     hooks.append(model.norm.register_forward_hook(count("heads")))
-    counters = decode(model, PROMPTS[:1], Free(exits=(1, 3), threshold=0.1)).counters
+    counters = decode(model, PROMPTS[:1], rule).counters
     for hook in hooks:
         hook.remove()
     assert counters.token_layers + counters.prompt_token_layers == counted["layers"]
-    assert counters.token_layers == L * 20, "every token runs every layer, sooner or later"
+    if rule.rollback == "off":
+        assert counters.token_layers == L * 20, "every token runs every layer, sooner or later"
     assert counters.head_evaluations == counted["heads"]
+    if rule.threshold > 1:
+        assert counters.head_evaluations == 2 * 20, "one at the exit, one at the last layer"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +198,7 @@ def test_work_is_what_hooks_count(model):
         (Free(exits=(3, 2)), r"exits: 3\+2, free needs"),
         (Free(exits=()), "exits: none"),
         (Free(threshold=-1.0, max_pending=0), "threshold: -1.0.*; max_pending: 0"),
+        (Free(zeta=1.0), "zeta: 1.0, give a number between"),
         (Free(rollback_threshold=-1.0), "rollback_threshold: -1.0"),
     ],
     ids=str,

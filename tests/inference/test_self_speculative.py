@@ -1,5 +1,6 @@
 """Self-speculation decodes what the full model decodes: its tokens, its distribution, its KV."""
 
+import json
 from itertools import product
 
 import pytest
@@ -142,19 +143,18 @@ def ignore_lengths(draft_tokens, q, p, generator, lengths):
 
 
 def test_the_statistic_catches_tokens_accepted_behind_a_drafts_end(biased_model, monkeypatch):
-    monkeypatch.setattr(self_speculative, "guess", forged_guess)
-    name = "self_speculative:ngram=2"
-    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2, name=name) < 4
+    monkeypatch.setattr(self_speculative, "draft", forged_draft)
+    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2) < 4
     monkeypatch.setattr(self_speculative, "accept", ignore_lengths)
-    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2, name=name) > 20
+    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2) > 20
 
 
-def forged_guess(state, ngram, d):
-    """Guess tokens 3, 3 and claim one of them, with a q that is not what they were drawn from."""
+def forged_draft(state, E, d, **options):
+    """Draft tokens 3, 3 and claim one of them, with a q that is not what they were drawn from."""
     tokens = torch.full((len(state.pending), d), 3)
     q = torch.full((len(state.pending), d, VOCAB), 1e-6)
-    q[:, 0] = torch.nn.functional.one_hot(tokens[:, 0], VOCAB).float()
-    return drafting.Draft(tokens, q, torch.ones_like(state.pending), [], [])
+    q[:, :1] = torch.nn.functional.one_hot(tokens[:, :1], VOCAB).float()
+    return drafting.Draft(tokens, q, torch.full_like(state.pending, min(d, 1)), [], [])
 
 
 @pytest.mark.parametrize("d", [1, 2])
@@ -168,20 +168,31 @@ MORE = [
     "self_speculative:stop_entropy=1.4",
     "self_speculative:ngram=2",
     "self_speculative:ngram=1:stop=0.3",
+    "self_speculative:draft_vocab=3:token_counts=COUNTS",
+    "self_speculative:draft_vocab=4:token_counts=COUNTS:ngram=1:stop=0.3",
 ]
+
+
+def counting(name, path, vocab_size):
+    """Return the name with a file of counts, by which frequent ids are spread over all of them."""
+    path = path / "token_counts.json"
+    path.write_text(json.dumps({"counts": [(i * 29) % 7 for i in range(vocab_size)]}))
+    return name.replace("COUNTS", str(path))
 
 
 @pytest.mark.parametrize("name", MORE)
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
-def test_drafts_that_stop_or_repeat_keep_the_distribution(biased_model, sampling, name):
+def test_cheaper_drafts_keep_the_distribution(biased_model, sampling, name, tmp_path):
+    name = counting(name, tmp_path, VOCAB)
     assert excess(biased_model, sampling, E=1, d=2, name=name) < 4
 
 
 @pytest.mark.parametrize("name", MORE)
 @pytest.mark.parametrize("d", [1, 3, 6])
-def test_greedy_tokens_are_autoregressive_decodings_of_drafts_that_stop_or_repeat(
-    model, greedy, name, d
+def test_greedy_tokens_of_cheaper_drafts_are_autoregressive_decodings(
+    model, greedy, name, d, tmp_path
 ):
+    name = counting(name.replace("=3:", "=20:").replace("=4:", "=40:"), tmp_path, 61)
     for reads_late in (False, True):
         together = start(model, PROMPTS, 2, d, name=name, reads_late=reads_late).finish()
         assert together.tokens == greedy
@@ -201,6 +212,58 @@ def test_a_draft_stops_after_the_token_it_is_not_sure_of(model):
     assert at_once.drafted / at_once.rounds < some.drafted / some.rounds <= 5
 
 
+def rounds_of(generation, row):
+    emissions = (emission for round_ in generation for emission in round_)
+    own = [(e.accepted, e.drafted, e.tokens) for e in emissions if e.row == row]
+    return own[:8]  # later on, drafts are cut where some row of the batch has no room
+
+
+@pytest.mark.parametrize("name", MORE[:4])
+def test_rows_of_a_batch_draft_what_they_would_alone(model, name):
+    prompts = [[3, 4, 5], [7, 8, 7, 8, 7, 8], [1, 2, 3, 4, 5, 6, 7, 8], [9, 9]]
+    options = {"name": name, "max_new_tokens": 40}
+    for row, prompt in enumerate(prompts):
+        alone = rounds_of(start(model, [prompt], 2, 4, **options), 0)
+        together = rounds_of(start(model, prompts, 2, 4, **options), row)
+        assert together == alone
+
+
+@pytest.mark.parametrize("name", MORE[:4])
+def test_reported_work_of_cheaper_drafts_is_what_hooks_count(model, name):
+    counted = {"layers": 0, "heads": 0}
+
+    def count(key):
+        def hook(module, args, output):
+            counted[key] += output.shape[0] * output.shape[1]
+
+        return hook
+
+    hooks = [block.register_forward_hook(count("layers")) for block in model.layers.values()]
+    hooks.append(model.norm.register_forward_hook(count("heads")))
+    prompts = [[3, 4, 5], [7, 8, 7, 8, 7, 8], [9, 9]]
+    counters = start(model, prompts, 2, 4, name=name).finish().counters
+    for hook in hooks:
+        hook.remove()
+    assert counters.token_layers + counters.prompt_token_layers == counted["layers"]
+    assert counters.head_evaluations == counted["heads"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("d=0", "d: 0, give at least 1"),
+        ("stop=-1:stop_entropy=-1:ngram=-1", "stop: -1.0.*; stop_entropy: -1.0.*; ngram: -1"),
+        ("draft_vocab=9", "token_counts: none, draft_vocab needs them, count them with python"),
+        ("token_counts=a", "draft_vocab: 0, token_counts are for"),
+        ("draft_vocab=-1", "draft_vocab: -1, give a number"),
+        ("draft_vocab=9:token_counts=nowhere", "token_counts: there is no nowhere, count them"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        start(model, PROMPTS, name=f"self_speculative:{settings}")
+
+
 def test_guesses_run_no_layer_to_draft():
     model = build(small(n_layers=4)).eval().requires_grad_(False)
     for l in range(4):  # every token predicts itself: the row repeats, and lookup finds it
@@ -211,6 +274,18 @@ def test_guesses_run_no_layer_to_draft():
     assert counters.acceptance_rate == 1.0
     assert counters.tokens_per_round == 5.0
     assert counters.token_layers == 4 * 30
+
+
+def from_three_tokens(weights, generator):
+    return sample(weights * torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]), generator)
+
+
+def unsure_guess(state, ngram, d):
+    guesses = sure_guess(state, ngram, d)
+    return guesses and drafting.Guesses(guesses.tokens, guesses.found, guesses.q / 2)
+
+
+sure_guess = self_speculative.guess
 
 
 def greedy_draft(weights, generator):
@@ -232,8 +307,15 @@ sampling_accept = self_speculative.accept
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [("sample", greedy_draft), ("accept", residual_is_p), ("accept", accept_all)],
+    [
+        ("sample", greedy_draft),
+        ("sample", from_three_tokens),
+        ("accept", residual_is_p),
+        ("accept", accept_all),
+        ("guess", unsure_guess),
+    ],
 )
 def test_the_statistic_catches_a_biased_rule(biased_model, monkeypatch, name, wrong):
     monkeypatch.setattr(drafting if name == "sample" else self_speculative, name, wrong)
-    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2) > 20
+    text = "self_speculative:ngram=1" if name == "guess" else "self_speculative"
+    assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2, name=text) > 20
