@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 from tqdm import tqdm
 
 from inference.compiled import compile_layers
+from inference.quantized import BITS
 from inference.run import DTYPES, Run, load_run
 from inference.sampling import Sampling
 
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that leaves the reporting of errors to `run_command`."""
 
     def __init__(self, module: str, *, description: str, example: str) -> None:
-        """Start with --run, --device, --dtype and --json.
+        """Start with --run, --device, --dtype, --quantize and --json.
 
         Args:
             module: The command is `python -m` this.
@@ -59,6 +60,11 @@ class Parser(argparse.ArgumentParser):
             "--dtype",
             choices=[*DTYPES],
             help="type of weights and KV cache; float32 on a CPU, bfloat16 on CUDA if not given",
+        )
+        self.add_argument(
+            "--quantize",
+            choices=BITS,
+            help="hold the layers' matrices in so few bits, by torchao; in --dtype if not given",
         )
         self.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
 
@@ -107,7 +113,7 @@ def decoding_run_from(args: argparse.Namespace) -> Run:
 
 def run_from(args: argparse.Namespace) -> Run:
     """Load the run the arguments name."""
-    return load_run(args.run, device=args.device, dtype=args.dtype)
+    return load_run(args.run, device=args.device, dtype=args.dtype, quantize=args.quantize)
 
 
 def run_command(parser: Parser, command: Callable[[argparse.Namespace], None]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference.quantized import is_quantized
 from models.llama import Llama
 
 PACKED_ELEMENTS = 2**17
@@ -61,7 +62,9 @@ def pack(model: Llama) -> None:
         block = model.block(l)
         for part in (block.attention, block.feed_forward):
             for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear) and linear.weight.numel() >= PACKED_ELEMENTS:
+                if not isinstance(linear, nn.Linear) or is_quantized(linear):
+                    continue
+                if linear.weight.numel() >= PACKED_ELEMENTS:
                     setattr(part, name, PackedLinear(linear.weight))
     if model.head_weight.numel() >= PACKED_ELEMENTS:
         model.lm_head = PackedLinear(model.head_weight, keep=True)

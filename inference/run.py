@@ -8,6 +8,7 @@ import torch
 from data.dataset import Dataset, open_dataset
 from data.tokenizer import Tokenizer
 from inference.packed import can_pack, pack
+from inference.quantized import Bits, quantize_layers
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
@@ -48,7 +49,12 @@ class Run:
 
 
 def load_run(
-    path: Path, *, device: str = "auto", dtype: str | None = None, packed: bool = True
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    quantize: Bits | None = None,
+    packed: bool = True,
 ) -> Run:
     """Load the newest checkpoint of a run folder, or the checkpoint folder `path`.
 
@@ -56,6 +62,7 @@ def load_run(
         path: A run folder or a checkpoint folder.
         device: "auto" (CUDA if there is a device, else CPU) or a name torch knows.
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
+        quantize: Hold the layers' matrices in so few bits.
         packed: Pack the weights for decoding, where that can be.
 
     Raises:
@@ -74,6 +81,8 @@ def load_run(
     if dtype is None:
         dtype = "bfloat16" if place.type == "cuda" else "float32"
     model = load_model(checkpoint, device=place, dtype=DTYPES[dtype])
+    if quantize is not None:
+        quantize_layers(model, quantize)
     if packed and can_pack(model):
         pack(model)
     tokenizer = Tokenizer(file)

@@ -1,0 +1,64 @@
+"""Weights of the layers in 8 or 4 bits, through torchao; embedding, norms and head stay plain.
+
+A quantised model is another model: what is lossless keeps to it, not to the one it was made of.
+"""
+
+import importlib.util
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from models.llama import Llama
+
+Bits = Literal["int8", "int4"]
+BITS: tuple[Bits, ...] = get_args(Bits)
+
+INT4_GROUP = 32
+"""Input features that share a scale in int4."""
+
+
+def quantize_layers(model: Llama, bits: Bits) -> None:
+    """Quantise the matrices of a model that is only to be run, in place.
+
+    int8: a scale for each output feature. int4: one for each INT4_GROUP input features; a CPU has
+    no kernel for it, and holds the 4-bit numbers in 8.
+
+    Raises:
+        ValueError: torchao is missing, or the model does not fit it.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError("quantize: torchao is not installed, pip install -e .[quantize]")
+    from torchao.quantization import quantize_
+
+    widths = {model.config.dim, model.config.ffn_dim, model.config.n_heads * model.config.head_dim}
+    if bits == "int4" and any(width % INT4_GROUP for width in widths):
+        raise ValueError(
+            f"quantize: int4 needs widths that {INT4_GROUP} divides, this model has "
+            f"{sorted(widths)}, give int8"
+        )
+    device = model.norm.weight.device
+    if bits == "int4" and device.type == "cuda" and model.norm.weight.dtype != torch.bfloat16:
+        raise ValueError("quantize: int4 on CUDA needs bfloat16, give --dtype bfloat16")
+    for l in range(model.config.n_layers):
+        quantize_(model.block(l), _torchao_config(bits, device.type))
+
+
+def is_quantized(linear: nn.Linear) -> bool:
+    """Whether a matrix is no longer of plain numbers."""
+    return type(linear.weight.data) is not torch.Tensor
+
+
+def _torchao_config(bits: Bits, device_type: str) -> Any:
+    from torchao import quantization
+
+    if bits == "int8":
+        return quantization.Int8WeightOnlyConfig()
+    if device_type == "cuda":
+        return quantization.Int4WeightOnlyConfig(
+            group_size=INT4_GROUP, int4_packing_format="tile_packed_to_4d"
+        )
+    return quantization.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=quantization.PerGroup(INT4_GROUP),
+    )
