@@ -1,0 +1,253 @@
+"""A checkpoint under lm-evaluation-harness: `python -m inference.lm_harness --run DIR --tasks A,B`.
+
+Likelihoods are those of any exit; what tasks ask to be written, any strategy writes.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from inference.autoregressive import EarlyExit
+from inference.cli import (
+    Parser,
+    add_compile_argument,
+    decoding_run_from,
+    format_table,
+    run_command,
+    with_progress,
+    write_json,
+)
+from inference.decode import Generation
+from inference.run import Run
+from inference.sampling import Sampling
+from inference.state import Strategy
+from inference.strategies import STRATEGIES, describe, parse_strategy
+from inference.two_model import check_tokenizer
+
+if TYPE_CHECKING or importlib.util.find_spec("lm_eval"):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+else:
+    TemplateLM = object
+
+_MAX_GEN_TOKS = 256  # the harness's own
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """What the harness asks of a model: log-likelihoods and continuations.
+
+    Args:
+        run: The checkpoint.
+        E: Layers behind a likelihood.
+        strategy: Writes continuations.
+        batch_size: Rows run at once.
+    """
+
+    def __init__(self, run: Run, *, E: int, strategy: Strategy, batch_size: int) -> None:
+        """Check E and batch_size; see the class."""
+        super().__init__()
+        n_layers = run.model.config.n_layers
+        if not 1 <= E <= n_layers:
+            raise ValueError(f"E: {E}, give 1 to {n_layers} layers for this model")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size}, give at least 1")
+        self._run, self._E, self._strategy, self._batch = run, E, strategy, batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self._run.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id every text begins with."""
+        return self._run.tokenizer.bos_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return the ids of a text, BOS first unless that is not wanted."""
+        ids = self._run.tokenizer.encode(string)
+        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+
+    def loglikelihood_rolling(
+        self, requests: Sequence["Instance"], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-likelihood of whole texts, each token predicted once."""
+        windows: list[Any] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            cuts = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._run.model.config.max_seq_len,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, cuts):
+                windows.append((("", ""), context, continuation))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += value
+        return totals
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
+    ) -> list[tuple[float, bool]]:
+        """Return log P(continuation | context), and whether it is what greedy decoding writes.
+
+        A context that does not fit is cut at its beginning.
+        """
+        model = self._run.model
+        room = model.config.max_seq_len + 1  # the last token is only predicted
+        rows = [(context + continuation)[-room:] for _, context, continuation in requests]
+        answers = [(0.0, True)] * len(rows)
+        longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        batches = [longest_first[i : i + self._batch] for i in range(0, len(rows), self._batch)]
+        for batch in with_progress(batches, "likelihoods"):
+            width = len(rows[batch[0]])
+            # What follows a row's end cannot be seen from within it.
+            padded = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch])
+            tokens = padded.to(model.norm.weight.device)
+            h, _ = model.run_layers(model.embed(tokens[:, :-1]), 0, self._E)
+            for row, (i, x) in enumerate(zip(batch, h, strict=True)):
+                last = len(rows[i])
+                first = max(1, last - len(requests[i][2]))
+                logits = model.exit_logits(x[first - 1 : last - 1]).float()
+                wanted = tokens[row, first:last]
+                total = -float(F.cross_entropy(logits, wanted, reduction="sum"))
+                answers[i] = (total, bool((logits.argmax(-1) == wanted).all()))
+        return answers
+
+    def generate_until(
+        self, requests: Sequence["Instance"], disable_tqdm: bool = False
+    ) -> list[str]:
+        """Return continuations, each cut before the first of the texts it is to end at."""
+        by_settings: dict[tuple[int, float, float | None], list[int]] = {}
+        for i, request in enumerate(requests):
+            by_settings.setdefault(_generation_settings(request.args[1]), []).append(i)
+        texts = [""] * len(requests)
+        for (max_new_tokens, temperature, top_p), indices in by_settings.items():
+            room = self._run.model.config.max_seq_len - max_new_tokens
+            if room < 1:
+                raise ValueError(
+                    f"max_gen_toks: {max_new_tokens} leaves no room for a prompt in the model's "
+                    f"context of {self._run.model.config.max_seq_len}, give --gen_tokens"
+                )
+            generation = Generation(
+                self._run.model,
+                [self.tok_encode(requests[i].args[0])[-room:] for i in indices],
+                self._strategy,
+                max_new_tokens=max_new_tokens,
+                batch_size=self._batch,
+                stop_tokens=[self.eot_token_id],
+                sampling=Sampling(temperature=temperature, top_p=top_p),
+            ).finish()
+            for i, tokens in zip(indices, generation.tokens, strict=True):
+                text = self._run.tokenizer.decode([t for t in tokens if t != self.eot_token_id])
+                texts[i] = _cut(text, requests[i].args[1].get("until", ()))
+        return texts
+
+
+def _generation_settings(options: dict[str, Any]) -> tuple[int, float, float | None]:
+    """Return what the harness's options say: most tokens, temperature, top_p."""
+    samples = options.get("do_sample", options.get("temperature", 0.0) > 0)
+    temperature = float(options.get("temperature", 1.0)) if samples else 0.0
+    most = int(options.get("max_gen_toks", _MAX_GEN_TOKS))
+    return most, temperature, options.get("top_p") if samples else None
+
+
+def _cut(text: str, until: str | Sequence[str]) -> str:
+    for end in [until] if isinstance(until, str) else until:
+        text = text.split(end)[0] if end else text
+    return text
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        "inference.lm_harness",
+        description="Score a checkpoint on tasks of lm-evaluation-harness: likelihoods from any"
+        " exit, continuations by any strategy.",
+        example="--run outputs/demo --tasks lambada_openai --E 6 --strategy self_speculative",
+    )
+    parser.add_argument("--tasks", required=True, metavar="A,B", help="names the harness knows")
+    parser.add_argument(
+        "--include_path", type=Path, metavar="DIR", help="folder of further tasks, as .yaml"
+    )
+    parser.add_argument(
+        "--E", type=int, help="layers behind every likelihood; all of them if not given"
+    )
+    parser.add_argument(
+        "--strategy",
+        help="writes continuations; early_exit with --E layers if not given; of "
+        + ", ".join(STRATEGIES),
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="rows run at once")
+    parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
+    parser.add_argument("--num_fewshot", type=int, help="answered examples before each question")
+    parser.add_argument(
+        "--gen_tokens", type=int, help="most tokens of a continuation; the task's if not given"
+    )
+    add_compile_argument(parser)
+    return parser
+
+
+def lm_harness(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if TemplateLM is object:
+        raise ValueError("tasks: lm_eval is not installed, pip install -e .[lm_eval]")
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    run = decoding_run_from(args)
+    n_layers = run.model.config.n_layers
+    E = n_layers if args.E is None else args.E
+    strategy = EarlyExit(E=E) if args.strategy is None else parse_strategy(args.strategy)
+    strategy = strategy.filled(n_layers)
+    check_tokenizer(strategy, run)
+    model = HarnessModel(run, E=E, strategy=strategy, batch_size=args.batch_size)
+    manager = TaskManager(include_path=args.include_path and str(args.include_path))
+    tasks = args.tasks.split(",")
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ValueError(f"tasks: the harness knows no {', '.join(unknown)}, see lm-eval ls tasks")
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        gen_kwargs=None if args.gen_tokens is None else {"max_gen_toks": args.gen_tokens},
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    print(f"{run.checkpoint}, likelihoods after {E} layers, written by {describe(strategy)}")
+    rows = [
+        [task, *measure.split(",", 1)[:1], f"{value:.4f}"]
+        for task, measures in found["results"].items()
+        for measure, value in measures.items()
+        if isinstance(value, float)
+    ]
+    print(format_table(["task", "measure", "value"], rows))
+    header: dict[str, Any] = {
+        "checkpoint": str(run.checkpoint),
+        "E": E,
+        "strategy": describe(strategy),
+    }
+    write_json(args.json, header | {"results": found["results"]})
+
+
+def main() -> None:
+    """Enter from the command line."""
+    run_command(build_parser(), lm_harness)
+
+
+if __name__ == "__main__":
+    main()
