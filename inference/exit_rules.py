@@ -1,109 +1,30 @@
-"""Tokens that leave when an exit is sure: CALM and PABEE.
+"""When a token is sure enough to leave: CALM, PABEE and fitted gates.
 
-A row that has left keeps its hidden state while the others go on, so that the keys and values its
-later layers write are those of the state it left with: CALM's state propagation (arXiv 2207.07061,
-section 3.1). Rows of a batch leave each for itself, and get the tokens they would get alone.
+`row_exits` runs the layers; a rule here looks at one exit and says which rows leave.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from inference.sampling import sample
-from inference.state import Decoder, DecodeState, Round
+from inference.gates import Gate, load_gate
+from inference.jump import load_jump
+from inference.row_exits import (
+    ExitMap,
+    Rule,
+    Seen,
+    decode_until_sure,
+    exit_problems,
+    exits_from,
+)
+from inference.state import Decoder, DecodeState
 from models.llama import NOTHING, SkippedParts
 
-
-@dataclass(frozen=True)
-class Seen:
-    """What a rule may look at when a token is at an exit."""
-
-    h: Tensor
-    """(batch, dim), x_E."""
-    before: Tensor
-    """(batch, dim), x at the exit looked at before; x_0 at the first."""
-    logits: Callable[[], Tensor]
-    """Returns the exit's logits, (batch, vocab); the head is run only if this is called."""
-    new_tokens: Tensor
-    """(batch,) int64, tokens the row has been given before this one."""
-
-
-Rule = Callable[[Seen], Tensor]
-"""Says which rows leave: (batch,) bool."""
-
-
-def exits_from(first: int, interval: int, n_layers: int) -> range:
-    """Return the E at which a rule is asked; at the last layer every token leaves anyway."""
-    return range(first, n_layers, interval)
-
-
-def exit_problems(first: int, interval: int, n_layers: int) -> list[str]:
-    """Return what is wrong with where a rule is asked."""
-    found = []
-    if not 1 <= first <= n_layers:
-        found.append(f"first: {first}, give 1 to {n_layers} layers for this model")
-    if interval < 1:
-        found.append(f"interval: {interval}, give at least 1 layer")
-    return found
-
-
-def decode_until_sure(state: DecodeState, exits: range, new_rule: Callable[[], Rule]) -> Decoder:
-    """Return a decoder of one token a round, each row leaving at the first exit its rule says.
-
-    Args:
-        state: The batch.
-        exits: The E at which rows may leave, ascending.
-        new_rule: Called once a round; what it returns is asked at each exit in turn.
-    """
-    return partial(_decode_one, state, exits, new_rule)
-
-
-def _decode_one(state: DecodeState, exits: range, new_rule: Callable[[], Rule], room: int) -> Round:
-    n_layers, rule = state.model.config.n_layers, new_rule()
-    h = state.model.embed(state.pending[:, None])
-    left, layer, before = state.finished, 0, h
-    depths = torch.full_like(state.positions, n_layers)
-    logits = torch.zeros(len(h), state.model.config.vocab_size, dtype=h.dtype, device=h.device)
-    for E in exits:
-        h = _run(state, h, layer, E, left)
-        layer = E
-        head: list[Tensor] = []
-
-        def look(h: Tensor = h, head: list[Tensor] = head) -> Tensor:
-            head.append(state.logits(h)[:, 0])
-            return head[-1]
-
-        new_tokens = state.positions + 1 - state.prompt_lengths
-        leaves = rule(Seen(h[:, 0], before[:, 0], look, new_tokens)) & ~left
-        before = h
-        if not head and state.ask(leaves.any()):
-            look()
-        if head:
-            logits = torch.where(leaves[:, None], head[-1], logits)
-        depths = torch.where(leaves, E, depths)
-        left = left | leaves
-        if state.ask(left.all()):
-            state.write_keys_and_values(h, E, n_layers)
-            break
-    else:
-        h = _run(state, h, layer, n_layers, left)
-        logits = torch.where(left[:, None], logits, state.logits(h)[:, 0])
-    tokens = sample(state.filtered(logits[:, None]), state.generator)
-    none = torch.zeros_like(state.positions)
-    return Round(tokens, accepted=none, drafted=none, depths=depths[:, None])
-
-
-def _run(state: DecodeState, h: Tensor, start: int, stop: int, left: Tensor) -> Tensor:
-    """Run layers for the rows that have not left; the others write keys of the state they keep."""
-    if len(left) == 1:  # a row alone runs only while it has not left
-        return state.run(h, start, stop)
-    for l in range(start, stop):
-        h = torch.where(left[:, None, None], h, state.run(h, l, l + 1))
-    return h
+TRAINED_BY = "give a file that python -m inference.train_gate wrote"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +36,10 @@ class Calm:
     """
 
     name: ClassVar[str] = "calm"
-    confidence: Literal["gap", "similarity"] = "gap"
+    confidence: Literal["gap", "similarity", "gate"] = "gap"
     """gap: the two largest probabilities of the exit, one less the other. similarity: the cosine
-    of its hidden state and that of the exit before, which needs no head."""
+    of its hidden state and that of the exit before. gate: what a fitted classifier says. The last
+    two need no head at an exit."""
     threshold: float = 0.9
     """lambda; above 1 no token leaves early."""
     tau: float | None = None
@@ -129,6 +51,10 @@ class Calm:
     """Layers before the first exit."""
     interval: int = 1
     """Layers from one exit to the next."""
+    gate: Path | None = None
+    """The classifier: a file that inference.train_gate wrote."""
+    jump: Path | None = None
+    """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
     def filled(self, n_layers: int) -> "Calm":
         """Return itself: nothing is open."""
@@ -143,6 +69,9 @@ class Calm:
             found.append(f"tau: {self.tau}, give at least 0")
         if self.length < 1:
             found.append(f"length: {self.length}, give at least 1 token")
+        if (self.confidence == "gate") != (self.gate is not None):
+            remedy = TRAINED_BY if self.gate is None else "it needs confidence=gate"
+            found.append(f"gate: {self.gate or 'none'}, {remedy}")
         return found
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
@@ -152,10 +81,20 @@ class Calm:
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         exits = exits_from(self.first, self.interval, state.model.config.n_layers)
-        return decode_until_sure(state, exits, lambda: self.leaves)
+        exit_map = _exit_map(self.jump, state)
+        if self.gate is None:
+            return decode_until_sure(state, exits, lambda: self.leaves, exit_map)
+        gate = load_gate(self.gate, state.model)
+        sees_first = exits.start == gate.exits.start or gate.form != "multinomial"
+        if not sees_first or not set(exits) <= set(gate.exits):
+            raise ValueError(
+                f"gate: {self.gate} was fitted for first={gate.exits.start}"
+                f":interval={gate.exits.step}, give these to calm or fit another"
+            )
+        return decode_until_sure(state, exits, lambda: _Gating(gate, self.threshold_at), exit_map)
 
     def leaves(self, seen: Seen) -> Tensor:
-        """Say which rows leave."""
+        """Say which rows leave, by what needs no file."""
         if self.confidence == "gap":
             confidence = softmax_gap(seen.logits())
         else:
@@ -190,6 +129,8 @@ class Patience:
     """Layers before the first exit."""
     interval: int = 1
     """Layers from one exit to the next."""
+    jump: Path | None = None
+    """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
     def filled(self, n_layers: int) -> "Patience":
         """Return itself: nothing is open."""
@@ -209,7 +150,8 @@ class Patience:
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         exits = exits_from(self.first, self.interval, state.model.config.n_layers)
-        return decode_until_sure(state, exits, lambda: _Patient(self.patience))
+        exit_map = _exit_map(self.jump, state)
+        return decode_until_sure(state, exits, lambda: _Patient(self.patience), exit_map)
 
 
 class _Patient:
@@ -226,3 +168,63 @@ class _Patient:
         self._times = (self._times + 1) * same
         self._said = said
         return self._times >= self._patience
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """Leave at the first exit where a fitted classifier is sure enough.
+
+    BERxiT (2021.eacl-main.8), CALM's classifier, the Depth-Adaptive Transformer (arXiv 1910.10073):
+    see `gates.Form`. The file says at which exits it is asked.
+    """
+
+    name: ClassVar[str] = "gate"
+    path: Path | None = None
+    """The classifier: a file that inference.train_gate wrote."""
+    threshold: float = 0.5
+    """Score in [0, 1] at which a token leaves; above 1 none does."""
+    jump: Path | None = None
+    """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
+
+    def filled(self, n_layers: int) -> "Gated":
+        """Return itself: nothing is open."""
+        return self
+
+    def problems(self, n_layers: int) -> list[str]:
+        """Return what is wrong with the settings."""
+        found = [] if self.path is not None else [f"path: none, {TRAINED_BY}"]
+        if not self.threshold >= 0.0:
+            found.append(f"threshold: {self.threshold}, give at least 0")
+        return found
+
+    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+        """Return all layers."""
+        return n_layers, NOTHING
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Begin to decode."""
+        assert self.path is not None
+        gate = load_gate(self.path, state.model)
+
+        def new_rule() -> Rule:
+            return _Gating(gate, lambda t: torch.full(t.shape, self.threshold, device=t.device))
+
+        return decode_until_sure(state, gate.exits, new_rule, _exit_map(self.jump, state))
+
+
+class _Gating:
+    """Asks a classifier about one token of each row, and keeps its state at the first exit."""
+
+    def __init__(self, gate: Gate, threshold_at: Callable[[Tensor], Tensor]) -> None:
+        self._gate, self._threshold_at = gate, threshold_at
+        self._h_first: Tensor | None = None
+
+    def __call__(self, seen: Seen) -> Tensor:
+        if self._h_first is None:
+            self._h_first = seen.h
+        score = self._gate.score(seen.E, seen.h, self._h_first)
+        return score >= self._threshold_at(seen.new_tokens)
+
+
+def _exit_map(path: Path | None, state: DecodeState) -> ExitMap | None:
+    return None if path is None else load_jump(path, state.model)

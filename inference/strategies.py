@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from inference.autoregressive import Autoregressive, EarlyExit
 from inference.dynamic import Dynamic
-from inference.exit_rules import Calm, Patience
+from inference.exit_rules import Calm, Gated, Patience
 from inference.free import Free
+from inference.jump import Jump
 from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
 from inference.skip_draft import SkipDraft
@@ -27,6 +28,8 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Speculative,
         Calm,
         Patience,
+        Gated,
+        Jump,
         Free,
         Unified,
         SkipDecode,
