@@ -51,7 +51,8 @@ class PrepareConfig:
     input: tuple[str, ...]
     """Files, folders, globs, or "embedded"."""
     tokenizer: Path | None = None
-    """A SentencePiece model, or None to train one."""
+    """A SentencePiece model, or a tokenizer.json with its tokenizer_config.json beside it; None
+    trains one."""
     vocab_size: int | None = None
     """Size of the tokenizer to train; None exactly when `tokenizer` is given."""
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION
@@ -189,7 +190,7 @@ def _fill(
         train_tokenizer(survey.sample, config.vocab_size, tokenizer_path)
     else:
         assert config.tokenizer is not None
-        shutil.copyfile(config.tokenizer, tokenizer_path)
+        tokenizer_path.write_bytes(Tokenizer(config.tokenizer).serialized)
     tokenizer = Tokenizer(tokenizer_path)
     return Dataset(
         path=folder,

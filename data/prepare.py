@@ -74,7 +74,11 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     )
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
-        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model"
+        "--tokenizer",
+        type=Path,
+        metavar="MODEL",
+        help="use this SentencePiece model, or this Hugging Face tokenizer.json (with the "
+        "tokenizer_config.json beside it, which names BOS and EOS)",
     )
     tokenizer.add_argument(
         "--vocab_size",

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by a SentencePiece model.
+"""Text to token ids and back, by a SentencePiece model or a Hugging Face `tokenizer.json`.
 
 A tokenizer that `train_tokenizer` makes loses nothing: `decode(encode(text)) == text` for every
 text but one character, U+2581, which SentencePiece itself uses to write a space and gives back
@@ -14,6 +14,14 @@ from pathlib import Path
 
 import sentencepiece
 
+from data.token_models import (
+    JsonModel,
+    SentencePieceModel,
+    TokenModel,
+    is_json,
+    with_special_tokens,
+)
+
 # Text is encoded in pieces of at least this many characters that end at white space: one call on
 # a long string is up to four times slower per byte, one call per line is slower again.
 _PIECE_CHARS = 1000
@@ -21,21 +29,24 @@ _PIECE_CHARS = 1000
 # A longer piece is cut all the same: SentencePiece needs about 60 bytes of memory per byte of text.
 _LONGEST_PIECE_CHARS = 65536
 
-_BEFORE_SPACES = re.compile(r"(?<! ) (?=.)", re.DOTALL)
-_WRITTEN_SPACE = "\u2581"
+_BEFORE_SPACES = re.compile(r"(?<=[^ ]) (?=.)", re.DOTALL)
+
+# The patterns that cut text before its merges, in a tokenizer.json, all cut here.
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 # SentencePiece leaves out training lines longer than its limit, so longer lines are cut here.
 _TRAINING_LINE_CHARS = 4096
 
 
 class Tokenizer:
-    """A SentencePiece model, loaded from one file; pickles as the path of that file.
+    """A tokenizer, loaded from one file; pickles as the path of that file.
 
     Args:
-        path: the SentencePiece model, with a BOS and an EOS id.
+        path: a SentencePiece model, or a tokenizer.json with its tokenizer_config.json beside it,
+            with a BOS and an EOS id.
 
     Raises:
-        ValueError: the file is missing, is no SentencePiece model, or has no BOS or EOS.
+        ValueError: the file is missing, is no tokenizer, or has no BOS or EOS.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,29 +54,33 @@ class Tokenizer:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(
-                f"tokenizer {self.path} is not a file, give a SentencePiece .model file"
+                f"tokenizer {self.path} is not a file, give a SentencePiece .model file or a"
+                " tokenizer.json"
             )
-        serialized = self.path.read_bytes()
-        self.fingerprint = hashlib.sha256(serialized).hexdigest()
-        """sha256 of the bytes of the model file, in hex."""
-        self._processor = sentencepiece.SentencePieceProcessor()
+        self.serialized = with_special_tokens(self.path)
+        """The bytes to keep: the file itself, or the one file a tokenizer.json becomes."""
+        self.fingerprint = hashlib.sha256(self.serialized).hexdigest()
+        """sha256 of `serialized`, in hex."""
         try:
-            self._processor.load_from_serialized_proto(serialized)
-        except RuntimeError as error:
-            raise ValueError(
-                f"tokenizer {self.path} is not a SentencePiece model, give one (a .model file)"
-            ) from error
-        self.vocab_size = int(self._processor.vocab_size())
-        self.bos_id = int(self._processor.bos_id())
-        self.eos_id = int(self._processor.eos_id())
+            self.model: TokenModel = self._load()
+        except ValueError as error:
+            raise ValueError(f"tokenizer {self.path} {error}") from error
+        self.vocab_size = self.model.vocab_size
+        self.bos_id = self.model.bos_id
+        self.eos_id = self.model.eos_id
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(
                 f"tokenizer {self.path} has bos_id {self.bos_id} and eos_id {self.eos_id},"
                 " give a model that has both"
             )
-        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        pieces = self.model.pieces()
+        self._spaces = _BETWEEN_WORDS if isinstance(self.model, JsonModel) else _BEFORE_SPACES
         self._splits_at_newlines = self._newlines_stand_alone(pieces)
         self._dropped_at_spaces = self._dropped_when_cut_at_spaces(pieces)
+
+    def _load(self) -> TokenModel:
+        kind = JsonModel if is_json(self.serialized) else SentencePieceModel
+        return kind(self.serialized)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path]]:
         """Pickle as the path, so that another process loads the file itself."""
@@ -87,7 +102,7 @@ class Tokenizer:
         start = 0
         while start < len(text):
             end, following = self._cut(text, start)
-            yield self._processor.encode(text[start:end])
+            yield self.model.encode(text[start:end])
             start = following
 
     def _cut(self, text: str, start: int) -> tuple[int, int]:
@@ -98,14 +113,14 @@ class Tokenizer:
             if newline >= 0:
                 return newline + 1, newline + 1
         if self._dropped_at_spaces is not None:
-            space = _BEFORE_SPACES.search(text, start + _PIECE_CHARS, limit)
+            space = self._spaces.search(text, start + _PIECE_CHARS, limit)
             if space:
                 return space.start(), space.start() + self._dropped_at_spaces
         return limit, limit
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`; BOS and EOS give nothing, torn UTF-8 gives U+FFFD."""
-        return str(self._processor.decode(ids))
+        return self.model.decode(ids)
 
     def _newlines_stand_alone(self, pieces: list[str]) -> bool:
         """Whether text cut after any newline encodes to the same ids as the whole.
@@ -116,19 +131,19 @@ class Tokenizer:
         if any("\n" in piece for piece in pieces):
             return False
         probe = "a \n  b\n\n\tc \n"
-        lines = chain.from_iterable(map(self._processor.encode, probe.splitlines(keepends=True)))
-        return bool(self._processor.encode(probe) == list(lines))
+        lines = chain.from_iterable(map(self.model.encode, probe.splitlines(keepends=True)))
+        return bool(self.model.encode(probe) == list(lines))
 
     def _dropped_when_cut_at_spaces(self, pieces: list[str]) -> int | None:
         """Return how many spaces to leave out when text is cut before spaces: 0, 1 or None.
 
         A dummy prefix gives one back. None: a cut there changes ids, for a token may cross it.
         """
-        if any(_WRITTEN_SPACE in piece.lstrip(_WRITTEN_SPACE) for piece in pieces):
+        if any(self._spaces.search(piece) for piece in pieces):
             return None
-        whole, first = map(self._processor.encode, ("a  b", "a"))
+        whole, first = map(self.model.encode, ("a  b", "a"))
         for dropped, rest in enumerate(("  b", " b")):
-            if whole == first + self._processor.encode(rest):
+            if whole == first + self.model.encode(rest):
                 return dropped
         return None
 

@@ -145,7 +145,9 @@ def build_parser() -> Parser:
         help="tokens to predict, in windows spread over the split; rounded down to whole windows",
     )
     parser.add_argument(
-        "--seq_len", type=int, help="tokens per window; as in training if not given"
+        "--seq_len",
+        type=int,
+        help="tokens per window; as in training if not given, or 2048 where that is not known",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="draw the loss at every exit here (PNG)"
@@ -206,8 +208,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _window(asked: int | None, run: Run) -> int:
-    seq_len: int = run.manifest.config["data"]["seq_len"] if asked is None else asked
     longest = run.model.config.max_seq_len
+    trained: int = run.manifest.config.get("data", {}).get("seq_len", min(longest, 2048))
+    seq_len = trained if asked is None else asked
     if not 1 <= seq_len <= longest:
         raise ValueError(f"seq_len: {seq_len}, give 1 to {longest}, the model's context")
     return seq_len

@@ -35,9 +35,12 @@ class Run:
         """Open the dataset at `path`, or the one the run was trained on.
 
         Raises:
-            ValueError: it is no dataset, or made with another tokenizer.
+            ValueError: it is no dataset, or made with another tokenizer; or none is known.
         """
-        folder = Path(self.manifest.config["data"]["path"]) if path is None else path
+        known = self.manifest.config.get("data", {}).get("path")
+        if path is None and known is None:
+            raise ValueError(f"data: {self.checkpoint} names none, give --data")
+        folder = Path(known) if path is None else path
         dataset = open_dataset(folder)
         if dataset.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise ValueError(

@@ -6,6 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from models.config import LlamaConfig
+from models.rope import RopeScaling
+
+ARCHITECTURE = "LlamaForCausalLM"
 
 _NAMES = {
     r"^tok_embeddings\.": "model.embed_tokens.",
@@ -56,3 +59,89 @@ def hugging_face_config(config: LlamaConfig) -> dict[str, Any]:
         "rope_parameters": rope,
         "tie_word_embeddings": config.tie_embeddings,
     }
+
+
+def config_json(
+    config: LlamaConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
+    """Return the content of `config.json`, for transformers 4 and 5 and what reads like them.
+
+    Args:
+        config: The shape of the model.
+        dtype: Of the weights, as torch names it.
+        bos_id: Token id, or None where there is no tokenizer.
+        eos_id: Likewise.
+    """
+    fields = hugging_face_config(config)
+    rope = fields["rope_parameters"]
+    scaled = rope["rope_type"] != "default"
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        **fields,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def llama_config(fields: dict[str, Any]) -> LlamaConfig:
+    """Return the shape a `config.json` describes.
+
+    Raises:
+        ValueError: Saying what in it is no Llama of ours.
+    """
+    if fields.get("model_type") != "llama":
+        raise ValueError(f"model_type {fields.get('model_type')!r} is not llama")
+    try:
+        rope = fields.get("rope_parameters") or {}
+        scaling = rope or fields.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        config = LlamaConfig(
+            dim=fields["hidden_size"],
+            n_layers=fields["num_hidden_layers"],
+            n_heads=fields["num_attention_heads"],
+            n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
+            ffn_dim=fields["intermediate_size"],
+            vocab_size=fields["vocab_size"],
+            max_seq_len=fields.get("max_position_embeddings", 2048),
+            norm_eps=fields.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
+            rope_scaling=_rope_scaling(scaling) if kind == "llama3" else None,
+            tie_embeddings=fields.get("tie_word_embeddings", False),
+        )
+        problems = config.problems()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"a field is missing or of another type ({error!r})") from error
+    head_dim = fields.get("head_dim") or config.head_dim
+    found = {
+        f"rope_type is {kind}, not default or llama3": kind not in ("default", "llama3"),
+        f"head_dim is {head_dim}, not hidden_size / num_attention_heads": not problems
+        and head_dim != config.head_dim,
+        "its rotation is partial": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "it is quantized": bool(fields.get("quantization_config")),
+        "its attention has biases": fields.get("attention_bias", False),
+        "its feed-forward layers have biases": fields.get("mlp_bias", False),
+        f"hidden_act is {fields.get('hidden_act')}, not silu": fields.get("hidden_act", "silu")
+        != "silu",
+    }
+    problems += [problem for problem, holds in found.items() if holds]
+    if problems:
+        raise ValueError(", ".join(problems))
+    return config
+
+
+def _rope_scaling(fields: dict[str, Any]) -> RopeScaling:
+    return RopeScaling(
+        factor=fields["factor"],
+        low_freq_factor=fields["low_freq_factor"],
+        high_freq_factor=fields["high_freq_factor"],
+        original_max_seq_len=fields["original_max_position_embeddings"],
+    )

@@ -1,0 +1,135 @@
+"""The tokenizer files of a Hugging Face folder: written, found, and proven to give our ids.
+
+Knows nothing of models.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from data.token_models import JsonModel
+from data.tokenizer import Tokenizer
+from data.tokenizer_json import special_tokens, tokenizer_json
+
+JSON_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
+SENTENCEPIECE_NAME = "tokenizer.model"
+
+PROOF_TEXTS = 2000
+"""Texts whose ids are compared before an export is published."""
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> None:
+    """Write what `AutoTokenizer` reads: our ids, with BOS before them.
+
+    A SentencePiece model becomes a tokenizer.json, see `data.tokenizer_json`, and lies beside it
+    as it is, for llama.cpp. Names of special tokens in a text stay text then, as they do here; a
+    tokenizer.json of others goes out as it came in, and transformers reads such names as tokens.
+
+    Raises:
+        ValueError: tokenizer.json cannot say what the SentencePiece model does.
+    """
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    if isinstance(tokenizer.model, JsonModel):
+        content = tokenizer.model.content
+        names = {"bos_token": tokenizer.model.bos_token, "eos_token": tokenizer.model.eos_token}
+    else:
+        content = tokenizer_json(tokenizer.serialized)
+        names = special_tokens(tokenizer.serialized)
+        config["split_special_tokens"] = True
+        (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.serialized)
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(json.dumps(config | names, indent=2) + "\n")
+
+
+def find_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """Return the tokenizer file of a Hugging Face folder.
+
+    Its SentencePiece model where it has one of the model's size, for that is what the other file
+    was made from; else its tokenizer.json.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    model = folder / SENTENCEPIECE_NAME
+    if model.is_file() and Tokenizer(model).vocab_size == vocab_size:
+        return model
+    for path in (folder / JSON_NAME, model):
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"tokenizer: {folder} has no {JSON_NAME} and no {SENTENCEPIECE_NAME}, name one with"
+        " --tokenizer"
+    )
+
+
+def prove_same_ids(tokenizer: Tokenizer, folder: Path) -> str:
+    """Compare the ids of `PROOF_TEXTS` seeded random texts with those of the files in `folder`.
+
+    Returns:
+        What was compared, for a reader.
+
+    Raises:
+        ValueError: a text has other ids.
+    """
+    encode, reader = _reader(folder)
+    unigram = b'"type": "Unigram"' in (folder / JSON_NAME).read_bytes()
+    ties = 0
+    for text in nasty_texts(PROOF_TEXTS, seed=0):
+        ours, theirs = [tokenizer.bos_id, *tokenizer.encode(text)], encode(text)
+        if ours == theirs:
+            continue
+        if not (unigram and len(ours) == len(theirs) and sorted(ours) == sorted(theirs)):
+            raise ValueError(
+                f"tokenizer: {folder / JSON_NAME} gives {text!r} ids {theirs[:20]} where"
+                f" {tokenizer.path} gives {ours[:20]}, so nothing was written; use another one"
+            )
+        ties += 1
+    rest = f" ({ties} of them but for ties of a unigram model)" if ties else ""
+    return f"token ids of {PROOF_TEXTS} texts equal {reader}{rest}"
+
+
+def _reader(folder: Path) -> tuple[Callable[[str], list[int]], str]:
+    """Return what encodes a text, BOS first, and whose it is."""
+    if find_spec("transformers"):
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return lambda text: list(tokenizer(text)["input_ids"]), "transformers'"
+    import tokenizers
+
+    plain = tokenizers.Tokenizer.from_file(str(folder / JSON_NAME))
+    plain.encode_special_tokens = True
+    return lambda text: list(plain.encode(text).ids), "tokenizers'"
+
+
+_PARTS = (
+    *(" ", "  ", "   ", " " * 7, " " * 16, " " * 33, "\n", "\r\n", "\t", "\t\t", "\x01", "\x7f"),
+    *("\x85", "\u2028", "\u00a0", "\u3000", "\u2581", "\u2581\u2581", "\ufeff", "\ufffd", "\u0301"),
+    *("e\u0301", "\u00e9", "\u65e5\u672c", "\U0001f389", "\U0001f469\u200d\U0001f467", "\ufb01"),
+    *("<", "<0x0A>", "the", " the", "self", "return", "==", "----", "...", "a", "ab", "aba"),
+    *("0", "12", "3.14", "__init__", "\\n", "\U0010ffff", "\u202e", "'s", "I'm"),
+)
+
+
+def nasty_texts(count: int, *, seed: int) -> Iterator[str]:
+    """Yield the empty text and random ones: white space, words, emoji, any character there is."""
+    draw = random.Random(seed)
+    yield ""
+    for _ in range(count - 1):
+        yield "".join(
+            draw.choice(_PARTS) if draw.random() < 0.8 else _any_character(draw)
+            for _ in range(draw.choice((1, 2, 4, 8, 20)))
+        )
+
+
+def _any_character(draw: random.Random) -> str:
+    return chr(draw.choice((draw.randrange(1, 0x300), draw.randrange(0xE000, 0x11000))))

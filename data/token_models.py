@@ -1,0 +1,148 @@
+"""The two kinds of tokenizer file: a SentencePiece model, and Hugging Face's `tokenizer.json`.
+
+Each is read from one string of bytes. Knows nothing of files, documents or where text is cut.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+
+_CONFIG = "tokenizer_config.json"
+
+# How vocabularies write white space: bytes as GPT-2 does, or as SentencePiece.
+_WRITTEN = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})
+
+
+class TokenModel(Protocol):
+    """What turns text into ids and back."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    """Negative where there is none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without BOS and EOS; names of special tokens are text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of some ids; BOS and EOS give nothing."""
+        ...
+
+    def pieces(self) -> list[str]:
+        """Return every token's text, white space as itself."""
+        ...
+
+
+class SentencePieceModel:
+    """A SentencePiece model.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def __init__(self, serialized: bytes) -> None:
+        """Load the model; see the class."""
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.load_from_serialized_proto(serialized)
+        except RuntimeError as error:
+            raise ValueError("is not a SentencePiece model, give one (a .model file)") from error
+        self.vocab_size = int(self._processor.vocab_size())
+        self.bos_id = int(self._processor.bos_id())
+        self.eos_id = int(self._processor.eos_id())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return list(self._processor.encode(text))
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of some ids."""
+        return str(self._processor.decode(ids))
+
+    def pieces(self) -> list[str]:
+        """Return every token's text."""
+        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        return [piece.replace("\u2581", " ") for piece in pieces]
+
+
+class JsonModel:
+    """A `tokenizer.json` with the names of its BOS and EOS, as `with_special_tokens` makes it.
+
+    Raises:
+        ValueError: it is none, or has no such tokens.
+    """
+
+    def __init__(self, serialized: bytes) -> None:
+        """Load the tokenizer; see the class."""
+        import tokenizers  # Imported here: only this kind of file needs it.
+
+        try:
+            content = json.loads(serialized)
+            self.bos_token, self.eos_token = content["bos_token"], content["eos_token"]
+            self.content: dict[str, Any] = content["tokenizer"]
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.content))
+        except Exception as error:  # The library raises bare Exceptions, and no other kind.
+            raise ValueError(f"is not a tokenizer.json ({error}), give one") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # A text may not write BOS.
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.bos_id, self.eos_id = map(self._id, (self.bos_token, self.eos_token))
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        return -1 if found is None else int(found)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of some ids."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def pieces(self) -> list[str]:
+        """Return every token's text."""
+        return [piece.translate(_WRITTEN) for piece in self._tokenizer.get_vocab()]
+
+
+def is_json(serialized: bytes) -> bool:
+    """Whether these bytes are of the JSON kind: a SentencePiece model never begins like this."""
+    return serialized.lstrip().startswith(b"{")
+
+
+def with_special_tokens(path: Path) -> bytes:
+    """Return a tokenizer's file as it is kept in datasets and checkpoints, one file by itself.
+
+    A `tokenizer.json` does not say which tokens are BOS and EOS: the `tokenizer_config.json` beside
+    it does, and {"bos_token", "eos_token", "tokenizer": its content} says both. Any other file is
+    returned as it is.
+
+    Raises:
+        ValueError: it is a tokenizer.json without such a file beside it.
+    """
+    serialized = path.read_bytes()
+    if not is_json(serialized):
+        return serialized
+    try:
+        content = json.loads(serialized)
+        if "tokenizer" in content:
+            return serialized
+        config = json.loads((path.parent / _CONFIG).read_text())
+        names = {name: _token_name(config[name]) for name in ("bos_token", "eos_token")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"tokenizer {path} names no bos_token and eos_token ({error!r}),"
+            f" put its {_CONFIG} beside it"
+        ) from error
+    return json.dumps(names | {"tokenizer": content}).encode()
+
+
+def _token_name(token: str | dict[str, Any]) -> str:
+    name = token["content"] if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise TypeError(f"{name} is no token")
+    return name

@@ -1,0 +1,293 @@
+"""Hugging Face folders to and from checkpoints of ours: `python -m models.convert --help`.
+
+What was written is read back and compared before it gets its name. The one file in this room that
+knows of tokenizers: a model comes and goes with its own.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from data.hugging_face import find_tokenizer, prove_same_ids, write_tokenizer
+from data.tokenizer import Tokenizer
+from models.checkpoint_format import TOKENIZER, find_checkpoint
+from models.config import LlamaConfig
+from models.model_card import write_model_card
+from models.plain_checkpoint import read_checkpoint, write_checkpoint
+from models.proof import our_logits, probe, prove_same_bits, prove_same_logits, transformers_logits
+from models.pruning import layers_to_keep, prune
+from models.publishing import published
+from models.safetensors_folder import read_config, read_weights, write_model
+
+HUGGING_FACE, SKIPSTONE = "hf", "skipstone"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_EXAMPLES = """\
+examples:
+  python -m models.convert --from hf --to skipstone Llama-3.2-1B outputs/llama3.2_1b \\
+      --max_seq_len 8192
+  python -m models.convert --from skipstone --to hf outputs/demo exports/demo --dtype bfloat16
+  python -m models.convert --from skipstone --to hf outputs/demo exports/draft --first_layers 2
+  python -m models.convert --from skipstone --to skipstone outputs/demo outputs/half \\
+      --layers every_other
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model as it was read, and what is known of it."""
+
+    config: LlamaConfig
+    state: dict[str, Tensor]
+    tokenizer: Tokenizer
+    logits: Tensor | None
+    """Transformers' logits of the whole model; None where it did not read it."""
+    training: dict[str, Any]
+    """The resolved configuration it was trained with; {} where not known."""
+    step: int
+    data_fingerprint: str
+    checkpoint: Path | None
+    """The checkpoint of these very weights; None where there is none."""
+    note: str = ""
+    """What was done to it since."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports a fault in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}, see --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = _Parser(
+        prog="python -m models.convert",
+        description="Convert a Llama with its tokenizer. The output appears when it is proven: all "
+        "tensors read back bit for bit, the same logits (transformers' where it is installed) and "
+        "the same token ids. Needs memory for the weights and one copy of them in fp32.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = (HUGGING_FACE, SKIPSTONE)
+    parser.add_argument("--from", dest="source", choices=kinds, required=True, help="of INPUT")
+    parser.add_argument("--to", dest="target", choices=kinds, required=True, help="of OUTPUT")
+    parser.add_argument(
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="Hugging Face folder with safetensors, or run folder (its newest checkpoint is read) "
+        "or checkpoint folder",
+    )
+    parser.add_argument(
+        "output", type=Path, metavar="OUTPUT", help="folder to make; must not exist or be empty"
+    )
+    parser.add_argument(
+        "--dtype", choices=[*DTYPES], help="round the weights to this; as they are if not given"
+    )
+    parser.add_argument(
+        "--max_shard_bytes",
+        type=int,
+        default=5_000_000_000,
+        metavar="N",
+        help="most bytes of one safetensors file (default: 5000000000)",
+    )
+    parser.add_argument(
+        "--max_seq_len",
+        type=int,
+        metavar="N",
+        help="context in tokens to write; the input's if not given. A preset's model must match",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece model or tokenizer.json (its tokenizer_config.json beside it); the "
+        "input's if not given",
+    )
+    layers = parser.add_mutually_exclusive_group()
+    layers.add_argument(
+        "--first_layers",
+        type=int,
+        metavar="E",
+        help="keep the first E layers alone: the exit of E layers, as a draft model",
+    )
+    layers.add_argument(
+        "--layers", metavar="LAYERS", help="keep every_other layer, or those given, as 0,2,5"
+    )
+    return parser
+
+
+def read_source(args: argparse.Namespace) -> Source:
+    """Read the input: weights, shape and tokenizer.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    if args.source == HUGGING_FACE:
+        config = read_config(args.input)
+        source = Source(
+            config=config,
+            state=read_weights(args.input, config),
+            tokenizer=Tokenizer(args.tokenizer or find_tokenizer(args.input, config.vocab_size)),
+            logits=transformers_logits(args.input, config, dtype),
+            training={},
+            step=0,
+            data_fingerprint="",
+            checkpoint=None,
+        )
+    else:
+        checkpoint = find_checkpoint(args.input)
+        manifest, state = read_checkpoint(checkpoint)
+        source = Source(
+            config=manifest.model,
+            state=state,
+            tokenizer=Tokenizer(args.tokenizer or checkpoint / TOKENIZER),
+            logits=None,
+            training=manifest.config,
+            step=manifest.step,
+            data_fingerprint=manifest.data_fingerprint,
+            checkpoint=checkpoint,
+        )
+    if source.tokenizer.vocab_size > source.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: {source.tokenizer.path} has {source.tokenizer.vocab_size} ids and the "
+            f"model {source.config.vocab_size}, give the one it was trained with"
+        )
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in source.state.items()}
+        source = replace(source, state=state)
+    return source
+
+
+def change(source: Source, args: argparse.Namespace) -> Source:
+    """Return the model to write: some layers of the source, with another context.
+
+    Raises:
+        ValueError: If it has no such layers, or the context is none.
+    """
+    if args.layers is not None:
+        source = keep_layers(source, layers_to_keep(args.layers, source.config.n_layers))
+    if args.first_layers is not None:
+        if not 1 <= args.first_layers <= source.config.n_layers:
+            raise ValueError(
+                f"first_layers: {args.first_layers}, give 1 to {source.config.n_layers}"
+            )
+        source = keep_layers(source, list(range(args.first_layers)))
+    if args.max_seq_len is not None:
+        config = replace(source.config, max_seq_len=args.max_seq_len)
+        if problems := config.problems():
+            raise ValueError("; ".join(problems))
+        same = probe(config).shape == probe(source.config).shape
+        source = replace(source, config=config, logits=source.logits if same else None)
+    if source.training:
+        training = source.training | {"model": asdict(source.config)}
+        source = replace(source, training=training)
+    return source
+
+
+def keep_layers(source: Source, keep: list[int]) -> Source:
+    """Return the model that has the layers `keep` alone, see `models.pruning`."""
+    config, state = prune(source.config, source.state, keep)
+    note = f"It has layers {', '.join(map(str, keep))} of a model of {source.config.n_layers}."
+    return replace(source, config=config, state=state, note=note, logits=None, checkpoint=None)
+
+
+def write_hugging_face(model: Source, folder: Path, max_shard_bytes: int) -> list[str]:
+    """Write a Hugging Face folder and return what was proven of it."""
+    write_model(
+        folder,
+        model.config,
+        model.state,
+        bos_id=model.tokenizer.bos_id,
+        eos_id=model.tokenizer.eos_id,
+        max_shard_bytes=max_shard_bytes,
+    )
+    write_tokenizer(model.tokenizer, folder, max_seq_len=model.config.max_seq_len)
+    write_model_card(
+        folder,
+        model.config,
+        training=model.training,
+        step=model.step,
+        checkpoint=model.checkpoint,
+        note=model.note,
+    )
+    config = read_config(folder)
+    assert config == model.config
+    state = read_weights(folder, config)
+    proven = [prove_same_bits(model.state, state)]
+    theirs = transformers_logits(folder, config, None)
+    found = our_logits(config, state) if theirs is None else theirs
+    reader = (
+        "ours, read back (transformers is not installed)" if theirs is None else "transformers'"
+    )
+    proven.append(prove_same_logits(expected_logits(model), found, reader=reader))
+    return [*proven, prove_same_ids(model.tokenizer, folder)]
+
+
+def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
+    """Write a checkpoint of weights alone and return what was proven of it.
+
+    Args:
+        model: What to write.
+        folder: Where to.
+        name: What to call it, where its training has not.
+    """
+    write_checkpoint(
+        folder,
+        model.config,
+        model.state,
+        step=model.step,
+        tokenizer=model.tokenizer.serialized,
+        config={"name": name} | model.training,
+        data_fingerprint=model.data_fingerprint,
+    )
+    manifest, state = read_checkpoint(folder)
+    assert manifest.model == model.config
+    assert Tokenizer(folder / TOKENIZER).fingerprint == manifest.tokenizer_fingerprint
+    reader = "ours" if model.logits is None else "transformers' of the input"
+    return [
+        prove_same_bits(model.state, state),
+        prove_same_logits(expected_logits(model), our_logits(manifest.model, state), reader=reader),
+    ]
+
+
+def expected_logits(model: Source) -> Tensor:
+    """Return what the written model must give: transformers' logits, or else our own."""
+    return our_logits(model.config, model.state) if model.logits is None else model.logits
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if args.max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: {args.max_shard_bytes}, give at least 1")
+    with published(args.output) as folder:
+        model = change(read_source(args), args)
+        if args.target == HUGGING_FACE:
+            proven = write_hugging_face(model, folder, args.max_shard_bytes)
+        else:
+            proven = write_skipstone(model, folder, args.output.name)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state.values()})
+    print(f"{args.output}: {model.config.n_layers} layers, {' and '.join(dtypes)}")
+    for line in proven:
+        print(f"  {line}")
+
+
+def main() -> None:
+    """Enter from the command line; a user's error becomes one line and exit code 2."""
+    try:
+        convert(build_parser().parse_args())
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The README.md of an export: how to decode with it, what each exit is worth, its recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from models.config import LlamaConfig
+from models.flops import total_params
+
+_SECTIONS = ("layer_dropout", "curriculum", "early_exit", "optim")
+_EXIT_LOSS = "validation/loss_exit_"
+
+
+def write_model_card(
+    folder: Path,
+    config: LlamaConfig,
+    *,
+    training: dict[str, Any],
+    step: int,
+    checkpoint: Path | None,
+    note: str,
+) -> None:
+    """Write README.md.
+
+    Args:
+        folder: Where to.
+        config: The shape of the exported model.
+        training: The resolved configuration it was trained with; {} where not known.
+        step: Optimizer steps behind it.
+        checkpoint: Of these very weights, in whose run the table is looked for; None has none.
+        note: What was done to the model since; may be empty.
+    """
+    name = training.get("name", "model")
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        "tags: [llama, early-exit, self-speculative-decoding]\n---",
+        f"# {name}",
+        f"A plain Llama of {total_params(config):,} parameters: {config.n_layers} layers, width "
+        f"{config.dim}, {config.n_heads} heads ({config.n_kv_heads} for keys and values), "
+        f"{config.vocab_size} tokens, context {config.max_seq_len}. {note}".rstrip(),
+        _usage(config.n_layers),
+    ]
+    if losses := {} if checkpoint is None else exit_losses(checkpoint, step):
+        parts.append(_table(losses))
+    if training:
+        parts.append(_recipe(training, step))
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _usage(n_layers: int) -> str:
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+out = model.generate(**inputs, max_new_tokens=50, do_sample=False, assistant_early_exit=E)
+print(tokenizer.decode(out[0], skip_special_tokens=True))
+```
+
+Every layer's output can be read through the one final norm and LM head. With
+`assistant_early_exit=E` the first E layers draft and all {n_layers} verify: the tokens are those
+of plain greedy decoding. E is 1 to {n_layers - 1}, and the batch must be 1. Without it, this is a
+Llama like any other. The tokenizer puts BOS first, as training did."""
+
+
+def exit_losses(checkpoint: Path, step: int) -> dict[int, float]:
+    """Return {l: validation loss in nats per token} of the exits, from the run of a checkpoint.
+
+    Of `metrics.jsonl` two folders up, the validation at exactly this step; {} where there is none.
+    """
+    path = checkpoint.parent.parent / "metrics.jsonl"
+    found: dict[int, float] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line a kill has torn
+            continue
+        if row.get("step") == step:
+            exits = {k: v for k, v in row.items() if k.startswith(_EXIT_LOSS)}
+            found |= {int(name.removeprefix(_EXIT_LOSS)): loss for name, loss in exits.items()}
+    return dict(sorted(found.items()))
+
+
+def _table(losses: dict[int, float]) -> str:
+    rows = [f"| {l + 1} | {loss:.4f} |" for l, loss in losses.items()]
+    head = "## Exits\n\n| layers run, E | validation loss, nats per token |\n|---|---|\n"
+    return head + "\n".join(rows)
+
+
+def _recipe(training: dict[str, Any], step: int) -> str:
+    lines = [f"- steps: {step}"]
+    data = training.get("data", {})
+    if "global_batch_size" in data and "seq_len" in data:
+        tokens = step * data["global_batch_size"] * data["seq_len"]
+        lines.append(f"- tokens: {tokens:,}, {data['seq_len']} in a sequence")
+    for section in _SECTIONS:
+        if fields := training.get(section):
+            lines.append(f"- {section}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
+    return "## Recipe\n\n" + "\n".join(lines)

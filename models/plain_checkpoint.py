@@ -1,0 +1,102 @@
+"""A checkpoint of weights alone: read as it is stored, and written by one process.
+
+`inference` decodes from what is written here and training starts from it
+(`checkpoint.init_from`); there is nothing in it to resume a run from. With `checkpoint_format`
+the only file outside `train/` that knows DCP.
+"""
+
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from models.checkpoint_format import (
+    TOKENIZER,
+    Manifest,
+    TensorReader,
+    check_tensors,
+    file_entry,
+    verify,
+)
+from models.config import LlamaConfig
+from models.llama import Llama
+
+_PREFIX = "model."
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """Return a checkpoint's manifest and its parameters, in the dtypes they are stored in.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or the tensors do not fit the manifest.
+    """
+    manifest = verify(checkpoint)
+    with torch.device("meta"):
+        expected = Llama(manifest.model).state_dict()
+    reader = TensorReader(checkpoint)
+    check_tensors(reader, _PREFIX, expected)
+    state = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if name.startswith(_PREFIX):
+            assert isinstance(entry, TensorStorageMetadata)
+            state[name.removeprefix(_PREFIX)] = torch.empty(
+                entry.size, dtype=entry.properties.dtype
+            )
+    with _alone():
+        load({"model": state}, storage_reader=reader, no_dist=True)
+    return manifest, {name: state[name] for name in expected}
+
+
+def write_checkpoint(
+    checkpoint: Path,
+    model: LlamaConfig,
+    state: dict[str, Tensor],
+    *,
+    step: int,
+    tokenizer: bytes,
+    config: dict[str, Any],
+    data_fingerprint: str,
+) -> None:
+    """Write a checkpoint into an empty folder, the manifest last.
+
+    Args:
+        checkpoint: The folder.
+        model: The shape of the model.
+        state: Its parameters; they are written in the dtypes they have.
+        step: Optimizer steps behind the weights, 0 where not known.
+        tokenizer: Content of the tokenizer's file.
+        config: The configuration the weights were trained with; {} where not known.
+        data_fingerprint: Of the data they were trained on; empty where not known.
+    """
+    with _alone():
+        save({"model": state}, storage_writer=FileSystemWriter(checkpoint), no_dist=True)
+    (checkpoint / TOKENIZER).write_bytes(tokenizer)
+    files = {path.name: file_entry(path) for path in sorted(checkpoint.iterdir())}
+    Manifest(
+        step=step,
+        model=model,
+        config=config,
+        tokenizer_fingerprint=str(files[TOKENIZER]["sha256"]),
+        data_fingerprint=data_fingerprint,
+        world_size=1,
+        versions={"python": platform.python_version(), "torch": version("torch")},
+        files=files,
+    ).write(checkpoint)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep DCP quiet about the missing process group, which is intended here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

@@ -1,0 +1,63 @@
+"""A smaller plain Llama out of some layers of a bigger one, with the same embedding and head."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from models.config import LlamaConfig
+
+EVERY_OTHER = "every_other"
+
+
+def layers_to_keep(text: str, n_layers: int) -> list[int]:
+    """Return the layer indices l that a text asks for.
+
+    Args:
+        text: "every_other" or indices such as "0,2,5". Every other one keeps l = 0, 2, 4, ... as
+            the strategy `pruned` does (LayerDrop, arXiv 1909.11556, drops l = 0, 2, ... instead).
+        n_layers: L of the model.
+
+    Raises:
+        ValueError: If they are not indices in ascending order.
+    """
+    if text == EVERY_OTHER:
+        return list(range(0, n_layers, 2))
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"layers: {text!r}, give {EVERY_OTHER} or indices such as 0,2,5")
+    return [int(word) for word in text.split(",")]
+
+
+def prune(
+    config: LlamaConfig, state: dict[str, Tensor], keep: Sequence[int]
+) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """Return the model that has the layers `keep` alone; tensors are shared.
+
+    Args:
+        config: The shape of the whole model.
+        state: Its parameters.
+        keep: Layer indices l to keep, ascending. The first E of a model trained with early exits
+            are its exit of E layers, and a draft model for it.
+
+    Raises:
+        ValueError: If they are not layers of the model in ascending order.
+    """
+    if (
+        not keep
+        or list(keep) != sorted(set(keep))
+        or not 0 <= keep[0] <= keep[-1] < config.n_layers
+    ):
+        raise ValueError(
+            f"layers: {','.join(map(str, keep)) or 'none'}, give some of "
+            f"0 to {config.n_layers - 1} in ascending order"
+        )
+    place = {l: index for index, l in enumerate(keep)}
+    kept = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+        if match is None:
+            kept[name] = tensor
+        elif int(match[1]) in place:
+            kept[f"layers.{place[int(match[1])]}.{match[2]}"] = tensor
+    return replace(config, n_layers=len(keep)), kept

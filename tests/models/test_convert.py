@@ -1,0 +1,279 @@
+"""A Llama comes in from Hugging Face's format and goes out again, bit for bit, or not at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import models.convert
+from models.checkpoint_format import load_model, read_manifest
+from models.convert import build_parser, convert, main
+from models.hugging_face import hugging_face_name
+from models.rope import RopeScaling
+from models.safetensors_folder import CONFIG, INDEX, read_config
+from tests.data.conftest import tokenizer_path  # noqa: F401
+from tests.data.test_token_models import write_llama3_tokenizer
+from tests.models.test_llama import build
+from train.resume import load_initial_weights
+from train.runtime import RuntimeConfig, start_runtime
+
+transformers = pytest.importorskip("transformers")
+
+
+def make_folder(path, *, dtype, shard_size, **changes):
+    """Write a seeded random Llama as transformers does."""
+    fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    fields |= {"num_attention_heads": 4, "max_position_embeddings": 96}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**(fields | changes))
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(path, max_shard_size=shard_size)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory, tokenizer_path):  # noqa: F811
+    path = tmp_path_factory.mktemp("llama2") / "hf"
+    make_folder(path, dtype=torch.float32, shard_size="1GB", vocab_size=320)
+    shutil.copy(tokenizer_path, path / "tokenizer.model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama3") / "hf"
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    make_folder(
+        path,
+        dtype=torch.bfloat16,
+        shard_size="20KB",
+        vocab_size=400,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+    )
+    write_llama3_tokenizer(path)
+    return path
+
+
+def run(source, target, input_, output, *options):
+    words = ["--from", source, "--to", target, str(input_), str(output), *map(str, options)]
+    convert(build_parser().parse_args(words))
+
+
+def tensors(folder):
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
+        for name in a
+    )
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_a_folder_of_transformers_goes_round_bit_for_bit(request, tmp_path, capsys, name):
+    folder = request.getfixturevalue(name)
+    run("hf", "skipstone", folder, tmp_path / "ours")
+    assert "logits equal transformers' of the input" in capsys.readouterr().out
+    run("skipstone", "hf", tmp_path / "ours", tmp_path / "hf", "--max_shard_bytes", 30_000)
+    assert "logits equal transformers'" in capsys.readouterr().out
+    assert (tmp_path / "hf" / INDEX).is_file()
+    assert same_bits(tensors(folder), tensors(tmp_path / "hf"))
+    before, after = (
+        transformers.AutoConfig.from_pretrained(path).to_dict()
+        for path in (folder, tmp_path / "hf")
+    )
+    tokens = {"bos_token_id", "eos_token_id", "_name_or_path", "torch_dtype"}
+    assert {k: v for k, v in before.items() if k not in tokens} == {
+        k: after[k] for k in before if k not in tokens
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def test_llama3s_properties_come_in(llama3, tmp_path):
+    run("hf", "skipstone", llama3, tmp_path / "ours", "--max_seq_len", 64)
+    config = read_manifest(tmp_path / "ours").model
+    assert (config.n_kv_heads, config.tie_embeddings, config.max_seq_len) == (2, True, 64)
+    assert config.rope_scaling == RopeScaling(original_max_seq_len=32)
+    assert config.rope_theta == 5e5
+
+
+def test_an_older_config_says_the_same(llama3, tmp_path):
+    """Of transformers 4: rope_theta and rope_scaling at the top."""
+    fields = json.loads((llama3 / CONFIG).read_text())
+    rope = fields.pop("rope_parameters")
+    fields |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    assert read_config(tmp_path) == read_config(llama3)
+
+
+def test_rounding_is_the_weights_own(llama2, tmp_path):
+    run("hf", "skipstone", llama2, tmp_path / "ours", "--dtype", "bfloat16")
+    run("skipstone", "hf", tmp_path / "ours", tmp_path / "hf")
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors(llama2).items()}
+    assert same_bits(rounded, tensors(tmp_path / "hf"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (("--first_layers", 2), [0, 1]),
+        (("--layers", "every_other"), [0, 2]),
+        (("--layers", "2"), [2]),
+    ],
+)
+def test_a_pruned_model_has_those_layers_and_the_rest(llama2, tmp_path, options, kept):
+    run("hf", "skipstone", llama2, tmp_path / "ours", *options)
+    small = load_model(tmp_path / "ours", device=torch.device("cpu"), dtype=torch.float32)
+    theirs = tensors(llama2)
+    assert small.config.n_layers == len(kept)
+    for place, l in enumerate(kept):
+        name = "mlp.down_proj.weight"
+        expected = theirs[f"model.layers.{l}.{name}"]
+        assert torch.equal(small.block(place).feed_forward.w2.weight, expected)
+    assert torch.equal(small.head_weight, theirs["lm_head.weight"])
+
+
+def broken(folder, path, change):
+    shutil.copytree(folder, path)
+    change(path)
+    return path
+
+
+def edit_config(**changes):
+    def change(folder):
+        fields = json.loads((folder / CONFIG).read_text()) | changes
+        (folder / CONFIG).write_text(json.dumps(fields))
+
+    return change
+
+
+def to_float8(folder):
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(state, folder / "model.safetensors")
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def without_a_tensor(folder):
+    state = load_file(folder / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (edit_config(model_type="mistral"), "model_type 'mistral' is not llama"),
+        (edit_config(attention_bias=True), "its attention has biases"),
+        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type is yarn"),
+        (edit_config(head_dim=16), "head_dim is 16"),
+        (edit_config(hidden_size="32"), "is not a Llama in Hugging Face's format"),
+        (edit_config(num_hidden_layers=4), "it lacks"),
+        (lambda folder: (folder / CONFIG).unlink(), "no config.json"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "is not a Llama"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "save it as safetensors"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "name one with --tokenizer"),
+        (to_float8, "model.norm.weight in F8_E4M3, which is not read"),
+        (cut_short, "is damaged"),
+        (without_a_tensor, "it lacks [('model.norm.weight', (32,))]"),
+    ],
+)
+def test_a_folder_that_is_no_llama_is_one_line(
+    llama2, tmp_path, capsys, monkeypatch, change, reason
+):
+    folder = broken(llama2, tmp_path / "hf", change)
+    words = ["convert", "--from", "hf", "--to", "skipstone", str(folder), str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert reason in error
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_missing_shards_are_named(llama3, tmp_path):
+    shards = len(list(llama3.glob("*.safetensors")))
+    name = f"model-00002-of-{shards:05d}.safetensors"
+    folder = broken(llama3, tmp_path / "hf", lambda path: (path / name).unlink())
+    with pytest.raises(ValueError, match=rf"lacks 1 of {shards} shards \({name}\)"):
+        run("hf", "skipstone", folder, tmp_path / "out")
+
+
+def test_what_is_not_proven_is_not_published(llama2, tmp_path, monkeypatch):
+    honest = models.convert.our_logits
+    monkeypatch.setattr(models.convert, "our_logits", lambda *args: honest(*args) + 1e-3)
+    with pytest.raises(ValueError, match="logits differ by 0.001"):
+        run("hf", "skipstone", llama2, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_bit_is_not_published(llama2, tmp_path, monkeypatch):
+    honest = models.convert.read_checkpoint
+
+    def flipped(folder):
+        manifest, state = honest(folder)
+        state["norm.weight"].view(torch.int32)[3] ^= 1
+        return manifest, state
+
+    monkeypatch.setattr(models.convert, "read_checkpoint", flipped)
+    with pytest.raises(ValueError, match=r"norm\.weight is not what was written"):
+        run("hf", "skipstone", llama2, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--first_layers", 0), "first_layers: 0, give 1 to 3"),
+        (("--first_layers", 4), "first_layers: 4, give 1 to 3"),
+        (("--layers", "1,0"), "in ascending order"),
+        (("--layers", "1,3"), "give some of 0 to 2"),
+        (("--layers", "some"), "give every_other or indices"),
+        (("--max_seq_len", 1), "must be at least 2"),
+        (("--max_shard_bytes", 0), "give at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(llama2, tmp_path, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        run("hf", "skipstone", llama2, tmp_path / "out", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(llama2, tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        run("hf", "skipstone", llama2, tmp_path)
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_is_refused(llama2, llama3, tmp_path):
+    with pytest.raises(ValueError, match="has 400 ids and the model 320"):
+        run("hf", "skipstone", llama2, tmp_path / "out", "--tokenizer", llama3 / "tokenizer.json")
+
+
+def test_training_starts_from_what_came_in(llama3, tmp_path):
+    run("hf", "skipstone", llama3, tmp_path / "ours")
+    model = build(read_config(llama3), seed=3)
+    with start_runtime(RuntimeConfig(), seed=0) as runtime:
+        load_initial_weights(str(tmp_path / "ours"), model, runtime=runtime)
+    theirs = tensors(llama3)  # bf16, and the model to train fp32
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, theirs[hugging_face_name(name)].float())
