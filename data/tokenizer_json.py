@@ -13,7 +13,6 @@ from sentencepiece import sentencepiece_model_pb2
 _SPACE = "\u2581"
 _BPE, _UNIGRAM = 2, 1
 _NORMAL, _UNKNOWN, _USER_DEFINED, _BYTE = 1, 2, 4, 6
-_USER_BONUS = 0.1
 
 # Rust's unigram has no reserved pieces: these names in a text would be read as the pieces
 # themselves. A score far below that of any way to spell them keeps them out.
@@ -157,15 +156,9 @@ def _bpe(proto: Any) -> dict[str, Any]:
 def _unigram(proto: Any) -> dict[str, Any]:
     scores = [piece.score for piece in proto.pieces if piece.type == _NORMAL]
     reserved = min(scores) * _LONGEST_RESERVED - 1e4
-    rows = []
-    for piece in proto.pieces:
-        if piece.type == _NORMAL:
-            score = piece.score
-        elif piece.type == _USER_DEFINED:  # unigram_model.cc: length in bytes, always selected
-            score = len(piece.piece.encode()) * max(scores) - _USER_BONUS
-        else:
-            score = reserved
-        rows.append([piece.piece, score])
+    rows = [
+        [piece.piece, piece.score if piece.type == _NORMAL else reserved] for piece in proto.pieces
+    ]
     unk_id = proto.trainer_spec.unk_id
     return {"type": "Unigram", "unk_id": unk_id, "vocab": rows, "byte_fallback": True}
 

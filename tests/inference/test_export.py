@@ -22,9 +22,10 @@ def run(source, target, *words):
 def export(run_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "hf"
     losses = {f"validation/loss_exit_{l:02d}": 5.0 - l for l in range(4)}
-    rows = [{"step": 6} | dict.fromkeys(losses, 9.0), {"step": 7} | losses]
+    others = dict.fromkeys(losses, 9.0)
+    rows = [{"step": 6} | others, {"step": 7} | losses, {"step": 8} | others]
     metrics = run_folder / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "torn')
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "torn')
     run("skipstone", "hf", run_folder, folder)
     metrics.unlink()
     return folder

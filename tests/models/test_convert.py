@@ -116,6 +116,25 @@ def test_an_older_config_says_the_same(llama3, tmp_path):
     assert read_config(tmp_path) == read_config(llama3)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_that_was_saved_must_be_the_embedding(llama3, tmp_path, same):
+    def change(folder):
+        state = tensors(folder)
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["lm_head.weight"][0, 0] += 0 if same else 1
+        save_file(state, folder / "model.safetensors")
+
+    folder = broken(llama3, tmp_path / "hf", change)
+    if not same:
+        with pytest.raises(ValueError, match="another lm_head.weight"):
+            run("hf", "skipstone", folder, tmp_path / "ours")
+        return
+    run("hf", "skipstone", folder, tmp_path / "ours")
+    assert read_manifest(tmp_path / "ours").model == read_config(llama3)
+
+
 def test_rounding_is_the_weights_own(llama2, tmp_path):
     run("hf", "skipstone", llama2, tmp_path / "ours", "--dtype", "bfloat16")
     run("skipstone", "hf", tmp_path / "ours", tmp_path / "hf")
