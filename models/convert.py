@@ -6,6 +6,7 @@ knows of tokenizers: a model comes and goes with its own.
 
 import argparse
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +25,13 @@ from models.pruning import layers_to_keep, prune
 from models.publishing import published
 from models.safetensors_folder import read_config, read_weights, write_model
 
-HUGGING_FACE, SKIPSTONE = "hf", "skipstone"
+HUGGING_FACE, SKIPSTONE = KINDS = "hf", "skipstone"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_DESCRIPTION = """\
+Convert a Llama with its tokenizer. The output appears when it is proven: all tensors read back bit
+for bit, the same logits (transformers' where it is installed) and the same token ids. Needs memory
+for the weights and one copy of them in fp32."""
 
 _EXAMPLES = """\
 examples:
@@ -58,26 +64,23 @@ class Source:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports a fault in one line."""
+    """A parser that leaves the reporting of errors to `main`."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}, see --help\n")
+        raise ValueError(f"{message}, see --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = _Parser(
         prog="python -m models.convert",
-        description="Convert a Llama with its tokenizer. The output appears when it is proven: all "
-        "tensors read back bit for bit, the same logits (transformers' where it is installed) and "
-        "the same token ids. Needs memory for the weights and one copy of them in fp32.",
+        description=textwrap.fill(_DESCRIPTION, 79),
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    kinds = (HUGGING_FACE, SKIPSTONE)
-    parser.add_argument("--from", dest="source", choices=kinds, required=True, help="of INPUT")
-    parser.add_argument("--to", dest="target", choices=kinds, required=True, help="of OUTPUT")
+    parser.add_argument("--from", dest="source", choices=KINDS, required=True, help="of INPUT")
+    parser.add_argument("--to", dest="target", choices=KINDS, required=True, help="of OUTPUT")
     parser.add_argument(
         "input",
         type=Path,
@@ -111,6 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="SentencePiece model or tokenizer.json (its tokenizer_config.json beside it); the "
         "input's if not given",
     )
+    _add_layers_arguments(parser)
+    return parser
+
+
+def _add_layers_arguments(parser: argparse.ArgumentParser) -> None:
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument(
         "--first_layers",
@@ -121,7 +129,6 @@ def build_parser() -> argparse.ArgumentParser:
     layers.add_argument(
         "--layers", metavar="LAYERS", help="keep every_other layer, or those given, as 0,2,5"
     )
-    return parser
 
 
 def read_source(args: argparse.Namespace) -> Source:
@@ -187,10 +194,9 @@ def change(source: Source, args: argparse.Namespace) -> Source:
             raise ValueError("; ".join(problems))
         same = probe(config).shape == probe(source.config).shape
         source = replace(source, config=config, logits=source.logits if same else None)
-    if source.training:
-        training = source.training | {"model": asdict(source.config)}
-        source = replace(source, training=training)
-    return source
+    if not source.training:
+        return source
+    return replace(source, training=source.training | {"model": asdict(source.config)})
 
 
 def keep_layers(source: Source, keep: list[int]) -> Source:
