@@ -25,6 +25,8 @@ examples:
   python -m data.prepare --input 'books/*.txt' more.jsonl.gz --output datasets/books
   python -m data.prepare --input news.parquet --text_field body --output datasets/news \\
       --tokenizer datasets/books/tokenizer.model
+  python -m data.prepare --input hf:saved_folder:train --output datasets/more \\
+      --tokenizer Llama-3.2-1B/tokenizer.json
 """
 
 
@@ -56,7 +58,9 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=f"files ({' '.join(SUFFIXES)}), folders (recursive, without hidden entries), globs, "
         "or the word embedded: the sources of the running Python and of torch, about 58 MB that "
-        "need no download; JSON lines and Parquet hold a document per row, other files one each",
+        "need no download, or hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that its "
+        "save_to_disk wrote or a name on the hub, streamed twice (split train if not given); "
+        "JSON lines and Parquet hold a document per row, other files one each",
     )
     parser.add_argument(
         "--text_field",

@@ -1,4 +1,4 @@
-"""Reading documents out of files: text, source code, JSON lines, Parquet.
+"""Reading documents out of files: text, source code, JSON lines, Parquet, saved datasets.
 
 Yields documents one by one in a fixed order. What cannot be used is skipped, counted by reason
 and reported with its file and line. Knows nothing of tokens.
@@ -19,6 +19,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from data.faults import EMPTY, UNKNOWN_KIND, Faults
+from data.hugging_face_datasets import PREFIX, read_rows
 
 EMBEDDED = "embedded"
 """The input that is always there: the sources of the running Python and of torch."""
@@ -54,7 +55,8 @@ def read_documents(
     """Yield the documents of all inputs, in the order given and sorted within each.
 
     Args:
-        inputs: files, folders (recursive, without hidden entries), globs, or `embedded`.
+        inputs: files, folders (recursive, without hidden entries), globs, `embedded`, or a
+            Hugging Face dataset, see `data.hugging_face_datasets`.
             .txt .md .rst .py hold one document per file, .jsonl .jsonl.gz one per line,
             .parquet one per row. A text file above MAX_DOCUMENT_BYTES is cut at line ends into
             documents of 16 MB.
@@ -66,7 +68,9 @@ def read_documents(
     """
     files = [entry for source in inputs for entry in _list_files(source, faults)]
     for path, name in files:
-        if path.suffix in TEXT_SUFFIXES:
+        if name.startswith(PREFIX):
+            documents = _read_dataset(name, text_field, faults)
+        elif path.suffix in TEXT_SUFFIXES:
             documents = _read_text(path, name, faults)
         elif path.suffix == ".parquet":
             documents = _read_parquet(path, name, text_field, faults)
@@ -79,6 +83,9 @@ def _list_files(source: str, faults: Faults) -> Iterator[tuple[Path, str]]:
     """Yield the files of one input and the names to report them by."""
     if source == EMBEDDED:
         yield from _list_embedded()
+        return
+    if source.startswith(PREFIX):
+        yield Path(), source
         return
     path = Path(source)
     if path.is_file():
@@ -180,12 +187,25 @@ def _read_json_lines(path: Path, name: str, text_field: str, faults: Faults) -> 
         except (ValueError, RecursionError):
             faults.add("malformed JSON", origin)
             continue
-        if not isinstance(row, dict) or text_field not in row:
-            faults.add(f"no field '{text_field}'", origin)
-        elif not isinstance(row[text_field], str):
-            faults.add(f"field '{text_field}' is not a string", origin)
-        else:
-            yield from _document(row[text_field], origin, faults)
+        yield from _field_document(row, origin, text_field, faults)
+
+
+def _read_dataset(name: str, text_field: str, faults: Faults) -> Iterator[Document]:
+    """Yield one document per row."""
+    for number, row in read_rows(name, text_field):
+        yield from _field_document(row, f"{name}:{number}", text_field, faults)
+
+
+def _field_document(
+    row: object, origin: str, text_field: str, faults: Faults
+) -> Iterator[Document]:
+    """Yield the document of one row of named fields."""
+    if not isinstance(row, dict) or text_field not in row:
+        faults.add(f"no field '{text_field}'", origin)
+    elif not isinstance(row[text_field], str):
+        faults.add(f"field '{text_field}' is not a string", origin)
+    else:
+        yield from _document(row[text_field], origin, faults)
 
 
 def _lines(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, bytes]]:

@@ -1,0 +1,69 @@
+"""Rows of a Hugging Face dataset, streamed: a folder `save_to_disk` wrote, or a name on the hub.
+
+An input is written hf:NAME[:SPLIT[:CONFIG]], such as hf:books or hf:wikitext:train:wikitext-2-v1.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PREFIX = "hf:"
+DEFAULT_SPLIT = "train"
+
+
+def read_rows(source: str, text_field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each row, from 1, and its text column alone, in the dataset's order.
+
+    A folder is read as it lies on the disk; of a name on the hub no more is fetched than what is
+    read, again on every pass.
+
+    Args:
+        source: hf:NAME[:SPLIT[:CONFIG]]; the split is "train" if not given. Folders saved with
+            one split have no other, and no CONFIG.
+        text_field: the column to read.
+
+    Raises:
+        ValueError: there is no such dataset, split, configuration or column, or it cannot be
+            read to its end.
+    """
+    rows = _open(source)
+    columns = rows.column_names
+    if columns is not None and text_field not in columns:
+        raise ValueError(
+            f"text_field {text_field} is no column of {source}, give one of: {', '.join(columns)}"
+        )
+    number = 0
+    try:
+        for number, row in enumerate(rows if columns is None else rows.select_columns(text_field)):
+            yield number + 1, row
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"input {source} cannot be read after row {number + 1} ({error}), try again"
+        ) from error
+
+
+def _open(source: str) -> Any:
+    """Open one split."""
+    name, split, config = (source.removeprefix(PREFIX).split(":", 2) + ["", ""])[:3]
+    if not name:
+        raise ValueError(f"input {source} names no dataset, give hf:NAME[:SPLIT[:CONFIG]]")
+    try:
+        import datasets  # Imported here: a slow import that only this kind of input needs.
+
+        datasets.disable_progress_bars()
+        if not Path(name).is_dir():
+            return datasets.load_dataset(
+                name, config or None, split=split or DEFAULT_SPLIT, streaming=True
+            )
+        found = datasets.load_from_disk(name)
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(f"input {source} cannot be opened ({error})") from error
+    if config:
+        raise ValueError(f"input {source} is a folder, which has no CONFIG, leave it out")
+    if isinstance(found, datasets.DatasetDict):
+        if (split or DEFAULT_SPLIT) not in found:
+            raise ValueError(f"input {source} has no such split, give one of: {', '.join(found)}")
+        return found[split or DEFAULT_SPLIT]
+    if split and split != str(found.split):
+        raise ValueError(f"input {source} is saved as one split, give no other than its own")
+    return found

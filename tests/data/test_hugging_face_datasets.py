@@ -1,0 +1,79 @@
+"""Rows of a Hugging Face dataset are documents; what is not there is said in one line."""
+
+import pytest
+
+from data.faults import Faults
+from data.preparation import PrepareConfig, prepare
+from data.sources import read_documents
+from tests.data.conftest import make_documents
+
+datasets = pytest.importorskip("datasets")
+TEXTS = make_documents(30)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    one = datasets.Dataset.from_dict({"id": list(range(30)), "text": TEXTS})
+    one.save_to_disk(root / "one", num_shards=3)
+    odd = datasets.Dataset.from_dict({"text": ["a", None, " ", "b\0"]})
+    datasets.DatasetDict({"train": one, "odd": odd}).save_to_disk(root / "dict")
+    one.to_parquet(root / "hub" / "data.parquet")
+    return root
+
+
+def read(source, text_field="text"):
+    faults = Faults()
+    return list(read_documents([source], faults, text_field=text_field)), faults
+
+
+@pytest.mark.parametrize("name", ["one", "dict", "dict:train"])
+def test_rows_come_in_their_order(saved, name):
+    documents, faults = read(f"hf:{saved / name}")
+    assert [document.text for document in documents] == TEXTS
+    assert documents[4].origin == f"hf:{saved / name}:5"
+    assert not faults.counts
+
+
+def test_a_name_of_the_hub_is_streamed(saved, monkeypatch):
+    def hub(name, config, *, split, streaming):
+        assert (name, config, split, streaming) == ("a/b", "small", "test", True)
+        return honest(str(saved / "hub"), split="train", streaming=True)
+
+    honest = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    documents, _ = read("hf:a/b:test:small")
+    assert [document.text for document in documents] == TEXTS
+
+
+def test_rows_without_text_are_counted_with_their_place(saved):
+    documents, faults = read(f"hf:{saved / 'dict'}:odd")
+    assert [document.text for document in documents] == ["a"]
+    assert faults.counts == {
+        "field 'text' is not a string": 1,
+        "empty document": 1,
+        "NUL character": 1,
+    }
+    assert faults.examples["empty document"] == [f"hf:{saved / 'dict'}:odd:3"]
+
+
+def test_a_dataset_is_prepared_from_it(saved, tmp_path):
+    config = PrepareConfig(input=(f"hf:{saved / 'one'}",), vocab_size=300, validation_fraction=0.2)
+    dataset = prepare(config, tmp_path / "data", workers=1)
+    assert sum(split.documents for split in dataset.splits.values()) == 30
+
+
+@pytest.mark.parametrize(
+    ("source", "field", "reason"),
+    [
+        ("hf:", "text", "names no dataset, give hf:NAME"),
+        ("hf:{}/dict:absent", "text", "no such split, give one of: train, odd"),
+        ("hf:{}/one:absent", "text", "give no other"),
+        ("hf:{}/one::small", "text", "which has no CONFIG"),
+        ("hf:{}/one", "body", "body is no column of .* give one of: id, text"),
+        ("hf:{}", "text", "cannot be opened"),
+    ],
+)
+def test_what_is_not_there_is_said(saved, source, field, reason):
+    with pytest.raises(ValueError, match=reason):
+        read(source.format(saved), field)
