@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,19 +22,27 @@ from inference.cli import (
     sampling_from,
     write_json,
 )
+from inference.decode import Generation
 from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
+from inference.oracle import find_oracle, record_exits
 from inference.plot import write_plot
-from inference.prompts import add_prompt_arguments, prompts_from
+from inference.prompts import PromptSet, add_prompt_arguments, prompt_set_from
+from inference.run import Run
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
 from inference.strategies import STRATEGIES, parse_strategy
 from inference.two_model import check_tokenizer
+from models.llama import Llama
 
-LEGEND = """
-accept: drafted tokens accepted. a: agreement of a draft token given those before it were accepted.
-c: a draft step, verify: a verification, in full steps. bound: best speedup for this a, d and c.
-layers, heads: computed per new token, drafts included. depth: mean layers behind a token, where a
-strategy may take fewer. identical, same: tokens equal to autoregressive's, all and what share."""
+LEGEND = """speedup: over autoregressive in the same repeat. layers, heads: computed per new
+token, drafts included. depth: mean layers behind a token, where a strategy tells. syncs: times
+the host waited per token. prompt_s: seconds for all prompts. MiB: CUDA: most memory allocated,
+weights included; CPU: growth of the peak resident set. same: tokens equal to autoregressive's,
+place by place. chosen: tokens the full model finds most probable after those before them. ln_p:
+log likelihood of what was written under the full model, nats per token.
+accept: drafted tokens accepted. a: agreement of a draft token given those before it were
+accepted. c: a draft step, verify: a verification, in full steps. bound: best speedup for this a,
+d and c."""
 
 
 def build_parser() -> Parser:
@@ -41,8 +50,9 @@ def build_parser() -> Parser:
     parser = Parser(
         "inference.benchmark",
         description="Decode the same prompts with several strategies, taking turns, and compare"
-        " speed, acceptance and tokens. No row stops before --max_new_tokens but at the end of the"
-        " model's context.",
+        " speed, acceptance, tokens and quality. Beside every strategy that saves layers early exit"
+        " at its mean depth is measured. No row stops before --max_new_tokens but at the end of the"
+        " model's context; a task's answers are cut where they end before they are scored.",
         example="--run outputs/demo"
         " --strategies early_exit,self_speculative --E 2,3 --d 2,4 --plot speedup.png",
     )
@@ -68,12 +78,29 @@ def build_parser() -> Parser:
         help="tokens drafted per round, each in turn; 4 if not given",
     )
     add_prompt_arguments(parser)
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded at once")
-    parser.add_argument("--repeats", type=int, default=3, help="times everything is measured")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the speedups here (PNG)")
+    _add_measurement_arguments(parser)
     add_sampling_arguments(parser)
     add_compile_argument(parser)
     return parser
+
+
+def _add_measurement_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--batch_size",
+        type=names,
+        default="1",
+        metavar="N,...",
+        help="prompts decoded at once, each number in turn",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="times everything is measured, after a warm-up"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="draw speedups, agreement by exit and quality here (PNG)",
+    )
 
 
 def names(text: str) -> list[str]:
@@ -103,22 +130,29 @@ def expand_arms(
 
 
 def table(results: list[ArmResult]) -> str:
-    """Return the results as text, one line for each arm."""
-    header = "strategy tokens/s speedup bound of_bound accept a c verify tokens/round"
-    header += " layers/token heads/token depth syncs/token prompt_s identical same"
-    rows = []
-    for r in results:
-        same = "-" if r.same_tokens is None else "yes" if r.same_tokens == 1.0 else "no"
-        rows.append(
-            [r.settings, f"{r.tokens_per_second:.1f}", f"{r.speedup:.2f}x", _cell(r.bound, ".2f")]
-            + [_cell(r.share_of_bound, ".0%"), _cell(r.acceptance_rate, ".1%")]
-            + [_cell(r.agreement, ".3f"), _cell(r.draft_cost, ".3f"), _cell(r.verify_cost, ".2f")]
-            + [_cell(r.tokens_per_verify, ".2f"), f"{r.layers_per_token:.2f}"]
-            + [f"{r.heads_per_token:.2f}", _cell(r.mean_depth, ".2f")]
-            + [f"{r.syncs_per_token:.2f}", f"{r.prefill_seconds:.3f}", same]
-            + [_cell(r.same_tokens, ".1%")]
-        )
-    return format_table(header.split(), rows)
+    """Return the results as text, one line for each arm, and a second table of the drafts."""
+    header = "strategy tok/s speedup layers heads depth syncs prompt_s MiB same chosen ln_p"
+    rows = [
+        [r.settings, f"{r.tokens_per_second:.1f}", f"{r.speedup:.2f}x", f"{r.layers_per_token:.2f}"]
+        + [f"{r.heads_per_token:.2f}", _cell(r.mean_depth, ".2f"), f"{r.syncs_per_token:.2f}"]
+        + [f"{r.prefill_seconds:.3f}", _cell(r.peak_bytes and r.peak_bytes / 2**20, ".1f")]
+        + ["yes" if r.same_tokens == 1.0 else _cell(r.same_tokens, ".1%")]
+        + [f"{r.full_choice:.1%}", f"{r.log_likelihood:.3f}"]
+        + [f"{value:.3f}" for value in r.scores.values()]
+        for r in results
+    ]
+    text = format_table([*header.split(), *results[0].scores], rows)
+    drafts = [
+        [r.settings, _cell(r.acceptance_rate, ".1%"), _cell(r.tokens_per_verify, ".2f")]
+        + [_cell(r.agreement, ".3f"), _cell(r.draft_cost, ".3f"), _cell(r.verify_cost, ".2f")]
+        + [f"{r.speedup:.2f}x", _cell(r.bound, ".2f"), _cell(r.share_of_bound, ".0%")]
+        for r in results
+        if r.acceptance_rate is not None
+    ]
+    if not drafts:
+        return text
+    header = "strategy accept tok/round a c verify speedup bound of_bound"
+    return f"{text}\n\n{format_table(header.split(), drafts)}"
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -146,33 +180,28 @@ def _report(line: str) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Run the command."""
-    if args.repeats < 1 or args.batch_size < 1:
-        raise ValueError(
-            f"repeats: {args.repeats}, batch_size: {args.batch_size}, give at least 1 of each"
-        )
+    if args.repeats < 1:
+        raise ValueError(f"repeats: {args.repeats}, give at least 1")
+    batch_sizes = [*dict.fromkeys(map(_batch_size, args.batch_size))]
     run = decoding_run_from(args)
     arms = expand_arms(
         args.strategies, args.E or (None,), args.d or (None,), run.model.config.n_layers
     )
-    for arm in arms:
-        check_tokenizer(arm, run)
-    deepest = max((arm.d for arm in arms if isinstance(arm, SelfSpeculative)), default=0)
-    if deepest + 2 > run.model.config.max_seq_len:
-        raise ValueError(
-            f"d: {deepest} drafted tokens do not fit the model's context of "
-            f"{run.model.config.max_seq_len}, give at most {run.model.config.max_seq_len - 2}"
+    _check(arms, run)
+    prompt_set, origin = prompt_set_from(run, args), machine()
+    workloads = [
+        Workload(
+            prompts=prompt_set.prompts,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=batch_size,
+            sampling=sampling_from(args),
+            seed=args.seed,
         )
-    workload = Workload(
-        prompts=prompts_from(run, args),
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        sampling=sampling_from(args),
-        seed=args.seed,
-    )
-    origin = machine()
-    results = measure(run.model, arms, workload, repeats=args.repeats, report=_report)
-    print(f"{run.checkpoint}, step {run.manifest.step}, {len(workload.prompts)} prompts")
-    print(table(results))
+        for batch_size in batch_sizes
+    ]
+    results = []
+    for workload in workloads:
+        results += _measure_and_print(run, arms, workload, args.repeats, prompt_set)
     print(LEGEND)
     write_json(
         args.json,
@@ -182,14 +211,72 @@ def benchmark(args: argparse.Namespace) -> None:
             "machine": origin,
             "device": str(run.model.head_weight.device),
             "dtype": str(run.model.head_weight.dtype).removeprefix("torch."),
-            "workload": asdict(workload),
+            "workload": asdict(workloads[0]) | {"batch_size": batch_sizes, "task": args.task},
             "repeats": args.repeats,
             "compiled": args.compile,
+            "quantize": args.quantize,
             "arms": [asdict(result) for result in results],
         },
     )
     if args.plot is not None:
-        write_plot(args.plot, results, f"{run.checkpoint.name}, {origin['cpu']}")
+        agreement = agreement_by_exit(run.model, workloads[0])
+        write_plot(args.plot, results, agreement, f"{run.checkpoint.name}, {origin['cpu']}")
+
+
+def _measure_and_print(
+    run: Run, arms: Sequence[Strategy], workload: Workload, repeats: int, prompt_set: PromptSet
+) -> list[ArmResult]:
+    prompts = f"{len(workload.prompts)} prompts, {workload.batch_size} at once"
+    print(f"{run.checkpoint}, step {run.manifest.step}, {prompts}", flush=True)
+    found = measure(
+        run.model,
+        arms,
+        workload,
+        repeats=repeats,
+        report=_report,
+        with_static=True,
+        score=partial(prompt_set.scores, run),
+    )
+    print(table(found) + "\n")
+    return found
+
+
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"batch_size: {text}, give whole numbers, at least 1")
+    return int(text)
+
+
+def _check(arms: Sequence[Strategy], run: Run) -> None:
+    """Refuse what does not fit the run, before anything is measured."""
+    for arm in arms:
+        check_tokenizer(arm, run)
+    deepest = max((arm.d for arm in arms if isinstance(arm, SelfSpeculative)), default=0)
+    longest = run.model.config.max_seq_len
+    if deepest + 2 > longest:
+        raise ValueError(
+            f"d: {deepest} drafted tokens do not fit the model's context of {longest}, give at "
+            f"most {longest - 2}"
+        )
+
+
+def agreement_by_exit(model: Llama, workload: Workload) -> list[float]:
+    """Return, for E = 1, 2, ..., how often the exit says what the last layer says.
+
+    Counted along the greedy continuations of the workload's prompts.
+    """
+    plain = Generation(
+        model,
+        workload.prompts,
+        AUTOREGRESSIVE,
+        max_new_tokens=workload.max_new_tokens,
+        batch_size=workload.batch_size,
+    ).finish()
+    traces = [
+        record_exits(model, prompt + tokens, len(prompt))
+        for prompt, tokens in zip(plain.prompts, plain.tokens, strict=True)
+    ]
+    return find_oracle(traces).agreement
 
 
 def main() -> None:

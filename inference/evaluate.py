@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from data.dataset import VALIDATION
 from data.shards import TokenStream
+from inference.calibration import bin_confidence, mean_confidence
 from inference.cli import Parser, format_table, run_command, run_from, with_progress, write_json
 from inference.plot import write_exit_plot
+from inference.rule_quality import BINS, calibration_error
 from inference.run import Run
 from models.llama import Llama
 
@@ -43,6 +45,10 @@ class ExitQuality:
     """Share of tokens that are the exit's most probable one."""
     agreement: float
     """Share of positions where that one is also the last layer's."""
+    confidence: float
+    """Mean probability of that one."""
+    calibration_error: float
+    """ECE, over 15 bins: how far confidence and accuracy are apart."""
 
 
 @torch.inference_mode()
@@ -73,20 +79,29 @@ def evaluate_exits(
     seq = min(seq_len, len(stream) - 1)
     starts = stream.spread(max(1, max_tokens // seq), seq)
     sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
+    bins = torch.zeros(model.config.n_layers, BINS, 3, dtype=torch.float64, device="cpu")
     for first in with_progress(range(0, len(starts), _BATCH), "evaluating"):
         read = np.stack([stream.read(start, seq + 1) for start in starts[first : first + _BATCH]])
         tokens = torch.from_numpy(read).to(model.head_weight.device)
-        sums += _sums(model, tokens).cpu()
+        more_sums, more_bins = _sums(model, tokens)
+        sums += more_sums.cpu()
+        bins += more_bins.cpu()
     means = (sums / (len(starts) * seq)).tolist()
     exits = [
-        _quality(l, loss, accuracy, agreement, bytes_per_token=bytes_per_token)
+        _quality(l, loss, accuracy, agreement, bins[l], bytes_per_token=bytes_per_token)
         for l, (loss, accuracy, agreement) in enumerate(means)
     ]
     return exits, len(starts) * seq
 
 
 def _quality(
-    l: int, loss: float, accuracy: float, agreement: float, *, bytes_per_token: float
+    l: int,
+    loss: float,
+    accuracy: float,
+    agreement: float,
+    bins: Tensor,
+    *,
+    bytes_per_token: float,
 ) -> ExitQuality:
     return ExitQuality(
         l=l,
@@ -96,24 +111,27 @@ def _quality(
         bits_per_byte=loss / bytes_per_token / math.log(2),
         accuracy=accuracy,
         agreement=agreement,
+        confidence=mean_confidence(bins),
+        calibration_error=calibration_error(bins),
     )
 
 
-def _sums(model: Llama, tokens: Tensor) -> Tensor:
-    """Add up loss, hits and agreements of every exit, in chunks of the logits.
+def _sums(model: Llama, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up loss, hits, agreements and confidence of every exit, in chunks of the logits.
 
     Args:
         model: In eval mode.
         tokens: (batch, seq + 1) int64.
 
     Returns:
-        (n_layers, 3) fp64.
+        (n_layers, 3) fp64, and (n_layers, BINS, 3) fp64 of `bin_confidence`.
     """
     n_layers = model.config.n_layers
     _, exits = model.run_layers(
         model.embed(tokens[:, :-1]), 0, n_layers, exit_layers=range(n_layers)
     )
     sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=tokens.device)
+    bins = torch.zeros(n_layers, BINS, 3, dtype=torch.float64, device=tokens.device)
     chunks = [exits[l].flatten(0, 1).split(_LOGITS_ROWS) for l in range(n_layers)]
     for i, labels in enumerate(tokens[:, 1:].flatten().split(_LOGITS_ROWS)):
         last_choice = labels
@@ -124,7 +142,8 @@ def _sums(model: Llama, tokens: Tensor) -> Tensor:
             sums[l, 0] += F.cross_entropy(logits, labels, reduction="sum")
             sums[l, 1] += (choice == labels).sum()
             sums[l, 2] += (choice == last_choice).sum()
-    return sums
+            bins[l] += bin_confidence(logits, labels)
+    return sums, bins
 
 
 def build_parser() -> Parser:
@@ -132,7 +151,9 @@ def build_parser() -> Parser:
     parser = Parser(
         "inference.evaluate",
         description="Measure every exit on the validation split: loss (nats per token), perplexity,"
-        " bits per byte, accuracy, and agreement of its most probable token with the last layer's.",
+        " bits per byte, accuracy, agreement of its most probable token with the last layer's, the"
+        " mean probability of that token (confidence), and how far confidence and accuracy are"
+        f" apart (ece: expected calibration error over {BINS} bins).",
         example="--run outputs/demo --max_tokens 50000",
     )
     parser.add_argument(
@@ -184,10 +205,13 @@ def evaluate(args: argparse.Namespace) -> None:
             f"{quality.bits_per_byte:.4f}",
             f"{quality.accuracy:.1%}",
             f"{quality.agreement:.1%}",
+            f"{quality.confidence:.1%}",
+            f"{quality.calibration_error:.3f}",
         ]
         for quality in exits
     ]
     header = ["l", "E", "loss", "perplexity", "bits/byte", "accuracy", "agreement"]
+    header += ["confidence", "ece"]
     print(f"{run.checkpoint}, step {run.manifest.step}, {tokens} tokens of {dataset.path}")
     print(format_table(header, rows))
     if args.plot is not None:

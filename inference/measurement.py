@@ -2,12 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from inference.autoregressive import Autoregressive, EarlyExit
+from inference.calibration import read_continuation
 from inference.counters import Counters, speedup_bound
 from inference.decode import Generation, wait_for
 from inference.rows import fill_rows, open_state
@@ -21,6 +23,9 @@ _TIMINGS = 12
 _ROUNDS_PER_TIMING = 4
 
 AUTOREGRESSIVE: Strategy = Autoregressive()
+
+Score = Callable[[list[list[int]]], Mapping[str, float]]
+"""Rates the continuations of all prompts, by the names of the measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,8 @@ class ArmResult:
     """Layers run before the exit."""
     d: int | None
     """Tokens drafted per round."""
+    batch_size: int
+    """Prompts decoded at once."""
     tokens_per_second: float
     """New tokens per second of decoding, prompts not counted, all rows of a batch together."""
     speedup: float
@@ -74,12 +81,22 @@ class ArmResult:
     """speedup / bound."""
     same_tokens: float | None
     """Share of tokens equal to autoregressive's, place by place; None when sampling."""
+    full_choice: float
+    """Share of tokens that the full model finds most probable after those before them."""
+    log_likelihood: float
+    """Of the continuations under the full model, in nats per token."""
+    scores: dict[str, float]
+    """Of a task; empty for plain prompts."""
+    peak_bytes: int | None
+    """CUDA: most memory allocated while decoding, weights included. CPU: growth of the process's
+    peak resident set, what earlier arms left to it not counted; None where Linux does not tell."""
 
 
 @dataclass(frozen=True)
 class _Repeat:
     counters: Counters
     tokens: list[list[int]]
+    peak_bytes: int | None
 
 
 def measure(
@@ -89,6 +106,8 @@ def measure(
     *,
     repeats: int,
     report: Callable[[str], None],
+    with_static: bool = False,
+    score: Score | None = None,
 ) -> list[ArmResult]:
     """Decode the workload with every arm, `repeats` times, the arms taking turns.
 
@@ -100,14 +119,20 @@ def measure(
         workload: What to decode.
         repeats: Number of times, at least 1.
         report: Called with a line of progress after every repeat.
+        with_static: Measure early exit at the mean depth of every arm as well.
+        score: Rates what an arm wrote.
     """
-    for arm in arms:  # Warm-up: the first call of a shape is slow.
-        _decode(model, arm, workload, workload.prompts[: workload.batch_size])
+    arms, start = list(arms), time.perf_counter()
+    # Warm-up: the first call of a shape is slow.
+    first = {arm: _decode(model, arm, workload) for arm in arms}
+    if with_static:
+        arms = [*dict.fromkeys([*arms, *_static_arms(first, model.config.n_layers)])]
+        first = {arm: first.get(arm) or _decode(model, arm, workload) for arm in arms}
+    report(f"warm-up: {time.perf_counter() - start:.1f} s")
     results: dict[Strategy, list[_Repeat]] = {arm: [] for arm in arms}
-    start = time.perf_counter()
     for repeat in range(repeats):
         for arm in arms:
-            results[arm].append(_decode(model, arm, workload, workload.prompts))
+            results[arm].append(_decode(model, arm, workload))
         report(f"repeat {repeat + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
     reference = results[AUTOREGRESSIVE]
     middle = [
@@ -115,35 +140,82 @@ def measure(
         for prompt, tokens in zip(workload.prompts, reference[0].tokens, strict=True)
     ]
     seconds = _round_seconds(model, arms, middle[: workload.batch_size], workload.sampling)
-    return [_summarise(arm, results[arm], reference, seconds, workload) for arm in arms]
+    return [
+        _summarise(arm, results[arm], reference, seconds, workload, model=model, score=score)
+        for arm in arms
+    ]
 
 
-def _decode(
-    model: Llama, strategy: Strategy, workload: Workload, prompts: list[list[int]]
-) -> _Repeat:
+def _static_arms(decoded: Mapping[Strategy, "_Repeat"], n_layers: int) -> list[Strategy]:
+    """Return early exit at the mean depth of every arm that saves layers, rounded.
+
+    Where a strategy does not tell depths, and drafts nothing, they are the layers per token.
+    """
+    found: list[Strategy] = []
+    for repeat in decoded.values():
+        counters = repeat.counters
+        depth = counters.mean_depth
+        if depth is None:
+            depth = n_layers if counters.drafted else counters.layers_per_token
+        if (E := max(1, round(depth))) < n_layers:
+            found.append(EarlyExit(E=E))
+    return found
+
+
+def _decode(model: Llama, strategy: Strategy, workload: Workload) -> _Repeat:
+    device = model.norm.weight.device
+    before = _watch_memory(device)
     generation = Generation(
         model,
-        prompts,
+        workload.prompts,
         strategy,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
         sampling=workload.sampling,
         seed=workload.seed,
     ).finish()
-    return _Repeat(generation.counters, generation.tokens)
+    return _Repeat(generation.counters, generation.tokens, _peak_since(before, device))
+
+
+def _watch_memory(device: torch.device) -> int | None:
+    """Forget the peak so far; return what the next is counted from."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return 0
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to reset VmHWM
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _peak_since(before: int | None, device: torch.device) -> int | None:
+    if before is None:
+        return None
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    """Return a size, in bytes, that the kernel keeps of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [kilobytes] = [line.split()[1] for line in lines if line.startswith(name + ":")]
+    return int(kilobytes) * 1024
 
 
 @torch.inference_mode()
 def _round_seconds(
     model: Llama, arms: Sequence[Strategy], rows: list[list[int]], sampling: Sampling
 ) -> dict[Strategy, float]:
-    """Time one round of every arm, and of early exit at every E that drafts, on the same rows.
+    """Time rounds of the arms that always draft d tokens with E layers, and what bounds them.
 
-    A few rounds of an arm are timed together: a draft step that follows another finds its weights
-    in the processor's cache.
+    That is full steps, and early exit at E, all on the same rows. A few rounds of an arm are timed
+    together: a draft step that follows another finds its weights in the processor's cache.
     """
     speculative = [arm for arm in arms if isinstance(arm, SelfSpeculative) and arm.always_drafts]
-    configs = [*dict.fromkeys([*arms, *(EarlyExit(E=arm.E) for arm in speculative)])]
+    steps = [EarlyExit(E=arm.E) for arm in speculative]
+    configs: list[Strategy] = [*dict.fromkeys([AUTOREGRESSIVE, *speculative, *steps])]
     deepest = max((arm.d for arm in speculative), default=0)
     rows = [row[: model.config.max_seq_len - deepest - 1] for row in rows]
     slots = max(map(len, rows)) + deepest + 1
@@ -167,24 +239,24 @@ def _summarise(
     reference: list[_Repeat],
     seconds: dict[Strategy, float],
     workload: Workload,
+    *,
+    model: Llama,
+    score: Score | None,
 ) -> ArmResult:
     speeds = [repeat.counters.tokens_per_second for repeat in repeats]
     baseline = [repeat.counters.tokens_per_second for repeat in reference]
     speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
-    counters = repeats[0].counters
-    draft_cost = verify_cost = bound = None
-    if isinstance(arm, SelfSpeculative) and arm.always_drafts:
-        full_step = seconds[AUTOREGRESSIVE]
-        draft_step = seconds[EarlyExit(E=arm.E)]
-        draft_cost = draft_step / full_step
-        verify_cost = (seconds[arm] - arm.d * draft_step) / full_step
-        if counters.agreement is not None:
-            bound = speedup_bound(counters.agreement, arm.d, draft_cost)
+    counters, tokens = repeats[0].counters, repeats[0].tokens
+    peaks = [repeat.peak_bytes for repeat in repeats if repeat.peak_bytes is not None]
+    read = [read_continuation(model, *pair) for pair in zip(workload.prompts, tokens, strict=True)]
+    greedy = workload.sampling.temperature == 0.0
+    draft_cost, verify_cost, bound = _costs_and_bound(arm, seconds, counters)
     return ArmResult(
         strategy=arm.name,
         settings=describe(arm),
         E=getattr(arm, "E", None),
         d=getattr(arm, "d", None),
+        batch_size=workload.batch_size,
         tokens_per_second=statistics.median(speeds),
         speedup=speedup,
         acceptance_rate=counters.acceptance_rate,
@@ -199,12 +271,27 @@ def _summarise(
         verify_cost=verify_cost,
         bound=bound,
         share_of_bound=None if bound is None else speedup / bound,
-        same_tokens=(
-            _same_share(repeats[0].tokens, reference[0].tokens)
-            if workload.sampling.temperature == 0.0
-            else None
-        ),
+        same_tokens=_same_share(tokens, reference[0].tokens) if greedy else None,
+        full_choice=sum(chosen for _, chosen in read) / counters.tokens,
+        log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
+        scores=dict(score(tokens)) if score is not None else {},
+        peak_bytes=max(peaks, default=None),
     )
+
+
+def _costs_and_bound(
+    arm: Strategy, seconds: dict[Strategy, float], counters: Counters
+) -> tuple[float | None, float | None, float | None]:
+    """Return c, the cost of a verification and the bound, where every round drafts d tokens."""
+    if not isinstance(arm, SelfSpeculative) or not arm.always_drafts:
+        return None, None, None
+    full_step, draft_step = seconds[AUTOREGRESSIVE], seconds[EarlyExit(E=arm.E)]
+    draft_cost = draft_step / full_step
+    verify_cost = (seconds[arm] - arm.d * draft_step) / full_step
+    bound = None
+    if counters.agreement is not None:
+        bound = speedup_bound(counters.agreement, arm.d, draft_cost)
+    return draft_cost, verify_cost, bound
 
 
 def _same_share(ours: list[list[int]], theirs: list[list[int]]) -> float:

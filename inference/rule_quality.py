@@ -7,6 +7,8 @@ the last layer if none does. Knows nothing of models.
 import torch
 from torch import Tensor
 
+BINS = 15
+
 
 def area_under_roc(scores: Tensor, labels: Tensor) -> float:
     """Return the chance that a true case scores above a false one, ties counting half.
@@ -29,15 +31,29 @@ def area_under_roc(scores: Tensor, labels: Tensor) -> float:
     return above / (positives * negatives)
 
 
-def calibration_error(scores: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the expected calibration error (arXiv 1706.04599, eq. 3) of scores in [0, 1].
+def bin_scores(scores: Tensor, labels: Tensor) -> Tensor:
+    """Sort cases by their score, in [0, 1], into bins of equal width.
 
-    sum_b |B_b| / n * |share of true cases in B_b - mean score in B_b|, over bins of equal width.
+    Args:
+        scores: Any shape.
+        labels: Same shape, bool.
+
+    Returns:
+        (BINS, 3) fp64: of the cases in (b / BINS, (b + 1) / BINS] their number, the sum of their
+        scores, and how many are true.
     """
-    p, true = scores.flatten().double(), labels.flatten().double()
-    place = (p * bins).long().clamp(max=bins - 1)
-    off = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, true - p)
-    return off.abs().sum().item() / len(p)
+    scores, true = scores.flatten(), labels.flatten()
+    index = (scores * BINS).ceil().long().clamp(1, BINS) - 1
+    values = torch.stack((torch.ones_like(scores), scores, true.to(scores.dtype)), dim=1).double()
+    return values.new_zeros(BINS, 3).index_add_(0, index, values)
+
+
+def calibration_error(bins: Tensor) -> float:
+    """Return the expected calibration error (Guo et al., arXiv 1706.04599, eq. 3).
+
+    ECE = sum_b (n_b / n) |share of true cases_b - mean score_b|, of what `bin_scores` counted.
+    """
+    return float((bins[:, 2] - bins[:, 1]).abs().sum() / bins[:, 0].sum())
 
 
 def depths_at(scores: Tensor, threshold: float, exits: range, n_layers: int) -> Tensor:

@@ -20,6 +20,7 @@ from inference.rule_quality import (
     agreement_at_depth,
     area_under_roc,
     best_agreement,
+    bin_scores,
     calibration_error,
     curve,
 )
@@ -122,7 +123,10 @@ def train_gate(args: argparse.Namespace) -> None:
     scores = all_scores(gate, trace.states)
     found = compare(trace, scores, L)
     quality = {
-        name: {"auroc": area_under_roc(s, trace.agrees), "ece": calibration_error(s, trace.agrees)}
+        name: {
+            "auroc": area_under_roc(s, trace.agrees),
+            "ece": calibration_error(bin_scores(s, trace.agrees)),
+        }
         for name, s in (("gap", trace.gap), ("gate", scores))
     }
     print(f"{run.checkpoint}: {args.form}, {train.numel()} tokens learnt, {test.numel()} judged")

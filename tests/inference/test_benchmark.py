@@ -31,11 +31,15 @@ def test_the_command_measures_writes_and_draws(run_folder, monkeypatch, capsys, 
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert {"cpu", "torch", "threads", "date"} <= result["machine"].keys()
     arms = {(arm["strategy"], arm["E"], arm["d"]): arm for arm in result["arms"]}
-    lines = len(table.splitlines()) - len(LEGEND.splitlines())
-    assert lines == 2 + len(arms) == 2 + 5
+    assert table.rstrip().endswith(LEGEND)
+    assert len(arms) == 5
+    assert all(table.count(arm["settings"] + " ") >= 1 for arm in result["arms"])
+    assert all(arm["peak_bytes"] is None or arm["peak_bytes"] >= 0 for arm in result["arms"])
     plain = arms["autoregressive", None, None]
     assert plain["speedup"] == plain["same_tokens"] == 1.0
     assert plain["layers_per_token"] == 4.0
+    assert plain["full_choice"] == 1.0
+    assert arms["early_exit", 1, None]["log_likelihood"] < plain["log_likelihood"] < 0
     assert arms["early_exit", 3, None]["layers_per_token"] == 3.0
     for E in (1, 3):
         arm = arms["self_speculative", E, 2]
@@ -69,6 +73,39 @@ def test_prompts_from_a_file_are_its_lines(run_folder, monkeypatch, tmp_path):
     prompts = json.loads((tmp_path / "out.json").read_text())["workload"]["prompts"]
     assert len(prompts) == 2
     assert prompts[0][0] == prompts[1][0] == 1  # BOS
+
+
+def test_rules_stand_beside_static_exit_at_their_depth_and_every_batch_size(
+    run_folder, monkeypatch, tmp_path
+):
+    run_command(
+        monkeypatch,
+        *("--run", run_folder, "--strategies", "calm:threshold=0.0:first=2", "--prompts", 3),
+        *("--prompt_tokens", 8, "--max_new_tokens", 4, "--repeats", 1, "--batch_size", "1,3"),
+        *("--json", tmp_path / "out.json"),
+    )
+    arms = json.loads((tmp_path / "out.json").read_text())["arms"]
+    assert [(arm["strategy"], arm["E"], arm["batch_size"]) for arm in arms] == [
+        (name, E, batch_size)
+        for batch_size in (1, 3)
+        for name, E in (("autoregressive", None), ("calm", None), ("early_exit", 2))
+    ]
+    assert arms[1]["mean_depth"] == 2.0
+
+
+def test_a_tasks_answers_are_scored(run_folder, monkeypatch, capsys, tmp_path):
+    rows = [f"{u}\t[IN:{i} {u} ]" for i, u in enumerate(("the cat", "a mat", "moon rise"))]
+    (tmp_path / "t.tsv").write_text("\n".join(["utterance\tsemantic_parse", *rows]))
+    run_command(
+        monkeypatch,
+        *("--run", run_folder, "--strategies", "early_exit", "--max_new_tokens", 4, "--repeats", 1),
+        *("--task", "topv2", "--task_file", tmp_path / "t.tsv", "--shots", 0, "--prompts", 3),
+        *("--json", tmp_path / "out.json"),
+    )
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert all(arm["scores"].keys() == {"exact"} for arm in result["arms"])
+    assert len(result["workload"]["prompts"]) == 3
+    assert "exact" in capsys.readouterr().out
 
 
 def test_arms_are_every_combination_once():

@@ -26,7 +26,7 @@ def test_costs_and_bound_worked_by_hand(monkeypatch):
     lines = []
     arms = [AUTOREGRESSIVE, exit_after_1, speculative]
     plain, early, result = measure(model, arms, workload, repeats=2, report=lines.append)
-    assert [line.split(":")[0] for line in lines] == ["repeat 1 of 2", "repeat 2 of 2"]
+    assert [line.split(":")[0] for line in lines] == ["warm-up", "repeat 1 of 2", "repeat 2 of 2"]
     assert result.draft_cost == 0.25
     assert result.verify_cost == 1.5
     assert result.agreement == 1.0

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from inference.rule_quality import (
+    BINS,
     agreement_at,
     agreement_at_depth,
     area_under_roc,
     best_agreement,
+    bin_scores,
     calibration_error,
     curve,
     depths_at,
@@ -30,12 +32,26 @@ def test_area_is_the_share_of_pairs_in_order_ties_counting_half():
     assert math.isnan(area_under_roc(scores, torch.ones(40, dtype=torch.bool)))
 
 
-def test_calibration_error_of_worked_numbers():
-    scores = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.1, 1.0])
-    labels = torch.tensor([True, True, True, False, True, True])
-    # bins of 1/10: |3/4 - 0.9| of 4, |1 - 0.1| of 1; 1.0 is of the last bin, with 0.9's
-    wanted = (abs(3 + 1 - 4 * 0.9 - 1.0) + 0.9) / 6
-    assert calibration_error(scores, labels, bins=10) == pytest.approx(wanted, abs=1e-6)
+def test_calibration_error_is_the_sum_over_bins():
+    generator = torch.Generator().manual_seed(5)
+    scores, labels = (
+        torch.rand(200, generator=generator),
+        torch.rand(200, generator=generator) > 0.5,
+    )
+    scores[0], scores[1] = 0.0, 1.0
+    slow = 0.0
+    for b in range(BINS):
+        inside = [
+            i
+            for i, s in enumerate(scores.tolist())
+            if b / BINS < s <= (b + 1) / BINS or (b == 0 and s == 0.0)
+        ]
+        if inside:
+            true = sum(labels[i].item() for i in inside) / len(inside)
+            slow += len(inside) / 200 * abs(true - scores[inside].mean().item())
+    assert calibration_error(bin_scores(scores, labels)) == pytest.approx(slow, abs=1e-6)
+    sure = bin_scores(torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1, 0, 1, 1]).bool())
+    assert calibration_error(sure) == pytest.approx(0.25)
 
 
 def test_tokens_leave_at_the_first_exit_that_is_sure():
