@@ -7,7 +7,7 @@ nothing to save and nothing to restore. l = layer index from 0, t = step from 0;
 from dataclasses import dataclass
 from typing import Literal
 
-Curriculum = Literal["rot", "grad", "all", "none"]
+Curriculum = Literal["rot", "grad", "all", "alternating", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,8 @@ class CurriculumConfig:
 
     C: Curriculum = "none"
     """rot: every R-th layer, rotating by one each step. grad: from the last layer down, one more
-    every T / (2 L) steps. all: every exit, every step. none: no exit but the last layer."""
+    every T / (2 L) steps. all: every exit, every step. alternating: every exit at even steps, the
+    last layer alone at odd ones (BERxiT, 2021.eacl-main.8). none: no exit but the last layer."""
     R: int = 8
     """Dilation of the rotation, in layers: each exit is trained once in R steps."""
     last_layer_always_on: bool = True
@@ -62,7 +63,7 @@ def active_layers(t: int, *, L: int, T: int, config: CurriculumConfig) -> tuple[
         on = [l for l in range(L) if C_rot(t, l, config.R) or l == last]
     elif config.C == "grad":
         on = [l for l in range(L) if C_grad(t, l, L=L, T=T) or l == last]
-    elif config.C == "all":
+    elif config.C == "all" or (config.C == "alternating" and t % 2 == 0):
         on = list(range(L))
     else:
         on = [L - 1]

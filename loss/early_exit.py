@@ -6,12 +6,15 @@ layer l; L layers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loss.cross_entropy import weighted_cross_entropy_sums
+from loss.distillation import weighted_divergence_sum
+
+Weighting = Literal["layerskip", "linear", "uniform", "fixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +22,25 @@ class EarlyExitConfig:
     """How much each exit's loss weighs."""
 
     e_scale: float = 0.2
-    """Weight of the exits before the last layer, 0 to 1. The paper: 0.1 to 0.2 for pretraining,
-    1.0 for finetuning on a narrow domain or task."""
+    """Weight of the exits before the last layer, 0 to 1, for weights layerskip. The paper: 0.1 to
+    0.2 for pretraining, 1.0 for finetuning on a narrow domain or task."""
+    weights: Weighting = "layerskip"
+    """layerskip: e_tilde. linear: E / sum of E over the exits that are on (CALM, PABEE; with one
+    exit FREE's shallow-deep loss). uniform: all the same. fixed: the last layer 1, the others
+    exit_weights (EE-LLM)."""
+    exits: tuple[int, ...] = ()
+    """E, the layers run, of the exits that have a loss besides the last layer, where the curriculum
+    has them on; all if empty."""
+    exit_weights: tuple[float, ...] = ()
+    """For weights fixed: one for each of exits."""
+    warmup_steps: int = 0
+    """For weights fixed: exit_weights grow from 0 over so many steps."""
+    distill: float = 0.0
+    """Share of an exit's loss that is distillation from the last layer, 0 to 1: cross entropy goes
+    to (1 - distill) CE + distill temperature^2 KL(last layer || exit). The last layer's own loss
+    stays as it is, and learns nothing from its pupils."""
+    temperature: float = 1.0
+    """Divides the logits of both in the KL."""
     chunk_rows: int = 4096
     """Tokens whose logits are alive at once: chunk_rows * vocab_size numbers."""
 
@@ -29,8 +49,32 @@ class EarlyExitConfig:
         found = []
         if not 0.0 <= self.e_scale <= 1.0:
             found.append(f"early_exit.e_scale: {self.e_scale}, must lie in [0, 1]")
+        found += self._weight_problems()
+        if not 0.0 <= self.distill <= 1.0:
+            found.append(f"early_exit.distill: {self.distill}, must lie in [0, 1]")
+        if not self.temperature > 0.0:
+            found.append(f"early_exit.temperature: {self.temperature}, must be positive")
         if self.chunk_rows < 1:
             found.append(f"early_exit.chunk_rows: {self.chunk_rows}, must be at least 1")
+        return found
+
+    def _weight_problems(self) -> list[str]:
+        found = []
+        if list(self.exits) != sorted(set(self.exits)) or any(E < 1 for E in self.exits):
+            found.append(f"early_exit.exits: {self.exits}, must ascend from 1 layer or more")
+        fixed = self.weights == "fixed"
+        if fixed and (not self.exits or len(self.exit_weights) != len(self.exits)):
+            found.append(
+                f"early_exit.exit_weights: {self.exit_weights} for exits {self.exits}, weights "
+                f"fixed needs one for each of at least one exit"
+            )
+        if not fixed and (self.exit_weights or self.warmup_steps):
+            found.append(
+                f"early_exit.exit_weights, warmup_steps: given for weights {self.weights}, "
+                f"leave them out or set weights to fixed"
+            )
+        if any(weight < 0 for weight in self.exit_weights) or self.warmup_steps < 0:
+            found.append("early_exit.exit_weights, warmup_steps: must not be negative")
         return found
 
 
@@ -71,6 +115,36 @@ def e_tilde(active: Sequence[int], L: int, e_scale: float) -> dict[int, float]:
     return {l: weight / total if total else 0.0 for l, weight in weights.items()}
 
 
+def exits_with_loss(active: Sequence[int], L: int, config: EarlyExitConfig) -> tuple[int, ...]:
+    """Return those of the layers with C(t, l) = 1 that `config.exits` leaves, ascending."""
+    if not config.exits:
+        return tuple(active)
+    return tuple(l for l in active if l + 1 in config.exits or l == L - 1)
+
+
+def exit_weights(
+    active: Sequence[int], t: int, L: int, config: EarlyExitConfig
+) -> dict[int, float]:
+    """Return {l: weight of the exit after layer l} at step t, for the layers with C(t, l) = 1.
+
+    layerskip: see `e_tilde`. With E = l + 1:
+      linear:  E / sum over active of E   (CALM, arXiv 2207.07061, section 3.4; PABEE, 2006.04152)
+      uniform: 1 / number of active
+      fixed:   1 at the last layer, w_E min(1, t / warmup_steps) else   (EE-LLM, arXiv 2312.04916)
+    The first three sum to 1, fixed to 1 + sum of its w.
+    """
+    active = exits_with_loss(active, L, config)
+    if config.weights == "layerskip":
+        return e_tilde(active, L, config.e_scale)
+    if config.weights == "linear":
+        return {l: (l + 1) / sum(i + 1 for i in active) for l in active}
+    if config.weights == "uniform":
+        return {l: 1 / len(active) for l in active}
+    grown = min(1.0, t / config.warmup_steps) if config.warmup_steps else 1.0
+    w = {E - 1: weight * grown for E, weight in zip(config.exits, config.exit_weights, strict=True)}
+    return {l: 1.0 if l == L - 1 else w[l] for l in active}
+
+
 def early_exit_loss(
     hidden: Mapping[int, Tensor],
     head_weight: Tensor,
@@ -79,6 +153,8 @@ def early_exit_loss(
     *,
     num_tokens: float,
     chunk_rows: int,
+    distill: float = 0.0,
+    temperature: float = 1.0,
 ) -> EarlyExitLoss:
     """Return J(X, Y, t) = sum_l e_tilde(t, l) * J_CE(g(x_{l+1}), Y) (LayerSkip, section 4.1.2).
 
@@ -90,10 +166,24 @@ def early_exit_loss(
         num_tokens: What the summed loss is divided by: the token count of the global batch, so
             that gradients do not depend on how it is split.
         chunk_rows: Tokens whose logits are alive at once.
+        distill: Share of distillation in the loss of every exit but the deepest, see
+            `EarlyExitConfig`.
+        temperature: Of the distillation.
     """
-    layers = list(hidden)
+    layers = sorted(hidden) if distill else list(hidden)
     weight_tensor = torch.tensor([weights[l] / num_tokens for l in layers], dtype=torch.float32)
+    states = [hidden[l] for l in layers]
     total, sums = weighted_cross_entropy_sums(
-        [hidden[l] for l in layers], head_weight, labels, weight_tensor, chunk_rows=chunk_rows
+        states,
+        head_weight,
+        labels,
+        weight_tensor * torch.tensor([1.0 - distill] * (len(layers) - 1) + [1.0]),
+        chunk_rows=chunk_rows,
     )
+    if distill and len(layers) > 1:
+        pupils = weight_tensor[:-1] * distill
+        total = total + weighted_divergence_sum(
+            states[:-1], states[-1], head_weight, labels, pupils,
+            temperature=temperature, chunk_rows=chunk_rows,
+        )  # fmt: skip
     return EarlyExitLoss(total, dict(zip(layers, sums.unbind(), strict=True)))

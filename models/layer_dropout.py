@@ -5,6 +5,7 @@ step and the sample, so that resume, replay under activation checkpointing and a
 ranks need no stored state. Layers l count from 0 and steps t from 0; L layers, T steps.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DepthSchedule = Literal["exponential", "linear", "uniform"]
-TimeSchedule = Literal["constant", "exponential", "linear_increasing", "linear_decreasing"]
+DepthSchedule = Literal["exponential", "linear", "linear_from_first", "uniform"]
+TimeSchedule = Literal[
+    "constant", "exponential", "linear_increasing", "linear_decreasing", "progressive"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,12 @@ class LayerDropoutConfig:
     p_max: float = 0.0
     """Drop probability of the last layer at full strength, 0 to 1; 0 turns layer dropout off."""
     D: DepthSchedule = "exponential"
-    """Shape over depth: exponential (the paper's 2^(l/(L-1)) - 1), linear l/(L-1), uniform 1."""
+    """Shape over depth: exponential (the paper's 2^(l/(L-1)) - 1), linear l/(L-1),
+    linear_from_first (l+1)/L (progressive layer dropping), uniform 1 (LayerDrop)."""
     S: TimeSchedule = "exponential"
     """Shape over time: constant 1 (the paper's for continual training and finetuning), exponential
-    2^(t/(T-1)) - 1 (the paper's from scratch), linear_increasing, linear_decreasing."""
+    2^(t/(T-1)) - 1 (the paper's from scratch), linear_increasing, linear_decreasing, progressive
+    1 - exp(-100 t/T) (progressive layer dropping, p_max its 1 - theta_bar, 0.5)."""
     granularity: Literal["per_sample", "per_batch"] = "per_sample"
     """Draw for each sequence (the paper), or once for all sequences of a microbatch."""
     scale_kept: bool = False
@@ -48,12 +53,15 @@ class LayerDropoutConfig:
 def D(l: int, L: int, schedule: DepthSchedule = "exponential") -> float:
     """Return the depth factor of layer l of L.
 
-    LayerSkip (arXiv 2404.16710), eq. 2: D(l) = exp(l ln2 / (L - 1)) - 1, which is 0 at the first
-    layer and 1 at the last. A model of one layer has D(0) = 0 but for "uniform": its only layer is
-    kept.
+    LayerSkip (arXiv 2404.16710), eq. 2: D(l) = exp(l ln2 / (L - 1)) - 1, which is 0 at the
+    first layer and 1 at the last. Progressive layer dropping (arXiv 2010.13369): (l + 1) / L,
+    as its layers count from 1. LayerDrop (arXiv 1909.11556): 1. A model of one layer has D(0) =
+    0 but for "uniform": its only layer is kept.
     """
     if schedule == "uniform":
         return 1.0
+    if schedule == "linear_from_first":
+        return (l + 1) / L
     depth = l / (L - 1) if L > 1 else 0.0
     return 2.0**depth - 1.0 if schedule == "exponential" else depth
 
@@ -62,10 +70,14 @@ def S(t: int, T: int, schedule: TimeSchedule = "exponential") -> float:
     """Return the time factor of step t of T.
 
     LayerSkip (arXiv 2404.16710), eq. 3 and 4: S(t) = 1, or S_exp(t) = exp(t ln2 / (T - 1)) - 1.
-    The linear forms, up t / (T - 1) and down 1 - t / (T - 1), are later work's.
+    The linear forms, up t / (T - 1) and down 1 - t / (T - 1), are later work's. Progressive layer
+    dropping (arXiv 2010.13369) keeps with theta(t) = (1 - theta_bar) exp(-gamma t) + theta_bar, so
+    that 1 - theta(t) = (1 - theta_bar) (1 - exp(-gamma t)), with gamma = 100 / T.
     """
     if schedule == "constant":
         return 1.0
+    if schedule == "progressive":
+        return 1.0 - math.exp(-100.0 * t / T)
     time = t / (T - 1) if T > 1 else 0.0
     if schedule == "exponential":
         return 2.0**time - 1.0

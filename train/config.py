@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loss.curriculum import CurriculumConfig, active_layers
-from loss.early_exit import EarlyExitConfig, e_tilde
+from loss.early_exit import EarlyExitConfig, exit_weights
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
 from train.adam_monitor import AdamMonitorConfig
@@ -68,6 +68,8 @@ class TrainConfig:
             T=self.steps,
             tokens_per_step=self.data.tokens_per_step,
             chunk_rows=self.early_exit.chunk_rows,
+            distill=self.early_exit.distill,
+            temperature=self.early_exit.temperature,
             optim=self.optim,
             layer_dropout=self.layer_dropout,
             reduce_every_microbatch=self.parallel.reduce_every_microbatch,
@@ -110,6 +112,11 @@ class TrainConfig:
             found.append(f"steps: {self.steps}, must be at least 1")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed: {self.seed}, must lie in [0, 2^63)")
+        if any(self.model.n_layers <= E for E in self.early_exit.exits):
+            found.append(
+                f"early_exit.exits: {self.early_exit.exits}, must be below the model's "
+                f"{self.model.n_layers} layers"
+            )
         if self.data.seq_len > self.model.max_seq_len:
             found.append(
                 f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len "
@@ -124,7 +131,7 @@ class TrainConfig:
         L, T = self.model.n_layers, self.steps
         for t in range(min(self.curriculum.R, T)):
             active = active_layers(t, L=L, T=T, config=self.curriculum)
-            if not any(e_tilde(active, L, self.early_exit.e_scale).values()):
+            if not any(exit_weights(active, t, L, self.early_exit).values()):
                 return [
                     f"curriculum.last_layer_always_on: False leaves step {t} with the exits "
                     f"{list(active)}, whose weights are 0, set it to True or lower curriculum.R"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from loss.curriculum import CurriculumConfig, active_layers
-from loss.early_exit import EarlyExitConfig, e_tilde
+from loss.early_exit import EarlyExitConfig, exit_weights
 from models.layer_dropout import LayerDropoutConfig, p
 
 
@@ -14,9 +14,9 @@ class StepPlan:
     drop_prob: tuple[float, ...]
     """p(l, t) = S(t) D(l) p_max of each layer."""
     exit_layers: tuple[int, ...]
-    """The layers l with C(t, l) = 1, ascending."""
+    """The layers l with C(t, l) = 1 and a loss, ascending."""
     exit_weights: dict[int, float]
-    """{l: e_tilde(t, l)}, summing to 1."""
+    """{l: e_tilde(t, l)}, or the weights of another recipe."""
 
     @property
     def mean_layers(self) -> float:
@@ -37,10 +37,11 @@ class LayerSkipSchedule:
     def at(self, t: int) -> StepPlan:
         """Return the plan of step t."""
         active = active_layers(t, L=self.L, T=self.T, config=self.curriculum)
+        weights = exit_weights(active, t, self.L, self.early_exit)
         return StepPlan(
             drop_prob=tuple(
                 p(l, t, L=self.L, T=self.T, config=self.layer_dropout) for l in range(self.L)
             ),
-            exit_layers=active,
-            exit_weights=e_tilde(active, self.L, self.early_exit.e_scale),
+            exit_layers=tuple(weights),
+            exit_weights=weights,
         )

@@ -16,44 +16,9 @@ from models.sizes import SIZES
 from train.checkpointer import CheckpointConfig
 from train.config import TrainConfig
 from train.corpus import DataConfig
-from train.metrics import MetricsConfig
+from train.demos import DEMOS
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
-from train.validate import ValidateConfig
-
-EMBEDDED = ("embedded",)
-
-
-def demo() -> TrainConfig:
-    """LayerSkip from scratch in minutes on two CPU cores, on the corpus every machine has."""
-    return TrainConfig(
-        name="demo",
-        steps=500,
-        model=SIZES["demo"],
-        data=DataConfig(
-            path="outputs/data/embedded-2048",
-            input=EMBEDDED,
-            seq_len=256,
-            global_batch_size=8,
-        ),
-        optim=OptimConfig(lr=4e-3, warmup_steps=50),
-        layer_dropout=LayerDropoutConfig(p_max=0.1),
-        curriculum=CurriculumConfig(C="rot", R=7),
-        early_exit=EarlyExitConfig(e_scale=0.2),
-        validate=ValidateConfig(interval_steps=250),
-        checkpoint=CheckpointConfig(interval_steps=250),
-        metrics=MetricsConfig(interval_steps=25),
-    )
-
-
-def dense_demo() -> TrainConfig:
-    """The same model and data as `demo`, trained plainly: no layer dropout, no early exits."""
-    return dataclasses.replace(
-        demo(),
-        name="dense_demo",
-        layer_dropout=LayerDropoutConfig(),
-        curriculum=CurriculumConfig(),
-    )
 
 
 def layerskip_110m() -> TrainConfig:
@@ -193,8 +158,7 @@ def _paper(
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     preset.__name__: preset
     for preset in (
-        demo,
-        dense_demo,
+        *DEMOS,
         layerskip_110m,
         layerskip_350m,
         scratch_1_5b,

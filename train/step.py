@@ -35,6 +35,9 @@ class StepConfig:
     """Tokens whose logits are alive at once."""
     optim: OptimConfig
     layer_dropout: LayerDropoutConfig
+    distill: float = 0.0
+    """See EarlyExitConfig, as for temperature."""
+    temperature: float = 1.0
     reduce_every_microbatch: bool = False
     """See ParallelConfig."""
 
@@ -126,6 +129,8 @@ def accumulate_gradients(
             plan.exit_weights,
             num_tokens=config.tokens_per_step,
             chunk_rows=config.chunk_rows,
+            distill=config.distill,
+            temperature=config.temperature,
         )
         # FSDP averages gradients over ranks; J is a sum over them.
         (loss.total * runtime.world_size).backward()

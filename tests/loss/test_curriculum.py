@@ -48,3 +48,7 @@ def test_problems_name_field_value_and_remedy():
     assert CurriculumConfig().problems() == []
     assert "curriculum.R: 0" in CurriculumConfig(C="rot", R=0).problems()[0]
     assert CurriculumConfig(last_layer_always_on=False).problems()
+
+
+def test_alternating_has_every_exit_at_even_steps():
+    assert table("alternating", 4, 3) == [(0, 1, 2), (2,)] * 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loss.cross_entropy import IGNORE_INDEX
-from loss.early_exit import e, e_tilde, early_exit_loss
+from loss.early_exit import EarlyExitConfig, e, e_tilde, early_exit_loss, exit_weights
 
 
 def test_e_equals_the_table_worked_by_hand():
@@ -88,3 +88,99 @@ def test_evaluation_without_gradients_gives_the_same_loss():
     assert not evaluated.total.requires_grad
     assert trained.total.requires_grad
     assert torch.equal(evaluated.total, trained.total)
+
+
+def config(**changes):
+    found = EarlyExitConfig(**changes)
+    assert found.problems() == []
+    return found
+
+
+def test_other_weights_equal_their_tables_worked_by_hand():
+    every = tuple(range(4))
+    assert exit_weights(every, 0, 4, config()) == e_tilde(every, 4, 0.2)
+    linear = exit_weights(every, 0, 4, config(weights="linear"))
+    assert linear == pytest.approx({0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4})
+    # FREE's shallow-deep loss of L_s = 1, L = 4: (1 CE_1 + 4 CE_4) / 5.
+    shallow_deep = exit_weights(every, 0, 4, config(weights="linear", exits=(1,)))
+    assert shallow_deep == pytest.approx({0: 0.2, 3: 0.8})
+    uniform = exit_weights((1, 3), 0, 4, config(weights="uniform"))
+    assert uniform == {1: 0.5, 3: 0.5}
+    # EE-LLM: the last layer 1, exits after 1 and 2 layers 0.25 and 0.5, grown over 4 steps.
+    fixed = config(weights="fixed", exits=(1, 2), exit_weights=(0.25, 0.5), warmup_steps=4)
+    steps = [exit_weights(every, t, 4, fixed) for t in (0, 1, 4, 9)]
+    assert steps[0] == {0: 0.0, 1: 0.0, 3: 1.0}
+    assert steps[1] == {0: 0.0625, 1: 0.125, 3: 1.0}
+    assert steps[2] == steps[3] == {0: 0.25, 1: 0.5, 3: 1.0}
+
+
+@pytest.mark.parametrize("weights", ["layerskip", "linear", "uniform"])
+@pytest.mark.parametrize("L", [1, 2, 9])
+def test_these_weights_sum_to_one(weights, L):
+    for exits in ((), (1,)):
+        found = exit_weights(range(L), 3, L, config(weights=weights, exits=exits, e_scale=1.0))
+        assert sum(found.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"weights": "fixed"}, "exit_weights"),
+        ({"weights": "fixed", "exits": (1, 2), "exit_weights": (1.0,)}, "exit_weights"),
+        ({"exit_weights": (1.0,)}, "exit_weights"),
+        ({"exits": (2, 1)}, "exits"),
+        ({"exits": (0,)}, "exits"),
+        ({"distill": 1.5}, "distill"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused_by_name(changes, field):
+    [line, *_] = EarlyExitConfig(**changes).problems()
+    assert line.startswith(f"early_exit.{field}")
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 100])
+def test_distillation_equals_the_plain_loop_and_teaches_one_way(chunk_rows):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(11, (2, 7), generator=g)
+    labels[0, 3] = labels[1, 0] = IGNORE_INDEX
+    weights, share, T = {1: 0.2, 2: 0.3, 4: 0.5}, 0.7, 2.0
+    outcomes = []
+    for form in ("chunked", "plain"):
+        g.manual_seed(1)
+        head = torch.randn(11, 6, generator=g).requires_grad_()
+        hidden = {l: torch.randn(2, 7, 6, generator=g).requires_grad_() for l in weights}
+        if form == "chunked":
+            J, per_exit = early_exit_loss(
+                hidden, head, labels, weights, num_tokens=12, chunk_rows=chunk_rows,
+                distill=share, temperature=T,
+            )  # fmt: skip
+        else:
+            J = 0.0
+            p = ((hidden[4] @ head.T) / T).softmax(-1).detach()
+            for l, h in hidden.items():
+                logits = h @ head.T
+                ce = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
+                )
+                q = (logits / T).log_softmax(-1)
+                kl = (p * (p.log() - q)).sum(-1)[labels != IGNORE_INDEX].sum() * T * T
+                part = ce if l == 4 else (1 - share) * ce + share * kl
+                J = J + weights[l] * part / 12
+                assert per_exit[l] == pytest.approx(ce.item(), rel=1e-5)
+        J.backward()
+        outcomes.append([J.detach(), head.grad, *(h.grad for h in hidden.values())])
+    for ours, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_gets_no_gradient_from_its_pupils():
+    g = torch.Generator().manual_seed(0)
+    hidden = {l: torch.randn(1, 4, 6, generator=g).requires_grad_() for l in (0, 1)}
+    head = torch.randn(11, 6, generator=g)
+    labels = torch.randint(11, (1, 4), generator=g)
+    early_exit_loss(
+        hidden, head, labels, {0: 1.0, 1: 0.0}, num_tokens=4, chunk_rows=4, distill=1.0
+    ).total.backward()
+    assert hidden[0].grad.abs().sum() > 0
+    assert hidden[1].grad.abs().sum() == 0

@@ -1,5 +1,7 @@
 """p(l, t), the draws, and the running of kept rows, against tables worked by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -144,3 +146,16 @@ def test_dropped_rows_cost_no_compute_and_every_block_is_called():
     expected = [40 if n is None else max(5 * n, 1) for n in counts_of(kept)]
     assert seen == expected
     assert expected[3] == 1
+
+
+def test_progressive_layer_dropping_equals_its_equations():
+    """theta(t) = (1 - theta_bar) e^(-gamma t) + theta_bar, keep 1 - (i / L) (1 - theta(t))."""
+    config = LayerDropoutConfig(p_max=0.5, D="linear_from_first", S="progressive", scale_kept=True)
+    L, T, theta_bar, gamma = 12, 1000, 0.5, 0.1
+    for t in (0, 7, 500):
+        theta = (1 - theta_bar) * math.exp(-gamma * t) + theta_bar
+        for l in range(L):
+            keep = 1 - (l + 1) / L * (1 - theta)
+            assert p(l, t, L=L, T=T, config=config) == pytest.approx(1 - keep)
+    kept = draw_kept_rows((0.5,), seed=0, t=0, keys=np.arange(9), scale_kept=True, device=CPU)
+    assert kept.at(0).scale == 2.0  # 1 / keep of the same layer

@@ -1,0 +1,100 @@
+"""Distillation from the last layer into the exits, in chunks of tokens, through the one LM head.
+
+Hinton et al. (arXiv 1503.02531). As in `cross_entropy`, gradients are taken chunk by chunk on the
+way forward, so that however many exits there are, the logits of one chunk of the teacher and of one
+pupil are alive at a time. The teacher is a constant; the head learns from the pupils' side alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loss.cross_entropy import IGNORE_INDEX
+
+
+def weighted_divergence_sum(
+    pupils: Sequence[Tensor],
+    teacher: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float,
+    chunk_rows: int,
+) -> Tensor:
+    """Return sum_k weights[k] T^2 sum over tokens of KL(softmax(z / T) || softmax(z_k / T)).
+
+    Args:
+        pupils: K tensors (batch, seq, dim), normed, any float dtype; z_k are their logits.
+        teacher: (batch, seq, dim), same dtype; z are its logits. It gets no gradient.
+        head_weight: (vocab, dim), same dtype.
+        labels: (batch, seq) int64; a position of IGNORE_INDEX has no loss and no gradient.
+        weights: (K,) fp32 on the host, constants.
+        temperature: T.
+        chunk_rows: Tokens whose logits, (chunk_rows, vocab), are alive at once, twice.
+
+    Returns:
+        Scalar fp32, differentiable in `pupils` and `head_weight`.
+    """
+    if not torch.is_grad_enabled():
+        head_weight = head_weight.detach()
+    total: Tensor = _Divergence.apply(
+        head_weight, teacher.detach(), labels, weights, temperature, chunk_rows, *pupils
+    )
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    """All pupils at once: the head's gradient is summed over them in one buffer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head_weight: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        temperature: float,
+        chunk_rows: int,
+        *pupils: Tensor,
+    ) -> Tensor:
+        has_loss = (labels != IGNORE_INDEX).flatten()
+        taught, rows = teacher.flatten(0, -2), [h.flatten(0, -2) for h in pupils]
+        grads = [torch.zeros_like(h) for h in rows]
+        head_grad = None
+        if ctx.needs_input_grad[0]:
+            head_grad = torch.zeros_like(head_weight, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=head_weight.device)
+        for begin in range(0, len(taught), chunk_rows):
+            chunk = slice(begin, begin + chunk_rows)
+            log_p = F.log_softmax(F.linear(taught[chunk], head_weight).float() / temperature, -1)
+            for h, grad, weight in zip(rows, grads, weights.tolist(), strict=True):
+                log_q = F.log_softmax(F.linear(h[chunk], head_weight).float() / temperature, -1)
+                kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+                total += weight * temperature**2 * torch.where(has_loss[chunk], kl, 0.0).sum()
+                # d(T^2 KL) / dz_k = T (softmax(z_k / T) - softmax(z / T))
+                logits_grad = log_q.exp_().sub_(log_p.exp())
+                logits_grad = logits_grad.mul_(has_loss[chunk, None] * (weight * temperature)).to(
+                    h.dtype
+                )
+                torch.mm(logits_grad, head_weight, out=grad[chunk])
+                if head_grad is not None:
+                    head_grad += logits_grad.t() @ h[chunk]
+        head_grad = None if head_grad is None else head_grad.to(head_weight.dtype)
+        shaped = [g.view_as(h) for g, h in zip(grads, pupils, strict=True)]
+        ctx.grads = (head_grad, shaped)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.grads is not None, "a divergence's gradient is used up by one backward pass"
+        head_grad, grads = ctx.grads
+        ctx.grads = None  # Scaled in place, so that no second copy is ever alive.
+        for g in grads:
+            g.mul_(grad_total)
+        if head_grad is not None:
+            head_grad.mul_(grad_total)
+        return head_grad, None, None, None, None, None, *grads
