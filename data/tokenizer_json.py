@@ -67,7 +67,6 @@ def _problems(proto: Any) -> list[str]:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
     dummy = normalizer.add_dummy_prefix
-    scores = [piece.score for piece in proto.pieces if piece.type == _NORMAL and piece.piece[1:]]
     found = {
         "is neither bpe nor unigram": trainer.model_type not in (_BPE, _UNIGRAM),
         "normalises text": bool(normalizer.precompiled_charsmap),
@@ -77,11 +76,21 @@ def _problems(proto: Any) -> list[str]:
         "has no byte fallback": _BYTE not in kinds,
         "has unused pieces": 5 in kinds,
         "has user-defined symbols and a dummy prefix": dummy and _USER_DEFINED in kinds,
-        "has merges of the same score": trainer.model_type == _BPE
-        and len(set(scores)) < len(scores),
+        "has merges of the same score": trainer.model_type == _BPE and _ties(proto),
         "has pieces of characters that are no piece": bool(_spelled_out(proto) - _alphabet(proto)),
     }
     return [problem for problem, holds in found.items() if holds]
+
+
+def _ties(proto: Any) -> bool:
+    """Whether merges have the same score, but for runs of one character, as Llama 2's spaces."""
+    groups: dict[float, set[str]] = {}
+    for piece in proto.pieces:
+        if piece.type == _NORMAL and len(piece.piece) > 1:
+            run = piece.piece[0] * len(piece.piece) == piece.piece
+            key = piece.piece[0] if run else piece.piece
+            groups.setdefault(piece.score, set()).add(key)
+    return any(len(kinds) > 1 for kinds in groups.values())
 
 
 def _alphabet(proto: Any) -> set[str]:
@@ -128,17 +137,19 @@ def _decoder(dummy_prefix: bool) -> dict[str, Any]:
 def _bpe(proto: Any) -> dict[str, Any]:
     """Return the merges: each piece's own, best score first, in every way to cut it in two.
 
-    SentencePiece merges any two neighbours that make a piece, the best piece first, and of the
-    same piece the leftmost pair.
+    SentencePiece merges any two neighbours that make a piece, the best score first, and of the
+    same score the leftmost pair. In a run of one character the leftmost pair that merges is the
+    one with the longest left part, for what lies to the left of it has merged before.
     """
     vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     pieces = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
     merges = [
         [piece[:cut], piece[cut:]]
-        for piece in sorted(pieces, key=pieces.__getitem__, reverse=True)
+        for piece in pieces
         for cut in range(1, len(piece))
         if piece[:cut] in pieces and piece[cut:] in pieces
     ]
+    merges.sort(key=lambda pair: (-pieces["".join(pair)], -len(pair[0])))
     return {
         "type": "BPE",
         "dropout": None,

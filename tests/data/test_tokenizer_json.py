@@ -9,6 +9,7 @@ import random
 import pytest
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from data.hugging_face import PROOF_TEXTS, find_tokenizer, prove_same_ids, write_tokenizer
 from data.tokenizer import Tokenizer
@@ -139,3 +140,30 @@ def test_the_tokenizer_of_a_folder_is_found(tmp_path):
     write_tokenizer(Tokenizer(path), tmp_path, max_seq_len=77)
     assert find_tokenizer(tmp_path, 600).name == "tokenizer.model"
     assert find_tokenizer(tmp_path, 700).name == "tokenizer.json"  # ids were added there
+
+
+def llama2():
+    """Return a model with Llama 2's runs of spaces: all of the same, lowest score, none of 15."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(train(add_dummy_prefix=True))
+    for piece in proto.pieces:
+        if set(piece.piece) == {"\u2581"}:
+            piece.score = -1e9
+    known = {piece.piece for piece in proto.pieces}
+    for length in (16, *range(14, 1, -1)):
+        if "\u2581" * length not in known:
+            proto.pieces.add(piece="\u2581" * length, score=-1e9)
+    return proto
+
+
+def test_runs_of_one_score_merge_from_the_left():
+    ours, rust = load(llama2().SerializeToString())
+    for text in [f"{' ' * n}{end}" for n in range(120) for end in ("", "x", "the", "\n ")]:
+        assert rust.encode(text, add_special_tokens=False).ids == ours.encode(text)
+
+
+def test_other_merges_of_one_score_are_refused():
+    proto = llama2()
+    words = [piece for piece in proto.pieces if piece.piece.isalpha() and len(piece.piece) > 1]
+    words[0].score = words[1].score
+    with pytest.raises(ValueError, match="has merges of the same score"):
+        tokenizer_json(proto.SerializeToString())
