@@ -28,6 +28,8 @@ class Counters:
     """Tokens times layers of which keys and values alone were computed."""
     draft_token_layers: float = 0
     """Tokens times layers run by another model that drafts; in no other count."""
+    draft_head_evaluations: float = 0
+    """Tokens that model's LM head was applied to; in no other count."""
     syncs: int = 0
     """Times the host waited inside a round for an answer of the device."""
     prompt_token_layers: float = 0

@@ -115,6 +115,7 @@ class Generation:
         counters.head_evaluations = work.head_evaluations
         counters.projected, counters.syncs = work.projected, work.syncs
         counters.draft_token_layers = work.draft_token_layers
+        counters.draft_head_evaluations = work.draft_head_evaluations
         admitting = counters.prefill_seconds - prefill_seconds
         counters.decode_seconds += time.perf_counter() - start - admitting
         return emissions

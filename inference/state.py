@@ -31,6 +31,8 @@ class Work:
     """Tokens times layers whose keys and values alone were computed."""
     draft_token_layers: float = 0
     """Tokens times layers run by another model that drafts."""
+    draft_head_evaluations: float = 0
+    """Tokens that model's LM head was applied to."""
     syncs: int = 0
     """Times a strategy made the host wait for an answer of the device."""
 

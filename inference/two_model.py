@@ -3,7 +3,7 @@
 Leviathan et al. (arXiv 2211.17192). The draft model keeps its own keys and values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -117,9 +117,11 @@ class TwoModels:
     def __call__(self, room: int) -> Round:
         """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
         state, d = self._state, min(self._d, room - 1)
-        before = self._own.work.token_layers
+        before = replace(self._own.work)
         drafted = self._draft(d) if d else self._nothing()
-        state.work.draft_token_layers += self._own.work.token_layers - before
+        work = self._own.work
+        state.work.draft_token_layers += work.token_layers - before.token_layers
+        state.work.draft_head_evaluations += work.head_evaluations - before.head_evaluations
         return settle(state, drafted, verify(state, 0, drafted))
 
     def _nothing(self) -> Draft:

@@ -16,6 +16,7 @@ def _size(
     rope_theta: float = 10000.0,
     rope_scaling: RopeScaling | None = None,
     tie_embeddings: bool = False,
+    norm_eps: float = 1e-5,
 ) -> LlamaConfig:
     return LlamaConfig(
         dim=dim,
@@ -28,6 +29,7 @@ def _size(
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tie_embeddings=tie_embeddings,
+        norm_eps=norm_eps,
     )
 
 
@@ -40,7 +42,7 @@ SIZES: dict[str, LlamaConfig] = {
     "110m": _size(768, 12, 12, 12, 2048, 32000, 2048),
     "350m": _size(1024, 24, 16, 16, 2816, 32000, 2048),
     "layerskip_1.5b": _size(2048, 24, 16, 16, 5632, 32000, 4096),
-    "llama1_7b": _size(4096, 32, 32, 32, 11008, 32000, 2048),
+    "llama1_7b": _size(4096, 32, 32, 32, 11008, 32000, 2048, norm_eps=1e-6),
     "llama2_7b": _size(4096, 32, 32, 32, 11008, 32000, 4096),
     "llama2_13b": _size(5120, 40, 40, 40, 13824, 32000, 4096),
     "llama2_70b": _size(8192, 80, 64, 8, 28672, 32000, 4096),

@@ -60,7 +60,7 @@ def test_work_is_what_hooks_count(model, monkeypatch, batch_size, tmp_path):
         return [module.register_forward_hook(hook) for module in modules]
 
     hooks = count("layers", model.layers.values()) + count("draft", draft.layers.values())
-    hooks += count("heads", [model.norm])
+    hooks += count("heads", [model.norm]) + count("draft heads", [draft.norm])
     strategy = Speculative(draft=tmp_path, d=3)
     counters = decode(model, PROMPTS, strategy, batch_size=batch_size).counters
     for hook in hooks:
@@ -68,6 +68,7 @@ def test_work_is_what_hooks_count(model, monkeypatch, batch_size, tmp_path):
     assert counters.token_layers + counters.prompt_token_layers == counted["layers"]
     assert counters.draft_token_layers == counted["draft"]
     assert counters.head_evaluations == counted["heads"]
+    assert counters.draft_head_evaluations == counted["draft heads"]
 
 
 def test_the_draft_model_runs_a_prompt_once(model, monkeypatch, tmp_path):
