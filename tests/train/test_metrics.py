@@ -2,8 +2,8 @@
 
 import json
 
+from train.demos import demo
 from train.metrics import JsonLines
-from train.presets import demo
 from train.report import exit_metrics, step_line
 
 
