@@ -2,7 +2,6 @@
 
 import argparse
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,13 +17,13 @@ from inference.cli import (
     add_sampling_arguments,
     decoding_run_from,
     format_table,
+    report_line,
     run_command,
     sampling_from,
     write_json,
 )
-from inference.decode import Generation
 from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
-from inference.oracle import find_oracle, record_exits
+from inference.oracle import find_oracle, record_continuations
 from inference.plot import write_plot
 from inference.prompts import PromptSet, add_prompt_arguments, prompt_set_from
 from inference.run import Run
@@ -174,10 +173,6 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def benchmark(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.repeats < 1:
@@ -233,7 +228,7 @@ def _measure_and_print(
         arms,
         workload,
         repeats=repeats,
-        report=_report,
+        report=report_line,
         with_static=True,
         score=partial(prompt_set.scores, run),
     )
@@ -265,17 +260,12 @@ def agreement_by_exit(model: Llama, workload: Workload) -> list[float]:
 
     Counted along the greedy continuations of the workload's prompts.
     """
-    plain = Generation(
+    _, traces = record_continuations(
         model,
         workload.prompts,
-        AUTOREGRESSIVE,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
-    ).finish()
-    traces = [
-        record_exits(model, prompt + tokens, len(prompt))
-        for prompt, tokens in zip(plain.prompts, plain.tokens, strict=True)
-    ]
+    )
     return find_oracle(traces).agreement
 
 

@@ -146,6 +146,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def report_line(line: str) -> None:
+    """Say on stderr how far long work is."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def with_progress(items: Sequence[T], label: str) -> Iterator[T]:
     """Yield the items, with a bar on a terminal, in a log with a line now and then, on stderr."""
     if sys.stderr.isatty():

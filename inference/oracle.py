@@ -6,6 +6,7 @@ token only where its exit says what the last layer says cannot leave before the 
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -33,6 +34,25 @@ class Oracle:
     mean_settled: float
     sequences: list[int]
     """For each continuation, the least E whose exit agrees at every one of its tokens."""
+
+
+def record_continuations(
+    model: Llama, prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Decode greedily with all layers, and return what every exit says along the way.
+
+    Returns:
+        Each prompt with its continuation, and its `record_exits` from the prompt's end.
+    """
+    whole = Generation(
+        model, prompts, Autoregressive(), max_new_tokens=max_new_tokens, batch_size=batch_size
+    ).finish()
+    rows = [prompt + tokens for prompt, tokens in zip(whole.prompts, whole.tokens, strict=True)]
+    traces = [
+        record_exits(model, row, len(prompt))
+        for row, prompt in zip(rows, whole.prompts, strict=True)
+    ]
+    return rows, traces
 
 
 @torch.inference_mode()
@@ -107,13 +127,9 @@ def oracle(args: argparse.Namespace) -> None:
         raise ValueError(f"lanes: {args.lanes}, give at least 1")
     run = run_from(args)
     prompts = prompts_from(run, args)
-    whole = Generation(
-        run.model, prompts, Autoregressive(), max_new_tokens=args.max_new_tokens, batch_size=8
-    ).finish()
-    traces = [
-        record_exits(run.model, prompt + tokens, len(prompt))
-        for prompt, tokens in zip(prompts, whole.tokens, strict=True)
-    ]
+    _, traces = record_continuations(
+        run.model, prompts, max_new_tokens=args.max_new_tokens, batch_size=8
+    )
     found, L = find_oracle(traces), run.model.config.n_layers
     rows = []
     for E in range(1, L + 1):

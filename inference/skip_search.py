@@ -8,7 +8,6 @@ measures one choice many times.
 """
 
 import argparse
-import sys
 from dataclasses import asdict, dataclass, replace
 
 from inference.autoregressive import Autoregressive
@@ -17,6 +16,7 @@ from inference.cli import (
     Parser,
     add_sampling_arguments,
     format_table,
+    report_line,
     run_command,
     run_from,
     sampling_from,
@@ -175,10 +175,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def find(
     measurement: Measurement, prompts: list[list[int]], *, iterations: int
 ) -> list[tuple[Trial, Trial]]:
@@ -192,7 +188,9 @@ def find(
 
     starts = starting_points(measurement.model.config.n_layers)
     measurement.of_choice(starts[0], seen[:1])  # Warm-up: the first call of a shape is slow.
-    found = search(measure, starts, iterations=iterations, seed=measurement.seed, report=_report)
+    found = search(
+        measure, starts, iterations=iterations, seed=measurement.seed, report=report_line
+    )
     best = [trials[choice] for choice in [*found][:_FINALISTS]]
     pairs = [(trial, measurement.of_strategy(trial.strategy, fresh)) for trial in best]
     return sorted(pairs, key=lambda pair: -pair[1].score)

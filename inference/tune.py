@@ -8,7 +8,6 @@ threshold, thresholds are measured that keep to what the full model would have c
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,14 +18,14 @@ from inference.cli import (
     add_compile_argument,
     decoding_run_from,
     format_table,
+    report_line,
     run_command,
     write_json,
 )
 from inference.costs import Costs, Prediction, measure_costs, predict
-from inference.decode import Generation
 from inference.dynamic import Dynamic
 from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
-from inference.oracle import record_exits
+from inference.oracle import record_continuations
 from inference.prompts import add_prompt_arguments, prompts_from
 from inference.run import Run
 from inference.sampling import Sampling
@@ -181,7 +180,7 @@ def tune(args: argparse.Namespace) -> None:
         costs, predictions = _predict(run, workload, args.max_d)
         arms = candidates(predictions[: args.top], costs, args.max_d)
         found = {"costs": asdict(costs), "predictions": [asdict(p) for p in predictions]}
-    results = measure(run.model, arms, workload, repeats=args.repeats, report=_report)
+    results = measure(run.model, arms, workload, repeats=args.repeats, report=report_line)
     print(f"\nmeasured:\n{table(results)}\n\n{LEGEND}")
     if drafts:
         print(f"\nrounds, in full steps:\n{overhead_table(results, predictions)}")
@@ -201,21 +200,15 @@ def tune(args: argparse.Namespace) -> None:
 def _predict(run: Run, workload: Workload, max_d: int) -> tuple[Costs, list[Prediction]]:
     """Measure costs and record exits; print what follows for every E."""
     model = run.model
-    plain = Generation(
+    rows, traces = record_continuations(
         model,
         workload.prompts,
-        AUTOREGRESSIVE,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
-    ).finish()
-    rows = [p + t for p, t in zip(plain.prompts, plain.tokens, strict=True)]
-    traces = [
-        record_exits(model, row, len(prompt))
-        for row, prompt in zip(rows, plain.prompts, strict=True)
-    ]
+    )
     middle = [
         row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]
-        for row, prompt in zip(rows[: workload.batch_size], plain.prompts, strict=False)
+        for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
     ]
     costs = measure_costs(model, middle, max_d)
     predictions = predict(traces, costs, max_d)
@@ -228,10 +221,6 @@ def _verdict(best: ArmResult) -> str:
     if best.strategy == AUTOREGRESSIVE.name:
         return "nothing beats plain decoding here: see which term above eats the gain"
     return f"best: {best.settings}, {best.speedup:.2f}x"
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -73,14 +73,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.grads is not None, "the cross entropy's gradient is used up by one backward pass"
-        head_grad, grads = ctx.grads
-        ctx.grads = None  # Scaled in place, so that no second copy is ever alive.
-        for g in grads:
-            g.mul_(grad_total)
-        if head_grad is not None:
-            head_grad.mul_(grad_total)
+        head_grad, grads = scaled_gradients(ctx, grad_total)
         return head_grad, None, None, None, *grads
+
+
+def scaled_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Return, once, what `forward` left in ctx.grads, times the gradient of its result.
+
+    In place, so that no second copy is ever alive.
+    """
+    assert ctx.grads is not None, "a chunked loss's gradient is used up by one backward pass"
+    head_grad, grads = ctx.grads
+    ctx.grads = None
+    for g in grads:
+        g.mul_(grad_total)
+    if head_grad is not None:
+        head_grad.mul_(grad_total)
+    return head_grad, grads
 
 
 def _sums_and_gradients(

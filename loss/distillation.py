@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loss.cross_entropy import IGNORE_INDEX
+from loss.cross_entropy import IGNORE_INDEX, scaled_gradients
 
 
 def weighted_divergence_sum(
@@ -71,12 +71,13 @@ class _Divergence(torch.autograd.Function):
         for begin in range(0, len(taught), chunk_rows):
             chunk = slice(begin, begin + chunk_rows)
             log_p = F.log_softmax(F.linear(taught[chunk], head_weight).float() / temperature, -1)
+            p = log_p.exp()
             for h, grad, weight in zip(rows, grads, weights.tolist(), strict=True):
                 log_q = F.log_softmax(F.linear(h[chunk], head_weight).float() / temperature, -1)
-                kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+                kl = (p * (log_p - log_q)).sum(-1)
                 total += weight * temperature**2 * torch.where(has_loss[chunk], kl, 0.0).sum()
                 # d(T^2 KL) / dz_k = T (softmax(z_k / T) - softmax(z / T))
-                logits_grad = log_q.exp_().sub_(log_p.exp())
+                logits_grad = log_q.exp_().sub_(p)
                 logits_grad = logits_grad.mul_(has_loss[chunk, None] * (weight * temperature)).to(
                     h.dtype
                 )
@@ -90,11 +91,5 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.grads is not None, "a divergence's gradient is used up by one backward pass"
-        head_grad, grads = ctx.grads
-        ctx.grads = None  # Scaled in place, so that no second copy is ever alive.
-        for g in grads:
-            g.mul_(grad_total)
-        if head_grad is not None:
-            head_grad.mul_(grad_total)
+        head_grad, grads = scaled_gradients(ctx, grad_total)
         return head_grad, None, None, None, None, None, *grads

@@ -14,7 +14,6 @@ from itertools import product
 from pathlib import Path
 
 from train.command_line import parse
-from train.config import TrainConfig
 
 _EXAMPLE = """\
 example:
@@ -60,28 +59,28 @@ def expand(preset: str, grid: dict[str, list[str]], options: Sequence[str]) -> l
     return runs
 
 
-def last_validation(config: TrainConfig) -> dict[str, float]:
+def last_validation(run_dir: Path) -> dict[str, float]:
     """Return the held-out losses a run wrote last.
 
     Raises:
         ValueError: it wrote none.
     """
-    path = config.run_dir / "metrics.jsonl"
+    path = run_dir / "metrics.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
     found = [line for line in lines if "validation/loss" in line]
     if not found:
-        raise ValueError(f"validate: {config.run_dir} has no held-out loss, let it validate")
+        raise ValueError(f"validate: {run_dir} has no held-out loss, let it validate")
     return {name: value for name, value in found[-1].items() if name.startswith("validation/")}
 
 
-def table(grid: dict[str, list[str]], runs: Sequence[tuple[TrainConfig, dict[str, float]]]) -> str:
+def table(grid: dict[str, list[str]], runs: Sequence[dict[str, float]]) -> str:
     """Return a Markdown table, the best last-layer loss first: fields, loss after every E."""
     rows = [*zip(product(*grid.values()), runs, strict=True)]
-    rows.sort(key=lambda row: row[1][1]["validation/loss"])
-    exits = sorted(name for name in runs[0][1] if "_exit_" in name)
+    rows.sort(key=lambda row: row[1]["validation/loss"])
+    exits = sorted(name for name in runs[0] if "_exit_" in name)
     header = [*grid, *(f"E={E}" for E in range(1, 1 + len(exits)))]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for values, (_, losses) in rows:
+    for values, losses in rows:
         lines.append("| " + " | ".join([*values, *(f"{losses[e]:.3f}" for e in exits)]) + " |")
     return "\n".join(lines)
 
@@ -122,7 +121,7 @@ def sweep(arguments: Sequence[str]) -> None:
     if args.print:
         print("\n".join(" ".join(run) for run in runs))
         return
-    found = []
+    found = {}
     for i, run in enumerate(runs):
         config = parse([args.preset, *run], show=True).config
         print(f"run {i + 1} of {len(runs)}: {config.name}", file=sys.stderr, flush=True)
@@ -130,12 +129,10 @@ def sweep(arguments: Sequence[str]) -> None:
         command += [f"--nproc_per_node={args.nproc_per_node}", "train/main.py", args.preset, *run]
         if subprocess.run(command, check=False).returncode:
             raise ValueError(f"run: {config.name} failed, see above; the sweep goes on from there")
-        found.append((config, last_validation(config)))
-    print(table(grid, found))
+        found[config.name] = last_validation(config.run_dir)
+    print(table(grid, [*found.values()]))
     if args.json is not None:
-        args.json.write_text(
-            json.dumps({config.name: losses for config, losses in found}, indent=2) + "\n"
-        )
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def main() -> None:
