@@ -77,13 +77,12 @@ def measure(
             start = time.monotonic()
             generator = torch.Generator().manual_seed(t * runtime.world_size + runtime.rank)
             tokens = torch.randint(8192, (1, SEQ_LEN + 1), generator=generator).to(runtime.device)
-            hidden = model(tokens[:, :-1], exit_layers=[last])
+            hidden = model(tokens[:, :-1], exit_layers=[last]).exits
             loss = early_exit_loss(
                 hidden,
                 model.head_weight,
                 tokens[:, 1:].contiguous(),
                 {last: 1.0},
-                num_tokens=SEQ_LEN,
                 chunk_rows=4096,
             )
             loss.total.backward()

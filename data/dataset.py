@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.progress import Progress
-from data.shards import HEADER_BYTES, ShardRecord, TokenStream, open_shard, token_dtype
+from data.shards import HEADER_BYTES, ShardRecord, TokenStream, open_shard, token_dtype, token_ids
 from data.tokenizer import Tokenizer
 
 DESCRIPTION_NAME = "dataset.json"
@@ -74,6 +74,11 @@ class Dataset:
         return self.path / TOKENIZER_NAME
 
     @property
+    def holds_pairs(self) -> bool:
+        """Whether each document is a prompt, which is not learnt, and a response."""
+        return "response" in self.arguments
+
+    @property
     def fingerprint(self) -> str:
         """sha256 that identifies the tokens: the tokenizer and the shards of every split."""
         shards = {name: [s.sha256 for s in split.shards] for name, split in self.splits.items()}
@@ -118,7 +123,8 @@ def verify_shards(dataset: Dataset, *, part: int = 0, parts: int = 1) -> None:
     """
     records = [record for _, split in sorted(dataset.splits.items()) for record in split.shards]
     records = records[part::parts]
-    size = sum(record.tokens for record in records) * token_dtype(dataset.vocab_size).itemsize
+    dtype = token_dtype(dataset.vocab_size, pairs=dataset.holds_pairs)
+    size = sum(record.tokens for record in records) * dtype.itemsize
     found = []
     with Progress("verifying shards", size, is_main=part == 0) as progress:
         for record in records:
@@ -141,7 +147,7 @@ def _verify_shard(dataset: Dataset, record: ShardRecord, progress: Progress) -> 
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             progress.update(len(block))
-            ids = np.frombuffer(block, dtype)
+            ids = token_ids(np.frombuffer(block, dtype))
             if not faults and ids.max() >= dataset.vocab_size:
                 place = int((ids >= dataset.vocab_size).argmax())
                 faults.append(

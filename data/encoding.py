@@ -19,22 +19,35 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data.row_layout import Document
 from data.shards import token_dtype
-from data.sources import Document
 from data.tokenizer import Tokenizer
 
 _BATCH_CHARS = 500_000
 _BATCHES_AHEAD = 3
 
-_Tokens = npt.NDArray[np.unsignedinteger]
+_Batch = list[tuple[str, int]]
+"""Texts and how many characters of each are a prompt."""
+
+_Tokens = npt.NDArray[np.integer]
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> _Tokens:
-    """Return BOS, the ids of the text, EOS: (seq,) in the type they have on disk."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    pieces = [np.array(ids, dtype=dtype) for ids in tokenizer.encode_pieces(text)]
+def encode_document(tokenizer: Tokenizer, text: str, prompt_chars: int = 0) -> _Tokens:
+    """Return BOS, the ids of the text, EOS: (seq,) as they are stored.
+
+    A prompt is encoded by itself, as it is when the model is asked; BOS and its ids are marked as
+    not to be learnt, see `data.shards.ShardHeader`.
+    """
+    dtype = token_dtype(tokenizer.vocab_size, pairs=prompt_chars > 0)
     bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], dtype=dtype)
-    return np.concatenate([bos, *pieces, eos])
+
+    def encode(part: str) -> list[_Tokens]:
+        return [np.array(ids, dtype=dtype) for ids in tokenizer.encode_pieces(part)]
+
+    if not prompt_chars:
+        return np.concatenate([bos, *encode(text), eos])
+    read = np.concatenate([bos, *encode(text[:prompt_chars])])
+    return np.concatenate([~read, *encode(text[prompt_chars:]), eos])
 
 
 def encode_documents(
@@ -55,7 +68,7 @@ def encode_documents(
     """
     if workers == 1:
         for document in documents:
-            yield document, encode_document(tokenizer, document.text)
+            yield document, encode_document(tokenizer, document.text, document.prompt_chars)
         return
     with _start(workers, tokenizer.path) as connections:
         yield from _encode_over(connections, documents)
@@ -69,7 +82,7 @@ def _encode_over(
     chars = 0
     for connection, batch in zip(cycle(connections), _batches(documents), strict=False):
         with _loss_explained(len(connections)):
-            connection.send([document.text for document in batch])
+            connection.send([(document.text, document.prompt_chars) for document in batch])
         running.append((connection, batch))
         chars += _count_chars(batch)
         while chars >= _BATCHES_AHEAD * len(connections) * _BATCH_CHARS:
@@ -137,16 +150,16 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
 def _work(connection: Connection, path: Path) -> None:
     """Encode the batches that come, until none comes any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends this process.
-    batches: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
+    batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
     # Else both sides could wait for the other to take what they send.
     threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()
     tokenizer = Tokenizer(path)
     while (batch := batches.get()) is not None:
         with suppress(ConnectionError):  # The parent may be gone; then no batch follows.
-            connection.send([encode_document(tokenizer, text) for text in batch])
+            connection.send([encode_document(tokenizer, *document) for document in batch])
 
 
-def _receive(connection: Connection, batches: "queue.SimpleQueue[list[str] | None]") -> None:
+def _receive(connection: Connection, batches: "queue.SimpleQueue[_Batch | None]") -> None:
     try:
         while True:
             batches.put(connection.recv())

@@ -3,7 +3,7 @@
 An input is written hf:NAME[:SPLIT[:CONFIG]], such as hf:books or hf:wikitext:train:wikitext-2-v1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
 
 
-def read_rows(source: str, text_field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of each row, from 1, and its text column alone, in the dataset's order.
+def read_rows(source: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each row, from 1, and some columns of it, in the dataset's order.
 
     A folder is read as it lies on the disk; of a name on the hub no more is fetched than what is
     read, again on every pass.
@@ -20,7 +20,7 @@ def read_rows(source: str, text_field: str) -> Iterator[tuple[int, dict[str, Any
     Args:
         source: hf:NAME[:SPLIT[:CONFIG]]; the split is "train" if not given. Folders saved with
             one split have no other, and no CONFIG.
-        text_field: the column to read.
+        fields: the columns to read.
 
     Raises:
         ValueError: there is no such dataset, split, configuration or column, or it cannot be
@@ -28,18 +28,26 @@ def read_rows(source: str, text_field: str) -> Iterator[tuple[int, dict[str, Any
     """
     rows = _open(source)
     columns = rows.column_names
-    if columns is not None and text_field not in columns:
-        raise ValueError(
-            f"text_field {text_field} is no column of {source}, give one of: {', '.join(columns)}"
-        )
+    if columns is not None:
+        check_columns(source, columns, fields)
+        rows = rows.select_columns(list(fields))
     number = 0
     try:
-        for number, row in enumerate(rows if columns is None else rows.select_columns(text_field)):
+        for number, row in enumerate(rows):
             yield number + 1, row
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"input {source} cannot be read after row {number + 1} ({error}), try again"
         ) from error
+
+
+def check_columns(source: str, columns: Sequence[str], fields: Sequence[str]) -> None:
+    """Raise a ValueError if a source has no such column."""
+    for field in fields:
+        if field not in columns:
+            raise ValueError(
+                f"text_field {field} is no column of {source}, give one of: {', '.join(columns)}"
+            )
 
 
 def _open(source: str) -> Any:

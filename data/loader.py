@@ -1,4 +1,4 @@
-"""Batches of windows out of a stream of tokens, as a pure function of (seed, batch number).
+"""Batches out of a mixture of sources, as a pure function of (seed, batch number).
 
 Knows nothing of the model, of files or of how ranks talk: rank and world size are numbers here.
 """
@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data.permutation import permute
-from data.shards import TokenStream
+from data.mixture import Mixture
+from data.shards import NO_LOSS
+from data.windows import document_numbers
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,34 @@ class Microbatch:
     tokens: torch.Tensor
     """(batch, seq) int64."""
     labels: torch.Tensor
-    """(batch, seq) int64: the token after each of `tokens`."""
+    """(batch, seq) int64: the token after each of `tokens`, NO_LOSS where it is not learnt."""
     samples: torch.Tensor
     """(batch,) int64: row of each sequence in the global batch; the key of its layer dropout."""
+    documents: torch.Tensor | None = None
+    """(batch, seq) int64: number of each token's document in its row; None: attention does not
+    stop at documents."""
+
+    @property
+    def num_labels(self) -> int:
+        """Number of tokens that have a loss."""
+        return int((self.labels != NO_LOSS).sum())
 
     def pin_memory(self) -> "Microbatch":
         """Return a copy in page-locked memory, from where a GPU copies without blocking."""
         return Microbatch(
-            self.tokens.pin_memory(), self.labels.pin_memory(), self.samples.pin_memory()
+            self.tokens.pin_memory(),
+            self.labels.pin_memory(),
+            self.samples,
+            None if self.documents is None else self.documents.pin_memory(),
+        )
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """Return what the model reads on a device; `samples` stay on the host."""
+        return Microbatch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.samples,
+            None if self.documents is None else self.documents.to(device, non_blocking=True),
         )
 
 
@@ -53,47 +74,40 @@ def batch_number(t: int, skipped: Sequence[tuple[int, int]]) -> int:
 
 
 class TokenLoader:
-    """Cuts a stream into windows and deals them out to steps, ranks and microbatches.
+    """Deals the rows of a mixture out to steps, ranks and microbatches.
 
-    Window i reads tokens [i * seq_len, i * seq_len + seq_len]: seq_len inputs and, one further,
-    as many labels. Documents are packed: a window may hold the end of one and the start of the
-    next. Row j of global batch b is number k = b * global_batch_size + j of an endless sequence:
-    in epoch k // windows it is place k % windows of that epoch's permutation, so every epoch
-    reads every window exactly once and a batch may hold the end of one epoch and the start of the
-    next. Microbatch m holds the global rows [m, m + 1) * world_size * microbatch_size, of which
-    rank r takes the r-th part: the global batch is the same for any number of ranks.
+    Row j of global batch b is row b * global_batch_size + j of the mixture: a batch may hold the
+    end of one epoch and the start of the next. Microbatch m holds the global rows
+    [m, m + 1) * world_size * microbatch_size, of which rank r takes the r-th part: the global
+    batch is the same for any number of ranks.
 
     Args:
-        stream: the tokens of one split.
-        seq_len: tokens per sequence.
+        mixture: the rows, endless.
         global_batch_size: sequences per step, over all ranks and microbatches.
         microbatch_size: sequences per rank and forward pass.
-        seed: fixes the order.
         rank: this process among those with data of their own.
         world_size: number of them.
-        shuffle: False reads the windows in order, in every epoch.
+        bos_id: number the documents of each row, which begin with this token; None does not.
 
     Raises:
-        ValueError: the sizes do not divide, or the stream has not one window.
+        ValueError: the sizes do not divide.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        mixture: Mixture,
         *,
-        seq_len: int,
         global_batch_size: int,
         microbatch_size: int,
-        seed: int,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
+        bos_id: int | None = None,
     ) -> None:
         """Check the sizes; see the class."""
-        if min(seq_len, global_batch_size, microbatch_size) < 1:
+        if min(global_batch_size, microbatch_size) < 1:
             raise ValueError(
-                f"seq_len {seq_len}, global_batch_size {global_batch_size} and microbatch_size"
-                f" {microbatch_size} must be at least 1"
+                f"global_batch_size {global_batch_size} and microbatch_size {microbatch_size}"
+                " must be at least 1"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, world_size {world_size})")
@@ -102,49 +116,23 @@ class TokenLoader:
                 f"global_batch_size {global_batch_size} is not a multiple of world_size"
                 f" {world_size} * microbatch_size {microbatch_size}, change one of the three"
             )
-        if len(stream) < seq_len + 1:
-            raise ValueError(
-                f"seq_len {seq_len} needs {seq_len + 1} tokens but the data has {len(stream)},"
-                " give a shorter seq_len or more text"
-            )
-        self._stream = stream
-        self._seq_len = seq_len
-        self._global_batch_size = global_batch_size
+        self.mixture = mixture
+        self.global_batch_size = global_batch_size
+        """Sequences per step, over all ranks and microbatches."""
         self._microbatch_size = microbatch_size
-        self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._shuffle = shuffle
+        self._bos_id = bos_id
 
-    @property
-    def global_batch_size(self) -> int:
-        """Sequences per step, over all ranks and microbatches."""
-        return self._global_batch_size
-
-    @property
-    def windows(self) -> int:
-        """Number of sequences in one epoch."""
-        return (len(self._stream) - 1) // self._seq_len
-
-    @property
-    def dropped_tokens(self) -> int:
-        """Tokens at the end of the stream that no window reads."""
-        return len(self._stream) - 1 - self.windows * self._seq_len
-
-    def epoch(self, number: int) -> int:
-        """Return the epoch, from 0, of the first row of global batch `number`."""
-        return number * self._global_batch_size // self.windows
+    def epochs(self, number: int) -> list[float]:
+        """Return how often each source was read through before global batch `number`."""
+        return self.mixture.epochs(number * self.global_batch_size)
 
     def batch(self, number: int) -> list[Microbatch]:
         """Return this rank's microbatches of global batch `number`, from 0, in order."""
-        rows = np.arange(self._global_batch_size)
+        rows = np.arange(self.global_batch_size)
         rows = rows.reshape(-1, self._world_size, self._microbatch_size)[:, self._rank]
-        places = number * self._global_batch_size + rows.flatten()
-        epochs, windows = np.divmod(places, self.windows)
-        if self._shuffle:
-            windows = permute(windows, epochs, size=self.windows, seed=self._seed)
-        windows = windows.reshape(rows.shape)
-        return [self._read(windows[m], rows[m]) for m in range(len(rows))]
+        return [self._read(rows[m], number) for m in range(len(rows))]
 
     def batches(
         self,
@@ -184,12 +172,23 @@ class TokenLoader:
         batch = self.batch(number)
         return [microbatch.pin_memory() for microbatch in batch] if pin else batch
 
-    def _read(self, windows: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> Microbatch:
-        """Read one microbatch: its windows and rows of the global batch, both (batch,) int64."""
-        read = [self._stream.read(w * self._seq_len, self._seq_len + 1) for w in windows.tolist()]
-        tokens = torch.from_numpy(np.stack(read))
-        return Microbatch(
-            tokens=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].contiguous(),
-            samples=torch.tensor(samples),
-        )
+    def _read(self, samples: npt.NDArray[np.int64], number: int) -> Microbatch:
+        """Read one microbatch: rows of global batch `number`, (batch,) int64."""
+        tokens, labels = self.mixture.read(number * self.global_batch_size + samples)
+        return microbatch(tokens, labels, samples, self._bos_id)
+
+
+def microbatch(
+    tokens: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    samples: npt.NDArray[np.int64],
+    bos_id: int | None,
+) -> Microbatch:
+    """Return rows as they go into the model; without `bos_id`, their documents see each other."""
+    documents = None if bos_id is None else document_numbers(tokens, bos_id)
+    return Microbatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        samples=torch.tensor(samples),
+        documents=None if documents is None else torch.from_numpy(documents),
+    )

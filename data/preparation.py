@@ -12,7 +12,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.dataset import (
@@ -28,8 +28,9 @@ from data.dataset import (
 from data.encoding import encode_documents
 from data.faults import Faults
 from data.progress import Progress
+from data.row_layout import Document, RowLayout
 from data.shards import ShardWriter
-from data.sources import Document, read_documents
+from data.sources import read_documents
 from data.survey import Survey, document_digest, survey_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 
@@ -57,8 +58,8 @@ class PrepareConfig:
     """Size of the tokenizer to train; None exactly when `tokenizer` is given."""
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION
     """Expected fraction of documents that are held out; of a single document, of its text."""
-    text_field: str = "text"
-    """JSON field or Parquet column that holds the text."""
+    layout: RowLayout = field(default_factory=RowLayout)
+    """JSON fields or Parquet columns that hold the text, or prompt and response."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     """Tokens after which a shard ends."""
     max_skipped_fraction: float = DEFAULT_MAX_SKIPPED_FRACTION
@@ -79,6 +80,7 @@ class PrepareConfig:
             problems.append(
                 f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"
             )
+        problems += self.layout.problems()
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens {self.shard_tokens} is below 1, give more")
         if not 0 <= self.max_skipped_fraction <= 1:
@@ -90,14 +92,18 @@ class PrepareConfig:
 
     def arguments(self) -> dict[str, object]:
         """Return what `dataset.json` remembers: the tokenizer by content, the rest as given."""
-        return {
+        layout = self.layout
+        given: dict[str, object] = {
             "input": list(self.input),
             "tokenizer": self.tokenizer and Tokenizer(self.tokenizer).fingerprint,
             "vocab_size": self.vocab_size,
             "validation_fraction": self.validation_fraction,
-            "text_field": self.text_field,
+            "text_field": layout.text_field,
             "shard_tokens": self.shard_tokens,
         }
+        if layout.response:
+            given |= {"prompt": layout.prompt, "response": layout.response}
+        return given
 
 
 def prepare(
@@ -170,7 +176,7 @@ def _fill(
 ) -> Dataset:
     """Write tokenizer and shards into an empty folder and return their description."""
     faults = Faults()
-    documents = read_documents(config.input, faults, text_field=config.text_field)
+    documents = read_documents(config.input, faults, config.layout)
     try:
         survey = survey_documents(
             _refuse_mostly_damaged(documents, faults, config.max_skipped_fraction),
@@ -232,13 +238,14 @@ def _write_splits(
             vocab_size=tokenizer.vocab_size,
             tokenizer_fingerprint=tokenizer.fingerprint,
             shard_tokens=config.shard_tokens,
+            pairs=bool(config.layout.response),
         )
         for name in (TRAIN, VALIDATION)
     }
     fingerprint = hashlib.sha256()
 
     def read_again() -> Iterator[Document]:
-        for document in read_documents(config.input, Faults(), text_field=config.text_field):
+        for document in read_documents(config.input, Faults(), config.layout):
             fingerprint.update(document_digest(document.text))
             yield from survey.parts(document)
 

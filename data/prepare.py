@@ -15,6 +15,7 @@ from data.preparation import (
     PrepareConfig,
     prepare,
 )
+from data.row_layout import RowLayout
 from data.sources import SUFFIXES
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -25,6 +26,8 @@ examples:
   python -m data.prepare --input 'books/*.txt' more.jsonl.gz --output datasets/books
   python -m data.prepare --input news.parquet --text_field body --output datasets/news \\
       --tokenizer datasets/books/tokenizer.model
+  python -m data.prepare --input pairs.jsonl --prompt 'Q: {question}\nA:' --response ' {answer}' \\
+      --output datasets/pairs --tokenizer datasets/books/tokenizer.model
   python -m data.prepare --input hf:saved_folder:train --output datasets/more \\
       --tokenizer Llama-3.2-1B/tokenizer.json
 """
@@ -63,12 +66,6 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         "JSON lines and Parquet hold a document per row, other files one each",
     )
     parser.add_argument(
-        "--text_field",
-        default="text",
-        metavar="NAME",
-        help="JSON field or Parquet column that holds the text (default: text)",
-    )
-    parser.add_argument(
         "--max_skipped_fraction",
         type=float,
         default=DEFAULT_MAX_SKIPPED_FRACTION,
@@ -76,6 +73,7 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         help="refuse the input when more than this fraction of its documents cannot be used, empty "
         f"ones aside (default: {DEFAULT_MAX_SKIPPED_FRACTION})",
     )
+    _add_row_options(parser)
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--tokenizer",
@@ -91,6 +89,34 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         help="train a SentencePiece BPE model of this many tokens on a sample of 8 MB "
         f"(default: {DEFAULT_VOCAB_SIZE})",
     )
+
+
+def _add_row_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text_field",
+        default="text",
+        metavar="NAME",
+        help="JSON field or Parquet column that holds the text (default: text)",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=_template,
+        default="",
+        metavar="FORMAT",
+        help="rows are pairs: the prompt, which is read but not learnt, such as "
+        "'Utterance: {utterance}\\nParse:' with the names of fields in braces; \\n is a new line",
+    )
+    parser.add_argument(
+        "--response",
+        type=_template,
+        default="",
+        metavar="FORMAT",
+        help="rows are pairs: what follows the prompt and is learnt, such as ' {parse}'",
+    )
+
+
+def _template(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +200,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         vocab_size=vocab_size,
         validation_fraction=options.validation_fraction,
-        text_field=options.text_field,
+        layout=RowLayout(options.text_field, options.prompt, options.response),
         shard_tokens=options.shard_tokens,
         max_skipped_fraction=options.max_skipped_fraction,
     )

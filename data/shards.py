@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,19 @@ MAGIC = b"SKIPTOK1"
 
 HEADER_BYTES = 1024
 
+_Stored = TypeVar("_Stored", bound=np.integer)
+
+NO_LOSS = -100
+"""Label of a position that has no loss; torch's own number for it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardHeader:
     """What a shard says of itself."""
 
     dtype: str
-    """numpy name of the type of one token id: "<u2" or "<u4"."""
+    """numpy name of the type of one token: "<u2" or "<u4", its id; "<i4", its id or, of a token
+    that is read but not learnt, ~id, which is negative."""
     tokens: int
     """Number of token ids in the file."""
     documents: int
@@ -51,9 +57,16 @@ class ShardRecord:
     """Of the whole file, in hex."""
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """Return the smallest type on disk that holds every token id."""
+def token_dtype(vocab_size: int, *, pairs: bool = False) -> np.dtype[np.integer]:
+    """Return the type on disk: the smallest that holds every token id, signed for `pairs`."""
+    if pairs:
+        return np.dtype("<i4")
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def token_ids(stored: npt.NDArray[_Stored]) -> npt.NDArray[_Stored]:
+    """Return the ids of tokens as they are stored, see `ShardHeader.dtype`."""
+    return np.where(stored < 0, ~stored, stored)
 
 
 class ShardWriter:
@@ -65,6 +78,7 @@ class ShardWriter:
         vocab_size: fixes the type on disk.
         tokenizer_fingerprint: goes into every header.
         shard_tokens: a shard ends with the document that reaches this many tokens.
+        pairs: whether some tokens are not to be learnt.
     """
 
     def __init__(
@@ -75,6 +89,7 @@ class ShardWriter:
         vocab_size: int,
         tokenizer_fingerprint: str,
         shard_tokens: int,
+        pairs: bool = False,
     ) -> None:
         """Write nothing yet; see the class."""
         self._folder = folder
@@ -82,17 +97,17 @@ class ShardWriter:
         self._vocab_size = vocab_size
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._shard_tokens = shard_tokens
-        self._dtype = token_dtype(vocab_size)
+        self._dtype = token_dtype(vocab_size, pairs=pairs)
         self._records: list[ShardRecord] = []
-        self._documents: list[npt.NDArray[np.unsignedinteger]] = []
+        self._documents: list[npt.NDArray[np.integer]] = []
         self._tokens = 0
         self._text_bytes = 0
 
-    def add(self, tokens: npt.NDArray[np.unsignedinteger], text_bytes: int) -> None:
+    def add(self, tokens: npt.NDArray[np.integer], text_bytes: int) -> None:
         """Append one document.
 
         Args:
-            tokens: (seq,) unsigned ids, BOS and EOS included.
+            tokens: (seq,) as stored, BOS and EOS included.
             text_bytes: UTF-8 bytes of its text.
         """
         self._documents.append(tokens.astype(self._dtype, copy=False))
@@ -131,7 +146,7 @@ class ShardWriter:
 
 
 def write_shard(
-    path: Path, header: ShardHeader, documents: Sequence[npt.NDArray[np.unsignedinteger]]
+    path: Path, header: ShardHeader, documents: Sequence[npt.NDArray[np.integer]]
 ) -> str:
     """Write one shard aside, rename it into place and return the sha256 of the file."""
     first = MAGIC + json.dumps(dataclasses.asdict(header)).encode()
@@ -152,7 +167,7 @@ class ShardTokens:
     a process may, and end the process by SIGBUS, without a word, when a file shrinks under it.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger], count: int) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[np.integer], count: int) -> None:
         """Read nothing yet; see the class."""
         self._path = path
         self._dtype = dtype
@@ -162,8 +177,8 @@ class ShardTokens:
         """Return the number of ids."""
         return self._count
 
-    def __getitem__(self, part: slice) -> npt.NDArray[np.unsignedinteger]:
-        """Return the ids of a slice without step: (slice,) uint16 or uint32.
+    def __getitem__(self, part: slice) -> npt.NDArray[np.integer]:
+        """Return the ids of a slice without step: (slice,), as stored.
 
         Raises:
             ValueError: the file has become shorter.
@@ -184,7 +199,7 @@ class Sliceable(Protocol):
     def __len__(self) -> int:
         """Return the number of ids."""
 
-    def __getitem__(self, part: slice, /) -> npt.NDArray[np.unsignedinteger]:
+    def __getitem__(self, part: slice, /) -> npt.NDArray[np.integer]:
         """Return the ids of a slice."""
 
 
@@ -222,7 +237,7 @@ class TokenStream:
     """Shards, one after the other, as one array of tokens that is read in ranges.
 
     Args:
-        shards: each (tokens,) of unsigned ids.
+        shards: each (tokens,), as stored.
     """
 
     def __init__(self, shards: Sequence[Sliceable]) -> None:
@@ -236,6 +251,19 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """Return tokens [start, start + count): (count,) int64, across shards where needed."""
+        return self.read_targets(start, count)[0]
+
+    def read_targets(
+        self, start: int, count: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return tokens [start, start + count) twice, (count,) int64 each.
+
+        Once as they are, once as something to predict: NO_LOSS where they are not to be learnt.
+        """
+        stored = self._read(start, count)
+        return token_ids(stored), np.where(stored < 0, np.int64(NO_LOSS), stored)
+
+    def _read(self, start: int, count: int) -> npt.NDArray[np.int64]:
         if start < 0 or count < 0 or start + count > len(self):
             raise ValueError(f"tokens [{start}, {start + count}) are outside [0, {len(self)})")
         tokens = np.empty(count, dtype=np.int64)
@@ -248,13 +276,3 @@ class TokenStream:
             done += len(part)
             shard += 1
         return tokens
-
-    def spread(self, count: int, length: int) -> list[int]:
-        """Return where `count` windows of `length` + 1 tokens start, spread over the stream.
-
-        Windows overlap by one token, the last label of one and the first input of the next. Fewer
-        are returned where the stream has fewer.
-        """
-        windows = (len(self) - 1) // length
-        count = min(count, windows)
-        return [i * windows // count * length for i in range(count)]

@@ -10,16 +10,15 @@ import gzip
 import importlib.util
 import json
 import os
-import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 
-from data.faults import EMPTY, UNKNOWN_KIND, Faults
-from data.hugging_face_datasets import PREFIX, read_rows
+from data.faults import UNKNOWN_KIND, Faults
+from data.hugging_face_datasets import PREFIX, check_columns, read_rows
+from data.row_layout import Document, RowLayout, sound_document
 
 EMBEDDED = "embedded"
 """The input that is always there: the sources of the running Python and of torch."""
@@ -37,21 +36,8 @@ _TOO_LONG = "longer than 268 MB"
 _NOT_EMBEDDED = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 _PARQUET_BATCH_ROWS = 64  # They are in memory at once, and a row may be a book.
 
-# Half a surrogate pair, which a JSON escape can put into a str, has no UTF-8 form.
-_SURROGATE = re.compile("[\\ud800-\\udfff]")
 
-
-@dataclass(frozen=True)
-class Document:
-    """One text, and where it came from: a path, or a path and a line or row."""
-
-    origin: str
-    text: str
-
-
-def read_documents(
-    inputs: Iterable[str], faults: Faults, *, text_field: str = "text"
-) -> Iterator[Document]:
+def read_documents(inputs: Iterable[str], faults: Faults, layout: RowLayout) -> Iterator[Document]:
     """Yield the documents of all inputs, in the order given and sorted within each.
 
     Args:
@@ -61,22 +47,25 @@ def read_documents(
             .parquet one per row. A text file above MAX_DOCUMENT_BYTES is cut at line ends into
             documents of 16 MB.
         faults: receives what is skipped.
-        text_field: the JSON field or Parquet column that holds the text.
+        layout: the JSON fields or Parquet columns that hold the text.
 
     Raises:
-        ValueError: an input does not exist, is of an unknown kind, or has no such column.
+        ValueError: an input does not exist, is of an unknown kind, has no such column, or has no
+            fields where pairs are asked for.
     """
     files = [entry for source in inputs for entry in _list_files(source, faults)]
     for path, name in files:
         if name.startswith(PREFIX):
-            documents = _read_dataset(name, text_field, faults)
+            documents = _read_dataset(name, layout, faults)
         elif path.suffix in TEXT_SUFFIXES:
+            if layout.response:
+                raise ValueError(f"input {name} has no fields to make pairs of, give JSON lines")
             documents = _read_text(path, name, faults)
         elif path.suffix == ".parquet":
-            documents = _read_parquet(path, name, text_field, faults)
+            documents = _read_parquet(path, name, layout, faults)
         else:
-            documents = _read_json_lines(path, name, text_field, faults)
-        yield from documents
+            documents = _read_json_lines(path, name, layout, faults)
+        yield from (document for document in documents if document is not None)
 
 
 def _list_files(source: str, faults: Faults) -> Iterator[tuple[Path, str]]:
@@ -132,7 +121,7 @@ def _list_embedded() -> list[tuple[Path, str]]:
     return sorted(files, key=lambda entry: entry[1])
 
 
-def _read_text(path: Path, name: str, faults: Faults) -> Iterator[Document]:
+def _read_text(path: Path, name: str, faults: Faults) -> Iterator[Document | None]:
     """Yield the one document of a text file, or the parts of a very long one."""
     for line, content in _text_parts(path, name, faults):
         try:
@@ -141,7 +130,7 @@ def _read_text(path: Path, name: str, faults: Faults) -> Iterator[Document]:
             line += content.count(b"\n", 0, error.start)
             faults.add("invalid UTF-8", f"{name}:{line}")
         else:
-            yield from _document(text, name if line == 1 else f"{name}:{line}", faults)
+            yield sound_document(text, name if line == 1 else f"{name}:{line}", faults)
 
 
 def _text_parts(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, bytes]]:
@@ -173,7 +162,9 @@ def _read_line(file: BufferedIOBase) -> bytes | None:
     return None
 
 
-def _read_json_lines(path: Path, name: str, text_field: str, faults: Faults) -> Iterator[Document]:
+def _read_json_lines(
+    path: Path, name: str, layout: RowLayout, faults: Faults
+) -> Iterator[Document | None]:
     """Yield one document per line; blank lines are no fault."""
     for number, line in _lines(path, name, faults):
         if not line.strip():
@@ -187,25 +178,13 @@ def _read_json_lines(path: Path, name: str, text_field: str, faults: Faults) -> 
         except (ValueError, RecursionError):
             faults.add("malformed JSON", origin)
             continue
-        yield from _field_document(row, origin, text_field, faults)
+        yield layout.document(row, origin, faults)
 
 
-def _read_dataset(name: str, text_field: str, faults: Faults) -> Iterator[Document]:
+def _read_dataset(name: str, layout: RowLayout, faults: Faults) -> Iterator[Document | None]:
     """Yield one document per row."""
-    for number, row in read_rows(name, text_field):
-        yield from _field_document(row, f"{name}:{number}", text_field, faults)
-
-
-def _field_document(
-    row: object, origin: str, text_field: str, faults: Faults
-) -> Iterator[Document]:
-    """Yield the document of one row of named fields."""
-    if not isinstance(row, dict) or text_field not in row:
-        faults.add(f"no field '{text_field}'", origin)
-    elif not isinstance(row[text_field], str):
-        faults.add(f"field '{text_field}' is not a string", origin)
-    else:
-        yield from _document(row[text_field], origin, faults)
+    for number, row in read_rows(name, layout.fields):
+        yield layout.document(row, f"{name}:{number}", faults)
 
 
 def _lines(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, bytes]]:
@@ -223,23 +202,25 @@ def _lines(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, bytes]]
         faults.add("torn or damaged gzip file, the rest of it", f"{name}:{number + 1}")
 
 
-def _read_parquet(path: Path, name: str, text_field: str, faults: Faults) -> Iterator[Document]:
+def _read_parquet(
+    path: Path, name: str, layout: RowLayout, faults: Faults
+) -> Iterator[Document | None]:
     """Yield one document per row."""
     import pyarrow  # Imported here: a slow import that only this kind of file needs.
 
     row = 0
     try:
-        for value in _column_values(path, name, text_field):
+        for values in _rows(path, name, layout.fields):
             row += 1
-            yield from _row_document(value, f"{name}:{row}", text_field, faults)
+            yield _row_document(values, f"{name}:{row}", layout, faults)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"input {name} cannot be read after row {row}, remove or replace it ({error})"
         ) from error
 
 
-def _column_values(path: Path, name: str, text_field: str) -> Iterator[bytes | None]:
-    """Yield one column of a Parquet file, as bytes."""
+def _rows(path: Path, name: str, fields: Sequence[str]) -> Iterator[dict[str, bytes | None]]:
+    """Yield some columns of a Parquet file row by row, as bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -248,46 +229,36 @@ def _column_values(path: Path, name: str, text_field: str) -> Iterator[bytes | N
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"input {name} is not a Parquet file, remove or replace it") from error
     columns = file.schema_arrow.names
-    if text_field not in columns:
-        raise ValueError(
-            f"text_field {text_field} is no column of {name}, give one of: {', '.join(columns)}"
-        )
-    for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[text_field]):
-        try:
-            # As bytes, so that one row of invalid UTF-8 does not take its batch with it.
-            values = batch.column(0).cast(pyarrow.large_binary())
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-            raise ValueError(
-                f"text_field {text_field} of {name} holds {batch.column(0).type},"
-                " give a column of text"
-            ) from error
-        yield from (value.as_py() for value in values)
+    check_columns(name, columns, fields)
+    for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=list(fields)):
+        values = []
+        for field in fields:
+            column = batch.column(field)
+            try:
+                # As bytes, so that one row of invalid UTF-8 does not take its batch with it.
+                values.append(column.cast(pyarrow.large_binary()))
+            except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+                raise ValueError(
+                    f"text_field {field} of {name} holds {column.type}, give a column of text"
+                ) from error
+        for row in zip(*values, strict=True):
+            yield {field: value.as_py() for field, value in zip(fields, row, strict=True)}
 
 
 def _row_document(
-    value: bytes | None, origin: str, text_field: str, faults: Faults
-) -> Iterator[Document]:
-    """Yield the document of one row."""
-    if value is None:
-        faults.add(f"no field '{text_field}'", origin)
-    elif len(value) > MAX_DOCUMENT_BYTES:
-        faults.add(_TOO_LONG, origin)
-    else:
+    values: dict[str, bytes | None], origin: str, layout: RowLayout, faults: Faults
+) -> Document | None:
+    """Return the document of one row, if it is sound."""
+    texts = {}
+    for field, value in values.items():
+        if value is None:
+            continue
+        if len(value) > MAX_DOCUMENT_BYTES:
+            faults.add(_TOO_LONG, origin)
+            return None
         try:
-            text = value.decode("utf-8")
+            texts[field] = value.decode("utf-8")
         except UnicodeDecodeError:
             faults.add("invalid UTF-8", origin)
-        else:
-            yield from _document(text, origin, faults)
-
-
-def _document(text: str, origin: str, faults: Faults) -> Iterator[Document]:
-    """Yield the document if its text is sound, else count the fault."""
-    if not text.strip():
-        faults.add(EMPTY, origin)
-    elif "\0" in text:
-        faults.add("NUL character", origin)
-    elif _SURROGATE.search(text):
-        faults.add("invalid UTF-8", origin)
-    else:
-        yield Document(origin, text)
+            return None
+    return layout.document(texts, origin, faults)

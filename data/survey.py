@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.progress import Progress
-from data.sources import Document
+from data.row_layout import Document
 
 _SAMPLE_CHUNK_CHARS = 16384
 _KEY_RANGE = 2**64
@@ -96,6 +96,8 @@ def survey_documents(
         raise ValueError("input holds no documents, give files with text in them")
     distinct = np.unique(np.frombuffer(keys, dtype=np.uint64))
     cut = _cut(first, validation_fraction) if len(distinct) == 1 else None
+    if cut is not None and document.prompt_chars:
+        raise ValueError("input holds 1 different pair, give one more to hold out")
     if cut is None:
         held_out_key = _bound(distinct, validation_fraction)
     else:

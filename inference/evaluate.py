@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.dataset import VALIDATION
-from data.shards import TokenStream
+from data.loader import Microbatch, microbatch
+from data.shards import NO_LOSS, TokenStream
+from data.windows import Windows, open_windows, spread
 from inference.calibration import bin_confidence, mean_confidence
 from inference.cli import Parser, format_table, run_command, run_from, with_progress, write_json
 from inference.plot import write_exit_plot
 from inference.rule_quality import BINS, calibration_error
 from inference.run import Run
+from models.document_mask import document_mask
 from models.llama import Llama
 
 _BATCH = 8
@@ -53,45 +56,50 @@ class ExitQuality:
 
 @torch.inference_mode()
 def evaluate_exits(
-    model: Llama, stream: TokenStream, *, bytes_per_token: float, max_tokens: int, seq_len: int
+    model: Llama,
+    windows: Windows,
+    *,
+    bytes_per_token: float,
+    max_tokens: int,
+    bos_id: int | None = None,
 ) -> tuple[list[ExitQuality], int]:
-    """Measure every exit on windows spread evenly over a stream.
+    """Measure every exit on windows spread evenly over all.
 
-    Each token but a window's first is predicted from those before it in the window.
+    Each token that has a loss is predicted from those before it in its window, or document.
 
     Args:
         model: In eval mode.
-        stream: Held-out tokens.
-        bytes_per_token: Of the text behind the stream, for bits per byte.
-        max_tokens: Tokens to predict, rounded down to whole windows, at least one.
-        seq_len: Tokens per window; fewer if the stream is shorter.
+        windows: Held-out sequences.
+        bytes_per_token: Of the text behind them, for bits per byte.
+        max_tokens: Tokens to read, rounded down to whole windows, at least one.
+        bos_id: Keep attention within the documents that begin with this token; None does not.
 
     Returns:
         The exits, in ascending l, and the number of tokens predicted.
 
     Raises:
-        ValueError: the stream has fewer than two tokens, or max_tokens is below 1.
+        ValueError: max_tokens is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens}, give at least 1")
-    if len(stream) < 2:
-        raise ValueError(f"data: {len(stream)} held-out tokens, prepare a larger dataset")
-    seq = min(seq_len, len(stream) - 1)
-    starts = stream.spread(max(1, max_tokens // seq), seq)
+    rows = spread(windows, max(1, max_tokens // len(windows.read(0)[0])))
     sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
     bins = torch.zeros(model.config.n_layers, BINS, 3, dtype=torch.float64, device="cpu")
-    for first in with_progress(range(0, len(starts), _BATCH), "evaluating"):
-        read = np.stack([stream.read(start, seq + 1) for start in starts[first : first + _BATCH]])
-        tokens = torch.from_numpy(read).to(model.head_weight.device)
-        more_sums, more_bins = _sums(model, tokens)
+    predicted = 0
+    for first in with_progress(range(0, len(rows), _BATCH), "evaluating"):
+        read = [windows.read(i) for i in rows[first : first + _BATCH]]
+        tokens, labels = map(np.stack, zip(*read, strict=True))
+        batch = microbatch(tokens, labels, np.arange(len(read)), bos_id)
+        predicted += batch.num_labels
+        more_sums, more_bins = _sums(model, batch.to(model.head_weight.device))
         sums += more_sums.cpu()
         bins += more_bins.cpu()
-    means = (sums / (len(starts) * seq)).tolist()
+    means = (sums / predicted).tolist()
     exits = [
         _quality(l, loss, accuracy, agreement, bins[l], bytes_per_token=bytes_per_token)
         for l, (loss, accuracy, agreement) in enumerate(means)
     ]
-    return exits, len(starts) * seq
+    return exits, predicted
 
 
 def _quality(
@@ -116,24 +124,26 @@ def _quality(
     )
 
 
-def _sums(model: Llama, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(model: Llama, batch: Microbatch) -> tuple[Tensor, Tensor]:
     """Add up loss, hits, agreements and confidence of every exit, in chunks of the logits.
 
     Args:
         model: In eval mode.
-        tokens: (batch, seq + 1) int64.
+        batch: On its device.
 
     Returns:
         (n_layers, 3) fp64, and (n_layers, BINS, 3) fp64 of `bin_confidence`.
     """
-    n_layers = model.config.n_layers
+    n_layers, device = model.config.n_layers, batch.labels.device
+    documents = None if batch.documents is None else document_mask(batch.documents)
     _, exits = model.run_layers(
-        model.embed(tokens[:, :-1]), 0, n_layers, exit_layers=range(n_layers)
+        model.embed(batch.tokens), 0, n_layers, documents=documents, exit_layers=range(n_layers)
     )
-    sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=tokens.device)
-    bins = torch.zeros(n_layers, BINS, 3, dtype=torch.float64, device=tokens.device)
-    chunks = [exits[l].flatten(0, 1).split(_LOGITS_ROWS) for l in range(n_layers)]
-    for i, labels in enumerate(tokens[:, 1:].flatten().split(_LOGITS_ROWS)):
+    sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=device)
+    bins = torch.zeros(n_layers, BINS, 3, dtype=torch.float64, device=device)
+    learnt = batch.labels != NO_LOSS
+    chunks = [exits[l][learnt].split(_LOGITS_ROWS) for l in range(n_layers)]
+    for i, labels in enumerate(batch.labels[learnt].split(_LOGITS_ROWS)):
         last_choice = labels
         for l in reversed(range(n_layers)):
             logits = model.exit_logits(chunks[l][i]).float()
@@ -163,7 +173,7 @@ def build_parser() -> Parser:
         "--max_tokens",
         type=int,
         default=50_000,
-        help="tokens to predict, in windows spread over the split; rounded down to whole windows",
+        help="tokens to read, in windows spread over the split; rounded down to whole windows",
     )
     parser.add_argument(
         "--seq_len",
@@ -189,12 +199,13 @@ def evaluate(args: argparse.Namespace) -> None:
     run = run_from(args)
     dataset = run.open_data(args.data)
     split = dataset.splits[VALIDATION]
+    masks = run.manifest.config.get("data", {}).get("mask_documents", False)
     exits, tokens = evaluate_exits(
         run.model,
-        dataset.stream(VALIDATION),
+        _windows(run, dataset.stream(VALIDATION), args.seq_len),
         bytes_per_token=split.text_bytes / split.tokens,
         max_tokens=args.max_tokens,
-        seq_len=_window(args.seq_len, run),
+        bos_id=run.tokenizer.bos_id if masks else None,
     )
     rows = [
         [
@@ -231,13 +242,19 @@ def evaluate(args: argparse.Namespace) -> None:
     )
 
 
-def _window(asked: int | None, run: Run) -> int:
+def _windows(run: Run, stream: TokenStream, asked: int | None) -> Windows:
+    """Cut a stream as in training, into windows of the asked length, or what there is of it."""
     longest = run.model.config.max_seq_len
-    trained: int = run.manifest.config.get("data", {}).get("seq_len", min(longest, 2048))
-    seq_len = trained if asked is None else asked
+    trained = run.manifest.config.get("data", {})
+    seq_len = trained.get("seq_len", min(longest, 2048)) if asked is None else asked
     if not 1 <= seq_len <= longest:
         raise ValueError(f"seq_len: {seq_len}, give 1 to {longest}, the model's context")
-    return seq_len
+    return open_windows(
+        stream,
+        trained.get("packing", "stream"),
+        seq_len=min(seq_len, len(stream) - 1),
+        bos_id=run.tokenizer.bos_id,
+    )
 
 
 def _read_losses(path: Path) -> tuple[str, list[float]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.shards import TokenStream
+from data.windows import StreamWindows, spread
 from inference.cli import with_progress
 from inference.exit_rules import softmax_gap
 from models.llama import Llama
@@ -50,8 +51,9 @@ def read_windows(stream: TokenStream, tokens: int, seq_len: int) -> Tensor:
     if len(stream) < 2:
         raise ValueError(f"data: {len(stream)} tokens, prepare a larger dataset")
     seq = min(seq_len, len(stream) - 1)
-    starts = stream.spread(max(1, tokens // seq), seq)
-    return torch.from_numpy(np.stack([stream.read(start, seq) for start in starts]))
+    windows = StreamWindows(stream, seq)
+    numbers = spread(windows, max(1, tokens // seq))
+    return torch.from_numpy(np.stack([windows.read(i)[0] for i in numbers]))
 
 
 @torch.inference_mode()

@@ -82,7 +82,7 @@ class EarlyExitLoss(NamedTuple):
     """J and the parts it was made of."""
 
     total: Tensor
-    """Scalar fp32: sum over exits of e_tilde * summed token loss / `num_tokens`."""
+    """Scalar fp32: sum over exits of e_tilde * summed token loss; J is this, over the tokens."""
     per_exit: dict[int, Tensor]
     """{l: summed token loss of the exit after layer l}, scalar fp32 each, detached, unreduced."""
 
@@ -151,27 +151,27 @@ def early_exit_loss(
     labels: Tensor,
     weights: Mapping[int, float],
     *,
-    num_tokens: float,
     chunk_rows: int,
     distill: float = 0.0,
     temperature: float = 1.0,
 ) -> EarlyExitLoss:
     """Return J(X, Y, t) = sum_l e_tilde(t, l) * J_CE(g(x_{l+1}), Y) (LayerSkip, section 4.1.2).
 
+    J_CE is the sum over tokens here: the caller divides by the tokens of its global batch, so that
+    gradients do not depend on how it is split.
+
     Args:
         hidden: {l: norm(x_{l+1})}, each (batch, seq, dim).
         head_weight: (vocab, dim), the one LM head all exits share.
         labels: (batch, seq) int64; IGNORE_INDEX is left out.
         weights: {l: e_tilde(t, l)}.
-        num_tokens: What the summed loss is divided by: the token count of the global batch, so
-            that gradients do not depend on how it is split.
         chunk_rows: Tokens whose logits are alive at once.
         distill: Share of distillation in the loss of every exit but the deepest, see
             `EarlyExitConfig`.
         temperature: Of the distillation.
     """
     layers = sorted(hidden) if distill else list(hidden)
-    weight_tensor = torch.tensor([weights[l] / num_tokens for l in layers], dtype=torch.float32)
+    weight_tensor = torch.tensor([weights[l] for l in layers], dtype=torch.float32)
     states = [hidden[l] for l in layers]
     total, sums = weighted_cross_entropy_sums(
         states,

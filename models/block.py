@@ -1,13 +1,17 @@
 """One layer of the Llama: attention, feed-forward and their norms. Knows nothing of the others."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.config import LlamaConfig
+from models.document_mask import attend
 from models.rope import apply_rope
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class LayerKV(Protocol):
@@ -48,16 +52,19 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kv: LayerKV | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: "Tensor | BlockMask | None",
+        kv: LayerKV | None,
     ) -> Tensor:
         """Attend within x: (batch, seq, dim), and to `kv` where it is given."""
         b, s, _ = x.shape
         q, k, v = self.project(x, cos, sin)
         if kv is not None:
             k, v = kv.update(k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
+        out = attend(q, k, v, mask, grouped=self.grouped)
         return self.wo(out.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +111,7 @@ class TransformerBlock(nn.Module):
         h: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        mask: "Tensor | BlockMask | None" = None,
         kv: LayerKV | None = None,
         *,
         attend: bool = True,

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.document_mask import DocumentMask
+
 DepthSchedule = Literal["exponential", "linear", "linear_from_first", "uniform"]
 TimeSchedule = Literal[
     "constant", "exponential", "linear_increasing", "linear_decreasing", "progressive"
@@ -177,7 +179,12 @@ def draw_kept_rows(
 
 
 def run_kept_rows(
-    block: Callable[..., Tensor], h: Tensor, cos: Tensor, sin: Tensor, choice: LayerChoice
+    block: Callable[..., Tensor],
+    h: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    choice: LayerChoice,
+    documents: DocumentMask | None = None,
 ) -> Tensor:
     """Run a block on the kept rows of h: (batch, seq, dim); dropped rows pass unchanged.
 
@@ -186,12 +193,14 @@ def run_kept_rows(
     call carries the all-gather and the reduce-scatter that every rank must reach.
     """
     if choice.rows is None:
-        return _scaled(h, block(h, cos, sin), choice.scale)
+        mask = None if documents is None else documents.seen
+        return _scaled(h, block(h, cos, sin, mask), choice.scale)
     if choice.rows.numel() == 0:
         dummy = block(h[:1, :1], cos[..., :1, :], sin[..., :1, :])
         return h + torch.where(torch.zeros_like(dummy, dtype=torch.bool), dummy, 0.0)
     kept = h.index_select(0, choice.rows)
-    out = _scaled(kept, block(kept, cos, sin), choice.scale)
+    mask = None if documents is None else documents.rows(choice.rows)
+    out = _scaled(kept, block(kept, cos, sin, mask), choice.scale)
     return h.index_copy(0, choice.rows, out)
 
 

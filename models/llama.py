@@ -9,7 +9,7 @@ Hugging Face checkpoints, so weights pass between the two by renaming alone.
 import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ from torch.nn import functional as F
 
 from models.block import LayerKV, RMSNorm, TransformerBlock
 from models.config import LlamaConfig
+from models.document_mask import DocumentMask, document_mask
 from models.layer_dropout import KeptRows, run_kept_rows
 from models.rope import rope_frequencies
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class KVCache(Protocol):
@@ -56,6 +60,15 @@ NOTHING = SkippedParts()
 def whole_layers(layers: Collection[int]) -> SkippedParts:
     """Leave out both parts of some layers l."""
     return SkippedParts(frozenset(layers), frozenset(layers))
+
+
+class Hidden(NamedTuple):
+    """What a forward pass leaves to the losses, each (batch, seq, dim), in ascending l."""
+
+    exits: dict[int, Tensor]
+    """{l: norm(x_{l+1})}; logits are F.linear(that, model.head_weight)."""
+    states: dict[int, Tensor]
+    """{l: x_{l+1}}."""
 
 
 class Llama(nn.Module):
@@ -157,6 +170,7 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         kept_rows: KeptRows | None = None,
+        documents: DocumentMask | None = None,
         skipped: SkippedParts = NOTHING,
         exit_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -166,19 +180,19 @@ class Llama(nn.Module):
             h: (batch, seq, dim), the input x_start of layer `start`.
             start: First layer index l to run.
             stop: One past the last layer index to run.
-            positions: (batch, seq) int64, each token's place in its row; needed with `cache`.
-                None means 0, 1, ..., seq - 1 in every row.
+            positions: (batch, seq) int64, needed with `cache`; None is 0, ..., seq - 1 in each row.
             cache: Keys and values of earlier tokens, written as the layers run.
             kept_rows: Which rows each layer runs on (stochastic depth); None runs all.
-            skipped: Parts of layers that no row runs, when decoding; their keys and values are
-                not written.
+            documents: Keeps attention within documents; not with `cache`.
+            skipped: Parts of layers that no row runs, when decoding; they write no keys and values.
             exit_layers: Layer indices l whose output x_{l+1} is returned as well.
 
         Returns:
             x_stop, (batch, seq, dim), and {l: x_{l+1}} for l in `exit_layers`.
         """
         cos, sin = self.rotary(positions, h)
-        mask, layer_kv = None, None
+        mask: Tensor | BlockMask | None = None if documents is None else documents.seen
+        layer_kv = None
         if cache is not None:
             assert positions is not None, "decoding with a cache needs positions"
             mask, layer_kv = cache.at(positions)
@@ -186,7 +200,7 @@ class Llama(nn.Module):
         for l in range(start, stop):
             block = self.block(l)
             if kept_rows is not None:
-                h = run_kept_rows(block, h, cos, sin, kept_rows.at(l))
+                h = run_kept_rows(block, h, cos, sin, kept_rows.at(l), documents)
             elif skipped is NOTHING:
                 h = block(h, cos, sin, mask, None if layer_kv is None else layer_kv(l))
             else:
@@ -244,23 +258,33 @@ class Llama(nn.Module):
         tokens: Tensor,
         *,
         exit_layers: Collection[int],
+        state_layers: Collection[int] = (),
         kept_rows: KeptRows | None = None,
-    ) -> dict[int, Tensor]:
+        documents: Tensor | None = None,
+    ) -> Hidden:
         """Run all layers and return what the exits read.
 
         The head is left to the caller, so that a loss can work through the vocabulary in chunks.
 
         Args:
             tokens: (batch, seq) int64.
-            exit_layers: Layer indices l to read after.
+            exit_layers: Layer indices l whose exit is wanted.
+            state_layers: Layer indices l whose output is wanted as it is.
             kept_rows: Stochastic depth's choice for this microbatch; None runs every layer.
+            documents: (batch, seq) int64, the number of each token's document in its row, which
+                attention stays within; None: attention is causal and nothing else.
 
-        Returns:
-            {l: norm(x_{l+1})} for l in `exit_layers`, each (batch, seq, dim), in ascending l;
-            logits are F.linear(that, model.head_weight).
         """
         h = self.embed(tokens)
-        _, exits = self.run_layers(
-            h, 0, self.config.n_layers, kept_rows=kept_rows, exit_layers=exit_layers
+        _, outputs = self.run_layers(
+            h,
+            0,
+            self.config.n_layers,
+            kept_rows=kept_rows,
+            documents=None if documents is None else document_mask(documents),
+            exit_layers={*exit_layers, *state_layers},
         )
-        return {l: self.norm(x) for l, x in exits.items()}
+        return Hidden(
+            exits={l: self.norm(x) for l, x in outputs.items() if l in exit_layers},
+            states={l: x for l, x in outputs.items() if l in state_layers},
+        )

@@ -66,7 +66,6 @@ class TrainConfig:
         return StepConfig(
             seed=self.seed,
             T=self.steps,
-            tokens_per_step=self.data.tokens_per_step,
             chunk_rows=self.early_exit.chunk_rows,
             distill=self.early_exit.distill,
             temperature=self.early_exit.temperature,

@@ -98,7 +98,8 @@ class Follower:
         t = done - 1
         values = self._report.read(done, lr=lr(config.optim, t, config.steps), seconds=seconds)
         number = batch_number(t, self.state.skipped_batches)
-        values["progress/epoch"] = float(job.loader.epoch(number))
+        for source, epochs in enumerate(job.loader.epochs(number)):
+            values[f"progress/epoch_of_{source}" if source else "progress/epoch"] = epochs
         values |= job.lifetime(self.state)
         self._metrics.log(values, done)
         logger.info(

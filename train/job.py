@@ -6,18 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from data.dataset import Dataset, verify_shards
+from data.dataset import VALIDATION, verify_shards
 from data.loader import Microbatch, TokenLoader
-from data.shards import TokenStream
 from models.flops import total_params
 from models.llama import Llama
 from train.adam_monitor import AdamMonitor
 from train.checkpoint_content import RunIdentity, checkpoint_bytes
 from train.checkpointer import CheckpointWriter
 from train.config import TrainConfig
-from train.corpus import open_corpus, train_loader, validation_stream
+from train.corpus import Corpus, open_corpus, train_loader
 from train.events import EventLog, State, append_event, goodput, starts, write_status
 from train.hang_watchdog import Watchdog
 from train.interruption import Interruption
@@ -32,6 +32,7 @@ from train.run_lock import RunLock, lock_run
 from train.runtime import Runtime, connect_store
 from train.sections import Sections
 from train.titan import OptimizersContainer
+from train.validate import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Job:
     lock: RunLock
     events: EventLog
     loader: TokenLoader
-    held_out: TokenStream
+    held_out: HeldOut
     layerskip: LayerSkipSchedule
     model: Llama
     optimizer: OptimizersContainer
@@ -170,16 +171,16 @@ def _build(
     stack: ExitStack,
 ) -> Job:
     """Open the data, build the model, and go on from the newest checkpoint."""
-    dataset, loader, held_out = _open_data(config, runtime)
+    corpus, loader, held_out = _open_data(config, runtime)
     model = build_model(config.model, config.parallel, runtime, config.seed)
     optimizer = build_optimizer(model, config.optim)
     check_space(config.run_dir, checkpoint_bytes(model), runtime)
     identity = RunIdentity(
         model=config.model,
         config=config.as_dict(),
-        tokenizer_path=dataset.tokenizer_path,
-        tokenizer_fingerprint=dataset.tokenizer_fingerprint,
-        data_fingerprint=dataset.fingerprint,
+        tokenizer_path=corpus.datasets[0].tokenizer_path,
+        tokenizer_fingerprint=corpus.datasets[0].tokenizer_fingerprint,
+        data_fingerprint=corpus.fingerprint,
     )
     folder, settings = config.run_dir / "checkpoints", config.checkpoint
     resumed = resume(folder, model, optimizer, config=settings, identity=identity, runtime=runtime)
@@ -211,15 +212,18 @@ def _build(
     )
 
 
-def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Dataset, TokenLoader, TokenStream]:
-    """Open the dataset, preparing it if it is missing: rank 0 first."""
-    dataset = runtime.main_first(lambda: open_corpus(config.data, config.model.vocab_size))
-    if config.data.verify_shards:
+def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoader, HeldOut]:
+    """Open the datasets, preparing what is missing: rank 0 first."""
+    data, seed = config.data, config.seed
+    corpus = runtime.main_first(lambda: open_corpus(data, config.model.vocab_size))
+    if data.verify_shards:
         rank, ranks = runtime.rank, runtime.world_size
-        runtime.on_every_rank(lambda: verify_shards(dataset, part=rank, parts=ranks))
-    loader = runtime.on_every_rank(lambda: train_loader(dataset, config.data, runtime, config.seed))
-    held_out = runtime.on_every_rank(lambda: validation_stream(dataset, config.data))
-    return dataset, loader, held_out
+        for dataset in corpus.datasets:
+            runtime.on_every_rank(partial(verify_shards, dataset, part=rank, parts=ranks))
+    loader = runtime.on_every_rank(lambda: train_loader(corpus, data, runtime, seed))
+    windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
+    bos_id = corpus.bos_id if data.mask_documents else None
+    return corpus, loader, HeldOut(windows, data.seq_len, bos_id)
 
 
 def _announce(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:

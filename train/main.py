@@ -105,7 +105,6 @@ def report_validation(job: Job, done_steps: int, metrics: Metrics) -> None:
         job.held_out,
         config.validate,
         job.runtime,
-        seq_len=config.data.seq_len,
         rows=config.data.rows_at_once(job.runtime.world_size),
         chunk_rows=config.early_exit.chunk_rows,
     )

@@ -93,15 +93,15 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
             model.to_empty(device="cpu")
             ledger.only_part, built = None, ledger.now
             optimizer = build_optimizer(model, work.step.optim)
-            first = _watch_gradients(ledger, model, optimizer)
+            before = _watch_gradients(ledger, model, optimizer)
             batch = _microbatch(work, samples)
             # Of many microbatches, the second is as all others.
             batches = [batch] * min(work.microbatches, 2)
             train_step(model, optimizer, batches, work.plan, 0, config=work.step, runtime=runtime)
             collectives = ledger.collective_bytes.copy()
             _validate(model, batch, work.step.chunk_rows)
-    for name in first:
-        collectives[name] += (work.microbatches - len(batches)) * first[name]
+    for name, moved in (before[1] - before[0]).items():
+        collectives[name] += (work.microbatches - len(batches)) * moved
     return _need(ledger, built, work.parallel.cpu_offload, collectives)
 
 
@@ -136,18 +136,18 @@ def _build(config: LlamaConfig, parallel: ParallelConfig, mesh: DeviceMesh) -> L
 
 def _watch_gradients(
     ledger: Ledger, model: Llama, optimizer: OptimizersContainer
-) -> Mapping[str, int]:
+) -> list[Counter[str]]:
     """Call gradients what a backward pass leaves behind.
 
     Returns:
-        What collectives will have moved in the first of several microbatches; empty until then.
+        What collectives had moved before each forward pass; empty until then.
     """
     backward = {"backward", "gathered weights", "loss and head", "unreduced gradients"}
-    moved: Counter[str] = Counter()
+    before: list[Counter[str]] = []
 
     def before_forward(*_: object) -> None:
         ledger.move(backward, "unreduced gradients")
-        moved.update({} if moved else ledger.collective_bytes)
+        before.append(ledger.collective_bytes.copy())
 
     def before_update(*_: object) -> None:
         ledger.move(backward, "gradients")
@@ -155,7 +155,7 @@ def _watch_gradients(
     model.register_forward_pre_hook(before_forward, prepend=True)
     for inner in optimizer:
         inner.register_step_pre_hook(before_update)
-    return moved
+    return before
 
 
 def _microbatch(work: Work, samples: Tensor) -> Microbatch:
@@ -168,9 +168,7 @@ def _validate(model: Llama, batch: Microbatch, chunk_rows: int) -> None:
     """Do as `validate` with one batch: the loss of every exit."""
     weights = dict.fromkeys(range(model.config.n_layers), 0.0)
     hidden = model(batch.tokens, exit_layers=weights)
-    early_exit_loss(
-        hidden, model.head_weight, batch.labels, weights, num_tokens=1.0, chunk_rows=chunk_rows
-    )
+    early_exit_loss(hidden.exits, model.head_weight, batch.labels, weights, chunk_rows=chunk_rows)
 
 
 def _need(ledger: Ledger, built: int, cpu_offload: bool, collectives: Mapping[str, int]) -> Need:

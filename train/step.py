@@ -29,8 +29,6 @@ class StepConfig:
     seed: int
     T: int
     """Steps of the whole run."""
-    tokens_per_step: int
-    """Tokens of a global batch."""
     chunk_rows: int
     """Tokens whose logits are alive at once."""
     optim: OptimConfig
@@ -99,14 +97,18 @@ def accumulate_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run forward and backward of J over this rank's microbatches.
 
-    J is summed and divided once by the token count of the whole global batch, so the gradient is
-    the same however the batch is split over ranks and microbatches.
+    J is summed and divided by the number of tokens with a loss in the whole global batch, so the
+    gradient is the same however the batch is split over ranks and microbatches.
 
     Returns:
         This rank's part of J, scalar; of each exit's summed token loss, (L,); and the number of
         tokens behind each, (L,). All fp32.
     """
     L, device = model.config.n_layers, runtime.device
+    num_labels = [microbatch.num_labels for microbatch in microbatches]
+    # Of the global batch. Not waited for: the host goes on while the ranks add theirs up.
+    num_tokens = torch.tensor(float(sum(num_labels))).to(device, non_blocking=True)
+    runtime.sum_over_ranks(num_tokens)
     J = torch.zeros((), device=device)
     sums, counts = torch.zeros(L, device=device), torch.zeros(L)
     for m, microbatch in enumerate(microbatches):
@@ -115,29 +117,28 @@ def accumulate_gradients(
             m == len(microbatches) - 1,
             every_microbatch=config.reduce_every_microbatch,
         )
-        tokens = microbatch.tokens.to(device, non_blocking=True)
-        labels = microbatch.labels.to(device, non_blocking=True)
+        batch = microbatch.to(device)
         hidden = model(
-            tokens,
+            batch.tokens,
             exit_layers=plan.exit_layers,
             kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
+            documents=batch.documents,
         )
         loss = early_exit_loss(
-            hidden,
+            hidden.exits,
             model.head_weight,
-            labels,
+            batch.labels,
             plan.exit_weights,
-            num_tokens=config.tokens_per_step,
             chunk_rows=config.chunk_rows,
             distill=config.distill,
             temperature=config.temperature,
         )
         # FSDP averages gradients over ranks; J is a sum over them.
-        (loss.total * runtime.world_size).backward()
-        J += loss.total.detach()
+        (loss.total * (runtime.world_size / num_tokens)).backward()
+        J += loss.total.detach() / num_tokens
         for l, exit_sum in loss.per_exit.items():
             sums[l] += exit_sum
-            counts[l] += labels.numel()
+            counts[l] += num_labels[m]
     return J, sums, counts.to(device, non_blocking=True)
 
 

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from data.shards import TokenStream
-from loss.cross_entropy import IGNORE_INDEX
+from data.loader import Microbatch, microbatch
+from data.shards import NO_LOSS
+from data.windows import Windows, spread
 from loss.early_exit import early_exit_loss
 from models.llama import Llama
 from train.runtime import Runtime
@@ -30,14 +31,24 @@ class ValidateConfig:
         ]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The sequences that are held out, and how they go into the model."""
+
+    windows: Windows
+    seq_len: int
+    """Tokens of each."""
+    bos_id: int | None = None
+    """Keep attention within the documents that begin with this token; None does not."""
+
+
 @torch.no_grad()
 def validate(
     model: Llama,
-    stream: TokenStream,
+    held_out: HeldOut,
     config: ValidateConfig,
     runtime: Runtime,
     *,
-    seq_len: int,
     rows: int,
     chunk_rows: int,
 ) -> list[float]:
@@ -48,44 +59,41 @@ def validate(
 
     Args:
         model: The model being trained.
-        stream: The held-out tokens.
+        held_out: The held-out sequences.
         config: How many sequences.
         runtime: This rank.
-        seq_len: Tokens per sequence.
         rows: Sequences per rank and forward pass.
         chunk_rows: As for training.
 
     Returns:
-        L losses in nats per token.
+        L losses in nats per token that has one.
     """
     L, device = model.config.n_layers, runtime.device
     weights = dict.fromkeys(range(L), 0.0)
     sums = torch.zeros(L + 1, device=device)
-    starts = stream.spread(config.sequences, seq_len)
+    numbers = spread(held_out.windows, config.sequences)
     begin = runtime.rank * rows
-    for first in range(begin, begin + len(starts), rows * runtime.world_size):
-        tokens, labels = _read(stream, starts[first : first + rows], rows, seq_len)
-        hidden = model(tokens.to(device), exit_layers=range(L))
+    for first in range(begin, begin + len(numbers), rows * runtime.world_size):
+        batch = _read(held_out, numbers[first : first + rows], rows).to(device)
+        hidden = model(batch.tokens, exit_layers=range(L), documents=batch.documents)
         loss = early_exit_loss(
-            hidden,
+            hidden.exits,
             model.head_weight,
-            labels.to(device),
+            batch.labels,
             weights,
-            num_tokens=1.0,
             chunk_rows=chunk_rows,
         )
         sums[:L] += torch.stack(list(loss.per_exit.values()))
-        sums[L] += (labels != IGNORE_INDEX).sum()
+        sums[L] += (batch.labels != NO_LOSS).sum()
     runtime.sum_over_ranks(sums)
     losses: list[float] = (sums[:L] / sums[L]).tolist()
     return losses
 
 
-def _read(stream: TokenStream, starts: list[int], rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Return tokens and labels, (rows, seq_len) each; rows beyond `starts` count for nothing."""
-    batch = torch.zeros(rows, seq_len + 1, dtype=torch.int64)
-    labels = torch.full((rows, seq_len), IGNORE_INDEX)
-    for row, start in enumerate(starts):
-        batch[row] = torch.from_numpy(stream.read(start, seq_len + 1))
-        labels[row] = batch[row, 1:]
-    return batch[:, :-1], labels
+def _read(held_out: HeldOut, numbers: list[int], rows: int) -> Microbatch:
+    """Return `rows` sequences; those beyond `numbers` count for nothing."""
+    tokens = np.zeros((rows, held_out.seq_len), dtype=np.int64)
+    labels = np.full_like(tokens, NO_LOSS)
+    for row, i in enumerate(numbers):
+        tokens[row], labels[row] = held_out.windows.read(i)
+    return microbatch(tokens, labels, np.arange(rows), held_out.bos_id)

@@ -4,7 +4,7 @@ import numpy as np
 import sentencepiece
 
 from data.encoding import encode_documents
-from data.sources import Document
+from data.row_layout import Document
 from data.tokenizer import Tokenizer
 
 

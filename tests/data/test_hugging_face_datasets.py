@@ -4,6 +4,7 @@ import pytest
 
 from data.faults import Faults
 from data.preparation import PrepareConfig, prepare
+from data.row_layout import RowLayout
 from data.sources import read_documents
 from tests.data.conftest import make_documents
 
@@ -24,7 +25,7 @@ def saved(tmp_path_factory):
 
 def read(source, text_field="text"):
     faults = Faults()
-    return list(read_documents([source], faults, text_field=text_field)), faults
+    return list(read_documents([source], faults, RowLayout(text_field))), faults
 
 
 @pytest.mark.parametrize("name", ["one", "dict", "dict:train"])

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from data.loader import Microbatch, TokenLoader, batch_number
+from data.mixture import Mixture
 from data.shards import ShardWriter, TokenStream, open_shard
+from data.windows import StreamWindows
 
 
 def make_stream(count: int, parts: int = 3) -> TokenStream:
@@ -18,7 +20,9 @@ def make_stream(count: int, parts: int = 3) -> TokenStream:
 
 def make_loader(stream: TokenStream, **changes: int | bool) -> TokenLoader:
     sizes = {"seq_len": 8, "global_batch_size": 8, "microbatch_size": 2, "seed": 5} | changes
-    return TokenLoader(stream, **sizes)
+    windows = StreamWindows(stream, sizes.pop("seq_len"))
+    order = {name: sizes.pop(name) for name in ("seed", "shuffle") if name in sizes}
+    return TokenLoader(Mixture([windows], **order), **sizes)
 
 
 def rows(batches: list[Microbatch]) -> dict[int, list[int]]:
@@ -43,7 +47,7 @@ def equal(a: list[Microbatch], b: list[Microbatch]) -> bool:
 @pytest.mark.parametrize("count", [8 * 40 + 1, 8 * 41 + 5, 8 * 3 + 1])
 def test_every_epoch_reads_every_window_once(count: int, shuffle: bool) -> None:
     loader = make_loader(make_stream(count), shuffle=shuffle)
-    windows = loader.windows
+    windows = loader.mixture.windows
     assert windows == (count - 1) // 8
     starts = [row[0] for t in range(windows) for _, row in sorted(rows(loader.batch(t)).items())]
     assert len(starts) == 8 * windows  # Eight epochs exactly.
@@ -58,7 +62,7 @@ def test_batch_may_straddle_two_epochs() -> None:
     starts = [row[0] for t in range(2) for _, row in sorted(rows(loader.batch(t)).items())]
     assert sorted(starts[:10]) == list(range(0, 80, 8))
     assert max(Counter(starts[10:]).values()) == 1
-    assert [loader.epoch(t) for t in range(6)] == [0, 0, 1, 2, 3, 4]
+    assert [int(*loader.epochs(t)) for t in range(6)] == [0, 0, 1, 2, 3, 4]
 
 
 def test_batch_is_a_pure_function_of_t_and_seed() -> None:
@@ -111,7 +115,7 @@ def test_tokens_and_labels_equal_a_slow_reading_of_the_files(tmp_path: Path) -> 
             assert batch.tokens.dtype == batch.labels.dtype == batch.samples.dtype == torch.int64
             assert batch.tokens.shape == batch.labels.shape == (2, 8)
             for b, sample in enumerate(batch.samples.tolist()):
-                start = (t * 8 + sample) % loader.windows * 8
+                start = (t * 8 + sample) % loader.mixture.windows * 8
                 assert batch.tokens[b].tolist() == flat[start : start + 8]
                 assert batch.labels[b].tolist() == flat[start + 1 : start + 9]
 
@@ -121,11 +125,11 @@ def test_dropped_tokens_are_those_no_window_reads() -> None:
         loader = make_loader(make_stream(count), global_batch_size=2, shuffle=False)
         read = {
             token
-            for t in range(loader.windows)
+            for t in range(loader.mixture.windows)
             for batch in loader.batch(t)
             for token in (*batch.tokens.flatten().tolist(), *batch.labels.flatten().tolist())
         }
-        assert loader.dropped_tokens == count - len(read)
+        assert loader.mixture.sources[0].dropped_tokens == count - len(read)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -179,14 +183,15 @@ def test_prefetch_reads_no_further_than_its_depth() -> None:
             self.read = max(self.read, t + 1)
             return super().batch(t)
 
-    loader = Counting(make_stream(500), seq_len=8, global_batch_size=2, microbatch_size=2, seed=0)
+    mixture = Mixture([StreamWindows(make_stream(500), 8)], seed=0)
+    loader = Counting(mixture, global_batch_size=2, microbatch_size=2)
     for t, _ in loader.batches(0, 20, depth=3):
         assert t < loader.read <= min(t + 4, 20)
 
 
 def test_error_of_the_background_thread_reaches_the_caller() -> None:
     class Torn(TokenStream):
-        def read(self, start: int, count: int) -> np.ndarray:
+        def read_targets(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
             raise OSError("disk went away")
 
     loader = make_loader(Torn([np.arange(500, dtype=np.uint16)]))
@@ -217,5 +222,5 @@ def test_sizes_that_do_not_fit_are_a_value_error(changes: dict[str, int], messag
 
 def test_shortest_stream_gives_one_window() -> None:
     loader = make_loader(make_stream(9, parts=1), global_batch_size=2)
-    assert (loader.windows, loader.dropped_tokens) == (1, 0)
+    assert (loader.mixture.windows, loader.mixture.sources[0].dropped_tokens) == (1, 0)
     assert rows(loader.batch(5)) == {0: list(range(8)), 1: list(range(8))}

@@ -124,11 +124,3 @@ def test_header_is_all_that_open_needs(tmp_path: Path) -> None:
         vocab_size=65536,
         tokenizer_fingerprint="f" * 64,
     )
-
-
-def test_spread_windows_are_whole_apart_and_reach_both_ends():
-    stream = TokenStream([np.arange(103, dtype=np.uint16)])
-    assert stream.spread(5, 10) == [0, 20, 40, 60, 80]
-    assert stream.spread(99, 10) == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
-    assert stream.spread(3, 102) == [0]
-    assert stream.spread(3, 103) == []

@@ -11,12 +11,13 @@ import pytest
 
 import data.sources
 from data.faults import Faults
-from data.sources import Document, read_documents
+from data.row_layout import Document, RowLayout
+from data.sources import read_documents
 
 
 def read(*inputs: str | Path, text_field: str = "text") -> tuple[list[Document], Faults]:
     faults = Faults()
-    return list(read_documents(map(str, inputs), faults, text_field=text_field)), faults
+    return list(read_documents(map(str, inputs), faults, RowLayout(text_field))), faults
 
 
 def texts(*inputs: str | Path, text_field: str = "text") -> list[str]:

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from data.sources import Document
+from data.row_layout import Document
 from data.survey import Survey, survey_documents
 
 

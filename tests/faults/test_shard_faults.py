@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from data.dataset import Dataset, open_dataset, verify_shards, write_description
-from data.loader import TokenLoader
 from data.preparation import PrepareConfig, prepare
 from data.shards import HEADER_BYTES
 from tests.data.conftest import make_documents, tokenizer_path  # noqa: F401  a fixture
+from tests.data.test_loader import make_loader
 from tests.faults.test_data_faults import json_lines, prepared
 
 
@@ -119,7 +119,7 @@ def test_shard_cut_short_under_a_running_job_stops_it_with_its_name(
 ) -> None:
     dataset = split_dataset(tmp_path, model)
     sizes = {"seq_len": 8, "global_batch_size": 64, "microbatch_size": 64, "seed": 0}
-    loader = TokenLoader(dataset.stream("train"), **sizes)
+    loader = make_loader(dataset.stream("train"), **sizes)
     path = dataset.path / dataset.splits["train"].shards[0].name
     batches = loader.batches(0, 1000, depth=1)
     next(batches)
@@ -156,7 +156,7 @@ def test_fewer_documents_than_ranks_and_windows_than_a_batch_still_give_every_ra
     assert 2 < windows < 8
     seen = {}
     for rank in range(world_size):
-        loader = TokenLoader(
+        loader = make_loader(
             stream,
             seq_len=32,
             global_batch_size=16,
@@ -165,7 +165,11 @@ def test_fewer_documents_than_ranks_and_windows_than_a_batch_still_give_every_ra
             rank=rank,
             world_size=world_size,
         )
-        assert [loader.epoch(number) for number in range(3)] == [0, 16 // windows, 32 // windows]
+        assert [int(*loader.epochs(number)) for number in range(3)] == [
+            0,
+            16 // windows,
+            32 // windows,
+        ]
         for t, batch in loader.batches(0, 3):
             for rows in batch:
                 tokens, labels = rows.tokens[0].tolist(), rows.labels[0].tolist()
@@ -182,7 +186,7 @@ def test_less_text_than_one_sequence_is_refused(tmp_path: Path, model: Path) -> 
     source.write_bytes(b"".join(json_lines(["one", "two"])))
     stream = prepared(source, model).stream("train")
     with pytest.raises(ValueError, match=rf"seq_len 128 needs 129 .* has {len(stream)}, give"):
-        TokenLoader(stream, seq_len=128, global_batch_size=4, microbatch_size=1, seed=0)
+        make_loader(stream, seq_len=128, global_batch_size=4, microbatch_size=1, seed=0)
 
 
 def test_shard_changed_between_save_and_resume_is_refused_by_name(launch, corpus, tmp_path):  # noqa: F811

@@ -30,7 +30,7 @@ def test_nothing_to_train_weighs_nothing():
     assert e_tilde((0,), 4, 0.5) == {0: 0.0}
 
 
-def plain_double_loop(hidden, head, labels, weights, num_tokens):
+def plain_double_loop(hidden, head, labels, weights):
     """Write J as the paper does: over exits, over tokens."""
     total = 0.0
     for l, h in hidden.items():
@@ -38,7 +38,7 @@ def plain_double_loop(hidden, head, labels, weights, num_tokens):
             for s in range(labels.shape[1]):
                 if labels[b, s] != IGNORE_INDEX:
                     log_probs = (head @ h[b, s]).log_softmax(-1)
-                    total = total - weights[l] * log_probs[labels[b, s]] / num_tokens
+                    total = total - weights[l] * log_probs[labels[b, s]]
     return total
 
 
@@ -54,12 +54,10 @@ def test_J_equals_the_plain_double_loop_in_value_and_gradient(chunk_rows):
         head = torch.randn(11, 6, generator=g).requires_grad_()
         hidden = {l: torch.randn(2, 7, 6, generator=g).requires_grad_() for l in weights}
         if form == "chunked":
-            J = early_exit_loss(
-                hidden, head, labels, weights, num_tokens=12, chunk_rows=chunk_rows
-            ).total
+            J = early_exit_loss(hidden, head, labels, weights, chunk_rows=chunk_rows).total
         else:
-            J = plain_double_loop(hidden, head, labels, weights, 12)
-        (3.0 * J).backward()
+            J = plain_double_loop(hidden, head, labels, weights)
+        (3.0 * J / 12).backward()
         outcomes.append((J.detach(), head.grad, *(h.grad for h in hidden.values())))
     for ours, plain in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
@@ -69,12 +67,12 @@ def test_exit_losses_come_back_unweighted_and_unreduced():
     hidden = {l: torch.zeros(1, 3, 2) for l in (0, 1)}
     loss = early_exit_loss(
         hidden, torch.zeros(4, 2), torch.tensor([[1, 2, IGNORE_INDEX]]), {0: 0.0, 1: 1.0},
-        num_tokens=2, chunk_rows=8,
+        chunk_rows=8,
     )  # fmt: skip
     uniform = torch.log(torch.tensor(4.0))
     for sums in loss.per_exit.values():
         torch.testing.assert_close(sums, 2 * uniform)
-    torch.testing.assert_close(loss.total, uniform)
+    torch.testing.assert_close(loss.total, 2 * uniform)
 
 
 def test_evaluation_without_gradients_gives_the_same_loss():
@@ -83,8 +81,8 @@ def test_evaluation_without_gradients_gives_the_same_loss():
     labels = torch.randint(9, (3, 4), generator=g)
     arguments = ({0: h}, head, labels, {0: 1.0})
     with torch.no_grad():
-        evaluated = early_exit_loss(*arguments, num_tokens=1, chunk_rows=5)
-    trained = early_exit_loss(*arguments, num_tokens=1, chunk_rows=5)
+        evaluated = early_exit_loss(*arguments, chunk_rows=5)
+    trained = early_exit_loss(*arguments, chunk_rows=5)
     assert not evaluated.total.requires_grad
     assert trained.total.requires_grad
     assert torch.equal(evaluated.total, trained.total)
@@ -152,7 +150,7 @@ def test_distillation_equals_the_plain_loop_and_teaches_one_way(chunk_rows):
         hidden = {l: torch.randn(2, 7, 6, generator=g).requires_grad_() for l in weights}
         if form == "chunked":
             J, per_exit = early_exit_loss(
-                hidden, head, labels, weights, num_tokens=12, chunk_rows=chunk_rows,
+                hidden, head, labels, weights, chunk_rows=chunk_rows,
                 distill=share, temperature=T,
             )  # fmt: skip
         else:
@@ -166,9 +164,9 @@ def test_distillation_equals_the_plain_loop_and_teaches_one_way(chunk_rows):
                 q = (logits / T).log_softmax(-1)
                 kl = (p * (p.log() - q)).sum(-1)[labels != IGNORE_INDEX].sum() * T * T
                 part = ce if l == 4 else (1 - share) * ce + share * kl
-                J = J + weights[l] * part / 12
+                J = J + weights[l] * part
                 assert per_exit[l] == pytest.approx(ce.item(), rel=1e-5)
-        J.backward()
+        (J / 12).backward()
         outcomes.append([J.detach(), head.grad, *(h.grad for h in hidden.values())])
     for ours, plain in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
@@ -180,7 +178,7 @@ def test_a_teacher_gets_no_gradient_from_its_pupils():
     head = torch.randn(11, 6, generator=g)
     labels = torch.randint(11, (1, 4), generator=g)
     early_exit_loss(
-        hidden, head, labels, {0: 1.0, 1: 0.0}, num_tokens=4, chunk_rows=4, distill=1.0
+        hidden, head, labels, {0: 1.0, 1: 0.0}, chunk_rows=4, distill=1.0
     ).total.backward()
     assert hidden[0].grad.abs().sum() > 0
     assert hidden[1].grad.abs().sum() == 0

@@ -105,7 +105,7 @@ def test_every_exit_equals_transformers_with_fewer_layers(E):
     tokens = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(2))
     twin.model.layers = twin.model.layers[:E]
     with torch.no_grad():
-        hidden = model(tokens, exit_layers={E - 1})[E - 1]
+        hidden = model(tokens, exit_layers={E - 1}).exits[E - 1]
         ours = torch.nn.functional.linear(hidden, model.head_weight)
         theirs = twin(tokens).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

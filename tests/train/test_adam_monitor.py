@@ -222,9 +222,9 @@ def train(runtime, corpus, steps, *, frozen=0, interval_steps):
             plan.drop_prob, seed=0, t=t, keys=torch.arange(8).numpy(),
             scale_kept=False, device=runtime.device,
         )  # fmt: skip
-        hidden = model(rows[:, :-1], exit_layers=plan.exit_layers, kept_rows=kept)
+        hidden = model(rows[:, :-1], exit_layers=plan.exit_layers, kept_rows=kept).exits
         early_exit_loss(
-            hidden, model.head_weight, rows[:, 1:], plan.exit_weights, num_tokens=256.0,
+            hidden, model.head_weight, rows[:, 1:], plan.exit_weights,
             chunk_rows=512,
         ).total.backward()  # fmt: skip
         if t < frozen:

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.dataset import open_dataset
+from data.windows import StreamWindows
 from inference.evaluate import evaluate_exits
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model
 from train import main as command
@@ -106,7 +107,7 @@ def test_offline_wandb_gets_the_metrics(training, monkeypatch):
         ({"model__vocab_size": 200}, "error: model.vocab_size: 200 is smaller than the 400 ids"),
         (
             {"data__seq_len": 10**6, "model__max_seq_len": 10**6},
-            "error: seq_len 1000000 needs 1000001 tokens",
+            "needs 1000001 tokens but the data has",
         ),
         ({"checkpoint__init_from": "gone"}, "error: run: gone holds no finished checkpoint"),
     ],
@@ -191,10 +192,9 @@ def test_training_and_inference_measure_the_same_held_out_loss(training, corpus)
     model = load_model(find_checkpoint(run), device=torch.device("cpu"), dtype=torch.float32)
     exits, tokens = evaluate_exits(
         model,
-        open_dataset(corpus).stream("validation"),
+        StreamWindows(open_dataset(corpus).stream("validation"), 16),
         bytes_per_token=1.0,
         max_tokens=11 * 16,
-        seq_len=16,
     )
     assert tokens == 11 * 16
     [record] = [r for r in records(run) if "validation/loss" in r]

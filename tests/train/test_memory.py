@@ -33,7 +33,6 @@ def make_work(ranks=1, model=MODEL, *, microbatches=2, **parallel):
         step=StepConfig(
             seed=0,
             T=10,
-            tokens_per_step=1000,
             chunk_rows=256,
             optim=OptimConfig(lr=1e-3),
             layer_dropout=LayerDropoutConfig(),
@@ -85,7 +84,7 @@ def compare(runtime, work, planned):
             train_step(model, optimizer, batches, work.plan, t, config=work.step, runtime=runtime)
     state = local_bytes([*model.parameters(), *model.buffers()])
     with Allocator() as forward:
-        hidden = model(tokens, exit_layers=work.plan.exit_layers)
+        hidden = model(tokens, exit_layers=work.plan.exit_layers).exits
     moments = [v for v in optimizer.state_dict().values() if isinstance(v, torch.Tensor)]
     parts, highest = planned.device.parts, planned.device.highest
     near = {"rel": 0.001}

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.loader import TokenLoader
+from data.mixture import Mixture
 from data.shards import TokenStream
+from data.windows import StreamWindows
 from loss.cross_entropy import weighted_cross_entropy_sums
 from loss.curriculum import CurriculumConfig
 from loss.early_exit import EarlyExitConfig
@@ -50,12 +52,11 @@ def make_config(tie=False, dp_replicate=1, microbatch_size=2, **changes) -> Trai
 
 def make_loader(config, rank=0, world_size=1) -> TokenLoader:
     tokens = np.random.default_rng(0).integers(0, 53, 2000).astype(np.uint16)
+    windows = StreamWindows(TokenStream([tokens]), config.data.seq_len)
     return TokenLoader(
-        TokenStream([tokens]),
-        seq_len=config.data.seq_len,
+        Mixture([windows], seed=config.seed),
         global_batch_size=config.data.global_batch_size,
         microbatch_size=config.data.microbatch_size,
-        seed=config.seed,
         rank=rank,
         world_size=world_size,
     )
@@ -197,9 +198,9 @@ def check_plain(runtime):
                 x = block(x, cos, sin)
             loss, _ = weighted_cross_entropy_sums(
                 [plain.norm(x)], plain.lm_head.weight, microbatch.labels,
-                torch.tensor([1 / 96]), chunk_rows=7,
+                torch.ones(1), chunk_rows=7,
             )  # fmt: skip
-            loss.backward()
+            (loss / 96).backward()
         for group in adam.param_groups:
             group["lr"] = lr(config.optim, t, config.steps)
         adam.step()

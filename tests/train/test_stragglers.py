@@ -105,7 +105,7 @@ class Trainer:
             self.section = "data"
             self.nap("data")
             self.section = "step"
-            self.model(tokens, exit_layers=[1])[1].square().mean().backward()
+            self.model(tokens, exit_layers=[1]).exits[1].square().mean().backward()
             self.nap("optimizer")
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -1,0 +1,112 @@
+"""Several sources dealt out as one endless sequence of rows, as a pure function of (seed, row)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from data.permutation import permute
+from data.windows import Windows
+
+PERIOD = 4096
+"""Rows after which every source has had its share, to the row."""
+
+Ids = npt.NDArray[np.int64]
+
+
+class Mixture:
+    """An endless sequence of rows from one or more sources.
+
+    Of every PERIOD rows, from the first on, each source gets its share, rounded to whole rows by
+    largest remainder, in an order of the period's own. The n-th row of a source is place
+    n % windows of the permutation of its epoch n // windows, so that each source is read through,
+    every window once, before any comes again, at its own pace.
+
+    Args:
+        sources: Each with windows of the same length.
+        weights: Relative, one for each source; None: as many as it has windows.
+        seed: Fixes the order.
+        shuffle: False reads each source's windows in order, in every epoch.
+
+    Raises:
+        ValueError: a weight is not positive, or so small that a period has no row of its source.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Windows],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        """Share out the rows of a period; see the class."""
+        self.sources = sources
+        self.rows_per_period = shares(weights or [len(source) for source in sources])
+        self._ends = np.cumsum(self.rows_per_period)
+        self._seed, self._shuffle = seed, shuffle
+
+    @property
+    def windows(self) -> int:
+        """Number of sequences of all sources."""
+        return sum(map(len, self.sources))
+
+    def epochs(self, rows: int) -> list[float]:
+        """Return how often each source has been read through after so many rows."""
+        return [
+            rows * share / PERIOD / len(source)
+            for source, share in zip(self.sources, self.rows_per_period, strict=True)
+        ]
+
+    def places(self, rows: Ids) -> tuple[Ids, Ids]:
+        """Return the source of each row, and which of its windows it is.
+
+        Args:
+            rows: (count,) int64, from 0.
+        """
+        period, slot = np.divmod(rows, PERIOD)
+        source = np.zeros_like(rows)
+        turn = rows  # The row's number among those of its source.
+        if len(self.sources) > 1:
+            slot = permute(slot, period, size=PERIOD, seed=self._seed)
+            source = np.searchsorted(self._ends, slot, side="right")
+            share = np.asarray(self.rows_per_period)[source]
+            turn = period * share + slot - (self._ends[source] - share)
+        window = np.empty_like(rows)
+        for s in range(len(self.sources)):
+            here = source == s
+            epoch, place = np.divmod(turn[here], len(self.sources[s]))
+            if self._shuffle:
+                place = permute(place, epoch, size=len(self.sources[s]), seed=self._seed + s)
+            window[here] = place
+        return source, window
+
+    def read(self, rows: Ids) -> tuple[Ids, Ids]:
+        """Return tokens and labels of some rows, (count, seq) int64 each."""
+        source, window = self.places(rows)
+        read = [
+            self.sources[s].read(i) for s, i in zip(source.tolist(), window.tolist(), strict=True)
+        ]
+        tokens, labels = zip(*read, strict=True)
+        return np.stack(tokens), np.stack(labels)
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """Return how many of PERIOD rows each weight has a right to, by largest remainder.
+
+    Raises:
+        ValueError: a weight is not positive, or has no right to one row.
+    """
+    for weight in weights:
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"weights: {weight}, must be positive, leave the source out instead")
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * PERIOD
+    rows = np.floor(exact).astype(np.int64)
+    rows[np.argsort(rows - exact, kind="stable")[: PERIOD - rows.sum()]] += 1
+    if not rows.all():
+        weight = weights[int(rows.argmin())]
+        raise ValueError(
+            f"weights: {weight} of {sum(weights)} is less than one row in {PERIOD}, "
+            "raise it or leave the source out"
+        )
+    return [int(count) for count in rows]

@@ -1,0 +1,96 @@
+"""Which fields of a row are a document: one of text, or those that a prompt and a response name."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import Formatter
+
+from data.faults import EMPTY, Faults
+
+# Half a surrogate pair, which a JSON escape can put into a str, has no UTF-8 form.
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and where it came from: a path, or a path and a line or row."""
+
+    origin: str
+    text: str
+    prompt_chars: int = 0
+    """So many characters of the text, from its first, are read but not learnt."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How the named fields of a row become a document."""
+
+    text_field: str = "text"
+    """Field that holds the text; not looked at where there is a response."""
+    prompt: str = ""
+    """Format string of what is read but not learnt, such as "Utterance: {utterance}\\nParse:"."""
+    response: str = ""
+    """Format string of what is learnt after it, such as " {parse}"; empty: rows are plain text."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields that are read."""
+        if not self.response:
+            return (self.text_field,)
+        return tuple(dict.fromkeys(_names(self.prompt) + _names(self.response)))
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the format strings, one line each; empty when nothing is."""
+        if not self.response:
+            return [f"prompt {self.prompt!r} has no response, give both"] if self.prompt else []
+        found = []
+        for kind, template in (("prompt", self.prompt), ("response", self.response)):
+            try:
+                names = _names(template)
+            except ValueError as error:
+                found.append(f"{kind} {template!r} is no format string ({error})")
+                continue
+            if not names:
+                found.append(f"{kind} {template!r} names no field, write one like {{{kind}}}")
+            elif not all(name.isidentifier() for name in names):
+                found.append(f"{kind} {template!r} names {names}, give names of fields alone")
+        return found
+
+    def document(self, row: object, origin: str, faults: Faults) -> Document | None:
+        """Return the document of a row of named fields if it is sound, else count the fault."""
+        texts = {}
+        for name in self.fields:
+            if not isinstance(row, Mapping) or name not in row:
+                faults.add(f"no field '{name}'", origin)
+                return None
+            if not isinstance(row[name], str):
+                faults.add(f"field '{name}' is not a string", origin)
+                return None
+            texts[name] = row[name]
+        if not self.response:
+            return sound_document(texts[self.text_field], origin, faults)
+        if not all(texts[name].strip() for name in _names(self.response)):
+            faults.add("empty response", origin)
+            return None
+        prompt = self.prompt.format_map(texts)
+        text = prompt + self.response.format_map(texts)
+        return sound_document(text, origin, faults, prompt_chars=len(prompt))
+
+
+def sound_document(
+    text: str, origin: str, faults: Faults, *, prompt_chars: int = 0
+) -> Document | None:
+    """Return the document if its text is sound, else count the fault."""
+    if not text.strip():
+        faults.add(EMPTY, origin)
+    elif "\0" in text:
+        faults.add("NUL character", origin)
+    elif _SURROGATE.search(text):
+        faults.add("invalid UTF-8", origin)
+    else:
+        return Document(origin, text, prompt_chars)
+    return None
+
+
+def _names(template: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]

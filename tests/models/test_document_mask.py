@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from models.document_mask import attend, document_mask
+from models.layer_dropout import draw_kept_rows
+from tests.models.test_llama import build, small  # noqa: F401
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [1, 1, 2, 2, 2, 2, 3, 4], [0] * 8])
+
+
+def pieces():
+    """Yield row, first and last place of each document."""
+    for row, numbers in enumerate(DOCUMENTS.tolist()):
+        for n in dict.fromkeys(numbers):
+            begin = numbers.index(n)
+            yield row, begin, begin + numbers.count(n)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_each_document_is_attended_to_as_if_it_were_alone(blocks, grouped):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 4, 8, 16, generator=g)
+    k, v = (torch.randn(3, 2 if grouped else 4, 8, 16, generator=g) for _ in range(2))
+    mask = document_mask(DOCUMENTS, blocks=blocks)
+    out = attend(q, k, v, mask.seen, grouped=grouped)
+    for row, begin, end in pieces():
+        part = (slice(row, row + 1), slice(None), slice(begin, end))
+        alone = attend(q[part], k[part], v[part], None, grouped=grouped)
+        torch.testing.assert_close(out[part], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_some_rows_of_a_mask_are_the_mask_of_these_rows(blocks):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 8, 16, generator=g) for _ in range(3))
+    rows = torch.tensor([2, 0])
+    part = document_mask(DOCUMENTS, blocks=blocks).rows(rows)
+    whole = document_mask(DOCUMENTS[rows], blocks=blocks).seen
+    torch.testing.assert_close(
+        attend(q, k, v, part, grouped=False), attend(q, k, v, whole, grouped=False)
+    )
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_packed_row_gives_each_document_what_it_gets_alone_gradients_too(dropped):
+    tokens = torch.randint(61, (3, 8), generator=torch.Generator().manual_seed(0))
+    found = []
+    for packed in (True, False):
+        model = build(small())
+        L = model.config.n_layers
+        kept = None
+        if dropped:
+            kept = draw_kept_rows(
+                [0.5] * L, seed=4, t=0, keys=torch.arange(3).numpy(), scale_kept=False,
+                device=torch.device("cpu"),
+            )  # fmt: skip
+            assert kept is not None
+            assert any(choice.rows is not None and len(choice.rows) for choice in kept.choices)
+        if packed:
+            exits = model(tokens, exit_layers=range(L), kept_rows=kept, documents=DOCUMENTS).exits
+        else:
+            exits = {l: torch.zeros(3, 8, model.config.dim) for l in range(L)}
+            for row, begin, end in pieces():
+                # A document alone, in the row whose layers are kept.
+                filled = torch.zeros(3, end - begin, dtype=torch.int64)
+                filled[row] = tokens[row, begin:end]
+                for l, h in model(filled, exit_layers=range(L), kept_rows=kept).exits.items():
+                    exits[l][row, begin:end] = h[row]
+        sum((h * (l + 1)).square().sum() for l, h in exits.items()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([*(h.detach() for h in exits.values()), *gradients])
+    for ours, alone in zip(*found, strict=True):  # sums of up to 24 tokens in another order
+        torch.testing.assert_close(ours, alone, atol=1e-3, rtol=1e-4)
