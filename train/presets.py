@@ -16,7 +16,7 @@ from models.sizes import SIZES
 from train.checkpointer import CheckpointConfig
 from train.config import TrainConfig
 from train.corpus import DataConfig
-from train.demos import DEMOS
+from train.demos import DEMOS, demo
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
 
@@ -91,11 +91,42 @@ def finetune_code() -> TrainConfig:
 
 def finetune_topv2() -> TrainConfig:
     """The paper's finetuning of its 1.5B on TOPv2: 8 GPUs, batch 32 each. seq_len is ours."""
-    return _paper(
+    config = _paper(
         "finetune_topv2", "layerskip_1.5b", p_max=0.2, e_scale=1.0, C="grad", lr=1e-4,
         steps=5_800, global_batch_size=256, microbatch_size=8, seq_len=512,
         init_from="outputs/scratch_1_5b",
     )  # fmt: skip
+    return dataclasses.replace(config, data=_whole_documents(config.data))
+
+
+def continual_demo() -> TrainConfig:
+    """Continual pretraining in minutes: `dense_demo`, trained plainly, goes on with LayerSkip."""
+    return dataclasses.replace(
+        demo(),
+        name="continual_demo",
+        optim=OptimConfig(lr=1e-3, warmup_steps=50),
+        layer_dropout=LayerDropoutConfig(p_max=0.1, S="constant"),
+        checkpoint=CheckpointConfig(interval_steps=250, init_from="outputs/dense_demo"),
+    )
+
+
+def parsing_demo() -> TrainConfig:
+    """Finetuning on a task in minutes: `demo` learns the pairs of `data.semantic_parsing`."""
+    data = DataConfig(path="outputs/data/parsing", seq_len=256, global_batch_size=8)
+    return dataclasses.replace(
+        demo(),
+        name="parsing_demo",
+        data=_whole_documents(data),
+        optim=OptimConfig(lr=2e-3, warmup_steps=50),
+        layer_dropout=LayerDropoutConfig(p_max=0.2, S="constant"),
+        curriculum=CurriculumConfig(C="grad"),
+        early_exit=EarlyExitConfig(e_scale=1.0),
+        checkpoint=CheckpointConfig(interval_steps=250, init_from="outputs/demo"),
+    )
+
+
+def _whole_documents(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, packing="documents", mask_documents=True)
 
 
 def _from_scratch(size: str, *, steps: int, R: int, lr: float, microbatch_size: int) -> TrainConfig:
@@ -169,5 +200,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
         continual_llama3_2_1b,
         finetune_code,
         finetune_topv2,
+        continual_demo,
+        parsing_demo,
     )
 }
