@@ -33,7 +33,10 @@ class Dynamic:
     d: int = 6
     """Most tokens drafted in a round."""
     probe: int = 4
-    """Rounds from one look at the agreement of all exits to the next."""
+    """Rounds from the first look at the agreement of all exits to the second; each gap is twice the
+    one before."""
+    longest_probe: int = 64
+    """Rounds of the longest gap, at least `probe`: a look costs the head of every exit."""
     memory: float = 0.95
     """What weight an observation keeps when the next comes."""
     head_cost: float | None = None
@@ -62,6 +65,8 @@ class Dynamic:
             found.append(f"d: {self.d}, give at least 1 drafted token")
         if self.probe < 1:
             found.append(f"probe: {self.probe}, give at least 1 round")
+        if self.longest_probe < self.probe:
+            found.append(f"longest_probe: {self.longest_probe}, give at least probe, {self.probe}")
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
         if self.head_cost is not None and not self.head_cost >= 0.0:
@@ -111,7 +116,10 @@ class _Rounds:
 
     settings: Dynamic
     state: DecodeState
-    rounds: int = 0
+    gap: int = field(init=False)
+    """Rounds from the next look to the one after."""
+    next_look: int = 1
+    """Rounds to go until all exits are looked at."""
     agreed: list[float] = field(init=False)
     """By E - 1: tokens of an exit seen to agree, old ones counting less."""
     seen: float = 2.0
@@ -127,6 +135,7 @@ class _Rounds:
         L, beside = config.n_layers, head + settings.call_cost
         self.draft_costs = [(E + beside) / (L + beside) for E in range(1, L)]
         self.agreed = [1.0] * (L - 1)
+        self.gap = settings.probe
 
     def __call__(self, room: int) -> Round:
         """Draft, verify, accept; now and then look at what every exit would have said."""
@@ -134,8 +143,11 @@ class _Rounds:
         agreement = [agreed / self.seen for agreed in self.agreed]
         most = min(settings.d, room - 1)
         E, d = best_pair(agreement, self.draft_costs, settings.verify_cost, most)
-        probing = self.rounds % settings.probe == 0
-        self.rounds += 1
+        self.next_look -= 1
+        probing = self.next_look == 0
+        if probing:
+            self.next_look = self.gap
+            self.gap = min(2 * self.gap, settings.longest_probe)
         drafted = self._draft(E, d, most, tapped=tuple(range(E - 1)) if probing else ())
         if drafted.tokens.shape[1] == 0 and not probing:
             return decode_one(state, state.model.config.n_layers, NOTHING, room)

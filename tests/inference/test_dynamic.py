@@ -86,7 +86,7 @@ def test_an_exit_that_always_agrees_is_found_and_used():
     for l in (2, 3, 4, 5):  # from two layers on, all exits agree
         model.layers[str(l)].attention.wo.weight.zero_()
         model.layers[str(l)].feed_forward.w2.weight.zero_()
-    settings = Dynamic(d=4, probe=1, head_cost=0.5)
+    settings = Dynamic(d=4, probe=1, longest_probe=1, head_cost=0.5)
     generation = dynamic_rounds(model, settings)
     assert generation.counters.acceptance_rate > 0.9
     rounds = generation._decoder
@@ -102,7 +102,9 @@ def dynamic_rounds(model, settings):
 @pytest.mark.parametrize("ngram", [0, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_the_exits_agreement_is_what_a_full_forward_finds(model, ngram, temperature):
-    settings = Dynamic(d=3, probe=1, memory=0.999999, verify_cost=100.0, ngram=ngram)
+    settings = Dynamic(
+        d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0, ngram=ngram
+    )
     sampling = Sampling(temperature=temperature)  # no layer ever drafts; guesses may
     generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
     assert (generation.counters.drafted > 0) == (ngram > 0)
@@ -120,7 +122,9 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model, ngram, temperat
 
 
 def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model):
-    settings = Dynamic(d=3, probe=1, memory=0.999999, verify_cost=0.01, head_cost=0.0)
+    settings = Dynamic(
+        d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, head_cost=0.0
+    )
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
     tokens, places = [7, 8, 7], []
     for [emission] in generation:
@@ -133,6 +137,19 @@ def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(mod
     for E in range(1, 6):
         true = (said[E - 1] == said[5]).sum().item()
         assert generation._decoder.agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("probe", "longest", "looks"),
+    [(4, 4, [0, 4, 8, 12, 16, 20, 24, 28]), (2, 8, [0, 2, 6, 14, 22]), (1, 64, [0, 1, 3, 7, 15])],
+)
+def test_looks_at_all_exits_come_in_gaps_that_double(model, monkeypatch, probe, longest, looks):
+    looked = []
+    look = dynamic._Rounds._look
+    monkeypatch.setattr(dynamic._Rounds, "_look", lambda *given: looked.append(look(*given)))
+    settings = Dynamic(probe=probe, longest_probe=longest, verify_cost=100.0)  # a token a round
+    counts = [len(looked) for _ in Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)]
+    assert [n for n in range(30) if counts[n] > (counts[n - 1] if n else 0)] == looks
 
 
 def test_costs_of_a_draft_step_worked_by_hand(model):
@@ -157,12 +174,13 @@ def test_guesses_are_verified_where_layers_do_not_pay(model):
     [
         (Dynamic(d=0), "d: 0, give at least 1"),
         (Dynamic(probe=0, memory=1.0), "probe: 0, .*; memory: 1.0, give a number between"),
+        (Dynamic(probe=8, longest_probe=4), "longest_probe: 4, give at least probe, 8"),
         (Dynamic(head_cost=-1.0), "head_cost: -1.0"),
         (Dynamic(call_cost=-1.0), "call_cost: -1.0"),
         (Dynamic(verify_cost=0.0), "verify_cost: 0.0"),
         (Dynamic(ngram=-1), "ngram: -1"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_settings_that_do_not_fit_are_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):
