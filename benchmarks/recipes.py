@@ -14,6 +14,7 @@ from pathlib import Path
 
 from inference.benchmark import machine
 from train.demos import DEMOS
+from train.sweep import last_validation
 
 
 def train(preset: str, steps: int, ranks: int, folder: Path) -> list[float]:
@@ -22,9 +23,7 @@ def train(preset: str, steps: int, ranks: int, folder: Path) -> list[float]:
     command += [f"--nproc_per_node={ranks}", "train/main.py", preset, "--steps", str(steps)]
     command += ["--output_dir", str(folder), "--name", preset]
     subprocess.run(command, check=True)
-    lines = (folder / preset / "metrics.jsonl").read_text().splitlines()
-    [*_, last] = [line for line in map(json.loads, lines) if "validation/loss" in line]
-    assert last["step"] == steps
+    last = last_validation(folder / preset)
     return [last[key] for key in sorted(last) if key.startswith("validation/loss_exit_")]
 
 

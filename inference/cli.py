@@ -94,6 +94,16 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
     return Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
 
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --data and --output, for what is fitted to a checkpoint."""
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="dataset; the one trained on if not given"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="where to; beside the checkpoint if not given"
+    )
+
+
 def add_compile_argument(parser: Parser) -> None:
     """Add --compile."""
     parser.add_argument(

@@ -2,11 +2,17 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from data.dataset import TRAIN, VALIDATION
 from inference.adapters import decode_folder
-from inference.cli import Parser, format_table, run_command, run_from, write_json
+from inference.cli import (
+    Parser,
+    add_fit_arguments,
+    format_table,
+    run_command,
+    run_from,
+    write_json,
+)
 from inference.jump import save_jump
 from inference.jump_fitting import fit_jump, measure_jump
 from inference.traces import read_windows
@@ -46,12 +52,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--train_tokens", type=int, default=65_536, help="tokens to fit to")
     parser.add_argument("--test_tokens", type=int, default=8_192, help="tokens to measure on")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="dataset; the one trained on if not given"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="where to; beside the checkpoint if not given"
-    )
+    add_fit_arguments(parser)
     return parser
 
 

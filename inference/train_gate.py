@@ -6,13 +6,19 @@ gap, which needs no training, and static exit, which needs no confidence.
 
 import argparse
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from data.dataset import TRAIN, VALIDATION
 from inference.adapters import decode_folder
-from inference.cli import Parser, format_table, run_command, run_from, write_json
+from inference.cli import (
+    Parser,
+    add_fit_arguments,
+    format_table,
+    run_command,
+    run_from,
+    write_json,
+)
 from inference.gate_training import all_scores, fit_gate
 from inference.gates import FORMS, save_gate
 from inference.row_exits import exit_problems, exits_from
@@ -85,12 +91,7 @@ def build_parser() -> Parser:
     parser.add_argument("--epochs", type=int, default=20, help="times each token is looked at")
     parser.add_argument("--hidden", type=int, default=64, help="units of mlp's hidden layer")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="dataset; the one trained on if not given"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="where to; beside the checkpoint if not given"
-    )
+    add_fit_arguments(parser)
     return parser
 
 
