@@ -8,20 +8,12 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from inference.autoregressive import decode_one
 from inference.sampling import sample
 from inference.state import Decoder, DecodeState, Round
 from models.llama import NOTHING, SkippedParts, whole_layers
-
-
-def evenly_spaced(n_layers: int, kept: int) -> tuple[int, ...]:
-    """Return `kept` layers l spread evenly, the first and the last among them.
-
-    round(i (L - 1) / (n - 1)) for i = 0, ..., n - 1.
-    """
-    return tuple(round(i * (n_layers - 1) / (kept - 1)) for i in range(kept))
+from models.token_depth import FallingBudget, falling_budget, unified_layers
 
 
 def _keep_problems(name: str, keep: tuple[int, ...] | None, n_layers: int) -> list[str]:
@@ -40,9 +32,7 @@ def _others(keep: tuple[int, ...] | None, n_layers: int) -> SkippedParts:
 class Unified:
     """Run the prompt through all layers and every new token through the same evenly spaced ones.
 
-    Unified Layer Skipping (arXiv 2404.06954). A target speedup s keeps n = max(2, round(L / s))
-    layers. The published rule takes every floor(L / (n - 1))-th layer, which divides by zero for
-    s > L / 2 and leaves its remainder as one hole at the end; `evenly_spaced` does neither.
+    Unified Layer Skipping (arXiv 2404.06954), see `models.token_depth.unified_layers`.
     """
 
     name: ClassVar[str] = "unified"
@@ -55,8 +45,7 @@ class Unified:
         """Return a copy with `keep` set."""
         if self.keep is not None or not self.speedup >= 1.0:
             return self
-        kept = min(n_layers, max(2, round(n_layers / self.speedup)))
-        return replace(self, keep=evenly_spaced(n_layers, kept) if n_layers > 1 else (0,))
+        return replace(self, keep=unified_layers(n_layers, self.speedup))
 
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the layers."""
@@ -116,10 +105,7 @@ class Pruned:
 class SkipDecode:
     """Give later tokens fewer layers: the first few, and the topmost of what their budget leaves.
 
-    SkipDecode (arXiv 2307.02628). The n-th new token, n from 0, has the budget
-      e(n) = max - (max - min) min(n / length, 1), rounded,
-    and runs layers 0, ..., W - 1 and the top e - W. A later token's layers are a subset of an
-    earlier one's, so every key it looks for is there.
+    SkipDecode (arXiv 2307.02628), see `models.token_depth.FallingBudget`.
     """
 
     name: ClassVar[str] = "skipdecode"
@@ -134,42 +120,31 @@ class SkipDecode:
 
     def filled(self, n_layers: int) -> "SkipDecode":
         """Return a copy with both budgets set."""
-        most = n_layers if self.max_layers is None else self.max_layers
-        least = min(most, (n_layers + 1) // 2) if self.min_layers is None else self.min_layers
-        return replace(self, max_layers=most, min_layers=least)
+        budget = falling_budget(
+            n_layers, self.warmup, self.max_layers, self.min_layers, self.length
+        )
+        return replace(self, max_layers=budget.most, min_layers=budget.least)
 
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the budgets."""
-        most, least = self._budgets()
-        found = []
-        if not 1 <= most <= n_layers:
-            found.append(f"max_layers: {most}, skipdecode needs 1 to {n_layers} for this model")
-        if not 1 <= least <= most:
-            found.append(f"min_layers: {least}, skipdecode needs 1 to max_layers {most}")
-        if not 0 <= self.warmup <= least:
-            found.append(f"warmup: {self.warmup}, skipdecode needs 0 to min_layers {least}")
-        if self.length < 1:
-            found.append(f"length: {self.length}, skipdecode needs at least 1 token")
-        return found
+        return self.budget.problems(n_layers)
 
-    def _budgets(self) -> tuple[int, int]:
+    @property
+    def budget(self) -> FallingBudget:
+        """The rule, once both budgets are set."""
         assert self.max_layers is not None
         assert self.min_layers is not None
-        return self.max_layers, self.min_layers
+        return FallingBudget(
+            warmup=self.warmup, most=self.max_layers, least=self.min_layers, length=self.length
+        )
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return the layers of the largest budget."""
-        return n_layers, self.skipped(self._budgets()[0], n_layers)
+        return n_layers, self.skipped(self.budget.most, n_layers)
 
     def skipped(self, budget: int, n_layers: int) -> SkippedParts:
-        """Return the layers that a token of this budget leaves out: those above the warmup."""
-        return whole_layers(range(self.warmup, self.warmup + n_layers - budget))
-
-    def budgets(self, new_tokens: Tensor) -> Tensor:
-        """Return e(n) for n: int64 of any shape."""
-        most, least = self._budgets()
-        fall = (new_tokens.double() / self.length).clamp(0.0, 1.0)
-        return (most - (most - least) * fall).round().long()
+        """Return the layers that a token of this budget leaves out."""
+        return whole_layers(self.budget.left_out(budget, n_layers))
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
@@ -180,19 +155,20 @@ class SkipDecode:
 
         Such a row writes keys no later token of it will read: its budget never grows again.
         """
-        n_layers = state.model.config.n_layers
-        budgets = self.budgets(state.positions - state.prompt_lengths)  # (batch,)
+        n_layers, rule = state.model.config.n_layers, self.budget
+        budgets = rule.at(state.positions - state.prompt_lengths)  # (batch,)
         h = state.model.embed(state.pending[:, None])
         # The largest and the smallest budget are the host's to know: one question for both.
         state.work.syncs += 1
-        active = budgets.masked_fill(state.finished, self._budgets()[1])
+        active = budgets.masked_fill(state.finished, rule.least)
         most, least = torch.stack((active.max(), active.min())).tolist()
-        first_shared = self.warmup + n_layers - least
-        h = state.run(h, 0, first_shared, skipped=self.skipped(least, n_layers))
-        for l in range(self.warmup + n_layers - most, first_shared):
-            takes = l >= self.warmup + n_layers - budgets
+        some = rule.left_out(least, n_layers)[n_layers - most :]
+        h = state.run(h, 0, some.stop, skipped=self.skipped(least, n_layers))
+        for l in some:
+            takes = rule.runs(l, budgets, n_layers)
+            assert takes is not None
             h = torch.where(takes[:, None, None], state.run(h, l, l + 1), h)
-        h = state.run(h, first_shared, n_layers)
+        h = state.run(h, some.stop, n_layers)
         tokens = sample(state.distribution(h), state.generator)
         none = torch.zeros_like(state.positions)
         return Round(tokens, accepted=none, drafted=none, depths=budgets[:, None])

@@ -94,21 +94,23 @@ def p(l: int, t: int, *, L: int, T: int, config: LayerDropoutConfig) -> float:
 def uniform(seed: int, t: int, L: int, samples: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return (L, n) numbers in [0, 1): a hash of (seed, t, layer, sample), not a stream.
 
-    The words are folded in one after another by splitmix64's finaliser.
-
     Args:
         seed: Any non-negative integer.
         t: Optimizer step.
         L: Number of layers; row l belongs to layer l.
         samples: (n,) int64 keys, one for each row of the microbatch.
     """
-    state = np.array([[seed % 2**64]], dtype=np.uint64)
-    for word in (
-        np.array([[t]], dtype=np.uint64),
-        np.arange(L, dtype=np.uint64)[:, None],
-        samples.astype(np.uint64)[None, :],
-    ):
-        state = _splitmix64(state ^ _splitmix64(word))
+    return hash_uniform(seed, t, np.arange(L)[:, None], samples)
+
+
+def hash_uniform(seed: int, *words: int | NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return numbers in [0, 1): a hash of the seed and of words, broadcast against each other.
+
+    The words are folded in one after another by splitmix64's finaliser.
+    """
+    state = np.array([seed % 2**64], dtype=np.uint64)
+    for word in words:
+        state = _splitmix64(state ^ _splitmix64(np.atleast_1d(word).astype(np.uint64)))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -6,12 +6,10 @@ call the one loop over layers in `run_layers`. Rotary embeddings use the half-sp
 Hugging Face checkpoints, so weights pass between the two by renaming alone.
 """
 
-import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,8 +17,10 @@ from torch.nn import functional as F
 from models.block import LayerKV, RMSNorm, TransformerBlock
 from models.config import LlamaConfig
 from models.document_mask import DocumentMask, document_mask
+from models.initial_weights import initial_value
 from models.layer_dropout import KeptRows, run_kept_rows
 from models.rope import rope_frequencies
+from models.token_depth import TokenLayers
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -125,35 +125,14 @@ class Llama(nn.Module):
     def init_weights(
         self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_
     ) -> None:
-        """Initialise every parameter and the rotary table.
-
-        Norm weights are 1. Every matrix is N(0, std) cut at 3 std, drawn in fp32:
-          tok_embeddings, lm_head, wq, wk, wv, w1, w3   std = dim^-0.5
-          wo                                            std = dim^-0.5 / sqrt(2 L)
-          w2                                            std = ffn_dim^-0.5 / sqrt(2 L)
-        (sqrt(2 L) keeps the residual stream's variance from growing with depth: GPT-2, section
-        2.3.) Each parameter has its own generator, seeded by (seed, its name), so the values do
-        not depend on how the model is sharded.
+        """Initialise every parameter and the rotary table, see `models.initial_weights`.
 
         Args:
             seed: Any non-negative integer.
             write: Called as write(parameter, full_value); a sharded model passes its own.
         """
-        config = self.config
-        residual = (2 * config.n_layers) ** -0.5
         for name, parameter in self.named_parameters():
-            full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            if parameter.ndim == 1:
-                full.fill_(1.0)
-            else:
-                std = config.ffn_dim**-0.5 if name.endswith("w2.weight") else config.dim**-0.5
-                if name.endswith(("w2.weight", "wo.weight")):
-                    std *= residual
-                entropy = np.random.SeedSequence([seed, zlib.crc32(name.encode())])
-                generator = torch.Generator(device=parameter.device)
-                generator.manual_seed(int(entropy.generate_state(1)[0]))
-                nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
-            write(parameter, full)
+            write(parameter, initial_value(name, parameter, self.config, seed))
         self.fill_rope_table()
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -171,6 +150,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         kept_rows: KeptRows | None = None,
         documents: DocumentMask | None = None,
+        token_layers: TokenLayers | None = None,
         skipped: SkippedParts = NOTHING,
         exit_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -184,6 +164,7 @@ class Llama(nn.Module):
             cache: Keys and values of earlier tokens, written as the layers run.
             kept_rows: Which rows each layer runs on (stochastic depth); None runs all.
             documents: Keeps attention within documents; not with `cache`.
+            token_layers: Which tokens run each layer; the others keep their state. None: all.
             skipped: Parts of layers that no row runs, when decoding; they write no keys and values.
             exit_layers: Layer indices l whose output x_{l+1} is returned as well.
 
@@ -198,19 +179,35 @@ class Llama(nn.Module):
             mask, layer_kv = cache.at(positions)
         exits = {}
         for l in range(start, stop):
-            block = self.block(l)
+            before = h
             if kept_rows is not None:
-                h = run_kept_rows(block, h, cos, sin, kept_rows.at(l), documents)
-            elif skipped is NOTHING:
-                h = block(h, cos, sin, mask, None if layer_kv is None else layer_kv(l))
+                h = run_kept_rows(self.block(l), h, cos, sin, kept_rows.at(l), documents)
             else:
-                attend, feed = l not in skipped.attention, l not in skipped.feed_forward
-                if attend or feed:
-                    kv = None if layer_kv is None else layer_kv(l)
-                    h = block(h, cos, sin, mask, kv, attend=attend, feed=feed)
+                kv = None if layer_kv is None else layer_kv(l)
+                h = self._run_block(l, h, cos, sin, mask, kv, skipped)
+            if token_layers is not None:
+                h = token_layers.select(l, before, h)
             if l in exit_layers:
                 exits[l] = h
         return h, exits
+
+    def _run_block(
+        self,
+        l: int,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: "Tensor | BlockMask | None",
+        kv: LayerKV | None,
+        skipped: SkippedParts,
+    ) -> Tensor:
+        if skipped is NOTHING:
+            out: Tensor = self.block(l)(h, cos, sin, mask, kv)
+            return out
+        attend, feed = l not in skipped.attention, l not in skipped.feed_forward
+        if not attend and not feed:
+            return h
+        return self.block(l)(h, cos, sin, mask, kv, attend=attend, feed=feed)
 
     def write_keys_and_values(
         self, h: Tensor, start: int, stop: int, *, positions: Tensor, cache: KVCache
@@ -261,6 +258,7 @@ class Llama(nn.Module):
         state_layers: Collection[int] = (),
         kept_rows: KeptRows | None = None,
         documents: Tensor | None = None,
+        token_layers: TokenLayers | None = None,
     ) -> Hidden:
         """Run all layers and return what the exits read.
 
@@ -273,7 +271,7 @@ class Llama(nn.Module):
             kept_rows: Stochastic depth's choice for this microbatch; None runs every layer.
             documents: (batch, seq) int64, the number of each token's document in its row, which
                 attention stays within; None: attention is causal and nothing else.
-
+            token_layers: Which tokens run each layer; the others keep their state. None: all.
         """
         h = self.embed(tokens)
         _, outputs = self.run_layers(
@@ -282,6 +280,7 @@ class Llama(nn.Module):
             self.config.n_layers,
             kept_rows=kept_rows,
             documents=None if documents is None else document_mask(documents),
+            token_layers=token_layers,
             exit_layers={*exit_layers, *state_layers},
         )
         return Hidden(

@@ -10,6 +10,7 @@ from loss.curriculum import CurriculumConfig, active_layers
 from loss.early_exit import EarlyExitConfig, exit_weights
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
+from models.token_depth import TokenDepthConfig
 from train.adam_monitor import AdamMonitorConfig
 from train.blocks import float8_problems
 from train.checkpointer import CheckpointConfig
@@ -43,6 +44,7 @@ class TrainConfig:
     seed: int = 0
     """Fixes weights, data order and layer dropout."""
     layer_dropout: LayerDropoutConfig = field(default_factory=LayerDropoutConfig)
+    token_depth: TokenDepthConfig = field(default_factory=TokenDepthConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -71,6 +73,7 @@ class TrainConfig:
             temperature=self.early_exit.temperature,
             optim=self.optim,
             layer_dropout=self.layer_dropout,
+            token_depth=self.token_depth,
             reduce_every_microbatch=self.parallel.reduce_every_microbatch,
         )
 
@@ -92,6 +95,7 @@ class TrainConfig:
             *self.data.problems(world_size),
             *self.optim.problems(),
             *self.layer_dropout.problems(),
+            *self.token_depth.problems(self.model.n_layers),
             *self.curriculum.problems(),
             *self.early_exit.problems(),
             *self.parallel.problems(world_size),
@@ -115,6 +119,12 @@ class TrainConfig:
             found.append(
                 f"early_exit.exits: {self.early_exit.exits}, must be below the model's "
                 f"{self.model.n_layers} layers"
+            )
+        follows_prompts = self.token_depth.kind in ("unified", "skipdecode")
+        if follows_prompts and self.data.packing == "documents" and not self.data.mask_documents:
+            found.append(
+                f"token_depth.kind: {self.token_depth.kind} counts from each document's beginning, "
+                "set data.mask_documents to True"
             )
         if self.data.seq_len > self.model.max_seq_len:
             found.append(

@@ -10,6 +10,7 @@ from loss.curriculum import CurriculumConfig
 from loss.early_exit import EarlyExitConfig
 from models.layer_dropout import LayerDropoutConfig
 from models.sizes import SIZES
+from models.token_depth import TokenDepthConfig
 from train.checkpointer import CheckpointConfig
 from train.config import TrainConfig
 from train.corpus import DataConfig
@@ -125,12 +126,23 @@ def decreasing_demo() -> TrainConfig:
     )
 
 
+def skipdecode_demo() -> TrainConfig:
+    """SkipDecode's budgets: the last tokens of a row run half of the layers."""
+    return _with("skipdecode_demo", token_depth=TokenDepthConfig(kind="skipdecode"))
+
+
+def mixed_demo() -> TrainConfig:
+    """The Depth-Adaptive Transformer's mixed training: each token leaves at an exit of its own."""
+    return _with("mixed_demo", token_depth=TokenDepthConfig(kind="mixed"))
+
+
 def _with(
     name: str,
     *,
     layer_dropout: LayerDropoutConfig | None = None,
     curriculum: CurriculumConfig | None = None,
     early_exit: EarlyExitConfig | None = None,
+    token_depth: TokenDepthConfig | None = None,
 ) -> TrainConfig:
     """Return `demo` with these parts, each plain where it is not given."""
     return dataclasses.replace(
@@ -139,6 +151,7 @@ def _with(
         layer_dropout=layer_dropout or LayerDropoutConfig(),
         curriculum=curriculum or CurriculumConfig(),
         early_exit=early_exit or EarlyExitConfig(),
+        token_depth=token_depth or TokenDepthConfig(),
     )
 
 
@@ -153,4 +166,6 @@ DEMOS = (
     layerdrop_demo,
     pld_demo,
     decreasing_demo,
+    skipdecode_demo,
+    mixed_demo,
 )

@@ -107,6 +107,7 @@ def report_validation(job: Job, done_steps: int, metrics: Metrics) -> None:
         job.runtime,
         rows=config.data.rows_at_once(job.runtime.world_size),
         chunk_rows=config.early_exit.chunk_rows,
+        token_depth=config.token_depth,
     )
     metrics.log(exit_metrics("validation", dict(enumerate(losses)), len(losses)), done_steps)
     logger.info("%s", validation_line(losses, done_steps))

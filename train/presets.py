@@ -13,6 +13,7 @@ from loss.curriculum import Curriculum, CurriculumConfig
 from loss.early_exit import EarlyExitConfig
 from models.layer_dropout import LayerDropoutConfig, TimeSchedule
 from models.sizes import SIZES
+from models.token_depth import TokenDepthConfig
 from train.checkpointer import CheckpointConfig
 from train.config import TrainConfig
 from train.corpus import DataConfig
@@ -125,6 +126,18 @@ def parsing_demo() -> TrainConfig:
     )
 
 
+def unified_demo() -> TrainConfig:
+    """Unified Layer Skipping's finetuning: as `parsing_demo`, responses in half of the layers."""
+    return dataclasses.replace(
+        parsing_demo(),
+        name="unified_demo",
+        layer_dropout=LayerDropoutConfig(),
+        curriculum=CurriculumConfig(),
+        early_exit=EarlyExitConfig(),
+        token_depth=TokenDepthConfig(kind="unified"),
+    )
+
+
 def _whole_documents(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, packing="documents", mask_documents=True)
 
@@ -202,5 +215,6 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
         finetune_topv2,
         continual_demo,
         parsing_demo,
+        unified_demo,
     )
 }

@@ -1,7 +1,7 @@
 """One optimizer step: minimise J(X, Y, t) over the microbatches of a global batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.loader import Microbatch
+from data.shards import NO_LOSS
 from loss.early_exit import early_exit_loss
 from models.layer_dropout import KeptRows, LayerDropoutConfig, draw_kept_rows
 from models.llama import Llama
+from models.token_depth import TokenDepthConfig, TokenLayers, draw_exits, token_layers
 from train.adam_monitor import AdamMonitor
 from train.layerskip import StepPlan
 from train.optim import OptimConfig, lr, set_lr, update_unless
@@ -33,6 +35,7 @@ class StepConfig:
     """Tokens whose logits are alive at once."""
     optim: OptimConfig
     layer_dropout: LayerDropoutConfig
+    token_depth: TokenDepthConfig = field(default_factory=TokenDepthConfig)
     distill: float = 0.0
     """See EarlyExitConfig, as for temperature."""
     temperature: float = 1.0
@@ -123,6 +126,7 @@ def accumulate_gradients(
             exit_layers=plan.exit_layers,
             kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
             documents=batch.documents,
+            token_layers=_token_layers(config, model.config.n_layers, batch, t),
         )
         loss = early_exit_loss(
             hidden.exits,
@@ -159,6 +163,20 @@ def _kept_rows(
         scale_kept=config.layer_dropout.scale_kept,
         device=runtime.device,
     )
+
+
+def _token_layers(
+    config: StepConfig, n_layers: int, batch: Microbatch, t: int
+) -> TokenLayers | None:
+    """Return which layers this microbatch's tokens run."""
+    depth, exits = config.token_depth, None
+    if depth.kind == "mixed":
+        drawn = draw_exits(
+            depth, n_layers, seed=config.seed, t=t,
+            samples=batch.samples.numpy(), seq_len=batch.tokens.shape[1],
+        )  # fmt: skip
+        exits = torch.from_numpy(drawn).to(batch.tokens.device, non_blocking=True)
+    return token_layers(depth, n_layers, batch.labels != NO_LOSS, batch.documents, exits)
 
 
 def dropout_keys(

@@ -10,6 +10,7 @@ from data.shards import NO_LOSS
 from data.windows import Windows, spread
 from loss.early_exit import early_exit_loss
 from models.llama import Llama
+from models.token_depth import TokenDepthConfig, token_layers
 from train.runtime import Runtime
 
 
@@ -51,6 +52,7 @@ def validate(
     *,
     rows: int,
     chunk_rows: int,
+    token_depth: TokenDepthConfig,
 ) -> list[float]:
     """Return the held-out loss of the exit after each layer l = 0, ..., L - 1.
 
@@ -64,6 +66,7 @@ def validate(
         runtime: This rank.
         rows: Sequences per rank and forward pass.
         chunk_rows: As for training.
+        token_depth: Which layers each token runs, as in training; of kind mixed, all.
 
     Returns:
         L losses in nats per token that has one.
@@ -75,16 +78,18 @@ def validate(
     begin = runtime.rank * rows
     for first in range(begin, begin + len(numbers), rows * runtime.world_size):
         batch = _read(held_out, numbers[first : first + rows], rows).to(device)
-        hidden = model(batch.tokens, exit_layers=range(L), documents=batch.documents)
+        learnt = batch.labels != NO_LOSS
+        hidden = model(
+            batch.tokens,
+            exit_layers=range(L),
+            documents=batch.documents,
+            token_layers=token_layers(token_depth, L, learnt, batch.documents, exits=None),
+        )
         loss = early_exit_loss(
-            hidden.exits,
-            model.head_weight,
-            batch.labels,
-            weights,
-            chunk_rows=chunk_rows,
+            hidden.exits, model.head_weight, batch.labels, weights, chunk_rows=chunk_rows
         )
         sums[:L] += torch.stack(list(loss.per_exit.values()))
-        sums[L] += (batch.labels != NO_LOSS).sum()
+        sums[L] += learnt.sum()
     runtime.sum_over_ranks(sums)
     losses: list[float] = (sums[:L] / sums[L]).tolist()
     return losses

@@ -7,8 +7,9 @@ import torch
 
 from inference.autoregressive import Autoregressive
 from inference.decode import Generation
-from inference.schedules import Pruned, SkipDecode, Unified, evenly_spaced
+from inference.schedules import Pruned, SkipDecode, Unified
 from models.llama import NOTHING, whole_layers
+from models.token_depth import evenly_spaced
 from tests.inference.every_strategy import PROMPTS, decode, make_model, slow_greedy
 
 L = 6
@@ -33,7 +34,7 @@ def test_layers_kept_worked_by_hand():
 def test_budgets_worked_by_hand():
     rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8).filled(8)
     places = torch.tensor([-1, 0, 1, 2, 4, 6, 8, 100])
-    assert rule.budgets(places).tolist() == [6, 6, 6, 5, 4, 3, 2, 2]  # 5.5 rounds to even
+    assert rule.budget.at(places).tolist() == [6, 6, 6, 5, 4, 3, 2, 2]  # 5.5 rounds to even
     assert rule.skipped(6, 8) == whole_layers({1, 2})
     assert rule.skipped(2, 8) == whole_layers({1, 2, 3, 4, 5, 6})
 
@@ -64,7 +65,7 @@ def test_skipdecode_equals_the_slow_form(model, warmup, length):
     rule = SkipDecode(warmup=warmup, max_layers=5, min_layers=2, length=length).filled(L)
 
     def parts(place, prompt_length):
-        budget = int(rule.budgets(torch.tensor(place - prompt_length)))
+        budget = int(rule.budget.at(torch.tensor(place - prompt_length)))
         return rule.skipped(budget, L)
 
     expected = [slow_greedy(model, p, 12, parts) for p in PROMPTS]
@@ -73,7 +74,7 @@ def test_skipdecode_equals_the_slow_form(model, warmup, length):
         found = decode(model, PROMPTS, rule, max_new_tokens=12, batch_size=batch_size)
         assert found.tokens == expected
     alone = decode(model, PROMPTS[:1], rule, max_new_tokens=12).counters
-    budgets = [int(rule.budgets(torch.tensor(n))) for n in range(-1, 11)]
+    budgets = [int(rule.budget.at(torch.tensor(n))) for n in range(-1, 11)]
     assert alone.token_layers == sum(budgets)
     assert alone.depths.total() == 12
     assert sum(depth * n for depth, n in alone.depths.items()) == sum(budgets)

@@ -1,0 +1,39 @@
+"""What the parameters of a model are before its first step: a pure function of seed and name."""
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.config import LlamaConfig
+
+
+def initial_value(name: str, parameter: Tensor, config: LlamaConfig, seed: int) -> Tensor:
+    """Return the whole first value of a parameter, fp32, on its device.
+
+    Norm weights are 1. Every matrix is N(0, std) cut at 3 std, drawn in fp32:
+      tok_embeddings, lm_head, wq, wk, wv, w1, w3   std = dim^-0.5
+      wo                                            std = dim^-0.5 / sqrt(2 L)
+      w2                                            std = ffn_dim^-0.5 / sqrt(2 L)
+    (sqrt(2 L) keeps the residual stream's variance from growing with depth: GPT-2, section 2.3.)
+    Each parameter has its own generator, seeded by (seed, its name), so the values do not depend on
+    how the model is sharded.
+
+    Args:
+        name: The parameter's.
+        parameter: Has the shape and the device; its values are not read.
+        config: The model.
+        seed: Any non-negative integer.
+    """
+    full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    if parameter.ndim == 1:
+        return full.fill_(1.0)
+    std = config.ffn_dim**-0.5 if name.endswith("w2.weight") else config.dim**-0.5
+    if name.endswith(("w2.weight", "wo.weight")):
+        std *= (2 * config.n_layers) ** -0.5
+    entropy = np.random.SeedSequence([seed, zlib.crc32(name.encode())])
+    generator = torch.Generator(device=parameter.device)
+    generator.manual_seed(int(entropy.generate_state(1)[0]))
+    nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+    return full
