@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from loss.early_exit import early_exit_loss
+from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.flops import total_params
 from train.checkpoint_content import RunIdentity
@@ -83,7 +83,7 @@ def measure(
                 model.head_weight,
                 tokens[:, 1:].contiguous(),
                 {last: 1.0},
-                chunk_rows=4096,
+                config=EarlyExitConfig(),
             )
             loss.total.backward()
             optimizer.step()

@@ -7,7 +7,7 @@ layers or schedules.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,34 +17,45 @@ IGNORE_INDEX = -100
 """Label of a position that has no loss."""
 
 
+class ExitTokens(NamedTuple):
+    """The tokens that one exit has a loss on, and how much it counts."""
+
+    hidden: Tensor
+    """(..., dim), normed, any float dtype."""
+    labels: Tensor
+    """(...) int64; IGNORE_INDEX has no loss and no gradient."""
+    weight: float
+    """Of the exit, a constant."""
+    by_confidence: bool = False
+    """Weigh each token by its largest probability as well, a constant in the gradient."""
+
+
 def weighted_cross_entropy_sums(
-    hidden: Sequence[Tensor],
-    head_weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    *,
-    chunk_rows: int,
+    exits: Sequence[ExitTokens], head_weight: Tensor, *, chunk_rows: int, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Return sum_k weights[k] * CE_k and the CE_k, where CE_k sums the token losses of exit k.
+    """Return sum_k weight_k sum over tokens of c (CE + z_loss log^2 Z), and the plain sums of CE.
+
+    Z is the softmax's normaliser: a positive z_loss draws it to 1 (PaLM, arXiv 2204.02311, section
+    5). c is 1, or the token's largest probability where exit k goes by confidence.
 
     Args:
-        hidden: K tensors (batch, seq, dim), normed, any float dtype.
+        exits: K exits, with hidden states of one dtype.
         head_weight: (vocab, dim), same dtype.
-        labels: (batch, seq) int64; IGNORE_INDEX has no loss and no gradient.
-        weights: (K,) fp32 on the host, constants.
         chunk_rows: Tokens whose logits, (chunk_rows, vocab), are alive at once.
+        z_loss: See above.
 
     Returns:
-        The weighted sum, scalar fp32, differentiable in `hidden` and `head_weight`; and the
-        unweighted sums, (K,) fp32, detached.
+        The weighted sum, scalar fp32, differentiable in every `hidden` and `head_weight`; and the
+        sums of CE of each exit, (K,) fp32, detached, with neither weight nor z_loss.
     """
     if torch.is_grad_enabled():
-        total, sums = _LinearCrossEntropy.apply(head_weight, labels, weights, chunk_rows, *hidden)
+        hidden = [e.hidden for e in exits]
+        total, sums = _LinearCrossEntropy.apply(head_weight, exits, chunk_rows, z_loss, *hidden)
         return total, sums
-    sums, _, _ = _sums_and_gradients(
-        hidden, head_weight, labels, None, chunk_rows=chunk_rows, head_gradient=False
+    total, sums, _, _ = _sums_and_gradients(
+        exits, head_weight, chunk_rows=chunk_rows, z_loss=z_loss
     )
-    return (sums * weights.to(sums.device)).sum(), sums
+    return total, sums
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,22 +65,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         head_weight: Tensor,
-        labels: Tensor,
-        weights: Tensor,
+        exits: Sequence[ExitTokens],
         chunk_rows: int,
+        z_loss: float,
         *hidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        sums, grads, head_grad = _sums_and_gradients(
-            hidden,
+        # `hidden` is that of `exits`, named for autograd to see.
+        total, sums, grads, head_grad = _sums_and_gradients(
+            exits,
             head_weight,
-            labels,
-            weights.tolist(),
             chunk_rows=chunk_rows,
+            z_loss=z_loss,
+            gradients=True,
             head_gradient=ctx.needs_input_grad[0],
         )
         ctx.grads = (head_grad, grads)
         ctx.mark_non_differentiable(sums)
-        return (sums * weights.to(sums.device)).sum(), sums
+        return total, sums
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,49 +105,83 @@ def scaled_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, list[
 
 
 def _sums_and_gradients(
-    hidden: Sequence[Tensor],
+    exits: Sequence[ExitTokens],
     head_weight: Tensor,
-    labels: Tensor,
-    weights: Sequence[float] | None,
     *,
     chunk_rows: int,
-    head_gradient: bool,
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Run every exit chunk by chunk; with `weights`, take gradients on the way."""
-    flat_labels = labels.flatten()
-    sums = torch.zeros(len(hidden), dtype=torch.float32, device=head_weight.device)
+    z_loss: float,
+    gradients: bool = False,
+    head_gradient: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """Run every exit chunk by chunk, and take gradients on the way if asked."""
+    sums = torch.zeros(2, len(exits), dtype=torch.float32, device=head_weight.device)
     grads = []
     head_grad = torch.zeros_like(head_weight, dtype=torch.float32) if head_gradient else None
-    for k, h in enumerate(hidden):
-        rows = h.flatten(0, -2)
-        row_grads = torch.zeros_like(rows) if weights is not None else None
+    for k, (hidden, labels, weight, by_confidence) in enumerate(exits):
+        rows, flat_labels = hidden.flatten(0, -2), labels.flatten()
+        row_grads = torch.zeros_like(rows) if gradients else None
         for begin in range(0, rows.shape[0], chunk_rows):
             chunk = slice(begin, begin + chunk_rows)
-            loss_sum, log_probs = _chunk_loss(rows[chunk], head_weight, flat_labels[chunk])
-            sums[k] += loss_sum
-            if row_grads is not None and weights is not None and weights[k]:
-                logits_grad = _logits_gradient(log_probs, flat_labels[chunk])
-                logits_grad = logits_grad.mul_(weights[k]).to(rows.dtype)
+            loss = _chunk_loss(rows[chunk], head_weight, flat_labels[chunk], by_confidence)
+            sums[0, k] += loss.objective_sum(z_loss)
+            sums[1, k] += loss.cross_entropy_sum()
+            if row_grads is not None and weight:
+                logits_grad = loss.to_logits_gradient(z_loss).mul_(weight).to(rows.dtype)
                 torch.mm(logits_grad, head_weight, out=row_grads[chunk])
                 if head_grad is not None:
                     head_grad += logits_grad.t() @ rows[chunk]
                 del logits_grad
-            del log_probs
+            del loss
         if row_grads is not None:
-            grads.append(row_grads.view_as(h))
-    return sums, grads, None if head_grad is None else head_grad.to(head_weight.dtype)
+            grads.append(row_grads.view_as(hidden))
+    weights = torch.tensor([e.weight for e in exits], dtype=torch.float32).to(sums.device)
+    total = (sums[0] * weights).sum()
+    return total, sums[1], grads, None if head_grad is None else head_grad.to(head_weight.dtype)
 
 
-def _chunk_loss(rows: Tensor, head_weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of rows: (n, dim), and their log-probabilities, (n, vocab) fp32."""
-    log_probs = F.log_softmax(F.linear(rows, head_weight), -1, dtype=torch.float32)
-    token_losses = -log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(labels != IGNORE_INDEX, token_losses, 0.0).sum(), log_probs
+class _ChunkLoss(NamedTuple):
+    """What the logits of n tokens come to."""
+
+    log_probs: Tensor
+    """(n, vocab) fp32."""
+    target: Tensor
+    """(n, 1) int64: the label; any where there is none."""
+    has_loss: Tensor
+    """(n,) bool."""
+    factor: Tensor
+    """(n,), a constant: `has_loss`, or that times the largest probability."""
+    cross_entropy: Tensor
+    """(n,) fp32, meaningless where there is no label."""
+    log_normaliser: Tensor
+    """(n,) fp32: log Z."""
+
+    def cross_entropy_sum(self) -> Tensor:
+        return torch.where(self.has_loss, self.cross_entropy, 0.0).sum()
+
+    def objective_sum(self, z_loss: float) -> Tensor:
+        losses = self.cross_entropy
+        if z_loss:
+            losses = losses + z_loss * self.log_normaliser**2
+        return torch.where(self.has_loss, losses * self.factor, 0.0).sum()
+
+    def to_logits_gradient(self, z_loss: float) -> Tensor:
+        """Turn log_probs in place into the gradient of `objective_sum` by the logits."""
+        grad = self.log_probs.exp_()  # softmax (1 + 2 z_loss log Z) - onehot
+        if z_loss:
+            grad.mul_((1.0 + 2.0 * z_loss * self.log_normaliser).unsqueeze(-1))
+        grad.scatter_add_(-1, self.target, torch.full_like(self.target, -1, dtype=grad.dtype))
+        return grad.mul_(self.factor.unsqueeze(-1))
 
 
-def _logits_gradient(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Turn log_probs: (n, vocab) in place into the summed loss's gradient by the logits."""
+def _chunk_loss(
+    rows: Tensor, head_weight: Tensor, labels: Tensor, by_confidence: bool
+) -> _ChunkLoss:
+    """Take the loss of rows: (n, dim), with labels: (n,)."""
+    logits = F.linear(rows, head_weight)
+    log_probs = F.log_softmax(logits, -1, dtype=torch.float32)
     target = labels.clamp(min=0).unsqueeze(-1)
-    grad = log_probs.exp_()  # softmax - onehot
-    grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=grad.dtype))
-    return grad.mul_((labels != IGNORE_INDEX).unsqueeze(-1))
+    log_p = log_probs.gather(-1, target).squeeze(-1)
+    log_normaliser = logits.gather(-1, target).squeeze(-1).float() - log_p
+    has_loss = labels != IGNORE_INDEX
+    factor = has_loss * log_probs.amax(-1).exp() if by_confidence else has_loss
+    return _ChunkLoss(log_probs, target, has_loss, factor, -log_p, log_normaliser)

@@ -11,23 +11,27 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from loss.cross_entropy import weighted_cross_entropy_sums
+from loss.cross_entropy import ExitTokens, weighted_cross_entropy_sums
 from loss.distillation import weighted_divergence_sum
+from loss.state_distillation import StateMatching, StatePair, state_distance_sum
 
 Weighting = Literal["layerskip", "linear", "uniform", "fixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExitConfig:
-    """How much each exit's loss weighs."""
+    """What the loss of each exit is, and how much it weighs.
+
+    "Exits before the last": all but the deepest of those that are on.
+    """
 
     e_scale: float = 0.2
     """Weight of the exits before the last layer, 0 to 1, for weights layerskip. The paper: 0.1 to
     0.2 for pretraining, 1.0 for finetuning on a narrow domain or task."""
     weights: Weighting = "layerskip"
     """layerskip: e_tilde. linear: E / sum of E over the exits that are on (CALM, PABEE; with one
-    exit FREE's shallow-deep loss). uniform: all the same. fixed: the last layer 1, the others
-    exit_weights (EE-LLM)."""
+    exit FREE's shallow-deep loss). uniform: all the same (the aligned training of the
+    Depth-Adaptive Transformer). fixed: the last layer 1, the others exit_weights (EE-LLM)."""
     exits: tuple[int, ...] = ()
     """E, the layers run, of the exits that have a loss besides the last layer, where the curriculum
     has them on; all if empty."""
@@ -41,6 +45,23 @@ class EarlyExitConfig:
     stays as it is, and learns nothing from its pupils."""
     temperature: float = 1.0
     """Divides the logits of both in the KL."""
+    distill_states: StateMatching = "none"
+    """Whose hidden states teach the layers up to the deepest of exits, after E layers (FREE), at
+    every step. last: the last layer's the E-th. uniform: those of E evenly spaced layers, in order.
+    dynamic: each of these the nearest student below the one of the teacher above. The squared
+    difference of normed states, averaged over pairs, tokens and dim; teachers learn nothing."""
+    distill_states_weight: float = 0.5
+    """What that is multiplied by before it is added to the loss (FREE's alpha)."""
+    z_loss: float = 0.0
+    """Added to each token's cross entropy, at every exit: z_loss log^2 Z, of the softmax's
+    normaliser Z. PaLM: 1e-4. 0: off. The losses that are told leave it out."""
+    confidence_weights: bool = False
+    """Weigh each token's cross entropy, at the exits before the last, by its largest probability,
+    which gets no gradient (EE-LLM's dynamic weights)."""
+    token_fraction: float = 1.0
+    """Share of each sequence's tokens that the exits before the last learn from, above 0 to 1:
+    others at every step, the same for all exits, scaled by its inverse. As much less goes through
+    their heads; the losses that are told are estimates."""
     chunk_rows: int = 4096
     """Tokens whose logits are alive at once: chunk_rows * vocab_size numbers."""
 
@@ -54,6 +75,19 @@ class EarlyExitConfig:
             found.append(f"early_exit.distill: {self.distill}, must lie in [0, 1]")
         if not self.temperature > 0.0:
             found.append(f"early_exit.temperature: {self.temperature}, must be positive")
+        if self.distill_states != "none" and not self.exits:
+            found.append(
+                f"early_exit.exits: none, distill_states {self.distill_states} needs the layers "
+                "run before the shallow exit"
+            )
+        if not self.distill_states_weight > 0.0:
+            found.append(
+                f"early_exit.distill_states_weight: {self.distill_states_weight}, must be positive"
+            )
+        if not self.z_loss >= 0.0:
+            found.append(f"early_exit.z_loss: {self.z_loss}, must not be negative")
+        if not 0.0 < self.token_fraction <= 1.0:
+            found.append(f"early_exit.token_fraction: {self.token_fraction}, must lie in (0, 1]")
         if self.chunk_rows < 1:
             found.append(f"early_exit.chunk_rows: {self.chunk_rows}, must be at least 1")
         return found
@@ -84,7 +118,8 @@ class EarlyExitLoss(NamedTuple):
     total: Tensor
     """Scalar fp32: sum over exits of e_tilde * summed token loss; J is this, over the tokens."""
     per_exit: dict[int, Tensor]
-    """{l: summed token loss of the exit after layer l}, scalar fp32 each, detached, unreduced."""
+    """{l: summed cross entropy of the exit after layer l}, scalar fp32 each, detached, unreduced;
+    estimated from the tokens that it learnt from."""
 
 
 def e(l: int, L: int, e_scale: float) -> float:
@@ -129,7 +164,7 @@ def exit_weights(
 
     layerskip: see `e_tilde`. With E = l + 1:
       linear:  E / sum over active of E   (CALM, arXiv 2207.07061, section 3.4; PABEE, 2006.04152)
-      uniform: 1 / number of active
+      uniform: 1 / number of active   (aligned training, arXiv 1910.10073)
       fixed:   1 at the last layer, w_E min(1, t / warmup_steps) else   (EE-LLM, arXiv 2312.04916)
     The first three sum to 1, fixed to 1 + sum of its w.
     """
@@ -151,39 +186,67 @@ def early_exit_loss(
     labels: Tensor,
     weights: Mapping[int, float],
     *,
-    chunk_rows: int,
-    distill: float = 0.0,
-    temperature: float = 1.0,
+    config: EarlyExitConfig,
+    tokens: Tensor | None = None,
+    state_pairs: Sequence[StatePair] = (),
 ) -> EarlyExitLoss:
     """Return J(X, Y, t) = sum_l e_tilde(t, l) * J_CE(g(x_{l+1}), Y) (LayerSkip, section 4.1.2).
 
     J_CE is the sum over tokens here: the caller divides by the tokens of its global batch, so that
-    gradients do not depend on how it is split.
+    gradients do not depend on how it is split. `config` may add to J_CE and to J.
 
     Args:
-        hidden: {l: norm(x_{l+1})}, each (batch, seq, dim).
+        hidden: {l: norm(x_{l+1})}, each (batch, seq, dim), of the layers in `weights` and
+            `state_pairs`.
         head_weight: (vocab, dim), the one LM head all exits share.
         labels: (batch, seq) int64; IGNORE_INDEX is left out.
         weights: {l: e_tilde(t, l)}.
-        chunk_rows: Tokens whose logits are alive at once.
-        distill: Share of distillation in the loss of every exit but the deepest, see
-            `EarlyExitConfig`.
-        temperature: Of the distillation.
+        config: What the loss of an exit is.
+        tokens: (n,) int64 indices into (batch * seq), of those that the exits before the last learn
+            from: equally many of each sequence, every one as likely. None: all.
+        state_pairs: Which states teach which.
     """
-    layers = sorted(hidden) if distill else list(hidden)
-    weight_tensor = torch.tensor([weights[l] for l in layers], dtype=torch.float32)
-    states = [hidden[l] for l in layers]
+    *shallower, deepest = sorted(weights)
+    chosen_labels = _choose(labels, tokens)
+    scale = labels.numel() / chosen_labels.numel()
+    pupils = [
+        ExitTokens(
+            _choose(hidden[l], tokens), chosen_labels, weights[l] * scale, config.confidence_weights
+        )
+        for l in shallower
+    ]
+    exits = [pupil._replace(weight=pupil.weight * (1.0 - config.distill)) for pupil in pupils]
+    exits.append(ExitTokens(hidden[deepest], labels, weights[deepest]))
     total, sums = weighted_cross_entropy_sums(
-        states,
-        head_weight,
-        labels,
-        weight_tensor * torch.tensor([1.0 - distill] * (len(layers) - 1) + [1.0]),
-        chunk_rows=chunk_rows,
+        exits, head_weight, chunk_rows=config.chunk_rows, z_loss=config.z_loss
     )
-    if distill and len(layers) > 1:
-        pupils = weight_tensor[:-1] * distill
-        total = total + weighted_divergence_sum(
-            states[:-1], states[-1], head_weight, labels, pupils,
-            temperature=temperature, chunk_rows=chunk_rows,
-        )  # fmt: skip
-    return EarlyExitLoss(total, dict(zip(layers, sums.unbind(), strict=True)))
+    if config.distill and pupils:
+        teacher = _choose(hidden[deepest], tokens)
+        total = total + _distillation(pupils, teacher, head_weight, config)
+    if state_pairs:
+        dynamic = config.distill_states == "dynamic"
+        distances = state_distance_sum(hidden, state_pairs, labels, dynamic=dynamic)
+        total = total + config.distill_states_weight * distances
+    if tokens is not None:
+        sums = sums * torch.tensor([scale] * len(pupils) + [1.0]).to(sums.device)
+    return EarlyExitLoss(total, dict(zip((*shallower, deepest), sums.unbind(), strict=True)))
+
+
+def _distillation(
+    pupils: Sequence[ExitTokens], teacher: Tensor, head_weight: Tensor, config: EarlyExitConfig
+) -> Tensor:
+    """Return the weighted divergence of the pupils from a teacher shaped like them."""
+    return weighted_divergence_sum(
+        [pupil.hidden for pupil in pupils],
+        teacher,
+        head_weight,
+        pupils[0].labels,
+        torch.tensor([pupil.weight * config.distill for pupil in pupils]),
+        temperature=config.temperature,
+        chunk_rows=config.chunk_rows,
+    )
+
+
+def _choose(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return rows `tokens` of x: (batch, seq) or (batch, seq, dim) as (n) or (n, dim)."""
+    return x if tokens is None else x.flatten(0, 1).index_select(0, tokens)

@@ -68,12 +68,10 @@ class TrainConfig:
         return StepConfig(
             seed=self.seed,
             T=self.steps,
-            chunk_rows=self.early_exit.chunk_rows,
-            distill=self.early_exit.distill,
-            temperature=self.early_exit.temperature,
             optim=self.optim,
             layer_dropout=self.layer_dropout,
             token_depth=self.token_depth,
+            early_exit=self.early_exit,
             reduce_every_microbatch=self.parallel.reduce_every_microbatch,
         )
 
@@ -115,11 +113,7 @@ class TrainConfig:
             found.append(f"steps: {self.steps}, must be at least 1")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed: {self.seed}, must lie in [0, 2^63)")
-        if any(self.model.n_layers <= E for E in self.early_exit.exits):
-            found.append(
-                f"early_exit.exits: {self.early_exit.exits}, must be below the model's "
-                f"{self.model.n_layers} layers"
-            )
+        found += self._exit_problems()
         follows_prompts = self.token_depth.kind in ("unified", "skipdecode")
         if follows_prompts and self.data.packing == "documents" and not self.data.mask_documents:
             found.append(
@@ -133,6 +127,20 @@ class TrainConfig:
             )
         if not found:
             found += self._empty_steps()
+        return found
+
+    def _exit_problems(self) -> list[str]:
+        found, exits = [], self.early_exit.exits
+        if any(self.model.n_layers <= E for E in exits):
+            found.append(
+                f"early_exit.exits: {exits}, must be below the model's {self.model.n_layers} layers"
+            )
+        taught = self.early_exit.distill > 0 or self.early_exit.distill_states != "none"
+        if taught and not self.curriculum.last_layer_always_on:
+            found.append(
+                "curriculum.last_layer_always_on: False, but distillation needs the last layer "
+                "trained to teach at every step, set it to True"
+            )
         return found
 
     def _empty_steps(self) -> list[str]:

@@ -68,14 +68,14 @@ def calm_demo() -> TrainConfig:
 
 
 def free_demo() -> TrainConfig:
-    """FREE's shallow-deep loss of one exit, half of it distilled from the last layer's tokens.
+    """FREE: the shallow-deep loss of one exit, hidden states distilled into the layers below it.
 
-    FREE distils hidden states; ours are logits.
+    Each teacher is matched with its nearest student (the authors' KD-dyna, alpha 0.5).
     """
     return _with(
         "free_demo",
         curriculum=CurriculumConfig(C="all"),
-        early_exit=EarlyExitConfig(weights="linear", exits=(2,), distill=0.5),
+        early_exit=EarlyExitConfig(weights="linear", exits=(2,), distill_states="dynamic"),
     )
 
 

@@ -121,7 +121,7 @@ def _amounts(
 ) -> Iterator[tuple[str, str]]:
     L = config.model.n_layers
     layers = sum(step.mean_layers for step in steps) / len(steps)
-    exits = sum(len(step.exit_layers) for step in steps) / len(steps)
+    exits = sum(step.mean_exits for step in steps) / len(steps)
     plain, with_exits, recipe = (
         train_flops_per_token(config.model, config.data.seq_len, mean_layers=a, mean_exits=b)
         for a, b in ((L, 1), (L, exits), (layers, exits))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loss.curriculum import CurriculumConfig, active_layers
 from loss.early_exit import EarlyExitConfig, exit_weights
+from loss.state_distillation import StatePair, state_pairs
 from models.layer_dropout import LayerDropoutConfig, p
 
 
@@ -17,11 +18,25 @@ class StepPlan:
     """The layers l with C(t, l) = 1 and a loss, ascending."""
     exit_weights: dict[int, float]
     """{l: e_tilde(t, l)}, or the weights of another recipe."""
+    token_fraction: float = 1.0
+    """Share of the tokens that the exits before the last learn from."""
+    state_pairs: tuple[StatePair, ...] = ()
+    """Which layers' states teach which."""
+
+    @property
+    def hidden_layers(self) -> frozenset[int]:
+        """The layers l whose norm(x_{l+1}) the loss reads."""
+        return frozenset(self.exit_layers).union(*self.state_pairs)
 
     @property
     def mean_layers(self) -> float:
         """Expected number of layers a token runs through."""
         return len(self.drop_prob) - sum(self.drop_prob)
+
+    @property
+    def mean_exits(self) -> float:
+        """Mean number of exits that a token has a loss at."""
+        return 1.0 + self.token_fraction * (len(self.exit_layers) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +59,8 @@ class LayerSkipSchedule:
             ),
             exit_layers=tuple(weights),
             exit_weights=weights,
+            token_fraction=self.early_exit.token_fraction,
+            state_pairs=state_pairs(
+                self.L, max(self.early_exit.exits, default=0), self.early_exit.distill_states
+            ),
         )

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from data.loader import Microbatch
-from loss.early_exit import early_exit_loss
+from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.llama import Llama
 from train.blocks import checkpoint_blocks
@@ -99,7 +99,7 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
             batches = [batch] * min(work.microbatches, 2)
             train_step(model, optimizer, batches, work.plan, 0, config=work.step, runtime=runtime)
             collectives = ledger.collective_bytes.copy()
-            _validate(model, batch, work.step.chunk_rows)
+            _validate(model, batch, work.step.early_exit.chunk_rows)
     for name, moved in (before[1] - before[0]).items():
         collectives[name] += (work.microbatches - len(batches)) * moved
     return _need(ledger, built, work.parallel.cpu_offload, collectives)
@@ -168,7 +168,8 @@ def _validate(model: Llama, batch: Microbatch, chunk_rows: int) -> None:
     """Do as `validate` with one batch: the loss of every exit."""
     weights = dict.fromkeys(range(model.config.n_layers), 0.0)
     hidden = model(batch.tokens, exit_layers=weights)
-    early_exit_loss(hidden.exits, model.head_weight, batch.labels, weights, chunk_rows=chunk_rows)
+    config = EarlyExitConfig(chunk_rows=chunk_rows)
+    early_exit_loss(hidden.exits, model.head_weight, batch.labels, weights, config=config)
 
 
 def _need(ledger: Ledger, built: int, cpu_offload: bool, collectives: Mapping[str, int]) -> Need:

@@ -21,7 +21,7 @@ class StepReport:
         self._outcomes.append(outcome)
         self._plan = plan
         self._throughput.add(
-            self._tokens_per_step, mean_layers=plan.mean_layers, num_exits=len(plan.exit_layers)
+            self._tokens_per_step, mean_layers=plan.mean_layers, mean_exits=plan.mean_exits
         )
 
     def read(self, done_steps: int, *, lr: float, seconds: float) -> dict[str, float]:

@@ -12,11 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from data.loader import Microbatch
 from data.shards import NO_LOSS
-from loss.early_exit import early_exit_loss
+from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.layer_dropout import KeptRows, LayerDropoutConfig, draw_kept_rows
 from models.llama import Llama
 from models.token_depth import TokenDepthConfig, TokenLayers, draw_exits, token_layers
 from train.adam_monitor import AdamMonitor
+from train.exit_tokens import draw_tokens
 from train.layerskip import StepPlan
 from train.optim import OptimConfig, lr, set_lr, update_unless
 from train.parallelize import set_gradient_sync
@@ -31,14 +32,10 @@ class StepConfig:
     seed: int
     T: int
     """Steps of the whole run."""
-    chunk_rows: int
-    """Tokens whose logits are alive at once."""
     optim: OptimConfig
     layer_dropout: LayerDropoutConfig
+    early_exit: EarlyExitConfig
     token_depth: TokenDepthConfig = field(default_factory=TokenDepthConfig)
-    distill: float = 0.0
-    """See EarlyExitConfig, as for temperature."""
-    temperature: float = 1.0
     reduce_every_microbatch: bool = False
     """See ParallelConfig."""
 
@@ -123,7 +120,7 @@ def accumulate_gradients(
         batch = microbatch.to(device)
         hidden = model(
             batch.tokens,
-            exit_layers=plan.exit_layers,
+            exit_layers=plan.hidden_layers,
             kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
             documents=batch.documents,
             token_layers=_token_layers(config, model.config.n_layers, batch, t),
@@ -133,9 +130,9 @@ def accumulate_gradients(
             model.head_weight,
             batch.labels,
             plan.exit_weights,
-            chunk_rows=config.chunk_rows,
-            distill=config.distill,
-            temperature=config.temperature,
+            config=config.early_exit,
+            tokens=_exit_tokens(plan, config, runtime, microbatch, t),
+            state_pairs=plan.state_pairs,
         )
         # FSDP averages gradients over ranks; J is a sum over them.
         (loss.total * (runtime.world_size / num_tokens)).backward()
@@ -177,6 +174,22 @@ def _token_layers(
         )  # fmt: skip
         exits = torch.from_numpy(drawn).to(batch.tokens.device, non_blocking=True)
     return token_layers(depth, n_layers, batch.labels != NO_LOSS, batch.documents, exits)
+
+
+def _exit_tokens(
+    plan: StepPlan, config: StepConfig, runtime: Runtime, microbatch: Microbatch, t: int
+) -> Tensor | None:
+    """Draw which tokens of this microbatch the exits before the last learn from; None: all."""
+    if plan.token_fraction == 1.0:
+        return None
+    tokens = draw_tokens(
+        plan.token_fraction,
+        seed=config.seed,
+        t=t,
+        samples=microbatch.samples.numpy(),
+        seq=microbatch.labels.shape[1],
+    )
+    return torch.from_numpy(tokens).to(runtime.device, non_blocking=True)
 
 
 def dropout_keys(

@@ -17,11 +17,11 @@ class Throughput:
             self._peak_flops = get_peak_flops(runtime.device_name()) * runtime.world_size
         self._tokens, self._flops = 0, 0.0
 
-    def add(self, tokens: int, *, mean_layers: float, num_exits: int) -> None:
-        """Count `tokens` that ran through `mean_layers` layers and `num_exits` heads each."""
+    def add(self, tokens: int, *, mean_layers: float, mean_exits: float) -> None:
+        """Count `tokens` that ran through `mean_layers` layers and `mean_exits` heads each."""
         self._tokens += tokens
         self._flops += tokens * train_flops_per_token(
-            self._model, self._seq_len, mean_layers=mean_layers, mean_exits=num_exits
+            self._model, self._seq_len, mean_layers=mean_layers, mean_exits=mean_exits
         )
 
     def read(self, seconds: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
 from data.windows import Windows, spread
-from loss.early_exit import early_exit_loss
+from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.llama import Llama
 from models.token_depth import TokenDepthConfig, token_layers
 from train.runtime import Runtime
@@ -86,7 +86,11 @@ def validate(
             token_layers=token_layers(token_depth, L, learnt, batch.documents, exits=None),
         )
         loss = early_exit_loss(
-            hidden.exits, model.head_weight, batch.labels, weights, chunk_rows=chunk_rows
+            hidden.exits,
+            model.head_weight,
+            batch.labels,
+            weights,
+            config=EarlyExitConfig(chunk_rows=chunk_rows),
         )
         sums[:L] += torch.stack(list(loss.per_exit.values()))
         sums[L] += learnt.sum()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss.cross_entropy import IGNORE_INDEX, weighted_cross_entropy_sums
+from loss.cross_entropy import IGNORE_INDEX, ExitTokens, weighted_cross_entropy_sums
 
 
 class LargestLive(TorchDispatchMode):
@@ -39,10 +39,15 @@ def inputs(K, seed=0, vocab=37, dtype=torch.float32):
     return hidden, head, labels
 
 
+def sums_of(hidden, head, labels, weights, **options):
+    exits = [ExitTokens(h, labels, w) for h, w in zip(hidden, weights, strict=True)]
+    return weighted_cross_entropy_sums(exits, head, **options)
+
+
 def test_sums_and_gradients_equal_torch_in_double():
     hidden, head, labels = inputs(3)
-    weights = torch.tensor([0.2, 0.0, 0.8])
-    total, sums = weighted_cross_entropy_sums(hidden, head, labels, weights, chunk_rows=7)
+    weights = [0.2, 0.0, 0.8]
+    total, sums = sums_of(hidden, head, labels, weights, chunk_rows=7)
     grads = torch.autograd.grad(total, [*hidden, head])
     expected = [
         F.cross_entropy(
@@ -51,17 +56,57 @@ def test_sums_and_gradients_equal_torch_in_double():
         )
         for h in hidden
     ]  # fmt: skip
-    reference = sum(w * c for w, c in zip(weights.tolist(), expected, strict=True))
+    reference = sum(w * c for w, c in zip(weights, expected, strict=True))
     torch.testing.assert_close(sums, torch.stack(expected).float(), atol=1e-4, rtol=1e-5)
     for ours, theirs in zip(grads, torch.autograd.grad(reference, [*hidden, head]), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def slow_objective(hidden, head, labels, z_loss, by_confidence):
+    """Sum CE + z_loss log^2 Z over the tokens, from whole logits in float64."""
+    logits = hidden.double() @ head.double().T
+    losses = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+    losses = losses + z_loss * logits.logsumexp(-1) ** 2
+    if by_confidence:
+        losses = losses * logits.softmax(-1).amax(-1).detach()
+    return losses[labels != IGNORE_INDEX].sum()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.03])
+@pytest.mark.parametrize("chunk_rows", [7, 100])
+def test_z_loss_and_confidence_equal_the_slow_form_in_double(z_loss, chunk_rows):
+    hidden, head, labels = inputs(3)
+    part = hidden[1][1:, ::2]  # an exit may have fewer tokens than another
+    exits = [
+        ExitTokens(hidden[0], labels, 0.2, True),
+        ExitTokens(part, labels[1:, ::2], 0.3, True),
+        ExitTokens(hidden[2], labels, 0.5),
+    ]
+    total, sums = weighted_cross_entropy_sums(exits, head, chunk_rows=chunk_rows, z_loss=z_loss)
+    slow = sum(
+        e.weight * slow_objective(e.hidden, head, e.labels, z_loss, e.by_confidence) for e in exits
+    )
+    torch.testing.assert_close(total, slow.float())
+    plain = [slow_objective(e.hidden, head, e.labels, 0.0, False).float() for e in exits]
+    torch.testing.assert_close(sums, torch.stack(plain))
+    grads = torch.autograd.grad(total, [*hidden, head], retain_graph=True)
+    for ours, theirs in zip(grads, torch.autograd.grad(slow, [*hidden, head]), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        evaluated, _ = weighted_cross_entropy_sums(
+            exits, head, chunk_rows=chunk_rows, z_loss=z_loss
+        )
+    assert torch.equal(evaluated, total)
+
+
 @pytest.mark.parametrize("K", [1, 6])
-def test_live_logits_do_not_grow_with_the_number_of_exits(K):
+@pytest.mark.parametrize("options", [(0.0, False), (0.01, True)])
+def test_live_logits_do_not_grow_with_the_number_of_exits(K, options):
     hidden, head, labels = inputs(K, vocab=1001)
+    z_loss, by_confidence = options
     with LargestLive(1001) as counter:
-        total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(K), chunk_rows=4)
+        exits = [ExitTokens(h, labels, 1.0, by_confidence) for h in hidden]
+        total, _ = weighted_cross_entropy_sums(exits, head, chunk_rows=4, z_loss=z_loss)
         total.backward()
     chunk = 4 * 1001 * 4
     assert counter.peak == 2 * chunk  # the logits while their log-softmax is made, nothing else
@@ -70,7 +115,7 @@ def test_live_logits_do_not_grow_with_the_number_of_exits(K):
 def test_all_positions_ignored_gives_zero_and_not_nan():
     hidden, head, labels = inputs(1)
     labels.fill_(IGNORE_INDEX)
-    total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(1), chunk_rows=9)
+    total, _ = sums_of(hidden, head, labels, [1.0] * 1, chunk_rows=9)
     total.backward()
     assert total == 0
     assert head.grad.abs().max() == 0
@@ -79,7 +124,7 @@ def test_all_positions_ignored_gives_zero_and_not_nan():
 def test_a_frozen_head_gets_no_gradient():
     hidden, head, labels = inputs(2)
     head.requires_grad_(False)
-    total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(2), chunk_rows=9)
+    total, _ = sums_of(hidden, head, labels, [1.0] * 2, chunk_rows=9)
     total.backward()
     assert head.grad is None
     assert hidden[0].grad.abs().max() > 0
@@ -87,7 +132,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 def test_low_precision_gradients_are_close():
     hidden, head, labels = inputs(2, dtype=torch.bfloat16)
-    total, _ = weighted_cross_entropy_sums(hidden, head, labels, torch.ones(2), chunk_rows=9)
+    total, _ = sums_of(hidden, head, labels, [1.0] * 2, chunk_rows=9)
     total.backward()
     assert head.grad.dtype == torch.bfloat16
     (exact,) = torch.autograd.grad(

@@ -1,7 +1,10 @@
 """The weights and the loss J, against tables worked by hand and the plain double loop."""
 
+import itertools
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from loss.cross_entropy import IGNORE_INDEX
 from loss.early_exit import EarlyExitConfig, e, e_tilde, early_exit_loss, exit_weights
@@ -54,7 +57,8 @@ def test_J_equals_the_plain_double_loop_in_value_and_gradient(chunk_rows):
         head = torch.randn(11, 6, generator=g).requires_grad_()
         hidden = {l: torch.randn(2, 7, 6, generator=g).requires_grad_() for l in weights}
         if form == "chunked":
-            J = early_exit_loss(hidden, head, labels, weights, chunk_rows=chunk_rows).total
+            config = EarlyExitConfig(chunk_rows=chunk_rows)
+            J = early_exit_loss(hidden, head, labels, weights, config=config).total
         else:
             J = plain_double_loop(hidden, head, labels, weights)
         (3.0 * J / 12).backward()
@@ -67,7 +71,7 @@ def test_exit_losses_come_back_unweighted_and_unreduced():
     hidden = {l: torch.zeros(1, 3, 2) for l in (0, 1)}
     loss = early_exit_loss(
         hidden, torch.zeros(4, 2), torch.tensor([[1, 2, IGNORE_INDEX]]), {0: 0.0, 1: 1.0},
-        chunk_rows=8,
+        config=EarlyExitConfig(),
     )  # fmt: skip
     uniform = torch.log(torch.tensor(4.0))
     for sums in loss.per_exit.values():
@@ -81,8 +85,8 @@ def test_evaluation_without_gradients_gives_the_same_loss():
     labels = torch.randint(9, (3, 4), generator=g)
     arguments = ({0: h}, head, labels, {0: 1.0})
     with torch.no_grad():
-        evaluated = early_exit_loss(*arguments, chunk_rows=5)
-    trained = early_exit_loss(*arguments, chunk_rows=5)
+        evaluated = early_exit_loss(*arguments, config=EarlyExitConfig(chunk_rows=5))
+    trained = early_exit_loss(*arguments, config=EarlyExitConfig(chunk_rows=5))
     assert not evaluated.total.requires_grad
     assert trained.total.requires_grad
     assert torch.equal(evaluated.total, trained.total)
@@ -130,6 +134,11 @@ def test_these_weights_sum_to_one(weights, L):
         ({"exits": (0,)}, "exits"),
         ({"distill": 1.5}, "distill"),
         ({"temperature": 0.0}, "temperature"),
+        ({"distill_states": "last"}, "exits"),
+        ({"distill_states_weight": 0.0}, "distill_states_weight"),
+        ({"z_loss": -1e-4}, "z_loss"),
+        ({"token_fraction": 0.0}, "token_fraction"),
+        ({"token_fraction": 1.1}, "token_fraction"),
     ],
 )
 def test_weights_that_cannot_be_are_refused_by_name(changes, field):
@@ -150,8 +159,8 @@ def test_distillation_equals_the_plain_loop_and_teaches_one_way(chunk_rows):
         hidden = {l: torch.randn(2, 7, 6, generator=g).requires_grad_() for l in weights}
         if form == "chunked":
             J, per_exit = early_exit_loss(
-                hidden, head, labels, weights, chunk_rows=chunk_rows,
-                distill=share, temperature=T,
+                hidden, head, labels, weights,
+                config=EarlyExitConfig(chunk_rows=chunk_rows, distill=share, temperature=T),
             )  # fmt: skip
         else:
             J = 0.0
@@ -178,7 +187,73 @@ def test_a_teacher_gets_no_gradient_from_its_pupils():
     head = torch.randn(11, 6, generator=g)
     labels = torch.randint(11, (1, 4), generator=g)
     early_exit_loss(
-        hidden, head, labels, {0: 1.0, 1: 0.0}, chunk_rows=4, distill=1.0
+        hidden, head, labels, {0: 1.0, 1: 0.0}, config=EarlyExitConfig(distill=1.0)
     ).total.backward()
     assert hidden[0].grad.abs().sum() > 0
     assert hidden[1].grad.abs().sum() == 0
+
+
+def seeded(vocab=11, batch=2, seq=4, layers=(1, 2, 4)):
+    g = torch.Generator().manual_seed(0)
+    head = torch.randn(vocab, 6, generator=g).requires_grad_()
+    hidden = {l: torch.randn(batch, seq, 6, generator=g).requires_grad_() for l in layers}
+    labels = torch.randint(vocab, (batch, seq), generator=g)
+    labels[0, 1] = IGNORE_INDEX
+    return head, hidden, labels
+
+
+EVERYTHING = {"z_loss": 0.01, "confidence_weights": True, "distill": 0.3, "temperature": 2.0}
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING])
+def test_the_mean_over_all_choices_of_tokens_is_the_loss_on_all_tokens(options):
+    weights, config = {1: 0.2, 2: 0.3, 4: 0.5}, EarlyExitConfig(chunk_rows=3, **options)
+    rows = [[torch.tensor(pair) + 4 * b for pair in itertools.combinations(range(4), 2)]
+            for b in range(2)]  # fmt: skip
+    choices = [torch.cat(rows) for rows in itertools.product(*rows)]
+    assert len(choices) == 36
+    outcomes = []
+    for tokens in ([None], choices):
+        head, hidden, labels = seeded()
+        for some in tokens:
+            loss = early_exit_loss(hidden, head, labels, weights, config=config, tokens=some)
+            (loss.total / len(tokens)).backward()
+            outcomes.append((loss.total.detach(), *loss.per_exit.values()))
+        outcomes.append((head.grad, *(h.grad for h in hidden.values())))
+    everything, gradients, *some, mean_gradients = outcomes
+    means = [torch.stack(values).mean(0) for values in zip(*some, strict=True)]
+    assert not torch.equal(some[0][0], some[1][0])
+    torch.testing.assert_close(means, list(everything))
+    torch.testing.assert_close(mean_gradients, gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_exits_before_the_last_see_the_chosen_tokens_and_no_others():
+    head, hidden, labels = seeded()
+    config = EarlyExitConfig(**EVERYTHING)
+    tokens = torch.tensor([0, 3, 4, 6])
+    early_exit_loss(
+        hidden, head, labels, {1: 0.2, 2: 0.3, 4: 0.5}, config=config, tokens=tokens
+    ).total.backward()
+    for l in (1, 2):
+        assert hidden[l].grad.flatten(0, 1).any(-1).nonzero().flatten().tolist() == [0, 3, 4, 6]
+    assert hidden[4].grad.flatten(0, 1).any(-1).sum() == 7  # all that have a label
+
+
+def test_fewer_tokens_cost_fewer_operations():
+    def operations(tokens, **options):
+        head, hidden, labels = seeded(seq=8)
+        with FlopCounterMode(display=False) as counter:
+            early_exit_loss(
+                hidden, head, labels, {1: 0.2, 2: 0.3, 4: 0.5}, config=EarlyExitConfig(**options),
+                tokens=tokens,
+            )  # fmt: skip
+        return counter.get_total_flops()
+
+    row = 6 * 11 * 6  # of one token through the head, forward and backward
+    assert operations(None) == 3 * 16 * row
+    assert operations(torch.arange(0, 16, 4)) == (2 * 4 + 16) * row
+    # Distillation asks the teacher, forward alone, about no other tokens either.
+    pupils_and_teacher = 2 * 4 * row + 4 * row // 3
+    assert operations(torch.arange(0, 16, 4), distill=0.5) == (
+        (2 * 4 + 16) * row + pupils_and_teacher
+    )

@@ -225,7 +225,7 @@ def train(runtime, corpus, steps, *, frozen=0, interval_steps):
         hidden = model(rows[:, :-1], exit_layers=plan.exit_layers, kept_rows=kept).exits
         early_exit_loss(
             hidden, model.head_weight, rows[:, 1:], plan.exit_weights,
-            chunk_rows=512,
+            config=EarlyExitConfig(chunk_rows=512),
         ).total.backward()  # fmt: skip
         if t < frozen:
             for p in model.layers["1"].parameters():

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from loss.curriculum import CurriculumConfig
+from loss.early_exit import EarlyExitConfig
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
 from train import main as command
@@ -67,6 +68,13 @@ def test_the_plan_states_sizes_and_work():
     sent = (gathered + 4 * total) * 3 / 4 / 2**20
     [told] = re.findall(r"sent per step +([0-9.]+) MiB", text)
     assert float(told) == pytest.approx(sent, rel=0.01)
+
+
+def test_exits_that_see_a_share_of_the_tokens_count_by_that_share():
+    text = plan(make_config(early_exit=EarlyExitConfig(token_fraction=0.5)), DryRun(ranks=4))
+    # 3 or 2 exits in turn, the last of which sees every token: 2 or 1.5.
+    layer, head = 6 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 6 * 64 * 32, 6 * 64 * 500
+    assert f"{(3 * layer + 1.75 * head) / 1e6:.2f} M on average: 3.00 of 4 layers, 1.75 ex" in text
 
 
 def test_the_parts_add_up_to_the_whole():

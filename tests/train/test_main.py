@@ -101,6 +101,11 @@ def test_offline_wandb_gets_the_metrics(training, monkeypatch):
             {"curriculum__R": 4, "curriculum__last_layer_always_on": False},
             "error: curriculum.last_layer_always_on: False leaves step 0 with the exits [0]",
         ),
+        (
+            {"early_exit__distill": 0.5, "curriculum__last_layer_always_on": False}
+            | {"curriculum__C": "rot"},
+            "error: curriculum.last_layer_always_on: False, but distillation needs the last layer",
+        ),
         ({"optim__betas": "2 0.9"}, "error: optim.betas: (2.0, 0.9), must lie in [0, 1)"),
         ({"data__path": "no/such"}, "error: dataset no/such has no dataset.json"),
         ({"data__global_batch_size": 7}, "data.global_batch_size: 7 is not a multiple of"),

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from data.loader import Microbatch
+from loss.early_exit import EarlyExitConfig
+from loss.state_distillation import state_pairs
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
 from tests.distributed import run_distributed
@@ -25,19 +27,26 @@ ROOT_BYTES = 4 * (2 * 1000 * 128 + 128)
 ALL_BYTES = ROOT_BYTES + 4 * 4 * (2 * 128 * 32 * (4 + 2) + 3 * 128 * 320 + 2 * 128)
 
 
-def make_work(ranks=1, model=MODEL, *, microbatches=2, **parallel):
-    L = model.n_layers
+def make_work(ranks=1, model=MODEL, *, microbatches=2, losses=None, **parallel):
+    L, losses = model.n_layers, losses or {}
+    early_exit = EarlyExitConfig(chunk_rows=256, exits=(2, 3), **losses)
     return Work(
         model=model,
         parallel=ParallelConfig(**parallel),
         step=StepConfig(
             seed=0,
             T=10,
-            chunk_rows=256,
             optim=OptimConfig(lr=1e-3),
             layer_dropout=LayerDropoutConfig(),
+            early_exit=early_exit,
         ),
-        plan=StepPlan((0.0,) * L, (1, 2, L - 1), {1: 0.2, 2: 0.3, L - 1: 0.5}),
+        plan=StepPlan(
+            (0.0,) * L,
+            (1, 2, L - 1),
+            {1: 0.2, 2: 0.3, L - 1: 0.5},
+            token_fraction=early_exit.token_fraction,
+            state_pairs=state_pairs(L, 3, early_exit.distill_states),
+        ),
         rows=4,
         seq_len=256,
         microbatches=microbatches,
@@ -84,7 +93,7 @@ def compare(runtime, work, planned):
             train_step(model, optimizer, batches, work.plan, t, config=work.step, runtime=runtime)
     state = local_bytes([*model.parameters(), *model.buffers()])
     with Allocator() as forward:
-        hidden = model(tokens, exit_layers=work.plan.exit_layers).exits
+        hidden = model(tokens, exit_layers=work.plan.hidden_layers).exits
     moments = [v for v in optimizer.state_dict().values() if isinstance(v, torch.Tensor)]
     parts, highest = planned.device.parts, planned.device.highest
     near = {"rel": 0.001}
@@ -111,6 +120,33 @@ def compare_all(runtime, pairs):
 def test_the_plan_agrees_with_the_allocator_within_a_tenth(ranks):
     works = [make_work(ranks, activation_checkpointing=mode) for mode in ("none", "selective")]
     run_distributed(compare_all, ranks, [(work, measure(work, on_gpu=False)) for work in works])
+
+
+LOSSES = [
+    {"z_loss": 1e-4, "confidence_weights": True},
+    {"token_fraction": 0.25, "distill": 0.5},
+    {"distill_states": "last"},
+    {"distill_states": "uniform"},
+    {"distill_states": "dynamic", "z_loss": 1e-4, "confidence_weights": True, "distill": 0.5},
+]
+
+
+def test_the_plan_agrees_with_the_allocator_for_every_loss():
+    works = [make_work(losses=losses) for losses in LOSSES]
+    run_distributed(compare_all, 1, [(work, measure(work, on_gpu=False)) for work in works])
+
+
+def test_a_distilled_state_is_kept_as_an_exits_is_and_a_share_of_tokens_costs_less():
+    def highest(exit_layers=(1, 2, 3), **losses):
+        work = make_work(losses=losses)
+        weights = dict.fromkeys(exit_layers, 0.3)
+        plan = replace(work.plan, exit_layers=exit_layers, exit_weights=weights)
+        return measure(replace(work, plan=plan), on_gpu=True).device.highest
+
+    # Students are layers 0 to 2, teachers 1 to 3: layer 0 has no exit of its own.
+    distilled, plain = highest(distill_states="dynamic"), highest()
+    assert distilled["activations"] == highest((0, 1, 2, 3))["activations"] > plain["activations"]
+    assert highest(token_fraction=0.25)["loss and head"] < plain["loss and head"]
 
 
 def test_full_checkpointing_keeps_the_input_of_each_block_and_one_block():

@@ -12,7 +12,7 @@ from data.loader import TokenLoader
 from data.mixture import Mixture
 from data.shards import TokenStream
 from data.windows import StreamWindows
-from loss.cross_entropy import weighted_cross_entropy_sums
+from loss.cross_entropy import IGNORE_INDEX, ExitTokens, weighted_cross_entropy_sums
 from loss.curriculum import CurriculumConfig
 from loss.early_exit import EarlyExitConfig
 from models.config import LlamaConfig
@@ -21,6 +21,7 @@ from models.llama import Llama
 from tests.distributed import run_distributed
 from train.config import TrainConfig
 from train.corpus import DataConfig
+from train.exit_tokens import DRAW
 from train.layerskip import LayerSkipSchedule
 from train.optim import OptimConfig, build_optimizer, lr
 from train.parallelize import ParallelConfig, build_model
@@ -137,6 +138,95 @@ def test_gradients_on_four_ranks_sharded_and_hybrid_equal_the_slow_form():
     run_distributed(check_gradients_of_all, 4, configs)
 
 
+EVERY_LOSS = dict(
+    curriculum=CurriculumConfig(C="all"),
+    early_exit=EarlyExitConfig(
+        weights="linear", exits=(1, 3), chunk_rows=7, distill=0.3, temperature=2.0,
+        distill_states="dynamic", distill_states_weight=0.7, z_loss=0.02,
+        confidence_weights=True, token_fraction=0.4,
+    ),
+)  # fmt: skip
+
+
+def with_unlabelled(batch):
+    """Take the label of about every third token away, more in one sequence than in another."""
+    found = []
+    for microbatch in batch:
+        gone = (microbatch.tokens + microbatch.samples[:, None]) % 3 == 0
+        labels = microbatch.labels.masked_fill(gone, IGNORE_INDEX)
+        found.append(dataclasses.replace(microbatch, labels=labels))
+    return found
+
+
+def slow_losses(config):
+    """Take J of EVERY_LOSS sample by sample, from whole logits in float64.
+
+    Exits after 1, 3 and all 4 layers, weighing 1/8, 3/8 and 4/8; the first two see 5 of 12 tokens.
+    Students are layers 0 to 2, teachers ceil(4 i / 3) - 1 = 1, 2 and 3.
+    """
+    model = Llama(config.model)
+    model.init_weights(config.seed)
+    model.double()
+    cos, sin = model.rope_cos[None, None, :12], model.rope_sin[None, None, :12]
+    plan, J, num_tokens = plan_of(config), 0.0, 0
+    one_by_one = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, microbatch_size=1)
+    )
+    for sample in with_unlabelled(make_loader(one_by_one).batch(STEP)):
+        number, labels = sample.samples.numpy(), sample.labels[0]
+        draws = uniform(config.seed, STEP, 4, number)[:, 0]
+        order = uniform(config.seed ^ DRAW, STEP, 12, number)[:, 0].argsort()
+        seen, has_loss = set(order[:5].tolist()), labels != IGNORE_INDEX
+        num_tokens += has_loss.sum()
+        x, states = model.embed(sample.tokens), []
+        for l in range(4):
+            if draws[l] >= plan.drop_prob[l]:
+                out = model.layers[str(l)](x, cos, sin)
+                x = x + (out - x) / (1 - plan.drop_prob[l])
+            states.append(model.norm(x)[0])
+        logits = [state @ model.head_weight.T for state in states]
+        for s in has_loss.nonzero().flatten().tolist():
+            p = (logits[3][s] / 2).softmax(-1).detach()
+            for l, weight in ((0, 1 / 8), (2, 3 / 8), (3, 4 / 8)):
+                z = logits[l][s]
+                loss = F.cross_entropy(z, labels[s]) + 0.02 * z.logsumexp(-1) ** 2
+                if l < 3:
+                    kl = 4 * (p * (p.log() - (z / 2).log_softmax(-1))).sum()
+                    loss = 0.7 * z.softmax(-1).max().detach() * loss + 0.3 * kl
+                    loss = loss * (s in seen) * 12 / 5
+                J = J + weight * loss
+        bound = 3
+        for teacher in (3, 2, 1):
+            mse = [(states[l] - states[teacher].detach())[has_loss].pow(2).mean() for l in range(3)]
+            bound = min(range(bound), key=lambda l, mse=mse: mse[l].item(), default=0)
+            J = J + 0.7 * mse[bound] / 3 * has_loss.sum()
+    J = J / num_tokens
+    J.backward()
+    return J.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def check_losses(runtime, configs):
+    for config in configs:
+        config.check(runtime.world_size)
+        model = build_model(config.model, config.parallel, runtime, config.seed)
+        batch = with_unlabelled(make_loader(config, runtime.rank, runtime.world_size).batch(STEP))
+        J, _, _ = accumulate_gradients(
+            model, batch, plan_of(config), STEP, config=config.step, runtime=runtime
+        )
+        slow_J, slow = slow_losses(config)
+        torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J.float(), atol=2e-6, rtol=1e-6)
+        for name, parameter in model.named_parameters():
+            grad = parameter.grad.full_tensor()
+            expected = slow[name].float()
+            torch.testing.assert_close(grad, expected, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_every_loss_option_equals_the_slow_form_on_one_rank_and_two():
+    for ranks in (1, 2):
+        configs = [make_config(**EVERY_LOSS, microbatch_size=n, tie=n == 4) for n in (1, 2, 4)]
+        run_distributed(check_losses, ranks, configs)
+
+
 class CollectiveCounter(TorchDispatchMode):
     """Counts the collectives that reach the process group."""
 
@@ -196,10 +286,8 @@ def check_plain(runtime):
             x = plain.tok_embeddings(microbatch.tokens)
             for block in plain.layers.values():
                 x = block(x, cos, sin)
-            loss, _ = weighted_cross_entropy_sums(
-                [plain.norm(x)], plain.lm_head.weight, microbatch.labels,
-                torch.ones(1), chunk_rows=7,
-            )  # fmt: skip
+            exit_tokens = ExitTokens(plain.norm(x), microbatch.labels, 1.0)
+            loss, _ = weighted_cross_entropy_sums([exit_tokens], plain.lm_head.weight, chunk_rows=7)
             (loss / 96).backward()
         for group in adam.param_groups:
             group["lr"] = lr(config.optim, t, config.steps)
