@@ -67,8 +67,6 @@ class Hidden(NamedTuple):
 
     exits: dict[int, Tensor]
     """{l: norm(x_{l+1})}; logits are F.linear(that, model.head_weight)."""
-    states: dict[int, Tensor]
-    """{l: x_{l+1}}."""
 
 
 class Llama(nn.Module):
@@ -255,7 +253,6 @@ class Llama(nn.Module):
         tokens: Tensor,
         *,
         exit_layers: Collection[int],
-        state_layers: Collection[int] = (),
         kept_rows: KeptRows | None = None,
         documents: Tensor | None = None,
         token_layers: TokenLayers | None = None,
@@ -267,7 +264,6 @@ class Llama(nn.Module):
         Args:
             tokens: (batch, seq) int64.
             exit_layers: Layer indices l whose exit is wanted.
-            state_layers: Layer indices l whose output is wanted as it is.
             kept_rows: Stochastic depth's choice for this microbatch; None runs every layer.
             documents: (batch, seq) int64, the number of each token's document in its row, which
                 attention stays within; None: attention is causal and nothing else.
@@ -281,9 +277,6 @@ class Llama(nn.Module):
             kept_rows=kept_rows,
             documents=None if documents is None else document_mask(documents),
             token_layers=token_layers,
-            exit_layers={*exit_layers, *state_layers},
+            exit_layers=exit_layers,
         )
-        return Hidden(
-            exits={l: self.norm(x) for l, x in outputs.items() if l in exit_layers},
-            states={l: x for l, x in outputs.items() if l in state_layers},
-        )
+        return Hidden(exits={l: self.norm(x) for l, x in outputs.items()})

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
@@ -72,31 +73,36 @@ def validate(
         L losses in nats per token that has one.
     """
     L, device = model.config.n_layers, runtime.device
-    weights = dict.fromkeys(range(L), 0.0)
     sums = torch.zeros(L + 1, device=device)
     numbers = spread(held_out.windows, config.sequences)
     begin = runtime.rank * rows
     for first in range(begin, begin + len(numbers), rows * runtime.world_size):
         batch = _read(held_out, numbers[first : first + rows], rows).to(device)
-        learnt = batch.labels != NO_LOSS
-        hidden = model(
-            batch.tokens,
-            exit_layers=range(L),
-            documents=batch.documents,
-            token_layers=token_layers(token_depth, L, learnt, batch.documents, exits=None),
-        )
-        loss = early_exit_loss(
-            hidden.exits,
-            model.head_weight,
-            batch.labels,
-            weights,
-            config=EarlyExitConfig(chunk_rows=chunk_rows),
-        )
-        sums[:L] += torch.stack(list(loss.per_exit.values()))
-        sums[L] += learnt.sum()
+        sums += _exit_sums(model, batch, chunk_rows, token_depth)
     runtime.sum_over_ranks(sums)
     losses: list[float] = (sums[:L] / sums[L]).tolist()
     return losses
+
+
+def _exit_sums(
+    model: Llama, batch: Microbatch, chunk_rows: int, token_depth: TokenDepthConfig
+) -> Tensor:
+    """Return the summed token loss of each exit and the number of tokens, (L + 1,) fp32."""
+    L, learnt = model.config.n_layers, batch.labels != NO_LOSS
+    hidden = model(
+        batch.tokens,
+        exit_layers=range(L),
+        documents=batch.documents,
+        token_layers=token_layers(token_depth, L, learnt, batch.documents, exits=None),
+    )
+    loss = early_exit_loss(
+        hidden.exits,
+        model.head_weight,
+        batch.labels,
+        dict.fromkeys(range(L), 0.0),
+        config=EarlyExitConfig(chunk_rows=chunk_rows),
+    )
+    return torch.stack([*loss.per_exit.values(), learnt.sum()])
 
 
 def _read(held_out: HeldOut, numbers: list[int], rows: int) -> Microbatch:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.document_mask import document_mask
 from models.layer_dropout import draw_kept_rows, uniform
 from models.token_depth import (
     TokenDepthConfig,
@@ -109,10 +110,11 @@ def test_states_and_gradients_equal_the_slow_form(config, documents):
     model = build(small(n_layers=L, n_kv_heads=2))
     tokens = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     layers = make_layers(config, documents)
-    hidden = model(
-        tokens, exit_layers=(), state_layers=range(L), documents=documents, token_layers=layers
+    mask = None if documents is None else document_mask(documents)
+    _, states = model.run_layers(
+        model.embed(tokens), 0, L, documents=mask, token_layers=layers, exit_layers=range(L)
     )
-    fast = torch.stack([hidden.states[l] for l in range(L)])
+    fast = torch.stack([states[l] for l in range(L)])
     slow = []
     for row in range(2):
         runs = layers_of(layers, row)
