@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from train.adam_statistics import AdamStatistics, GroupStatistics, bimodality, group_of
 from train.replica_check import num_replicas
@@ -124,11 +124,11 @@ class AdamMonitor:
         *,
         period: int = 0,
     ) -> None:
-        """Watch AdamW optimizers, a list or an OptimizersContainer.
+        """Watch AdamW's parameters; beside Muon those are embeddings, head and norms.
 
         Args:
             config: What to watch.
-            optimizer: Built with named parameters.
+            optimizer: A list or an OptimizersContainer, built with named parameters.
             runtime: This rank.
             period: Steps after which a rotational curriculum repeats itself, R; one more lag to
                 look at, since exits then come and go with that period. 0: none.
@@ -137,7 +137,7 @@ class AdamMonitor:
         self._lags = sorted({*range(1, config.lags + 1), *((period,) if period else ())})
         self._groups: dict[str, list[_Watched]] = {}
         for inner in optimizer:
-            for options in inner.param_groups:
+            for options in inner.param_groups if isinstance(inner, AdamW) else ():
                 for name, parameter in zip(options["param_names"], options["params"], strict=True):
                     watched = _Watched(parameter, inner, options, runtime.world_size)
                     self._groups.setdefault(group_of(name), []).append(watched)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
 from models.llama import Llama
+from train.optim import OptimConfig, num_moments
 from train.runtime import Runtime
 from train.titan import OptimizersContainer
 
@@ -52,14 +53,19 @@ def training_tensors(model: Llama, optimizer: OptimizersContainer) -> Tensors:
     return {"model": model.state_dict(), "optimizer": moments}
 
 
-def checkpoint_bytes(model: Llama) -> int:
-    """Return what a checkpoint takes on disk, over all ranks: fp32 weights, two moments, slack.
+def tensor_bytes(model: Llama, optim: OptimConfig) -> int:
+    """Return the bytes of fp32 weights and their moments, over all ranks.
 
     The model may be on the meta device, or sharded.
     """
-    values = list(model.state_dict().values())
-    tensors = 12 * sum(value.numel() for value in values)
-    return tensors + tensors // 100 + 2**13 * len(values) + 2**20
+    weights = model.state_dict()
+    return sum(4 * w.numel() * (1 + num_moments(name, optim)) for name, w in weights.items())
+
+
+def checkpoint_bytes(model: Llama, optim: OptimConfig) -> int:
+    """Return what a checkpoint takes on disk at most: `tensor_bytes` and some slack."""
+    tensors = tensor_bytes(model, optim)
+    return tensors + tensors // 100 + 2**13 * len(model.state_dict()) + 2**20
 
 
 def refuse_non_finite(model: Llama, t: int, gather: Callable[[list[str]], list[list[str]]]) -> None:

@@ -1,11 +1,13 @@
 """Whether a run may go on from a checkpoint: what it is of, and what has changed since."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint_format import Manifest
+from torch import Tensor
+
+from models.checkpoint_format import Manifest, TensorReader
 from train.checkpoint_content import RunIdentity
 
 logger = logging.getLogger(__name__)
@@ -93,3 +95,26 @@ def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> Non
                 f"name: {path} was trained on other data ({kind} {getattr(manifest, kind)[:12]}, "
                 f"now {getattr(identity, kind)[:12]}), choose another --name or give that data back"
             )
+
+
+def check_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint with the moments of another optimizer.
+
+    Args:
+        path: The checkpoint.
+        tensors: All that the optimizer of this run keeps, by its name in a checkpoint.
+
+    Raises:
+        ValueError: Saying so.
+    """
+    prefix = "optimizer."
+    stored = {
+        name.removeprefix(prefix)
+        for name in TensorReader(path).read_metadata().state_dict_metadata
+        if name.startswith(prefix)
+    }
+    if others := sorted(stored - set(tensors)):
+        raise ValueError(
+            f"optim.name: {path} is of another optimizer, with {others[0]}, give that one back, "
+            f"or start from its weights with another --name and --checkpoint.init_from {path}"
+        )

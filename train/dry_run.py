@@ -6,7 +6,11 @@ Needs one process, and neither weights nor data nor GPUs.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from models.flops import block_params, total_params, train_flops_per_token
+from models.llama import Llama
+from train.checkpoint_content import tensor_bytes
 from train.config import TrainConfig
 from train.layerskip import LayerSkipSchedule, StepPlan
 from train.memory import Need, Work, measure
@@ -16,13 +20,14 @@ RESERVE = 0.05
 """Share of a GPU's memory left to the CUDA context, NCCL's buffers and fragmentation."""
 LABELS = {
     "parameters": "parameters (fp32)",
-    "moments": "Adam moments (fp32)",
+    "moments": "moments (fp32)",
     "gradients": "gradients, reduced",
     "unreduced gradients": "gradients, not yet reduced",
     "gathered weights": "gathered weights and buffers",
     "activations": "activations",
     "loss and head": "loss and head",
     "backward": "backward pass",
+    "update": "optimizer's update",
     "other": "other",
 }
 """{part: what the plan calls it}, in the plan's order."""
@@ -113,7 +118,9 @@ def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
         f"{work.microbatches} x {work.rows} on each GPU (microbatches x sequences)",
     )
     yield "run", f"{config.steps:,} steps, {config.steps * data.tokens_per_step:,} tokens"
-    yield "checkpoint", f"{_bytes(12 * total)} on disk (parameters and moments, fp32)"
+    with torch.device("meta"):
+        disk = tensor_bytes(Llama(model), config.optim)
+    yield "checkpoint", f"{_bytes(disk)} on disk (parameters and moments, fp32)"
 
 
 def _amounts(

@@ -174,7 +174,7 @@ def _build(
     corpus, loader, held_out = _open_data(config, runtime)
     model = build_model(config.model, config.parallel, runtime, config.seed)
     optimizer = build_optimizer(model, config.optim)
-    check_space(config.run_dir, checkpoint_bytes(model), runtime)
+    check_space(config.run_dir, checkpoint_bytes(model, config.optim), runtime)
     identity = RunIdentity(
         model=config.model,
         config=config.as_dict(),

@@ -33,7 +33,7 @@ from train.titan import OptimizersContainer
 
 PARTS = {
     "torch.distributed.fsdp": "gathered weights",
-    "torch.optim": "moments",
+    "torch.optim": "update",
     "torch.autograd.graph": "backward",
     "loss": "loss and head",
     "models": "activations",
@@ -175,8 +175,9 @@ def _validate(model: Llama, batch: Microbatch, chunk_rows: int) -> None:
 def _need(ledger: Ledger, built: int, cpu_offload: bool, collectives: Mapping[str, int]) -> Need:
     """Tell the device's memory from the host's, in any step but the first."""
     for allocation in ledger.allocations:
-        if allocation.part == "moments" and allocation.end is None:
-            allocation.begin = built  # made by the first step's update, and there ever since
+        if allocation.part == "update" and allocation.end is None:
+            # Made by the first step's update, and there ever since.
+            allocation.part, allocation.begin = "moments", built
     host = {"parameters", "gradients", "moments"} if cpu_offload else set()
     on_host = [a for a in ledger.allocations if a.part in host]
     on_device = [a for a in ledger.allocations if a.part not in host]

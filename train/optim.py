@@ -1,28 +1,46 @@
-"""AdamW and its learning rate, a pure function of t."""
+"""AdamW, or Muon beside it, and the learning rate, a pure function of t."""
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from models.llama import Llama
+from train.muon import Muon
 from train.titan import OptimizersContainer, ParamGroupConfig
+
+# The first that matches decides.
+_NORMS = r"norm\.weight$"
+_MATRICES = r"^layers\..*\.w[qkvo123]\.weight$"
+_REST = r".*"  # embeddings and head
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: for all weights. muon: for the blocks' matrices, and AdamW for the rest. Its updates
+    are scaled to the size of AdamW's, so that lr and weight_decay serve both (arXiv 2502.16982)."""
     lr: float
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    muon_momentum: float = 0.95
+    """Muon's decay rate of its one moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norm weights have none."""
+    """Decoupled weight decay of the blocks' matrices."""
+    embedding_weight_decay: float | None = None
+    """Weight decay of token embeddings and head, tied or not. None: weight_decay."""
+    norm_weight_decay: float = 0.0
+    """Weight decay of norm weights."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     warmup_steps: int = 100
@@ -41,7 +59,14 @@ class OptimConfig:
             ("lr", self.lr > 0, "must be positive"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "must lie in [0, 1)"),
             ("eps", self.eps > 0, "must be positive"),
+            ("muon_momentum", 0 <= self.muon_momentum < 1, "must lie in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "must not be negative"),
+            (
+                "embedding_weight_decay",
+                (self.embedding_weight_decay or 0) >= 0,
+                "must not be negative",
+            ),
+            ("norm_weight_decay", self.norm_weight_decay >= 0, "must not be negative"),
             ("max_grad_norm", self.max_grad_norm > 0, "must be positive"),
             ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
             ("decay_fraction", 0 <= self.decay_fraction <= 1, "must lie in [0, 1]"),
@@ -70,18 +95,40 @@ def lr(config: OptimConfig, t: int, T: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
+class Optimizers(OptimizersContainer):  # type: ignore[misc]
+    """torchtitan's container, which does not know this Muon."""
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
+        if name == "Muon":
+            return Muon
+        known: Callable[..., Optimizer] = OptimizersContainer._resolve_optimizer_factory(name)
+        return known
+
+
 def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
-    """Return fused AdamW over the model's parameters, norm weights without decay."""
-    common = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    """Return fused AdamW over all parameters, or all but the blocks' matrices, and Muon."""
+    adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    muon = {"lr": config.lr, "momentum": config.muon_momentum}
+    rest_decay = config.embedding_weight_decay
     groups = [
         ParamGroupConfig(
             pattern=pattern,
-            optimizer_name="AdamW",
-            optimizer_kwargs=common | {"weight_decay": decay},
+            optimizer_name=name,
+            optimizer_kwargs=(muon if name == "Muon" else adamw) | {"weight_decay": decay},
         )
-        for pattern, decay in ((r"norm\.weight$", 0.0), (r".*", config.weight_decay))
+        for pattern, name, decay in (
+            (_NORMS, "AdamW", config.norm_weight_decay),
+            (_MATRICES, "Muon" if config.name == "muon" else "AdamW", config.weight_decay),
+            (_REST, "AdamW", config.weight_decay if rest_decay is None else rest_decay),
+        )
     ]
-    return OptimizersContainer(OptimizersContainer.Config(param_groups=groups), model_parts=[model])
+    return Optimizers(Optimizers.Config(param_groups=groups), model_parts=[model])
+
+
+def num_moments(name: str, config: OptimConfig) -> int:
+    """Return how many moments are kept for each weight of the parameter of this name."""
+    return 1 if config.name == "muon" and re.search(_MATRICES, name) else 2
 
 
 def set_lr(optimizer: OptimizersContainer, value: float) -> None:
@@ -97,7 +144,7 @@ def update_unless(bad: Tensor, optimizer: OptimizersContainer) -> None:
     Args:
         bad: Scalar bool on the device; the host does not wait for it.
         optimizer: Fused AdamW, whose kernel reads `found_inf` as torch.amp.GradScaler sets it and
-            leaves weights, moments and its own count of steps alone.
+            leaves weights, moments and its own count of steps alone; and Muon, which does the same.
     """
     for inner in optimizer:
         inner.found_inf = bad.to(inner.param_groups[0]["params"][0].device, torch.float32)

@@ -25,7 +25,7 @@ from models.llama import Llama
 from train.checkpoint_content import RunIdentity, Tensors, training_tensors
 from train.checkpoint_folder import ABANDONED, DAMAGED, clean_up, first_failure, set_aside
 from train.checkpointer import CheckpointConfig
-from train.compatibility import check_config, check_identity
+from train.compatibility import check_config, check_identity, check_optimizer
 from train.runtime import Runtime
 from train.titan import OptimizersContainer
 
@@ -64,12 +64,15 @@ def resume(
         return Resumed(0, {})
     path, manifest = found
 
+    tensors = training_tensors(model, optimizer)
+
     def check() -> None:
         check_identity(path, manifest, identity)
+        check_optimizer(path, tensors["optimizer"])
         check_config(manifest, identity.config, allow=config.allow_config_changes)
 
     runtime.on_every_rank(check)
-    _load(path, training_tensors(model, optimizer), runtime)
+    _load(path, tensors, runtime)
     logger.info("checkpoint: resuming from %s, step %d", path, manifest.step)
     return Resumed(manifest.step, manifest.state)
 

@@ -196,6 +196,28 @@ def test_statistics_do_not_depend_on_the_ranks(tmp_path):
             assert other["metrics"][name] == pytest.approx(value, rel=tolerance, abs=tolerance)
 
 
+def check_beside_muon(runtime):
+    model = build_model(MODEL, ParallelConfig(), runtime, seed=0)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, name="muon"))
+    monitor = AdamMonitor(CONFIG, optimizer, runtime)
+    for t in range(3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float(t + 1))
+        monitor.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = monitor.read().groups
+    counts = {name: sum(group.histogram) for name, group in found.items()}
+    layers = {f"layers_{l:02d}": 2 * 16 for l in range(4)}  # the weights of their norms
+    assert counts == layers | {"tok_embeddings": 400 * 16, "norm": 16, "lm_head": 400 * 16}
+    # Gradients of one sign, as in the table above for a correlation of 1 but growing.
+    assert all(group.update_rms > 0.9 for group in found.values())
+
+
+def test_beside_muon_the_monitor_watches_what_adamw_updates():
+    run_distributed(check_beside_muon, 1)
+
+
 def train(runtime, corpus, steps, *, frozen=0, interval_steps):
     """Train a tiny LayerSkip model; layer 1 has its gradients shrunk for the first `frozen` steps.
 

@@ -17,6 +17,7 @@ from tests.train import tiny
 from train import checkpointer
 from train.checkpoint_content import checkpoint_bytes
 from train.checkpointer import CheckpointConfig
+from train.optim import OptimConfig
 from train.runtime import RuntimeConfig, start_runtime
 
 
@@ -266,13 +267,14 @@ def test_no_final_model_unless_asked_for(runtime, trained, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_the_size_is_known_before(runtime, tmp_path):
-    model, optimizer = tiny.build(runtime, dim=256, vocab_size=4000)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_size_is_known_before(runtime, tmp_path, name):
+    model, optimizer = tiny.build(runtime, optim=name, dim=256, vocab_size=4000)
     with tiny.writer(tmp_path, model, optimizer, runtime) as writer:
         writer.save(0, {}, required=True)
     files = (tmp_path / "checkpoints" / "step-00000000").iterdir()
     size = sum(path.stat().st_size for path in files)
-    assert size <= checkpoint_bytes(model) <= 1.06 * size
+    assert size <= checkpoint_bytes(model, OptimConfig(lr=1.0, name=name)) <= 1.06 * size
 
 
 def test_problems_name_the_field():

@@ -77,8 +77,16 @@ def test_exits_that_see_a_share_of_the_tokens_count_by_that_share():
     assert f"{(3 * layer + 1.75 * head) / 1e6:.2f} M on average: 3.00 of 4 layers, 1.75 ex" in text
 
 
-def test_the_parts_add_up_to_the_whole():
-    text = plan(make_config(), DryRun(ranks=4))
+def test_muon_keeps_one_moment_of_the_blocks_matrices():
+    text = plan(make_config(optim=OptimConfig(lr=1e-3, name="muon")), DryRun(ranks=4))
+    matrices = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    rest = 4 * 2 * 64 + 2 * 500 * 64 + 64
+    assert f"{(8 * matrices + 12 * rest) / 2**20:.2f} MiB on disk" in text
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_parts_add_up_to_the_whole(name):
+    text = plan(make_config(optim=OptimConfig(lr=1e-3, name=name)), DryRun(ranks=4))
     figures = [
         float(size)
         for size in re.findall(r"^  (?! all)\S.{29}\s+([0-9.]+) MiB", text, re.MULTILINE)

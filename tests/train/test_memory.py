@@ -27,7 +27,7 @@ ROOT_BYTES = 4 * (2 * 1000 * 128 + 128)
 ALL_BYTES = ROOT_BYTES + 4 * 4 * (2 * 128 * 32 * (4 + 2) + 3 * 128 * 320 + 2 * 128)
 
 
-def make_work(ranks=1, model=MODEL, *, microbatches=2, losses=None, **parallel):
+def make_work(ranks=1, model=MODEL, *, microbatches=2, losses=None, optim="adamw", **parallel):
     L, losses = model.n_layers, losses or {}
     early_exit = EarlyExitConfig(chunk_rows=256, exits=(2, 3), **losses)
     return Work(
@@ -36,7 +36,7 @@ def make_work(ranks=1, model=MODEL, *, microbatches=2, losses=None, **parallel):
         step=StepConfig(
             seed=0,
             T=10,
-            optim=OptimConfig(lr=1e-3),
+            optim=OptimConfig(lr=1e-3, name=optim),
             layer_dropout=LayerDropoutConfig(),
             early_exit=early_exit,
         ),
@@ -85,10 +85,9 @@ def compare(runtime, work, planned):
     with Allocator() as allocator:
         model = build_model(work.model, work.parallel, runtime, seed=0)
         optimizer = build_optimizer(model, work.step.optim)
-        for inner in optimizer:
-            inner.register_step_pre_hook(
-                lambda *_: gradients.append(local_bytes(p.grad for p in model.parameters()))
-            )
+        next(iter(optimizer)).register_step_pre_hook(
+            lambda *_: gradients.append(local_bytes(p.grad for p in model.parameters()))
+        )
         for t in range(2):
             train_step(model, optimizer, batches, work.plan, t, config=work.step, runtime=runtime)
     state = local_bytes([*model.parameters(), *model.buffers()])
@@ -119,6 +118,7 @@ def compare_all(runtime, pairs):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_plan_agrees_with_the_allocator_within_a_tenth(ranks):
     works = [make_work(ranks, activation_checkpointing=mode) for mode in ("none", "selective")]
+    works.append(make_work(ranks, optim="muon"))
     run_distributed(compare_all, ranks, [(work, measure(work, on_gpu=False)) for work in works])
 
 
@@ -198,6 +198,25 @@ def test_copies_hold_the_whole_model_and_shards_their_part():
         whole = copied[part] - tables
         assert whole == pytest.approx(ALL_BYTES * (2 if part == "moments" else 1), rel=0.001)
         assert sharded[part] - tables == pytest.approx(whole / 8, rel=0.001)
+
+
+def test_muon_keeps_one_moment_of_the_blocks_matrices_and_needs_few_matrices_at_once():
+    adamw, muon = (
+        measure(make_work(4, microbatches=1, optim=name), on_gpu=True) for name in ("adamw", "muon")
+    )
+    blocks = ALL_BYTES - ROOT_BYTES
+    assert adamw.device.parts["moments"] == pytest.approx(2 * ALL_BYTES / 4, rel=0.001)
+    less = adamw.device.parts["moments"] - muon.device.parts["moments"]
+    assert less == pytest.approx(blocks / 4, rel=0.01)  # norms keep two
+    assert adamw.device.highest["update"] < 1000
+    # The largest matrix, 320 x 128: parts and whole in bfloat16, its iterates, a part in fp32.
+    assert 320 * 128 * 2 * 2 < muon.device.highest["update"] < 320 * 128 * 2 * 10
+    # Each matrix goes to one rank and back, in bfloat16. Four ranks take four at a time.
+    moved = muon.collective_bytes
+    assert sum(n for name, n in moved.items() if "alltoall" in name) == pytest.approx(
+        2 * blocks / 4 / 2, rel=0.05
+    )
+    assert not any("alltoall" in name for name in adamw.collective_bytes)
 
 
 def test_offload_moves_parameters_gradients_and_moments_to_the_host():

@@ -1,8 +1,13 @@
-"""The learning rate, against values worked by hand."""
+"""The learning rate against values worked by hand, and whose weights decay how much."""
+
+from dataclasses import replace
 
 import pytest
 
-from train.optim import OptimConfig, lr
+from models.config import LlamaConfig
+from models.llama import Llama
+from train.blocks import checkpoint_blocks
+from train.optim import OptimConfig, build_optimizer, lr, num_moments
 
 
 def rates(schedule, T=11, **changes):
@@ -36,6 +41,55 @@ def test_edges_are_defined(schedule):
     assert rates(schedule, T=3, warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_problems_name_the_field():
-    assert OptimConfig(lr=1e-3).problems() == []
-    assert "optim.lr" in OptimConfig(lr=0.0).problems()[0]
+def groups(config, **shape):
+    """Return {parameter: (optimizer, weight decay)} of a model of one layer."""
+    sizes = dict(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=12, vocab_size=9)
+    model = Llama(LlamaConfig(**sizes, max_seq_len=4, **shape))
+    checkpoint_blocks(model, "full")  # whose wrappers are in the names that torchtitan matches
+    return {
+        name: (type(inner).__name__, group["weight_decay"])
+        for inner in build_optimizer(model, config)
+        for group in inner.param_groups
+        for name in group["param_names"]
+    }
+
+
+ATTENTION = [f"layers.0.attention.w{x}.weight" for x in "qkvo"]
+MATRICES = [*ATTENTION, *(f"layers.0.feed_forward.w{i}.weight" for i in (1, 2, 3))]
+NORMS = ["layers.0.attention_norm.weight", "layers.0.ffn_norm.weight", "norm.weight"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_every_parameter_has_the_optimizer_and_weight_decay_of_its_group(name, tie):
+    embeddings = ["tok_embeddings.weight"] if tie else ["tok_embeddings.weight", "lm_head.weight"]
+    blocks = "Muon" if name == "muon" else "AdamW"
+    config = OptimConfig(lr=1.0, name=name, weight_decay=0.3)
+
+    def expected(matrices, rest, norms):
+        return (
+            dict.fromkeys(MATRICES, (blocks, matrices))
+            | dict.fromkeys(embeddings, ("AdamW", rest))
+            | dict.fromkeys(NORMS, ("AdamW", norms))
+        )
+
+    assert groups(config, tie_embeddings=tie) == expected(0.3, 0.3, 0.0)
+    own = replace(config, embedding_weight_decay=0.0, norm_weight_decay=0.2)
+    assert groups(own, tie_embeddings=tie) == expected(0.3, 0.0, 0.2)
+    moments = {n: num_moments(n, config) for n in groups(config, tie_embeddings=tie)}
+    assert {n for n, count in moments.items() if count == 1} == (
+        set(MATRICES) if name == "muon" else set()
+    )
+    assert set(moments.values()) <= {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lr", 0.0), ("muon_momentum", 1.0), ("weight_decay", -1.0)]
+    + [("embedding_weight_decay", -0.1), ("norm_weight_decay", -0.1)],
+)
+def test_problems_name_the_field(field, value):
+    fine = OptimConfig(lr=1e-3)
+    assert fine.problems() == []
+    [line] = replace(fine, **{field: value}).problems()
+    assert line.startswith(f"optim.{field}: {value}, must ")

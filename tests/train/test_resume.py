@@ -13,6 +13,7 @@ from models.checkpoint_format import MANIFEST, checkpoint_steps, read_manifest
 from tests.distributed import run_distributed
 from tests.models.test_checkpoint_format import edit_manifest, rewrite_metadata
 from tests.train import tiny
+from train.checkpoint_content import training_tensors
 from train.compatibility import differences, is_harmless
 from train.resume import (
     Resumed,
@@ -255,9 +256,22 @@ def test_damaged_initial_weights_are_refused(run, runtime):
         load_initial_weights(str(run), model, runtime=runtime)
 
 
-def take_two_more(runtime, root, expected, parallel):
+def test_another_optimizers_moments_are_refused_before_its_configuration(run, runtime, tmp_path):
+    model, optimizer = tiny.build(runtime, optim="muon")
+    with pytest.raises(
+        ValueError, match="optim.name: .*step-00000008 is of another optimizer, with"
+    ):
+        tiny.load_newest(run, model, optimizer, runtime, allow=True)
+    tiny.train(model, optimizer, 0, 1)
+    with tiny.writer(tmp_path, model, optimizer, runtime) as writer:
+        writer.save(1, {})
+    with pytest.raises(ValueError, match="with state.layers.0.attention.wk.weight.momentum_buffer"):
+        go_on(tmp_path, runtime, optim={"lr": 0.02})
+
+
+def take_two_more(runtime, root, expected, parallel, optim):
     """Go on from the newest checkpoint, which must be as it was written, and write the next."""
-    model, optimizer = tiny.build(runtime, **parallel)
+    model, optimizer = tiny.build(runtime, optim=optim, **parallel)
     found = tiny.load_newest(root, model, optimizer, runtime)
     if expected is not None:
         assert tiny.fingerprint(model, optimizer) == expected
@@ -269,25 +283,26 @@ def take_two_more(runtime, root, expected, parallel):
         (root / "fingerprint").write_text(print_)
 
 
-def test_training_goes_on_at_another_world_size_and_mesh(tmp_path, runtime):
+@pytest.mark.parametrize(("optim", "atol"), [("adamw", 1e-7), ("muon", 1e-4)])
+def test_training_goes_on_at_another_world_size_and_mesh(tmp_path, runtime, optim, atol):
     # HSDP 2 x 2, FSDP over 2, one alone, and 2 that each hold the whole model.
-    run_distributed(take_two_more, 4, tmp_path, None, {"dp_replicate": 2})
+    run_distributed(take_two_more, 4, tmp_path, None, {"dp_replicate": 2}, optim)
     for ranks, parallel in ((2, {}), (1, {}), (2, {"dp_replicate": 2})):
         expected = (tmp_path / "fingerprint").read_text()
         if ranks == 1:
-            take_two_more(runtime, tmp_path, expected, parallel)
+            take_two_more(runtime, tmp_path, expected, parallel, optim)
         else:
-            run_distributed(take_two_more, ranks, tmp_path, expected, parallel)
+            run_distributed(take_two_more, ranks, tmp_path, expected, parallel, optim)
     newest = list(checkpoint_steps(tmp_path / "checkpoints").values())
     assert [read_manifest(path).world_size for path in newest] == [2, 1, 2]
-    # Fused AdamW rounds the last elements of a shard otherwise than those in whole vectors.
-    model, optimizer = tiny.build(runtime)
+    # Fused AdamW rounds the last elements of a shard otherwise than those in whole vectors, and
+    # Muon may round what it orthogonalises otherwise, to bfloat16.
+    model, optimizer = tiny.build(runtime, optim=optim)
     tiny.train(model, optimizer, 0, 8)
-    expected = {**model.state_dict(), **optimizer.state_dict()}
-    model, optimizer = tiny.build(runtime)
+    expected = training_tensors(model, optimizer)
+    model, optimizer = tiny.build(runtime, optim=optim)
     tiny.load_newest(tmp_path, model, optimizer, runtime)
-    for name, value in {**model.state_dict(), **optimizer.state_dict()}.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(training_tensors(model, optimizer), expected, rtol=1e-5, atol=atol)
 
 
 def choose_with_damage(runtime, run):

@@ -21,11 +21,11 @@ MODEL = LlamaConfig(
 )
 
 
-def build(runtime, *, dp_replicate=1, **shape):
+def build(runtime, *, dp_replicate=1, optim="adamw", **shape):
     """Return a sharded model and its optimizer."""
     parallel = ParallelConfig(dp_replicate=dp_replicate)
     model = build_model(replace(MODEL, **shape), parallel, runtime, 0)
-    return model, build_optimizer(model, OptimConfig(lr=0.01))
+    return model, build_optimizer(model, OptimConfig(lr=0.01, name=optim))
 
 
 def train(model, optimizer, start, stop):
