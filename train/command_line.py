@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -32,6 +33,8 @@ class _CommandLine:
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the plan of the run (sizes, memory per GPU, FLOPs, steps) and end; refuse what cannot
     work. Needs one process, no GPU and no data."""
+    tokens: float | None = None
+    """Train on so many tokens in place of `steps`, rounded up to whole steps."""
     machine: Annotated[DryRun, tyro.conf.arg(name="")] = field(default_factory=DryRun)
 
 
@@ -43,7 +46,8 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
         show: Whether this process may print help and tyro's own errors.
 
     Raises:
-        ValueError: If there is no such preset or field, or an option of --dry_run stands alone.
+        ValueError: If there is no such preset or field, an option of --dry_run stands alone, or
+            --tokens stands beside --steps.
         SystemExit: After --help, or on a value that does not parse; tyro has said why.
     """
     name, *rest = arguments if arguments else (DEFAULT_PRESET,)
@@ -66,13 +70,26 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
         raise ValueError(f"preset: {unknown[0]} comes after an option, name the preset first")
     if unknown:
         options = [f"--{name}" for name in _field_names(line.config.as_dict())]
-        options += ["--dry_run", *(f"--{name}" for name in _DRY_RUN_FIELDS)]
+        options += ["--tokens", "--dry_run", *(f"--{name}" for name in _DRY_RUN_FIELDS)]
         hint = _suggest(unknown[0].split("=")[0], options)
         raise ValueError(f"option: {unknown[0]} does not exist, {hint}")
     given = {word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")}
     if not line.dry_run and (alone := [name for name in _DRY_RUN_FIELDS if name in given]):
         raise ValueError(f"{alone[0]}: belongs to a plan and not to training, add --dry_run")
-    return Command(line.config, line.machine if line.dry_run else None)
+    config = line.config
+    if line.tokens is not None:
+        config = dataclasses.replace(config, steps=_steps(line.tokens, config, given))
+    return Command(config, line.machine if line.dry_run else None)
+
+
+def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
+    """Return the steps that read `tokens`."""
+    if "steps" in given:
+        raise ValueError(f"tokens: {tokens:g}, but steps are given too, leave one of them out")
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"tokens: {tokens:g}, must be positive")
+    # Where there is no token in a step, the configuration is refused for that.
+    return math.ceil(tokens / max(config.data.tokens_per_step, 1))
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

@@ -140,17 +140,24 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     return Corpus(tuple(datasets))
 
 
-def train_loader(corpus: Corpus, config: DataConfig, runtime: Runtime, seed: int) -> TokenLoader:
-    """Return this rank's share of the shuffled training rows."""
+def train_loader(
+    corpus: Corpus, config: DataConfig, runtime: Runtime, seed: int, *, steps: int
+) -> TokenLoader:
+    """Return this rank's share of the shuffled training rows; say what `steps` read of them."""
     sources = [corpus.windows(dataset, TRAIN, config) for dataset in corpus.datasets]
     mixture = Mixture(sources, config.weights, seed=seed)
-    for dataset, source, share in zip(
-        corpus.datasets, sources, mixture.rows_per_period, strict=True
-    ):
+    tokens, epochs = (
+        steps * config.tokens_per_step,
+        mixture.epochs(steps * config.global_batch_size),
+    )
+    for i, (dataset, source) in enumerate(zip(corpus.datasets, sources, strict=True)):
+        share = mixture.rows_per_period[i] / PERIOD
         logger.info(
-            "data: %s, %.1f %% of all rows, %s windows of %d tokens per epoch, %d tokens left out",
+            "data: %s tokens of %s, %.1f %% of all: %.2f epochs of %s windows of %d, %d left out",
+            f"{round(tokens * share):,}",
             dataset.path,
-            share / PERIOD * 100,
+            share * 100,
+            epochs[i],
             f"{len(source):,}",
             config.seq_len,
             source.dropped_tokens,

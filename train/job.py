@@ -220,7 +220,9 @@ def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoad
         rank, ranks = runtime.rank, runtime.world_size
         for dataset in corpus.datasets:
             runtime.on_every_rank(partial(verify_shards, dataset, part=rank, parts=ranks))
-    loader = runtime.on_every_rank(lambda: train_loader(corpus, data, runtime, seed))
+    loader = runtime.on_every_rank(
+        lambda: train_loader(corpus, data, runtime, seed, steps=config.steps)
+    )
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     bos_id = corpus.bos_id if data.mask_documents else None
     return corpus, loader, HeldOut(windows, data.seq_len, bos_id)

@@ -1,5 +1,7 @@
 """What the command line asks for: a run, or its plan."""
 
+from dataclasses import replace
+
 import pytest
 
 from train.command_line import parse
@@ -43,6 +45,7 @@ def test_the_machine_without_dry_run_is_refused(word):
     [
         ("--dryrun", "--dry_run"),
         ("--rank", "--ranks"),
+        ("--token", "--tokens"),
         ("--memory", "--memory_gib"),
         ("--layer_dropout.pmax", "--layer_dropout.p_max"),
     ],
@@ -57,6 +60,45 @@ def test_flags_of_the_run_still_take_a_value():
     assert command.config.metrics.wandb is True
 
 
+# A step of scratch_1_5b is 128 sequences of 4096: 524,288 tokens.
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("--tokens 26e9", 49_592),
+        ("--tokens=524288", 1),
+        ("--tokens 524289", 2),
+        ("--tokens 0.5", 1),
+        ("--tokens 1048576 --data.seq_len 2048", 4),
+        ("--data.global_batch_size 256 --tokens 1048576 --dry_run", 1),
+    ],
+)
+def test_tokens_become_steps_rounded_up(words, steps):
+    config = parse(["scratch_1_5b", *words.split()], show=False).config
+    assert config == replace(config, steps=steps)
+    assert "tokens" not in config.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tokens 1e9 --steps 5", r"tokens: 1e\+09, but steps are given too, leave one"),
+        ("--steps=5 --tokens=1e9", "steps are given too"),
+        ("--tokens 0", "tokens: 0, must be positive"),
+        ("--tokens nan", "tokens: nan, must be positive"),
+        ("--tokens inf", "tokens: inf, must be positive"),
+    ],
+)
+def test_tokens_that_say_no_number_of_steps_are_refused(words, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(["demo", *words.split()], show=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_step_without_tokens_is_refused_as_ever():
+    config = parse(["demo", "--tokens", "10", "--data.seq_len", "0"], show=False).config
+    assert any("data.seq_len: 0" in line for line in config.problems(1))
+
+
 def test_help_documents_the_plan_with_units_and_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"], show=True)
@@ -64,4 +106,5 @@ def test_help_documents_the_plan_with_units_and_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--dry_run" in text
     assert "--ranks INT" in text
+    assert "--tokens {None}|FLOAT" in text
     assert "GiB. (default: 80.0)" in text

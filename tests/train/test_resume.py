@@ -269,6 +269,20 @@ def test_another_optimizers_moments_are_refused_before_its_configuration(run, ru
         go_on(tmp_path, runtime, optim={"lr": 0.02})
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_run_in_two_parts_ends_in_the_same_bits(runtime, tmp_path, optim):
+    straight = tiny.build(runtime, optim=optim)
+    tiny.train(*straight, 0, 8)
+    begun = tiny.build(runtime, optim=optim)
+    tiny.train(*begun, 0, 3)
+    with tiny.writer(tmp_path, *begun, runtime) as writer:
+        writer.save(3, {})
+    resumed = tiny.build(runtime, optim=optim)
+    assert tiny.load_newest(tmp_path, *resumed, runtime).t == 3
+    tiny.train(*resumed, 3, 8)
+    assert tiny.fingerprint(*resumed) == tiny.fingerprint(*straight)
+
+
 def take_two_more(runtime, root, expected, parallel, optim):
     """Go on from the newest checkpoint, which must be as it was written, and write the next."""
     model, optimizer = tiny.build(runtime, optim=optim, **parallel)
