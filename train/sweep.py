@@ -1,12 +1,14 @@
 """A grid of runs, one after another: `python -m train.sweep demo --grid optim.lr=1e-3,4e-3 ...`.
 
 Every run has its own name and is resumed, or only read if it is done, when the sweep is given
-again. `--print` writes the options of each run on a line instead, which `SWEEP=FILE sbatch
---array=1-N launch/train.slurm PRESET` takes.
+again. `--sbatch` has a cluster train all of them as one array job instead, each task one line of
+the options that `--print` prints; `--table` compares what is finished.
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,11 +16,14 @@ from itertools import product
 from pathlib import Path
 
 from train.command_line import parse
+from train.config import TrainConfig
 
 _EXAMPLE = """\
 example:
   python -m train.sweep demo --grid optim.lr=2e-3,4e-3 --grid early_exit.e_scale=0.2,1.0 \\
       --nproc_per_node 2 -- --steps 200
+  python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --sbatch --nodes=4
+  python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --table
 """
 
 
@@ -73,11 +78,20 @@ def last_validation(run_dir: Path) -> dict[str, float]:
     return {name: value for name, value in found[-1].items() if name.startswith("validation/")}
 
 
-def table(grid: dict[str, list[str]], runs: Sequence[dict[str, float]]) -> str:
-    """Return a Markdown table, the best last-layer loss first: fields, loss after every E."""
-    rows = [*zip(product(*grid.values()), runs, strict=True)]
+def table(grid: dict[str, list[str]], runs: Sequence[dict[str, float] | None]) -> str:
+    """Return a Markdown table, the best last-layer loss first: fields, loss after every E.
+
+    Args:
+        grid: The fields and their values.
+        runs: The held-out losses of every combination, None of those to be left out; not of all.
+    """
+    rows = [
+        (values, losses)
+        for values, losses in zip(product(*grid.values()), runs, strict=True)
+        if losses is not None
+    ]
     rows.sort(key=lambda row: row[1]["validation/loss"])
-    exits = sorted(name for name in runs[0] if "_exit_" in name)
+    exits = sorted(name for name in rows[0][1] if "_exit_" in name)
     header = [*grid, *(f"E={E}" for E in range(1, 1 + len(exits)))]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for values, losses in rows:
@@ -103,9 +117,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FIELD=V,V",
         help="a field and its values; give it again for another field",
     )
-    parser.add_argument("--nproc_per_node", default="1", help="processes of a run, as torchrun's")
-    parser.add_argument(
+    parser.add_argument("--nproc_per_node", help="processes of a run, as torchrun's (default: 1)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--print", action="store_true", help="print the options of each run and train nothing"
+    )
+    instead.add_argument(
+        "--sbatch",
+        action="store_true",
+        help="submit an array job, a task for each run; other options (--nodes=4) are sbatch's",
+    )
+    instead.add_argument(
+        "--table", action="store_true", help="train nothing and compare the runs that are finished"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the losses here")
     return parser
@@ -115,24 +138,108 @@ def sweep(arguments: Sequence[str]) -> None:
     """Run the command."""
     words = list(arguments)
     cut = words.index("--") if "--" in words else len(words)
-    args, options = build_parser().parse_args(words[:cut]), words[cut + 1 :]
+    parser = build_parser()
+    args, others = parser.parse_known_args(words[:cut])
+    if others and not args.sbatch:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if args.nproc_per_node and (args.print or args.sbatch or args.table):
+        raise ValueError(
+            f"nproc_per_node: {args.nproc_per_node}, nothing is run here, leave it out"
+        )
+    if args.json and (args.print or args.sbatch):
+        raise ValueError(f"json: {args.json}, there are no losses yet, ask with --table")
     grid = read_grid(args.grid)
-    runs = expand(args.preset, grid, options)
+    runs = expand(args.preset, grid, words[cut + 1 :])
     if args.print:
-        print("\n".join(" ".join(run) for run in runs))
-        return
-    found = {}
-    for i, run in enumerate(runs):
-        config = parse([args.preset, *run], show=True).config
-        print(f"run {i + 1} of {len(runs)}: {config.name}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={args.nproc_per_node}", "train/main.py", args.preset, *run]
-        if subprocess.run(command, check=False).returncode:
-            raise ValueError(f"run: {config.name} failed, see above; the sweep goes on from there")
-        found[config.name] = last_validation(config.run_dir)
-    print(table(grid, [*found.values()]))
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        print(options_of_each(runs), end="")
+    elif args.sbatch:
+        submit(args.preset, runs, others)
+    else:
+        configs = [parse([args.preset, *run], show=True).config for run in runs]
+        if not args.table:
+            for i, (config, run) in enumerate(zip(configs, runs, strict=True)):
+                print(f"run {i + 1} of {len(runs)}: {config.name}", file=sys.stderr, flush=True)
+                train(args.preset, run, config.name, args.nproc_per_node or "1")
+        report(grid, configs, args.json)
+
+
+def train(preset: str, run: Sequence[str], name: str, ranks: str) -> None:
+    """Train one run, or go on with it.
+
+    Raises:
+        ValueError: it fails.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", "train/main.py", preset, *run]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(f"run: {name} failed, see above; the sweep goes on from there")
+
+
+def options_of_each(runs: Sequence[Sequence[str]]) -> str:
+    """Return a line for each run, as launch/train.slurm reads it: words between spaces.
+
+    Raises:
+        ValueError: a word is empty or holds a space.
+    """
+    for word in (word for run in runs for word in run):
+        if word.split() != [word]:
+            raise ValueError(
+                f"options: {word!r} cannot be told from two words on a line of a job array, "
+                "choose a value without spaces"
+            )
+    return "".join(" ".join(run) + "\n" for run in runs)
+
+
+def submit(preset: str, runs: Sequence[Sequence[str]], options: Sequence[str]) -> None:
+    """Submit the runs as one array job.
+
+    Args:
+        preset: What launch/train.slurm begins with.
+        runs: The options of each.
+        options: More of sbatch's own.
+
+    Raises:
+        ValueError: there is no sbatch, or it refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch: there is none here, submit where SLURM is, or --print the lines")
+    lines = options_of_each(runs)
+    # Named by what is in it: a task that is requeued finds what it was submitted with.
+    digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
+    path = Path("outputs", "slurm", f"sweep-{digest}.txt").resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(lines)
+    command = ["env", f"SWEEP={path}", "sbatch", f"--array=1-{len(runs)}", *options]
+    if subprocess.run([*command, "launch/train.slurm", preset], check=False).returncode:
+        raise ValueError(f"sbatch: refused {len(runs)} tasks of {path}, see above")
+
+
+def report(
+    grid: dict[str, list[str]], configs: Sequence[TrainConfig], json_path: Path | None
+) -> None:
+    """Print the table of the runs that are finished, and name the others.
+
+    Raises:
+        ValueError: none is.
+    """
+    found = []
+    for config in configs:
+        state = state_of(config.run_dir)
+        found.append(last_validation(config.run_dir) if state == "finished" else None)
+        if state != "finished":
+            print(f"left out: {config.name} is {state}", file=sys.stderr)
+    if not any(found):
+        raise ValueError(f"run: none of {len(configs)} is finished, train them first")
+    print(table(grid, found))
+    if json_path is not None:
+        losses = {c.name: run for c, run in zip(configs, found, strict=True) if run is not None}
+        json_path.write_text(json.dumps(losses, indent=2) + "\n")
+
+
+def state_of(run_dir: Path) -> str:
+    """Return what a run is doing or how it ended."""
+    path = run_dir / "status.json"
+    return str(json.loads(path.read_text())["state"]) if path.is_file() else "not begun"
 
 
 def main() -> None:

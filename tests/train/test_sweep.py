@@ -4,11 +4,13 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from train import sweep as module
 from train.command_line import parse
+from train.events import write_status
 from train.sweep import expand, read_grid, sweep
 
 GRID = ["optim.lr=1e-3,4e-3", "early_exit.e_scale=0.2,1.0"]
@@ -34,17 +36,31 @@ def test_lines_are_printed_for_a_job_array(capsys):
     ]  # fmt: skip
 
 
+def finish(config, state="finished"):
+    """Leave what a run of this learning rate would: its losses, and how it stands."""
+    config.run_dir.mkdir(parents=True)
+    line = {"validation/loss": 1 / config.optim.lr, "step": 7}
+    line |= {f"validation/loss_exit_{l:02}": l + config.optim.lr for l in range(2)}
+    lines = [json.dumps({"loss": 1}), json.dumps(line), json.dumps({"loss": 2})]
+    (config.run_dir / "metrics.jsonl").write_text("\n".join(lines))
+    write_status([config.run_dir / "status.json"], state, 7)
+
+
+TABLE = [
+    "| optim.lr | E=1 | E=2 |",
+    "|---|---|---|",
+    "| 0.5 | 0.500 | 1.500 |",
+    "| 0.25 | 0.250 | 1.250 |",
+]
+
+
 def test_runs_go_one_after_another_and_the_best_comes_first(tmp_path, monkeypatch, capsys):
     started = []
 
     def train(command, check):
         config = parse(command[command.index("train/main.py") + 1 :], show=False).config
         started.append((config.name, command[4]))
-        config.run_dir.mkdir(parents=True)
-        line = {"validation/loss": 1 / config.optim.lr, "step": 7}
-        line |= {f"validation/loss_exit_{l:02}": l + config.optim.lr for l in range(2)}
-        lines = [json.dumps({"loss": 1}), json.dumps(line), json.dumps({"loss": 2})]
-        (config.run_dir / "metrics.jsonl").write_text("\n".join(lines))
+        finish(config)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(module.subprocess, "run", train)
@@ -56,13 +72,116 @@ def test_runs_go_one_after_another_and_the_best_comes_first(tmp_path, monkeypatc
         ("demo-lr_0.25", "--nproc_per_node=2"),
         ("demo-lr_0.5", "--nproc_per_node=2"),
     ]
-    assert capsys.readouterr().out.splitlines() == [
-        "| optim.lr | E=1 | E=2 |",
-        "|---|---|---|",
-        "| 0.5 | 0.500 | 1.500 |",
-        "| 0.25 | 0.250 | 1.250 |",
-    ]
+    assert capsys.readouterr().out.splitlines() == TABLE
     assert json.loads((tmp_path / "out.json").read_text())["demo-lr_0.5"]["validation/loss"] == 2
+
+
+def test_a_table_has_the_finished_runs_and_names_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module.subprocess, "run", None)  # nothing may be started
+    words = ["demo", "--grid", "optim.lr=0.25,0.5,1.0,2.0", "--table"]
+    words += ["--json", str(tmp_path / "out.json"), "--", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="run: none of 4 is finished"):
+        sweep(words)
+    for rate, state in (("0.25", "finished"), ("0.5", "finished"), ("1.0", "preempted")):
+        name = f"demo-lr_{rate}"
+        options = ["--name", name, "--optim.lr", rate, "--output_dir", str(tmp_path)]
+        finish(parse(["demo", *options], show=False).config, state)
+    capsys.readouterr()
+    sweep(words)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == TABLE
+    assert printed.err.splitlines() == [
+        "left out: demo-lr_1.0 is preempted",
+        "left out: demo-lr_2.0 is not begun",
+    ]
+    assert sorted(json.loads((tmp_path / "out.json").read_text())) == [
+        "demo-lr_0.25", "demo-lr_0.5",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def fake_sbatch(tmp_path, monkeypatch):
+    """Return where a stand-in for sbatch writes its environment and arguments; it is in a cluster.
+
+    The working directory is empty, as `outputs` is written into it.
+    """
+    script = tmp_path / "bin" / "sbatch"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$SWEEP" "$@" > {tmp_path}/seen\nexit $FAILS\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("FAILS", "0")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "seen"
+
+
+def test_a_sweep_is_submitted_as_one_array_job(fake_sbatch, capsys):
+    words = [
+        "demo",
+        "--grid",
+        GRID[0],
+        "--sbatch",
+        "--nodes=2",
+        "--time",
+        "60",
+        "--",
+        "--steps",
+        "7",
+    ]
+    sweep(words)
+    file, *arguments = fake_sbatch.read_text().splitlines()
+    assert arguments == [
+        "--array=1-2", "--nodes=2", "--time", "60", "launch/train.slurm", "demo",
+    ]  # fmt: skip
+    # The file is where a task of the job finds it, and holds what --print prints.
+    assert Path(file).is_absolute()
+    assert Path(file).parent == Path("outputs/slurm").resolve()
+    lines = Path(file).read_text()
+    assert lines.splitlines() == [
+        "--steps 7 --optim.lr 1e-3 --name demo-lr_1e-3",
+        "--steps 7 --optim.lr 4e-3 --name demo-lr_4e-3",
+    ]
+    # Another sweep does not touch the file of one that waits in the queue.
+    sweep([*words, "--seed", "1"])
+    assert fake_sbatch.read_text().splitlines()[0] != file
+    assert Path(file).read_text() == lines
+
+
+def test_what_sbatch_refuses_is_said(fake_sbatch, monkeypatch):
+    monkeypatch.setenv("FAILS", "1")
+    with pytest.raises(ValueError, match="sbatch: refused 2 tasks of "):
+        sweep(["demo", "--grid", GRID[0], "--sbatch"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="sbatch: there is none here"):
+        sweep(["demo", "--grid", GRID[0], "--sbatch"])
+
+
+def test_a_word_that_a_line_cannot_hold_is_refused(fake_sbatch):
+    for word in ("two words", ""):
+        with pytest.raises(ValueError, match=f"options: '{word}' cannot be told"):
+            sweep(["demo", "--grid", GRID[0], "--sbatch", "--", "--data.input", word])
+    assert not fake_sbatch.exists()
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--print", "--nproc_per_node", "2"], "nproc_per_node: 2, nothing is run here"),
+        (["--table", "--nproc_per_node", "2"], "nproc_per_node: 2, nothing is run here"),
+        (["--sbatch", "--json", "x"], "json: x, there are no losses yet"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(["demo", "--grid", GRID[0], *words])
+
+
+@pytest.mark.parametrize("words", [["--nodes=2"], ["--print", "--sbatch"]])
+def test_options_that_are_not_the_sweeps_are_refused(words):
+    with pytest.raises(SystemExit):
+        sweep(["demo", "--grid", GRID[0], *words])
 
 
 @pytest.mark.parametrize(
@@ -70,14 +189,16 @@ def test_runs_go_one_after_another_and_the_best_comes_first(tmp_path, monkeypatc
     [
         (["demo"], "grid: none is given"),
         (["demo", "--grid", "optim.lr="], "grid: 'optim.lr=' expands to nothing"),
+        (["demo", "--grid", "optim.lr=,"], "grid: 'optim.lr=,' expands to nothing"),
         (["demo", "--grid", "optim.lr"], "grid: 'optim.lr' expands to nothing"),
         (["demo", "--grid", "steps=1", "--grid", "steps=2"], "grid: steps is given twice"),
         (["demo", "--grid", "optim.lrr=1"], "option: --optim.lrr does not exist"),
         (["none", "--grid", "steps=1"], "preset: none does not exist"),
     ],
 )
-def test_a_users_error_is_one_line(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sweep", *arguments, "--print"])
+@pytest.mark.parametrize("instead", ["--print", "--sbatch", "--table"])
+def test_a_users_error_is_one_line(arguments, message, instead, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments, instead])
     with pytest.raises(SystemExit) as stop:
         module.main()
     err = capsys.readouterr().err
