@@ -24,14 +24,14 @@ ADAMW_RMS = 0.2
 class Muon(torch.optim.Muon):
     """Muon with updates of AdamW's size, so that lr and weight_decay are AdamW's.
 
-      For a matrix W of A x B with the gradient G (arXiv 2502.16982, section 2):
+    For a matrix W of A x B with the gradient G (arXiv 2502.16982, section 2):
         M = mu M + (1 - mu) G,  O = newton_schulz(mu M + (1 - mu) G)
         W = (1 - lr weight_decay) W - lr 0.2 sqrt(max(A, B)) O
     as torch.optim.Muon does it with adjust_lr_fn="match_rms_adamw", bit for bit on one rank. O is
-      near an orthogonal matrix, so that the RMS of the update is near lr 0.2.
+    near an orthogonal matrix, so that the RMS of the update is near lr 0.2.
 
-      Where `found_inf`, a scalar on the device, is not 0, a step leaves weights and momenta as they
-      are; the host does not wait to know.
+    Where `found_inf`, a scalar on the device, is not 0, a step leaves weights and momenta as they
+    are; the host does not wait to know.
     """
 
     found_inf: Tensor | None = None
