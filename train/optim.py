@@ -25,8 +25,9 @@ class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw: for all weights. muon: for the blocks' matrices, and AdamW for the rest. Its updates
-    are scaled to the size of AdamW's, so that lr and weight_decay serve both (arXiv 2502.16982)."""
+    """adamw: for all weights. muon: for the blocks' matrices, and AdamW for the rest, which alone
+    adam_monitor then watches. Muon's updates are scaled to the size of AdamW's, so that lr and
+    weight_decay serve both (arXiv 2502.16982)."""
     lr: float
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -155,30 +155,55 @@ def torchs_own():
     return {name: p.detach() for name, p in named.items()}
 
 
-def check_layouts(runtime, layouts):
-    """Compare each layout, {copies: collectives of a step}, with torch's own."""
-    for copies, collectives in layouts.items():
-        model, optimizer, counts = train(runtime, ParallelConfig(dp_replicate=copies))
-        # Of the last two matrices in four, the second copy has none.
+def check_layouts(runtime, cases):
+    """Compare each layout, given with the collectives of a step, with torch's own."""
+    for parallel, collectives in cases:
+        model, optimizer, counts = train(runtime, parallel)
+        # Of the last two matrices in four, the second copy of a model has none.
         assert runtime.gather(counts)[0] == collectives
         for name, expected in torchs_own().items():
-            found = dict(model.named_parameters())[name].full_tensor()
+            found = dict(model.named_parameters())[name].full_tensor().cpu()
             # The last elements of a part may round otherwise than in the whole, and the iteration
             # makes 480 times as much of what is small; orthogonal parts would be 0.01 away.
             torch.testing.assert_close(found, expected, atol=1e-3, rtol=0, msg=name)
-        if copies > 1:
+        if runtime.world_size > 1:
             ReplicaCheck(ReplicaCheckConfig(), model, optimizer, runtime).check(STEPS)
 
 
 # A model has 14 matrices, which n ranks take n at a time.
 def test_on_one_rank_it_is_torchs():
-    run_distributed(check_layouts, 1, {1: {}})
+    run_distributed(check_layouts, 1, [(ParallelConfig(), {})])
 
 
 def test_sharded_and_copied_over_two_ranks_it_is_torchs():
-    run_distributed(check_layouts, 2, {1: {"alltoall_base_": 14}, 2: {"allreduce_": 7}})
+    exchanged = {"alltoall_base_": 14}
+    cases = [
+        (ParallelConfig(), exchanged),
+        (ParallelConfig(cpu_offload=True), exchanged),
+        (ParallelConfig(dp_replicate=2), {"allreduce_": 7}),
+    ]
+    run_distributed(check_layouts, 2, cases)
 
 
 def test_sharded_and_hybrid_over_four_ranks_it_is_torchs():
-    layouts = {1: {"alltoall_base_": 8}, 2: {"alltoall_base_": 8, "allreduce_": 4}}
-    run_distributed(check_layouts, 4, layouts)
+    cases = [
+        (ParallelConfig(), {"alltoall_base_": 8}),
+        (ParallelConfig(dp_replicate=2), {"alltoall_base_": 8, "allreduce_": 4}),
+    ]
+    run_distributed(check_layouts, 4, cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_is_torchs():
+    run_distributed(check_layouts, 1, [(ParallelConfig(), {})])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_and_copied_over_two_gpus_it_is_torchs():
+    cases = [
+        (ParallelConfig(), {"alltoall_base_": 14}),
+        (ParallelConfig(dp_replicate=2), {"allreduce_": 7}),
+    ]
+    run_distributed(check_layouts, 2, cases)
