@@ -25,7 +25,10 @@ def decode_folder(checkpoint: Path) -> Path:
 
 def weights_fingerprint(model: Llama) -> str:
     """Return a hash that tells checkpoints apart, the same in every dtype and on every device."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    shape = asdict(model.config)
+    if model.config.router == "none":  # as it was hashed before there were any
+        del shape["router"]
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     norms = [model.norm.weight, *(model.block(l).ffn_norm.weight for l in range(len(model.layers)))]
     for weight in (*norms, model.tok_embeddings.weight[:64]):
         rounded = weight.detach().to("cpu", torch.bfloat16)

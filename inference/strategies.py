@@ -11,6 +11,7 @@ from inference.dynamic import Dynamic
 from inference.exit_rules import Calm, Gated, Patience
 from inference.free import Free
 from inference.jump import Jump
+from inference.routed import Routed
 from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
 from inference.skip_draft import SkipDraft
@@ -34,6 +35,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Unified,
         SkipDecode,
         Pruned,
+        Routed,
     )
 }
 """The known ones."""

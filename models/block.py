@@ -1,5 +1,6 @@
 """One layer of the Llama: attention, feed-forward and their norms. Knows nothing of the others."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,6 +21,29 @@ class LayerKV(Protocol):
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v: (batch, kv_heads, seq, head_dim); return all keys and values to read."""
         ...
+
+
+class KVCache(Protocol):
+    """Keys and values of every layer, and which of them each query may see."""
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], LayerKV]]:
+        """Open the cache for tokens at `positions`: (batch, seq) int64.
+
+        Returns:
+            The attention mask, (batch, 1, seq, slots) bool, True where a query may look, and a
+            function from layer index l to that layer's storage.
+        """
+        ...
+
+
+def open_cache(
+    cache: KVCache | None, positions: Tensor | None
+) -> tuple[Tensor | None, Callable[[int], LayerKV] | None]:
+    """Do as `KVCache.at`; without a cache, nothing is masked and nothing kept."""
+    if cache is None:
+        return None, None
+    assert positions is not None, "decoding with a cache needs positions"
+    return cache.at(positions)
 
 
 class RMSNorm(nn.Module):
@@ -58,18 +82,30 @@ class Attention(nn.Module):
         sin: Tensor,
         mask: "Tensor | BlockMask | None",
         kv: LayerKV | None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """Attend within x: (batch, seq, dim), and to `kv` where it is given."""
-        b, s, _ = x.shape
-        q, k, v = self.project(x, cos, sin)
+        """Attend within x: (batch, seq, dim), and to `kv` where it is given.
+
+        With `places`, (batch, n) int64, only the tokens there look.
+        """
+        if places is None:
+            q = self.queries(x, cos, sin)
+        else:
+            own_cos, own_sin = (
+                at_places(each[:, 0].expand(len(x), -1, -1), places).unsqueeze(1)
+                for each in (cos, sin)
+            )
+            q = self.queries(at_places(x, places), own_cos, own_sin)
+        k, v = self.keys_and_values(x, cos, sin)
         if kv is not None:
             k, v = kv.update(k, v)
         out = attend(q, k, v, mask, grouped=self.grouped)
+        b, _, s, _ = q.shape
         return self.wo(out.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k, both rotated, and v, (batch, heads, seq, head_dim)."""
-        return apply_rope(self.split(self.wq(x)), cos, sin), *self.keys_and_values(x, cos, sin)
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return q, rotated, (batch, heads, seq, head_dim), of x: (batch, seq, dim)."""
+        return apply_rope(self.split(self.wq(x)), cos, sin)
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Return k, rotated, and v, (batch, kv_heads, seq, head_dim), of x: (batch, seq, dim)."""
@@ -113,14 +149,26 @@ class TransformerBlock(nn.Module):
         sin: Tensor,
         mask: "Tensor | BlockMask | None" = None,
         kv: LayerKV | None = None,
+        places: Tensor | None = None,
         *,
         attend: bool = True,
         feed: bool = True,
     ) -> Tensor:
         """Map h: (batch, seq, dim) to the next layer's input, same shape.
 
-        Without `attend` or `feed`, that part adds nothing.
+        With `places`, (batch, n) int64, ascending, the tokens there alone run; the others have keys
+        and values, and pass unchanged. Without `attend` or `feed`, that part adds nothing.
         """
+        if places is not None:
+            x = self.attention_norm(h)
+            own = at_places(h, places) + self.attention(x, cos, sin, mask, kv, places)
+            own = own + self.feed_forward(self.ffn_norm(own))
+            return h.scatter(1, places.unsqueeze(-1).expand_as(own), own)
         if attend:
             h = h + self.attention(self.attention_norm(h), cos, sin, mask, kv)
         return h + self.feed_forward(self.ffn_norm(h)) if feed else h
+
+
+def at_places(x: Tensor, places: Tensor) -> Tensor:
+    """Return the tokens of x: (batch, seq, width) at places: (batch, n) int64."""
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

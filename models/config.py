@@ -1,6 +1,7 @@
 """The shape of a Llama model, and what is wrong with one."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from models.rope import RopeScaling
 
@@ -31,11 +32,19 @@ class LlamaConfig:
     """Llama 3 frequency scaling, or None."""
     tie_embeddings: bool = False
     """Use the token embedding as the LM head."""
+    router: Literal["none", "linear", "mlp"] = "none"
+    """A gate for each layer that says token by token whether it runs: linear in the state, or an
+    MLP a quarter as wide as dim. none: every token runs every layer."""
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.dim // self.n_heads
+
+    @property
+    def router_width(self) -> int:
+        """Width of the MLP in each router; 0 where there is none."""
+        return max(1, self.dim // 4) if self.router == "mlp" else 0
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""

@@ -21,10 +21,19 @@ if TYPE_CHECKING:
 class DocumentMask:
     """Which tokens each token of some rows sees."""
 
-    documents: Tensor
-    """(batch, seq) int64, the number of each token's document."""
+    documents: Tensor | None
+    """(batch, seq) int64, the number of each token's document; None: a row is one."""
     seen: "Tensor | BlockMask"
-    """(batch, 1, seq, seq) bool, True where a query may look; or its blocks."""
+    """(batch, 1, seq or n, seq) bool, True where a query may look; or its blocks."""
+    queries: Tensor | None = None
+    """(batch, n) int64, the places of the tokens that look; None: all."""
+
+    def arguments(self, rows: Tensor | None) -> tuple[Any, ...]:
+        """Return what a block takes after cos and sin, for some rows: (kept,) int64; None: all."""
+        if rows is None:
+            return (self.seen,) if self.queries is None else (self.seen, None, self.queries)
+        queries = _pick(self.queries, rows)
+        return (self.rows(rows),) if queries is None else (self.rows(rows), None, queries)
 
     def rows(self, rows: Tensor) -> "Tensor | BlockMask":
         """Return `seen` of some rows: (kept,) int64."""
@@ -41,7 +50,7 @@ class DocumentMask:
             seen.full_kv_num_blocks.index_select(0, rows),
             seen.full_kv_indices.index_select(0, rows),
             BLOCK_SIZE=seen.BLOCK_SIZE,
-            mask_mod=_sees(self.documents.index_select(0, rows)),
+            mask_mod=_sees(_pick(self.documents, rows), _pick(self.queries, rows)),
             seq_lengths=seen.seq_lengths,
         )
 
@@ -61,7 +70,33 @@ def document_mask(documents: Tensor, *, blocks: bool | None = None) -> DocumentM
     batch, seq = documents.shape
     make = _flex("create_block_mask", compiled=documents.is_cuda)
     device = str(documents.device)
-    return DocumentMask(documents, make(_sees(documents), batch, None, seq, seq, device=device))
+    seen = make(_sees(documents, None), batch, None, seq, seq, device=device)
+    return DocumentMask(documents, seen)
+
+
+def query_mask(
+    queries: Tensor, seq: int, documents: Tensor | None, *, blocks: bool | None = None
+) -> DocumentMask:
+    """Return the mask of some tokens that look at all before them.
+
+    Args:
+        queries: (batch, n) int64, their places in their rows.
+        seq: Tokens of a row.
+        documents: (batch, seq) int64, see `document_mask`; None: a row is one document.
+        blocks: Make blocks; where not given, on CUDA.
+    """
+    if blocks is None:
+        blocks = queries.is_cuda
+    batch, n = queries.shape
+    sees = _sees(documents, queries)
+    if not blocks:
+        rows, places = (torch.arange(count, device=queries.device) for count in (batch, n))
+        keys = torch.arange(seq, device=queries.device)
+        seen = sees(rows[:, None, None], None, places[:, None], keys)
+        return DocumentMask(documents, seen.unsqueeze(1), queries)
+    make = _flex("create_block_mask", compiled=queries.is_cuda)
+    seen = make(sees, batch, None, n, seq, device=str(queries.device))
+    return DocumentMask(documents, seen, queries)
 
 
 def attend(
@@ -86,9 +121,16 @@ def attend(
     return out
 
 
-def _sees(documents: Tensor) -> Callable[..., Tensor]:
+def _pick(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values.index_select(0, rows)
+
+
+def _sees(documents: Tensor | None, queries: Tensor | None) -> Callable[..., Tensor]:
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[b, query] == documents[b, key])
+        place = query if queries is None else queries[b, query]
+        if documents is None:
+            return place >= key
+        return (place >= key) & (documents[b, place] == documents[b, key])
 
     return sees
 

@@ -12,7 +12,16 @@ def block_params(config: LlamaConfig) -> int:
 def total_params(config: LlamaConfig) -> int:
     """Return the number of parameters, a tied embedding counted once."""
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    return config.n_layers * block_params(config) + config.dim + embeddings
+    layers = config.n_layers * (block_params(config) + router_params(config))
+    return layers + config.dim + embeddings
+
+
+def router_params(config: LlamaConfig) -> int:
+    """Return the number of parameters in the router of one layer; 0 where there is none."""
+    if config.router == "none":
+        return 0
+    width = config.router_width
+    return config.dim * width + (width or config.dim) + 1
 
 
 def head_flops_per_token(config: LlamaConfig) -> float:
@@ -20,17 +29,26 @@ def head_flops_per_token(config: LlamaConfig) -> float:
     return 6.0 * config.dim * config.vocab_size
 
 
-def layer_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-    """Return the FLOPs of one block, forward and backward, for one token of a causal sequence.
+def layer_flops_per_token(config: LlamaConfig, seq_len: int, capacity: float = 1.0) -> float:
+    """Return the FLOPs of one layer, forward and backward, for one token of a causal sequence.
 
     6 per weight, plus attention's 6 n_heads head_dim seq_len (PaLM, arXiv 2204.02311, appendix B,
-    halved because a causal query sees half the keys on average).
+    halved because a causal query sees half the keys on average). Of a layer that has room for the
+    share `capacity` of the tokens, the others compute keys, values and the router alone.
     """
-    return 6.0 * block_params(config) + 6.0 * config.n_heads * config.head_dim * seq_len
+    of_all = 2 * config.dim * config.head_dim * config.n_kv_heads + config.dim
+    attention = 6.0 * config.n_heads * config.head_dim * seq_len
+    of_some = 6.0 * (block_params(config) - of_all) + attention
+    return 6.0 * (of_all + router_params(config)) + capacity * of_some
 
 
 def train_flops_per_token(
-    config: LlamaConfig, seq_len: int, *, mean_layers: float, mean_exits: float
+    config: LlamaConfig,
+    seq_len: int,
+    *,
+    mean_layers: float,
+    mean_exits: float,
+    capacity: float = 1.0,
 ) -> float:
     """Return the FLOPs to train on one token.
 
@@ -39,7 +57,7 @@ def train_flops_per_token(
         seq_len: Tokens per sequence.
         mean_layers: Layers really run per token: n_layers less what layer dropout drops.
         mean_exits: LM heads really evaluated per token, the last layer's included.
+        capacity: Share of the tokens that each of these layers has room for.
     """
-    return mean_layers * layer_flops_per_token(config, seq_len) + mean_exits * head_flops_per_token(
-        config
-    )
+    layers = mean_layers * layer_flops_per_token(config, seq_len, capacity)
+    return layers + mean_exits * head_flops_per_token(config)

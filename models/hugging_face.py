@@ -36,7 +36,16 @@ def hugging_face_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hugging_face_config(config: LlamaConfig) -> dict[str, Any]:
-    """Return the arguments of transformers' `LlamaConfig`, as `config.json` holds them."""
+    """Return the arguments of transformers' `LlamaConfig`, as `config.json` holds them.
+
+    Raises:
+        ValueError: If the model has parts that one of theirs has not.
+    """
+    if config.router != "none":
+        raise ValueError(
+            f"router: a Hugging Face Llama has no place for {config.router} routers, convert to "
+            "skipstone or give a model without them"
+        )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {

@@ -143,6 +143,11 @@ class KeptRows:
         return self.choices[l]
 
 
+def choice_at(l: int, kept_rows: KeptRows | None) -> LayerChoice:
+    """Return what layer l does; None keeps all rows."""
+    return LayerChoice(None, 1.0) if kept_rows is None else kept_rows.at(l)
+
+
 def draw_kept_rows(
     drop_prob: Sequence[float],
     *,
@@ -195,14 +200,14 @@ def run_kept_rows(
     call carries the all-gather and the reduce-scatter that every rank must reach.
     """
     if choice.rows is None:
-        mask = None if documents is None else documents.seen
-        return _scaled(h, block(h, cos, sin, mask), choice.scale)
+        arguments = (None,) if documents is None else documents.arguments(None)
+        return _scaled(h, block(h, cos, sin, *arguments), choice.scale)
     if choice.rows.numel() == 0:
         dummy = block(h[:1, :1], cos[..., :1, :], sin[..., :1, :])
         return h + torch.where(torch.zeros_like(dummy, dtype=torch.bool), dummy, 0.0)
     kept = h.index_select(0, choice.rows)
-    mask = None if documents is None else documents.rows(choice.rows)
-    out = _scaled(kept, block(kept, cos, sin, mask), choice.scale)
+    arguments = (None,) if documents is None else documents.arguments(choice.rows)
+    out = _scaled(kept, block(kept, cos, sin, *arguments), choice.scale)
     return h.index_copy(0, choice.rows, out)
 
 

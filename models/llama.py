@@ -8,35 +8,23 @@ Hugging Face checkpoints, so weights pass between the two by renaming alone.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.block import LayerKV, RMSNorm, TransformerBlock
+from models.block import KVCache, LayerKV, RMSNorm, TransformerBlock, open_cache
 from models.config import LlamaConfig
 from models.document_mask import DocumentMask, document_mask
-from models.initial_weights import initial_value
-from models.layer_dropout import KeptRows, run_kept_rows
+from models.initialization import initial_value
+from models.layer_dropout import KeptRows, choice_at, run_kept_rows
 from models.rope import rope_frequencies
+from models.router import Router, Routing, route
 from models.token_depth import TokenLayers
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-
-class KVCache(Protocol):
-    """Keys and values of every layer, and which of them each query may see."""
-
-    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], LayerKV]]:
-        """Open the cache for tokens at `positions`: (batch, seq) int64.
-
-        Returns:
-            The attention mask, (batch, 1, seq, slots) bool, True where a query may look, and a
-            function from layer index l to that layer's storage.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,8 @@ class Hidden(NamedTuple):
 
     exits: dict[int, Tensor]
     """{l: norm(x_{l+1})}; logits are F.linear(that, model.head_weight)."""
+    gates: dict[int, Tensor]
+    """{l: the probability that layer l runs, (batch, seq) fp32}; empty without routers."""
 
 
 class Llama(nn.Module):
@@ -84,6 +74,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleDict(
             {str(l): TransformerBlock(config) for l in range(config.n_layers)}
         )
+        routed = range(config.n_layers if config.router != "none" else 0)
+        self.routers = nn.ModuleDict({str(l): Router(config) for l in routed})
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head: nn.Module | None = (
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -107,6 +99,10 @@ class Llama(nn.Module):
         block = self.layers[str(l)]
         assert isinstance(block, TransformerBlock)
         return block
+
+    def gate(self, l: int, h: Tensor) -> Tensor | None:
+        """Return the probability that layer l runs, (batch, seq), for x_l; None: it always does."""
+        return self.routers[str(l)](h) if self.routers else None
 
     def fill_rope_table(self) -> None:
         """Write the rotary table; call again after `to_empty`, which leaves it undefined."""
@@ -149,6 +145,7 @@ class Llama(nn.Module):
         kept_rows: KeptRows | None = None,
         documents: DocumentMask | None = None,
         token_layers: TokenLayers | None = None,
+        routing: Routing | None = None,
         skipped: SkippedParts = NOTHING,
         exit_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -163,6 +160,7 @@ class Llama(nn.Module):
             kept_rows: Which rows each layer runs on (stochastic depth); None runs all.
             documents: Keeps attention within documents; not with `cache`.
             token_layers: Which tokens run each layer; the others keep their state. None: all.
+            routing: Limits what routers let run, and takes down what they say; not with `cache`.
             skipped: Parts of layers that no row runs, when decoding; they write no keys and values.
             exit_layers: Layer indices l whose output x_{l+1} is returned as well.
 
@@ -170,21 +168,18 @@ class Llama(nn.Module):
             x_stop, (batch, seq, dim), and {l: x_{l+1}} for l in `exit_layers`.
         """
         cos, sin = self.rotary(positions, h)
-        mask: Tensor | BlockMask | None = None if documents is None else documents.seen
-        layer_kv = None
-        if cache is not None:
-            assert positions is not None, "decoding with a cache needs positions"
-            mask, layer_kv = cache.at(positions)
+        slots, layer_kv = open_cache(cache, positions)
+        mask = slots if documents is None else documents.seen
         exits = {}
         for l in range(start, stop):
-            before = h
-            if kept_rows is not None:
-                h = run_kept_rows(self.block(l), h, cos, sin, kept_rows.at(l), documents)
+            p = self.gate(l, h)
+            seen = documents if p is None or routing is None else routing.admit(l, p, documents)
+            if kept_rows is not None or seen is not documents:
+                out = run_kept_rows(self.block(l), h, cos, sin, choice_at(l, kept_rows), seen)
             else:
-                kv = None if layer_kv is None else layer_kv(l)
-                h = self._run_block(l, h, cos, sin, mask, kv, skipped)
-            if token_layers is not None:
-                h = token_layers.select(l, before, h)
+                out = self._run_block(l, h, cos, sin, mask, layer_kv, skipped)
+            out = route(h, out, p)
+            h = out if token_layers is None else token_layers.select(l, h, out)
             if l in exit_layers:
                 exits[l] = h
         return h, exits
@@ -196,9 +191,10 @@ class Llama(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: "Tensor | BlockMask | None",
-        kv: LayerKV | None,
+        layer_kv: Callable[[int], LayerKV] | None,
         skipped: SkippedParts,
     ) -> Tensor:
+        kv = None if layer_kv is None else layer_kv(l)
         if skipped is NOTHING:
             out: Tensor = self.block(l)(h, cos, sin, mask, kv)
             return out
@@ -256,6 +252,7 @@ class Llama(nn.Module):
         kept_rows: KeptRows | None = None,
         documents: Tensor | None = None,
         token_layers: TokenLayers | None = None,
+        capacity: float = 1.0,
     ) -> Hidden:
         """Run all layers and return what the exits read.
 
@@ -268,8 +265,9 @@ class Llama(nn.Module):
             documents: (batch, seq) int64, the number of each token's document in its row, which
                 attention stays within; None: attention is causal and nothing else.
             token_layers: Which tokens run each layer; the others keep their state. None: all.
+            capacity: Share of a row's tokens that a layer with a router has room for.
         """
-        h = self.embed(tokens)
+        h, routing = self.embed(tokens), Routing(capacity)
         _, outputs = self.run_layers(
             h,
             0,
@@ -277,6 +275,7 @@ class Llama(nn.Module):
             kept_rows=kept_rows,
             documents=None if documents is None else document_mask(documents),
             token_layers=token_layers,
+            routing=routing,
             exit_layers=exit_layers,
         )
-        return Hidden(exits={l: self.norm(x) for l, x in outputs.items()})
+        return Hidden({l: self.norm(x) for l, x in outputs.items()}, routing.gates)

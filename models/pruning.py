@@ -55,9 +55,9 @@ def prune(
     place = {l: index for index, l in enumerate(keep)}
     kept = {}
     for name, tensor in state.items():
-        match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+        match = re.fullmatch(r"(layers|routers)\.(\d+)\.(.*)", name)
         if match is None:
             kept[name] = tensor
-        elif int(match[1]) in place:
-            kept[f"layers.{place[int(match[1])]}.{match[2]}"] = tensor
+        elif int(match[2]) in place:
+            kept[f"{match[1]}.{place[int(match[2])]}.{match[3]}"] = tensor
     return replace(config, n_layers=len(keep)), kept

@@ -55,7 +55,7 @@ class AdamStatistics:
 
 
 def group_of(name: str) -> str:
-    """Return the layer group of a parameter: tok_embeddings, layers_03, norm or lm_head."""
+    """Return the group of a parameter: tok_embeddings, layers_03, routers, norm or lm_head."""
     first, *rest = name.split(".")
     return f"layers_{int(rest[0]):02d}" if first == "layers" else first
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from loss.curriculum import CurriculumConfig, active_layers
+from loss.density import DensityConfig
 from loss.early_exit import EarlyExitConfig, exit_weights
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
+from models.router import RouterConfig
 from models.token_depth import TokenDepthConfig
 from train.adam_monitor import AdamMonitorConfig
 from train.blocks import float8_problems
@@ -45,6 +47,8 @@ class TrainConfig:
     """Fixes weights, data order and layer dropout."""
     layer_dropout: LayerDropoutConfig = field(default_factory=LayerDropoutConfig)
     token_depth: TokenDepthConfig = field(default_factory=TokenDepthConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    density: DensityConfig = field(default_factory=DensityConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -72,6 +76,8 @@ class TrainConfig:
             layer_dropout=self.layer_dropout,
             token_depth=self.token_depth,
             early_exit=self.early_exit,
+            capacity=self.router.capacity,
+            density=self.density,
             reduce_every_microbatch=self.parallel.reduce_every_microbatch,
         )
 
@@ -94,6 +100,8 @@ class TrainConfig:
             *self.optim.problems(),
             *self.layer_dropout.problems(),
             *self.token_depth.problems(self.model.n_layers),
+            *self.router.problems(),
+            *self.density.problems(),
             *self.curriculum.problems(),
             *self.early_exit.problems(),
             *self.parallel.problems(world_size),
@@ -113,20 +121,30 @@ class TrainConfig:
             found.append(f"steps: {self.steps}, must be at least 1")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed: {self.seed}, must lie in [0, 2^63)")
-        found += self._exit_problems()
+        found += self._conflicts()
+        if not found:
+            found += self._empty_steps()
+        return found
+
+    def _conflicts(self) -> list[str]:
+        """Return which parts do not go together, one line each."""
+        found = self._exit_problems()
         follows_prompts = self.token_depth.kind in ("unified", "skipdecode")
         if follows_prompts and self.data.packing == "documents" and not self.data.mask_documents:
             found.append(
                 f"token_depth.kind: {self.token_depth.kind} counts from each document's beginning, "
                 "set data.mask_documents to True"
             )
+        if self.model.router == "none" and (self.router.capacity < 1 or self.density.weight > 0):
+            found.append(
+                "router.capacity, density.weight: given for a model without routers, leave them "
+                "out or set model.router to linear or mlp"
+            )
         if self.data.seq_len > self.model.max_seq_len:
             found.append(
                 f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len "
                 f"{self.model.max_seq_len}, shorten one or raise the other"
             )
-        if not found:
-            found += self._empty_steps()
         return found
 
     def _exit_problems(self) -> list[str]:

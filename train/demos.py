@@ -7,6 +7,7 @@ differs. `benchmarks/recipes.py` compares them.
 import dataclasses
 
 from loss.curriculum import CurriculumConfig
+from loss.density import DensityConfig
 from loss.early_exit import EarlyExitConfig
 from models.layer_dropout import LayerDropoutConfig
 from models.sizes import SIZES
@@ -136,6 +137,16 @@ def mixed_demo() -> TrainConfig:
     return _with("mixed_demo", token_depth=TokenDepthConfig(kind="mixed"))
 
 
+def router_demo() -> TrainConfig:
+    """SkipLayer's routers: tokens choose their layers, of which they are to run a half."""
+    config = _with("router_demo")
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, router="linear"),
+        density=DensityConfig(weight=1.0, target=0.5),
+    )
+
+
 def _with(
     name: str,
     *,
@@ -168,4 +179,5 @@ DEMOS = (
     decreasing_demo,
     skipdecode_demo,
     mixed_demo,
+    router_demo,
 )

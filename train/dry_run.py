@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from models.flops import block_params, total_params, train_flops_per_token
+from models.flops import block_params, router_params, total_params, train_flops_per_token
 from models.llama import Llama
 from train.checkpoint_content import tensor_bytes
 from train.config import TrainConfig
@@ -104,7 +104,7 @@ def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> W
 
 def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
     model, data = config.model, config.data
-    total, layer = total_params(model), block_params(model)
+    total, layer = total_params(model), block_params(model) + router_params(model)
     replicate = config.parallel.dp_replicate
     yield (
         "parameters",
@@ -130,7 +130,13 @@ def _amounts(
     layers = sum(step.mean_layers for step in steps) / len(steps)
     exits = sum(step.mean_exits for step in steps) / len(steps)
     plain, with_exits, recipe = (
-        train_flops_per_token(config.model, config.data.seq_len, mean_layers=a, mean_exits=b)
+        train_flops_per_token(
+            config.model,
+            config.data.seq_len,
+            mean_layers=a,
+            mean_exits=b,
+            capacity=config.router.capacity,
+        )
         for a, b in ((L, 1), (L, exits), (layers, exits))
     )
     yield (

@@ -33,7 +33,10 @@ class Follower:
         self._report = StepReport(
             config.model.n_layers,
             config.data.tokens_per_step,
-            Throughput(config.model, config.data.seq_len, job.runtime),
+            Throughput(
+                config.model, config.data.seq_len, job.runtime, capacity=config.router.capacity
+            ),
+            routed=config.model.router != "none",
         )
         self._stragglers = StragglerWatch(
             config.stragglers,

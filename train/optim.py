@@ -15,7 +15,7 @@ from train.muon import Muon
 from train.titan import OptimizersContainer, ParamGroupConfig
 
 # The first that matches decides.
-_NORMS = r"norm\.weight$"
+_NORMS = r"(norm\.weight|bias)$"
 _MATRICES = r"^layers\..*\.w[qkvo123]\.weight$"
 _REST = r".*"  # embeddings and head
 
@@ -41,7 +41,7 @@ class OptimConfig:
     embedding_weight_decay: float | None = None
     """Weight decay of token embeddings and head, tied or not. None: weight_decay."""
     norm_weight_decay: float = 0.0
-    """Weight decay of norm weights."""
+    """Weight decay of norm weights and biases."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     warmup_steps: int = 100

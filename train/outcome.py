@@ -17,6 +17,8 @@ class Outcome:
     J: float
     exit_losses: dict[int, float]
     """{l: mean token loss of the exit after layer l} of the exits that were on."""
+    density: float
+    """Share of layers and tokens that routers let run; 0 without any."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     stop: bool
@@ -31,7 +33,7 @@ class Outcome:
 
     def bad_losses_here(self) -> list[str]:
         """Return which losses were not finite on this rank itself, in words."""
-        L = (len(self.local) - 3) // 2
+        L = (len(self.local) - 4) // 2
         return [
             f"the loss of the exit after layer {l} is {value}"
             for l, value in enumerate(self.local[1 : L + 1].tolist())
@@ -72,9 +74,10 @@ class LateReader:
 
 
 def _outcome(t: int, values: list[float], local: Tensor) -> Outcome:
-    L = (len(values) - 3) // 2
+    L = (len(values) - 4) // 2
     sums, counts = values[1 : L + 1], values[L + 1 : 2 * L + 1]
     losses = {
         l: total / count for l, (total, count) in enumerate(zip(sums, counts, strict=True)) if count
     }
-    return Outcome(t, values[0], losses, values[-2], values[-1] > 0, local)
+    J, (density, grad_norm, stop) = values[0], values[-3:]
+    return Outcome(t, J, losses, density, grad_norm, stop > 0, local)

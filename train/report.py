@@ -11,9 +11,12 @@ from train.throughput import Throughput
 class StepReport:
     """Gathers the outcomes of steps until a line is due."""
 
-    def __init__(self, L: int, tokens_per_step: int, throughput: Throughput) -> None:
+    def __init__(
+        self, L: int, tokens_per_step: int, throughput: Throughput, *, routed: bool
+    ) -> None:
         """Start with no step seen."""
         self._L, self._tokens_per_step, self._throughput = L, tokens_per_step, throughput
+        self._routed = routed
         self._outcomes: list[Outcome] = []
 
     def add(self, outcome: Outcome, plan: StepPlan) -> None:
@@ -52,6 +55,8 @@ class StepReport:
                 **exit_metrics("train", means, self._L),
                 "optim/grad_norm": finite[-1].grad_norm,
             }
+            if self._routed:
+                metrics["train/router_density"] = fmean(outcome.density for outcome in finite)
         self._outcomes = []
         return metrics
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from data.loader import Microbatch
 from data.shards import NO_LOSS
+from loss.density import DensityConfig, density_penalty_sum, running_share_sum
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.layer_dropout import KeptRows, LayerDropoutConfig, draw_kept_rows
 from models.llama import Llama
@@ -36,6 +37,9 @@ class StepConfig:
     layer_dropout: LayerDropoutConfig
     early_exit: EarlyExitConfig
     token_depth: TokenDepthConfig = field(default_factory=TokenDepthConfig)
+    capacity: float = 1.0
+    """See RouterConfig."""
+    density: DensityConfig = field(default_factory=DensityConfig)
     reduce_every_microbatch: bool = False
     """See ParallelConfig."""
 
@@ -44,9 +48,10 @@ class StepResult(NamedTuple):
     """What one step did; on the device, not yet waited for."""
 
     totals: Tensor
-    """(2 L + 3,) fp32, the same on every rank: J; the token loss of each exit summed over the
-    global batch, 0 where it was off; the number of tokens behind each; the norm of the whole
-    gradient before clipping; how many ranks want to stop."""
+    """(2 L + 4,) fp32, the same on every rank: J; the token loss of each exit summed over the
+    global batch, 0 where it was off; the number of tokens behind each; the share of layers and
+    tokens that routers let run, 0 without any; the norm of the whole gradient before clipping; how
+    many ranks want to stop."""
     local: Tensor
     """The same before it was summed over the ranks."""
 
@@ -68,7 +73,7 @@ def train_step(
     Where a loss of any exit or the gradient is not finite on any rank, no rank updates anything:
     weights and moments stay as they were. All of it is decided on the device.
     """
-    J, sums, counts = accumulate_gradients(
+    J, sums, counts, density = accumulate_gradients(
         model, microbatches, plan, t, config=config, runtime=runtime
     )
     grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
@@ -79,7 +84,7 @@ def train_step(
     # Summed along with the rest, so that every rank judges by the same bits.
     norm_share = grad_norm.to(runtime.device) / runtime.world_size
     stop = torch.tensor(float(wants_to_stop)).to(runtime.device, non_blocking=True)
-    local = torch.cat((J[None], sums, counts, norm_share[None], stop[None]))
+    local = torch.cat((J[None], sums, counts, density[None], norm_share[None], stop[None]))
     totals = runtime.sum_over_ranks(local.clone())
     set_lr(optimizer, lr(config.optim, t, config.T))
     update_unless(~totals.isfinite().all(), optimizer)
@@ -94,22 +99,24 @@ def accumulate_gradients(
     *,
     config: StepConfig,
     runtime: Runtime,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run forward and backward of J over this rank's microbatches.
 
-    J is summed and divided by the number of tokens with a loss in the whole global batch, so the
-    gradient is the same however the batch is split over ranks and microbatches.
+    J is summed and divided by the number of tokens with a loss in the whole global batch, the
+    density penalty in it by the number of rows, so the gradient is the same however the batch is
+    split over ranks and microbatches.
 
     Returns:
-        This rank's part of J, scalar; of each exit's summed token loss, (L,); and the number of
-        tokens behind each, (L,). All fp32.
+        This rank's part of J, scalar; of each exit's summed token loss, (L,); the number of tokens
+        behind each, (L,); and its part of the share that routers let run, scalar. All fp32.
     """
     L, device = model.config.n_layers, runtime.device
     num_labels = [microbatch.num_labels for microbatch in microbatches]
     # Of the global batch. Not waited for: the host goes on while the ranks add theirs up.
     num_tokens = torch.tensor(float(sum(num_labels))).to(device, non_blocking=True)
     runtime.sum_over_ranks(num_tokens)
-    J = torch.zeros((), device=device)
+    num_rows = runtime.world_size * sum(len(microbatch.tokens) for microbatch in microbatches)
+    J, density = torch.zeros((), device=device), torch.zeros((), device=device)
     sums, counts = torch.zeros(L, device=device), torch.zeros(L)
     for m, microbatch in enumerate(microbatches):
         set_gradient_sync(
@@ -124,6 +131,7 @@ def accumulate_gradients(
             kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
             documents=batch.documents,
             token_layers=_token_layers(config, model.config.n_layers, batch, t),
+            capacity=config.capacity,
         )
         loss = early_exit_loss(
             hidden.exits,
@@ -135,12 +143,18 @@ def accumulate_gradients(
             state_pairs=plan.state_pairs,
         )
         # FSDP averages gradients over ranks; J is a sum over them.
-        (loss.total * (runtime.world_size / num_tokens)).backward()
+        objective = loss.total * (runtime.world_size / num_tokens)
         J += loss.total.detach() / num_tokens
+        if hidden.gates:
+            penalty = density_penalty_sum(hidden.gates, config.density) / num_rows
+            objective = objective + penalty * runtime.world_size
+            J += penalty.detach()
+            density += running_share_sum(hidden.gates) / num_rows
+        objective.backward()
         for l, exit_sum in loss.per_exit.items():
             sums[l] += exit_sum
             counts[l] += num_labels[m]
-    return J, sums, counts.to(device, non_blocking=True)
+    return J, sums, counts.to(device, non_blocking=True), density
 
 
 def _kept_rows(

@@ -9,8 +9,11 @@ from train.titan import get_peak_flops
 class Throughput:
     """Counts work over all ranks."""
 
-    def __init__(self, model: LlamaConfig, seq_len: int, runtime: Runtime) -> None:
+    def __init__(
+        self, model: LlamaConfig, seq_len: int, runtime: Runtime, *, capacity: float
+    ) -> None:
         """Count from here on."""
+        self._capacity = capacity
         self._model, self._seq_len, self._runtime = model, seq_len, runtime
         self._peak_flops = None
         if runtime.device.type == "cuda":
@@ -21,7 +24,11 @@ class Throughput:
         """Count `tokens` that ran through `mean_layers` layers and `mean_exits` heads each."""
         self._tokens += tokens
         self._flops += tokens * train_flops_per_token(
-            self._model, self._seq_len, mean_layers=mean_layers, mean_exits=mean_exits
+            self._model,
+            self._seq_len,
+            mean_layers=mean_layers,
+            mean_exits=mean_exits,
+            capacity=self._capacity,
         )
 
     def read(self, seconds: float) -> dict[str, float]:

@@ -1,5 +1,9 @@
 """What was fitted to a checkpoint is read back for it alone."""
 
+import dataclasses
+import hashlib
+import json
+
 import pytest
 import torch
 
@@ -40,3 +44,15 @@ def test_what_does_not_belong_is_refused(model, tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="cannot be read"):
         load_adapter(path, "gate", model)
+
+
+def test_models_without_routers_have_the_fingerprint_they_had_before_there_were_any(model):
+    shape = dataclasses.asdict(model.config)
+    assert shape.pop("router") == "none"
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    norms = [model.norm.weight, *(model.block(l).ffn_norm.weight for l in range(len(model.layers)))]
+    for weight in (*norms, model.tok_embeddings.weight[:64]):
+        digest.update(weight.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    assert weights_fingerprint(model) == digest.hexdigest()
+    routed = build(small(router="linear"), seed=0)
+    assert weights_fingerprint(routed) != weights_fingerprint(model)

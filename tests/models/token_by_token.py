@@ -7,18 +7,19 @@ import torch
 from models.rope import apply_rope
 
 
-def token_by_token(model, row, weight, documents=None):
+def token_by_token(model, row, weights, documents=None):
     """Return [l][place] -> x_{l+1} of one row: (seq,) int64, each (dim,).
 
-    Each layer adds weight(l, place, x_l) times what it computes; a token of weight 0 keeps its
-    state, from which its key and value are made all the same. With `documents`, a list, tokens see
-    those of their own document.
+    Each layer adds weights(l, x_l of each place)[place] times what it computes; a token of weight 0
+    keeps its state, from which its key and value are made all the same. With `documents`, a list,
+    tokens see those of their own document.
     """
     config = model.config
     states = [model.embed(row[None, [place]]) for place in range(len(row))]
     outputs = []
     for l in range(config.n_layers):
         block, keys, values, after = model.block(l), [], [], []
+        w = weights(l, [h[0, 0] for h in states])
         attention, shared = block.attention, config.n_heads // config.n_kv_heads
         for place, h in enumerate(states):
             cos, sin = model.rope_cos[None, None, [place]], model.rope_sin[None, None, [place]]
@@ -36,7 +37,7 @@ def token_by_token(model, row, weight, documents=None):
             scores = (q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)).softmax(-1)
             out = h + attention.wo((scores @ v).transpose(1, 2).flatten(2))
             out = out + block.feed_forward(block.ffn_norm(out))
-            after.append(h + weight(l, place, h[0, 0]) * (out - h))
+            after.append(h + w[place] * (out - h))
         states = after
         outputs.append([h[0, 0] for h in states])
     return outputs

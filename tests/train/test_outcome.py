@@ -8,8 +8,8 @@ import torch
 from train.outcome import LateReader
 from train.step import StepResult
 
-# J, three exits' sums, their token counts, gradient norm, ranks that want to stop.
-TOTALS = [0.5, 8.0, 0.0, 12.0, 4.0, 0.0, 4.0, 2.5, 0.0]
+# J, three exits' sums, their token counts, density, gradient norm, ranks that want to stop.
+TOTALS = [0.5, 8.0, 0.0, 12.0, 4.0, 0.0, 4.0, 0.75, 2.5, 0.0]
 
 
 def result(totals=TOTALS, local=TOTALS):
@@ -37,6 +37,7 @@ def test_losses_are_means_over_the_tokens_of_the_exits_that_were_on():
     [outcome] = reader.drain()
     assert outcome.J == 0.5
     assert outcome.exit_losses == {0: 2.0, 2: 3.0}
+    assert outcome.density == 0.75
     assert outcome.grad_norm == 2.5
     assert not outcome.stop
     assert outcome.finite
@@ -47,7 +48,7 @@ def test_losses_are_means_over_the_tokens_of_the_exits_that_were_on():
     ("index", "found"),
     [
         (3, ["the loss of the exit after layer 2 is nan"]),
-        (7, []),
+        (8, []),
     ],
 )
 def test_what_is_not_finite_is_named_on_the_rank_where_it_is(index, found):
@@ -61,6 +62,6 @@ def test_what_is_not_finite_is_named_on_the_rank_where_it_is(index, found):
 
 def test_a_wish_to_stop_of_any_rank_is_seen():
     reader = LateReader()
-    reader.push(0, result(totals=changed(i8=1.0)))
+    reader.push(0, result(totals=changed(i9=1.0)))
     [outcome] = reader.drain()
     assert outcome.stop

@@ -25,7 +25,9 @@ CONFIG = RecoveryConfig(on_spike="rollback")
 
 def outcome(t, loss=3.0, grad_norm=1.0, J=None, exits=None):
     exits = {L - 1: loss} if exits is None else exits
-    return Outcome(t, loss if J is None else J, exits, grad_norm, False, torch.zeros(2 * L + 3))
+    return Outcome(
+        t, loss if J is None else J, exits, 0.0, grad_norm, False, torch.zeros(2 * L + 4)
+    )
 
 
 def healthy(steps, seed=0):

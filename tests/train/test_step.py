@@ -103,7 +103,7 @@ def check_gradients(runtime, config):
     config.check(runtime.world_size)
     model = build_model(config.model, config.parallel, runtime, config.seed)
     microbatches = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
-    J, sums, counts = accumulate_gradients(
+    J, sums, counts, _ = accumulate_gradients(
         model, microbatches, plan_of(config), STEP, config=config.step, runtime=runtime
     )
     slow_J, slow = slow_gradients(config)
@@ -210,7 +210,7 @@ def check_losses(runtime, configs):
         config.check(runtime.world_size)
         model = build_model(config.model, config.parallel, runtime, config.seed)
         batch = with_unlabelled(make_loader(config, runtime.rank, runtime.world_size).batch(STEP))
-        J, _, _ = accumulate_gradients(
+        J, *_ = accumulate_gradients(
             model, batch, plan_of(config), STEP, config=config.step, runtime=runtime
         )
         slow_J, slow = slow_losses(config)

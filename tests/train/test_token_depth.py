@@ -69,11 +69,11 @@ def slow_gradients(config):
     for row in range(ROWS):
         draws = uniform(config.seed, STEP, 4, np.array([row]))[:, 0]
 
-        def weight(l, place, h, row=row, draws=draws):
-            kept = draws[l] >= plan.drop_prob[l]
-            return kept * (l in layers_by_hand(config, row, place)) / (1 - plan.drop_prob[l])
+        def weights(l, states, row=row, draws=draws):
+            scale = (draws[l] >= plan.drop_prob[l]) / (1 - plan.drop_prob[l])
+            return [scale * (l in layers_by_hand(config, row, place)) for place in range(SEQ)]
 
-        outputs = token_by_token(model, tokens[row], weight)
+        outputs = token_by_token(model, tokens[row], weights)
         for l in plan.exit_layers:
             logits = model.exit_logits(torch.stack(outputs[l]))
             loss = F.cross_entropy(logits, labels[row], reduction="sum", ignore_index=NO_LOSS)
@@ -86,7 +86,7 @@ def check_gradients(runtime, configs):
     for config in configs:
         config.check(runtime.world_size)
         model = build_model(config.model, config.parallel, runtime, config.seed)
-        J, _, _ = accumulate_gradients(
+        J, *_ = accumulate_gradients(
             model, microbatches_of(runtime), plan_of(config), STEP,
             config=config.step, runtime=runtime,
         )  # fmt: skip
@@ -143,9 +143,9 @@ def check_validation(runtime):
                 outputs = token_by_token(
                     plain,
                     tokens[row],
-                    lambda l, place, h, row=row, config=config: float(
-                        l in layers_by_hand(config, row, place)
-                    ),
+                    lambda l, states, row=row, config=config: [
+                        float(l in layers_by_hand(config, row, place)) for place in range(SEQ)
+                    ],
                 )
                 logits = plain.exit_logits(torch.stack(outputs[3]))
                 summed += F.cross_entropy(

@@ -12,7 +12,8 @@ from models.config import LlamaConfig
 def initial_value(name: str, parameter: Tensor, config: LlamaConfig, seed: int) -> Tensor:
     """Return the whole first value of a parameter, fp32, on its device.
 
-    Norm weights are 1. Every matrix is N(0, std) cut at 3 std, drawn in fp32:
+    Norm weights and the routers' biases are 1, what these are added to is 0. Every other matrix is
+    N(0, std) cut at 3 std, drawn in fp32:
       tok_embeddings, lm_head, wq, wk, wv, w1, w3   std = dim^-0.5
       wo                                            std = dim^-0.5 / sqrt(2 L)
       w2                                            std = ffn_dim^-0.5 / sqrt(2 L)
@@ -29,6 +30,8 @@ def initial_value(name: str, parameter: Tensor, config: LlamaConfig, seed: int) 
     full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
     if parameter.ndim == 1:
         return full.fill_(1.0)
+    if name.startswith("routers.") and name.endswith("out.weight"):
+        return full.zero_()
     std = config.ffn_dim**-0.5 if name.endswith("w2.weight") else config.dim**-0.5
     if name.endswith(("w2.weight", "wo.weight")):
         std *= (2 * config.n_layers) ** -0.5
