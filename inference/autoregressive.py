@@ -70,7 +70,7 @@ class EarlyExit:
 def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, room: int) -> Round:
     """Draw one token after each pending one from the first layers, less those skipped."""
     h = state.run(state.model.embed(state.pending[:, None]), 0, depth, skipped=skipped)
-    tokens = sample(state.distribution(h), state.generator)
+    tokens = sample(state.distribution(h, depth), state.generator)
     none = torch.zeros_like(state.positions)
     return Round(tokens, accepted=none, drafted=none)
 

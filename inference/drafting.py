@@ -147,7 +147,7 @@ def draft(
         x_E, taps = state.run_and_tap(
             state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped
         )
-        logits, probs = _from_head(state, x_E, head)
+        logits, probs = _from_head(state, state.before_head(x_E, E), head)
         q.append(probs if guesses is None else guesses.in_place_of(probs, i))
         tokens.append(sample(q[-1], state.generator))
         exits.append(x_E)
@@ -162,10 +162,10 @@ def draft(
     return drafted if guesses is None else guesses.added_to(drafted, d)
 
 
-def _from_head(state: DecodeState, x_E: Tensor, head: PartOfHead | None) -> tuple[Tensor, Tensor]:
+def _from_head(state: DecodeState, x: Tensor, head: PartOfHead | None) -> tuple[Tensor, Tensor]:
     """Return the head's logits, and what tokens are drawn from over the whole vocabulary."""
     if head is None:
-        logits = state.logits(x_E)
+        logits = state.head(x)
         return logits, state.filtered(logits)
-    logits = state.logits(x_E, head.linear)
+    logits = state.head(x, head.linear)
     return logits, head.widen(state.filtered(logits))

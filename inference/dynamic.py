@@ -21,7 +21,7 @@ from inference.drafting import Draft, Stop, draft, guess
 from inference.sampling import Sampling, probabilities
 from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
-from models.flops import block_params
+from models.flops import block_params, own_exit_params
 from models.llama import NOTHING, SkippedParts
 
 
@@ -133,7 +133,9 @@ class _Rounds:
         if head is None:
             head = config.dim * config.vocab_size / block_params(config)
         L, beside = config.n_layers, head + settings.call_cost
-        self.draft_costs = [(E + beside) / (L + beside) for E in range(1, L)]
+        own = {E: own_exit_params(config) / len(config.own_exits) for E in config.own_exits}
+        layers = [E + own.get(E, 0) / block_params(config) for E in range(1, L)]
+        self.draft_costs = [(E + beside) / (L + beside) for E in layers]
         self.agreed = [1.0] * (L - 1)
         self.gap = settings.probe
 
@@ -186,21 +188,22 @@ class _Rounds:
             places = len(drafted.exits)
             below = [[taps[l] for taps in drafted.shallow] for l in range(first - 1)]
             exits = [torch.cat(xs, dim=1) for xs in (*below, drafted.exits)] + exits
-        self._look(torch.stack([x[:, :places] for x in exits]), logits[:, :places], result)
+        read = [state.before_head(x[:, :places], E) for E, x in enumerate(exits, start=1)]
+        self._look(torch.stack(read), logits[:, :places], result)
         return result
 
     def _look(self, exits: Tensor, full: Tensor, result: Round) -> None:
         """Add up how far each exit agrees with the last layer, after tokens that were accepted.
 
         Args:
-            exits: (L - 1, batch, n, dim), x_{l+1} for l = 0, ..., L - 2.
+            exits: (L - 1, batch, n, dim), what the head reads of x_E for E = 1, ..., L - 1.
             full: (batch, n, vocab), the last layer's logits.
             result: The round.
         """
         state, plain = self.state, Sampling(temperature=self.state.sampling.temperature)
         places = torch.arange(full.shape[1], device=full.device)
         true = (places <= result.accepted[:, None]) & ~state.finished[:, None]
-        q = probabilities(state.logits(exits.flatten(0, 1)), plain).unflatten(0, exits.shape[:2])
+        q = probabilities(state.head(exits.flatten(0, 1)), plain).unflatten(0, exits.shape[:2])
         overlap = torch.minimum(probabilities(full, plain), q).sum(-1)  # (L - 1, batch, n)
         agreed = (overlap * true).flatten(1).sum(1)
         state.work.syncs += 1

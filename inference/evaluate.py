@@ -146,7 +146,7 @@ def _sums(model: Llama, batch: Microbatch) -> tuple[Tensor, Tensor]:
     for i, labels in enumerate(batch.labels[learnt].split(_LOGITS_ROWS)):
         last_choice = labels
         for l in reversed(range(n_layers)):
-            logits = model.exit_logits(chunks[l][i]).float()
+            logits = model.exit_logits(chunks[l][i], l + 1).float()
             choice = logits.argmax(-1)
             last_choice = choice if l == n_layers - 1 else last_choice
             sums[l, 0] += F.cross_entropy(logits, labels, reduction="sum")

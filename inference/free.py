@@ -147,8 +147,8 @@ class _Run:
         for stage in range(1, len(self._stages)):
             if stage > 1 and not state.ask(undecided.any()):
                 break
-            here = state.logits(self._advance(stage)[:, -1:])[:, 0]
             E = self._stages[stage]
+            here = state.logits(self._advance(stage)[:, -1:], E)[:, 0]
             logits = here if stage == 1 else torch.where(undecided[:, None], here, logits)
             depth = torch.where(undecided, E, depth)
             if self._stages[-1] > E:

@@ -78,8 +78,9 @@ def measure_jump(model: Llama, jump: JumpMap, windows: Tensor) -> list[ExitFit]:
     for states, x_L in run_windows(model, windows, exits, "measuring"):
         last = model.exit_logits(x_L).argmax(-1)
         for n, (E, x) in enumerate(zip(exits, states, strict=True)):
-            for which, h in enumerate((x, jump(E, x))):
-                logits = model.exit_logits(h).float()
+            # What a map gives stands for x_L, and is read as that is.
+            for which, (h, layers) in enumerate(((x, E), (jump(E, x), None))):
+                logits = model.exit_logits(h, layers).float()
                 sums[n, which, 0] += (x_L.double() - h.double()).square().sum()
                 sums[n, which, 1] += (logits.argmax(-1) == last).sum()
                 sums[n, which, 2] += F.cross_entropy(logits, last, reduction="sum")

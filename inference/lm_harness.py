@@ -120,7 +120,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             for row, (i, x) in enumerate(zip(batch, h, strict=True)):
                 last = len(rows[i])
                 first = max(1, last - len(requests[i][2]))
-                logits = model.exit_logits(x[first - 1 : last - 1]).float()
+                logits = model.exit_logits(x[first - 1 : last - 1], self._E).float()
                 wanted = tokens[row, first:last]
                 total = -float(F.cross_entropy(logits, wanted, reduction="sum"))
                 answers[i] = (total, bool((logits.argmax(-1) == wanted).all()))

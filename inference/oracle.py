@@ -67,7 +67,7 @@ def record_exits(model: Llama, row: list[int], first: int) -> Tensor:
     L = model.config.n_layers
     h = model.embed(torch.tensor([row], device=model.norm.weight.device))
     _, exits = model.run_layers(h, 0, L, exit_layers=range(L))
-    said = [model.exit_logits(exits[l][0, first - 1 : -1]).argmax(-1) for l in range(L)]
+    said = [model.exit_logits(exits[l][0, first - 1 : -1], l + 1).argmax(-1) for l in range(L)]
     return torch.stack(said).cpu()
 
 

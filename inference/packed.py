@@ -56,15 +56,13 @@ def pack(model: Llama) -> None:
     """Pack the large matrices of a model that is only to be run, in place.
 
     The head keeps its plain weight too, which `Llama.head_weight` gives out; a large matrix of a
-    layer is freed.
+    layer, or of an exit's own, is freed.
     """
-    for l in range(model.config.n_layers):
-        block = model.block(l)
-        for part in (block.attention, block.feed_forward):
-            for name, linear in list(part.named_children()):
-                if not isinstance(linear, nn.Linear) or is_quantized(linear):
-                    continue
-                if linear.weight.numel() >= PACKED_ELEMENTS:
-                    setattr(part, name, PackedLinear(linear.weight))
+    for part in (*model.layers.modules(), *model.own_exits.modules()):
+        for name, linear in list(part.named_children()):
+            if not isinstance(linear, nn.Linear) or is_quantized(linear):
+                continue
+            if linear.weight.numel() >= PACKED_ELEMENTS:
+                setattr(part, name, PackedLinear(linear.weight))
     if model.head_weight.numel() >= PACKED_ELEMENTS:
         model.lm_head = PackedLinear(model.head_weight, keep=True)

@@ -1,4 +1,4 @@
-"""Weights of the layers in 8 or 4 bits, through torchao; embedding, norms and head stay plain.
+"""Weights of the layers in 8 or 4 bits, through torchao; all before and after stays plain.
 
 A quantised model is another model: what is lossless keeps to it, not to the one it was made of.
 """

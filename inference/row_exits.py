@@ -92,7 +92,7 @@ def _decode_one(
     """What the head reads of the rows that have left, and says, if it was put on every exit."""
     for E in exits:
         h, layer = _run(state, h, layer, E, left), E
-        probe = _Probe(state, h if exit_map is None else exit_map(E, h))
+        probe = _Probe(state, h, E) if exit_map is None else _Probe(state, exit_map(E, h), None)
         new_tokens = state.positions + 1 - state.prompt_lengths
         leaves = rule(Seen(E, h[:, 0], before[:, 0], probe, new_tokens)) & ~left
         before = h
@@ -104,28 +104,45 @@ def _decode_one(
         left = left | leaves
         if state.ask(left.all()):
             state.write_keys_and_values(h, E, n_layers)
-            logits = state.logits(read)[:, 0] if logits is None else logits
             break
     else:
         h = _run(state, h, layer, n_layers, left)
         read = torch.where(left[:, None, None], read, h)
-        said = state.logits(read)[:, 0]
-        logits = said if logits is None else torch.where(left[:, None], logits, said)
+        if logits is not None:
+            logits = torch.where(left[:, None], logits, state.logits(read)[:, 0])
+    if logits is None:
+        logits = _read_each(state, read, depths, exits if exit_map is None else range(0))
     tokens = sample(state.filtered(logits[:, None]), state.generator)
     none = torch.zeros_like(state.positions)
     return Round(tokens, accepted=none, drafted=none, depths=depths[:, None])
 
 
+def _read_each(state: DecodeState, read: Tensor, depths: Tensor, exits: range) -> Tensor:
+    """Return the logits, (batch, vocab), of rows that read at exits of different parts.
+
+    Args:
+        state: The batch.
+        read: (batch, 1, dim), what each row left with.
+        depths: (batch,) int64, E, the layers behind it.
+        exits: Those E that are read as they are, and not as x_L.
+    """
+    x = state.before_head(read)
+    for E in state.model.config.own_exits:
+        if E in exits:
+            x = torch.where((depths == E)[:, None, None], state.before_head(read, E), x)
+    return state.head(x)[:, 0]
+
+
 class _Probe:
     """The head at one exit, run when it is first called."""
 
-    def __init__(self, state: DecodeState, read: Tensor) -> None:
-        self._state, self.read = state, read
+    def __init__(self, state: DecodeState, read: Tensor, E: int | None) -> None:
+        self._state, self.read, self._E = state, read, E
         self.logits: Tensor | None = None
 
     def __call__(self) -> Tensor:
         if self.logits is None:
-            self.logits = self._state.logits(self.read)[:, 0]
+            self.logits = self._state.logits(self.read, self._E)[:, 0]
         return self.logits
 
 

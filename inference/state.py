@@ -152,22 +152,36 @@ class DecodeState:
         start = self.positions + offset if first is None else first
         return start[:, None] + steps
 
-    def distribution(self, h: Tensor) -> Tensor:
-        """Return the exit's distributions, (batch, seq, vocab), for h: (batch, seq, dim)."""
-        return self.filtered(self.logits(h))
+    def distribution(self, h: Tensor, E: int | None = None) -> Tensor:
+        """Return the exit's distributions, (batch, seq, vocab), for h = x_E: (batch, seq, dim)."""
+        return self.filtered(self.logits(h, E))
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Return the distributions tokens are drawn from, for logits: (batch, seq, vocab)."""
         return probabilities(logits, self.sampling)
 
-    def logits(self, h: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return the exit's logits, (batch, seq, vocab), for h: (batch, seq, dim).
+    def logits(self, h: Tensor, E: int | None = None) -> Tensor:
+        """Return the exit's logits, (batch, seq, vocab), for h = x_E: (batch, seq, dim).
 
-        With `head`, a part of the LM head, those of its part of the vocabulary.
+        E is None where h is x_L, or stands for it.
         """
-        logits = self.model.exit_logits(h) if head is None else head(self.model.norm(h))
-        part = logits.shape[-1] / self.model.config.vocab_size
-        self.work.head_evaluations += h.shape[0] * h.shape[1] * part
+        return self.head(self.before_head(h, E))
+
+    def before_head(self, h: Tensor, E: int | None = None) -> Tensor:
+        """Return what the head reads for h = x_E: (batch, seq, dim), same shape."""
+        config = self.model.config
+        if config.own_exit_mlp and E in config.own_exits:
+            self.work.token_feed_forwards += h.shape[0] * h.shape[1]
+        return self.model.before_head(h, E)
+
+    def head(self, x: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return logits, (batch, seq, vocab), for what `before_head` gave: (batch, seq, dim).
+
+        With `part`, a part of the LM head, those of its part of the vocabulary.
+        """
+        logits = self.model.head(x) if part is None else part(x)
+        share = logits.shape[-1] / self.model.config.vocab_size
+        self.work.head_evaluations += x.shape[0] * x.shape[1] * share
         return logits
 
     def ask(self, condition: Tensor) -> bool:

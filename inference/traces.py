@@ -90,19 +90,19 @@ def record(model: Llama, windows: Tensor, exits: range, label: str) -> Trace:
     """
     states, gaps, agreements = [], [], []
     for x, x_L in run_windows(model, windows, exits, label):
-        _, last = read_exit(model, x_L)
-        read = [read_exit(model, h) for h in x]
+        _, last = read_exit(model, x_L, model.config.n_layers)
+        read = [read_exit(model, h, E) for E, h in zip(exits, x, strict=True)]
         states.append(x.cpu())
         gaps.append(torch.stack([gap for gap, _ in read]).cpu())
         agreements.append(torch.stack([said == last for _, said in read]).cpu())
     return Trace(exits, torch.cat(states, 1), torch.cat(gaps, 1), torch.cat(agreements, 1))
 
 
-def read_exit(model: Llama, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `softmax_gap` and the most probable token, each (tokens,), for h: (tokens, dim)."""
+def read_exit(model: Llama, h: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """Return `softmax_gap` and the most probable token, each (tokens,), for x_E: (tokens, dim)."""
     gaps, said = [], []
     for rows in h.split(_LOGITS_ROWS):
-        logits = model.exit_logits(rows)
+        logits = model.exit_logits(rows, E)
         gaps.append(softmax_gap(logits))
         said.append(logits.argmax(-1))
     return torch.cat(gaps), torch.cat(said)

@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from models.config import LlamaConfig
+from models.config import LlamaConfig, config_from_dict
 from models.llama import Llama
-from models.rope import RopeScaling
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -66,14 +65,6 @@ class Manifest:
         aside.replace(folder / MANIFEST)
 
 
-def model_config_from_dict(fields: dict[str, Any]) -> LlamaConfig:
-    """Rebuild a LlamaConfig from `dataclasses.asdict`'s output."""
-    scaling = fields.get("rope_scaling")
-    return LlamaConfig(
-        **(fields | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)})
-    )
-
-
 def read_manifest(checkpoint: Path) -> Manifest:
     """Read the manifest of a checkpoint folder.
 
@@ -96,7 +87,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
             raise ValueError("its sha256 is another")
         if fields.pop("format") != _FORMAT:
             raise ValueError("another format")
-        manifest = Manifest(**(fields | {"model": model_config_from_dict(fields["model"])}))
+        manifest = Manifest(**(fields | {"model": config_from_dict(fields["model"])}))
         whole = all(entry.keys() == {"bytes", "sha256"} for entry in manifest.files.values())
         if not (whole and isinstance(manifest.step, int) and isinstance(manifest.state, dict)):
             raise ValueError("fields of another type")

@@ -1,7 +1,7 @@
 """The shape of a Llama model, and what is wrong with one."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from models.rope import RopeScaling
 
@@ -35,6 +35,11 @@ class LlamaConfig:
     router: Literal["none", "linear", "mlp"] = "none"
     """A gate for each layer that says token by token whether it runs: linear in the state, or an
     MLP a quarter as wide as dim. none: every token runs every layer."""
+    own_exits: tuple[int, ...] = ()
+    """E, the layers run, of the exits that read through a norm of their own; all others read
+    through the final norm."""
+    own_exit_mlp: bool = False
+    """Give these exits a feed-forward layer of their own too, before that norm."""
 
     @property
     def head_dim(self) -> int:
@@ -77,4 +82,22 @@ class LlamaConfig:
         ]
         if self.max_seq_len < 2:
             found.append(f"model.max_seq_len: {self.max_seq_len}, must be at least 2")
+        ascending = list(self.own_exits) == sorted(set(self.own_exits))
+        if not ascending or any(not 1 <= E < self.n_layers for E in self.own_exits):
+            found.append(
+                f"model.own_exits: {self.own_exits}, must ascend from 1 layer or more and stay "
+                f"below the model's {self.n_layers}"
+            )
+        if self.own_exit_mlp and not self.own_exits:
+            found.append("model.own_exit_mlp: True without model.own_exits, name the exits")
         return found
+
+
+def config_from_dict(fields: dict[str, Any]) -> LlamaConfig:
+    """Rebuild a LlamaConfig from what JSON keeps of `dataclasses.asdict`'s output."""
+    scaling = fields.get("rope_scaling")
+    exact = {
+        "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+        "own_exits": tuple(fields.get("own_exits", ())),
+    }
+    return LlamaConfig(**(fields | exact))

@@ -13,7 +13,7 @@ def total_params(config: LlamaConfig) -> int:
     """Return the number of parameters, a tied embedding counted once."""
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     layers = config.n_layers * (block_params(config) + router_params(config))
-    return layers + config.dim + embeddings
+    return layers + config.dim + embeddings + own_exit_params(config)
 
 
 def router_params(config: LlamaConfig) -> int:
@@ -22,6 +22,12 @@ def router_params(config: LlamaConfig) -> int:
         return 0
     width = config.router_width
     return config.dim * width + (width or config.dim) + 1
+
+
+def own_exit_params(config: LlamaConfig) -> int:
+    """Return the number of parameters that belong to exits of their own."""
+    feed_forward = 3 * config.dim * config.ffn_dim + config.dim if config.own_exit_mlp else 0
+    return len(config.own_exits) * (config.dim + feed_forward)
 
 
 def head_flops_per_token(config: LlamaConfig) -> float:
@@ -49,6 +55,8 @@ def train_flops_per_token(
     mean_layers: float,
     mean_exits: float,
     capacity: float = 1.0,
+    mean_own_exits: float = 0.0,
+    frozen: bool = False,
 ) -> float:
     """Return the FLOPs to train on one token.
 
@@ -58,6 +66,12 @@ def train_flops_per_token(
         mean_layers: Layers really run per token: n_layers less what layer dropout drops.
         mean_exits: LM heads really evaluated per token, the last layer's included.
         capacity: Share of the tokens that each of these layers has room for.
+        mean_own_exits: Those of the heads that read through parts of an exit's own.
+        frozen: Nothing but these parts learns: layers have no backward, and the head's gives the
+            gradient of its input alone.
     """
-    layers = mean_layers * layer_flops_per_token(config, seq_len, capacity)
-    return layers + mean_exits * head_flops_per_token(config)
+    layer = layer_flops_per_token(config, seq_len, capacity)
+    layers = mean_layers * layer * (1 / 3 if frozen else 1)
+    heads = mean_exits * head_flops_per_token(config) * (2 / 3 if frozen else 1)
+    own = 6.0 * own_exit_params(config) / max(len(config.own_exits), 1)
+    return layers + heads + mean_own_exits * own

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from models.block import KVCache, LayerKV, RMSNorm, TransformerBlock, open_cache
 from models.config import LlamaConfig
 from models.document_mask import DocumentMask, document_mask
+from models.exit_parts import ExitParts
 from models.initialization import initial_value
 from models.layer_dropout import KeptRows, choice_at, run_kept_rows
 from models.rope import rope_frequencies
@@ -54,7 +55,7 @@ class Hidden(NamedTuple):
     """What a forward pass leaves to the losses, each (batch, seq, dim), in ascending l."""
 
     exits: dict[int, Tensor]
-    """{l: norm(x_{l+1})}; logits are F.linear(that, model.head_weight)."""
+    """{l: norm(x_{l+1})}, see `Llama.before_head`; logits are F.linear(that, model.head_weight)."""
     gates: dict[int, Tensor]
     """{l: the probability that layer l runs, (batch, seq) fp32}; empty without routers."""
 
@@ -63,7 +64,8 @@ class Llama(nn.Module):
     """A decoder whose every layer can be an exit: one final norm and one LM head serve them all.
 
     LayerSkip (arXiv 2404.16710), section 4.1: the exit after layer l reads x_{l+1} through the
-    same g = head(norm(.)) as the last layer, so a checkpoint is a plain Llama checkpoint.
+    same g = head(norm(.)) as the last layer, so a checkpoint is a plain Llama checkpoint. Exits in
+    `config.own_exits` have `ExitParts` in place of that norm; the last layer never has.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -77,6 +79,7 @@ class Llama(nn.Module):
         routed = range(config.n_layers if config.router != "none" else 0)
         self.routers = nn.ModuleDict({str(l): Router(config) for l in routed})
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.own_exits = nn.ModuleDict({str(E): ExitParts(config) for E in config.own_exits})
         self.lm_head: nn.Module | None = (
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
@@ -239,10 +242,23 @@ class Llama(nn.Module):
             cos, sin = self.rope_cos[positions].unsqueeze(1), self.rope_sin[positions].unsqueeze(1)
         return cos.to(h.dtype), sin.to(h.dtype)
 
-    def exit_logits(self, h: Tensor) -> Tensor:
-        """Apply g, the shared norm and head, to h: (..., dim); returns logits: (..., vocab)."""
-        x = self.norm(h)
+    def before_head(self, h: Tensor, E: int | None = None) -> Tensor:
+        """Return what the head reads of h: (..., dim), same shape.
+
+        Args:
+            h: x_E.
+            E: Layers behind it; None where h is x_L, or stands for it.
+        """
+        x: Tensor = self.own_exits[str(E)](h) if E in self.config.own_exits else self.norm(h)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return logits, (..., vocab), for what `before_head` gave: (..., dim)."""
         return F.linear(x, self.head_weight) if self.lm_head is None else self.lm_head(x)
+
+    def exit_logits(self, h: Tensor, E: int | None = None) -> Tensor:
+        """Apply g, the norm and the shared head, to h = x_E: (..., dim); logits: (..., vocab)."""
+        return self.head(self.before_head(h, E))
 
     def forward(
         self,
@@ -254,7 +270,7 @@ class Llama(nn.Module):
         token_layers: TokenLayers | None = None,
         capacity: float = 1.0,
     ) -> Hidden:
-        """Run all layers and return what the exits read.
+        """Run the layers up to the deepest that is wanted, and return what the exits read.
 
         The head is left to the caller, so that a loss can work through the vocabulary in chunks.
 
@@ -267,15 +283,16 @@ class Llama(nn.Module):
             token_layers: Which tokens run each layer; the others keep their state. None: all.
             capacity: Share of a row's tokens that a layer with a router has room for.
         """
-        h, routing = self.embed(tokens), Routing(capacity)
+        routing = Routing(capacity)
         _, outputs = self.run_layers(
-            h,
+            self.embed(tokens),
             0,
-            self.config.n_layers,
+            max(exit_layers, default=-1) + 1,
             kept_rows=kept_rows,
             documents=None if documents is None else document_mask(documents),
             token_layers=token_layers,
             routing=routing,
             exit_layers=exit_layers,
         )
-        return Hidden({l: self.norm(x) for l, x in outputs.items()}, routing.gates)
+        exits = {l: self.before_head(x, l + 1) for l, x in outputs.items()}
+        return Hidden(exits, routing.gates)

@@ -9,8 +9,8 @@ from tests.models.test_llama import build, small
 PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
 
 
-def make_model(n_layers=6):
-    model = build(small(n_layers=n_layers, n_kv_heads=2), seed=2)
+def make_model(n_layers=6, **changes):
+    model = build(small(n_layers=n_layers, n_kv_heads=2, **changes), seed=2)
     for name, weight in model.named_parameters():
         if name.endswith(("wo.weight", "w2.weight")):
             weight.data.mul_(2)

@@ -32,6 +32,16 @@ def test_fingerprints_tell_weights_apart_and_not_dtypes(model):
     assert weights_fingerprint(build(small(), seed=1)) != weights_fingerprint(model)
 
 
+def test_fingerprints_know_exits_of_their_own_and_plain_models_have_the_one_they_had(model):
+    plain = "1a96a8346c4f938b9375079a6573c6fe1a97bdba1bae3057e9ac6920ba3dee04"  # before there were
+    assert weights_fingerprint(model) == plain
+    own, other = build(small(own_exits=(1,))), build(small(own_exits=(2,)))
+    assert len({weights_fingerprint(each) for each in (model, own, other)}) == 3
+    before = weights_fingerprint(own)
+    own.own_exits["1"].norm.weight.data.mul_(2)
+    assert weights_fingerprint(own) != before
+
+
 def test_what_does_not_belong_is_refused(model, tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match="there is no"):

@@ -42,7 +42,7 @@ def slow_form(model, prompt, count, leaves):
             weights = (q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)).softmax(-1)
             h = h + block.attention.wo((weights @ v).transpose(1, 2).flatten(2))
             h = h + block.feed_forward(block.ffn_norm(h))
-            said.append(model.exit_logits(h)[0, 0])
+            said.append(model.exit_logits(h, l + 1)[0, 0])
             t = place + 1 - len(prompt)
             if l == L - 1 or (t >= 0 and leaves(l + 1, h[0, 0], before[0, 0], said, t)):
                 left = l + 1

@@ -32,7 +32,7 @@ def slow_form(model, prompt, count, rule):
         _, exits = model.run_layers(h, 0, L, exit_layers=range(L))
         full = model.exit_logits(exits[L - 1][0, -1])
         for E in (*rule.exits, L):
-            logits = model.exit_logits(exits[E - 1][0, -1])
+            logits = model.exit_logits(exits[E - 1][0, -1], E)
             top = logits.softmax(-1).sort(descending=True).values
             confidence = top[0] - top[1] if rule.confidence == "gap" else top[0]
             if E < L:

@@ -1,5 +1,7 @@
 """Sizes, parameters and FLOPs, against published counts and numbers worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -43,3 +45,15 @@ def test_flops_equal_numbers_worked_by_hand():
     head = 6 * 32 * 64
     flops = train_flops_per_token(config, 10, mean_layers=3.5, mean_exits=2)
     assert flops == pytest.approx(3.5 * per_layer + 2 * head)
+
+
+def test_flops_of_exits_of_their_own_and_of_a_frozen_backbone_worked_by_hand():
+    config = replace(SIZES["tiny"], own_exits=(1, 2, 3), own_exit_mlp=True)
+    own = 6 * (3 * 32 * 64 + 2 * 32)
+    plain = train_flops_per_token(config, 10, mean_layers=3, mean_exits=2)
+    both = {"mean_layers": 3, "mean_exits": 2, "mean_own_exits": 1.5}
+    assert train_flops_per_token(config, 10, **both) == pytest.approx(plain + 1.5 * own)
+    # Layers: forward alone, 2 of 6 per weight. Head: forward and the gradient of its input.
+    forward = 3 * 2 * (block_params(config) + 32 * 10) + 2 * 4 * 32 * 64
+    frozen = train_flops_per_token(config, 10, **both, frozen=True)
+    assert frozen == pytest.approx(forward + 1.5 * own)
