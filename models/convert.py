@@ -20,7 +20,7 @@ from models.convert_options import DTYPES, HUGGING_FACE, build_parser
 from models.model_card import write_model_card
 from models.plain_checkpoint import read_checkpoint, write_checkpoint
 from models.proof import our_logits, probe, prove_same_bits, prove_same_logits, transformers_logits
-from models.pruning import layers_to_keep, prune
+from models.pruning import drop_own_exits, layers_to_keep, prune
 from models.publishing import published
 from models.safetensors_folder import read_config, read_weights, write_model
 
@@ -91,8 +91,16 @@ def change(source: Source, args: argparse.Namespace) -> Source:
     """Return the model to write: some layers of the source, with another context.
 
     Raises:
-        ValueError: If it has no such layers, or the context is none.
+        ValueError: If it has no such layers, or the context is none, or its exits have parts of
+            their own that what is to be written has no place for.
     """
+    if args.drop_own_exits:
+        source = leave_own_exits(source)
+    if args.target == HUGGING_FACE and source.config.own_exits:
+        raise ValueError(
+            f"own_exits: {source.config.own_exits} have parts that a Hugging Face Llama has no "
+            "place for, give --drop_own_exits to write the model without them"
+        )
     if args.layers is not None:
         source = keep_layers(source, layers_to_keep(args.layers, source.config.n_layers))
     if args.first_layers is not None:
@@ -116,7 +124,16 @@ def keep_layers(source: Source, keep: list[int]) -> Source:
     """Return the model that has the layers `keep` alone, see `models.pruning`."""
     config, state = prune(source.config, source.state, keep)
     note = f"It has layers {', '.join(map(str, keep))} of a model of {source.config.n_layers}."
+    note = f"{source.note} {note}".lstrip()
     return replace(source, config=config, state=state, note=note, logits=None, checkpoint=None)
+
+
+def leave_own_exits(source: Source) -> Source:
+    """Return the model without what exits have of their own, see `models.pruning`."""
+    exits = ", ".join(map(str, source.config.own_exits))
+    config, state = drop_own_exits(source.config, source.state)
+    note = f"Its exits after {exits} layers had parts of their own, which are left out here."
+    return replace(source, config=config, state=state, note=note, checkpoint=None)
 
 
 def write_hugging_face(model: Source, folder: Path, max_shard_bytes: int) -> list[str]:

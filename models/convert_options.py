@@ -92,3 +92,8 @@ def _add_layers_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_argument(
         "--layers", metavar="LAYERS", help="keep every_other layer, or those given, as 0,2,5"
     )
+    parser.add_argument(
+        "--drop_own_exits",
+        action="store_true",
+        help="leave out what exits have of their own: a plain Llama, the last layer as it is",
+    )

@@ -1,4 +1,4 @@
-"""A smaller plain Llama out of some layers of a bigger one, with the same embedding and head."""
+"""A smaller plain Llama out of a bigger one: some of its layers, or no exits of their own."""
 
 import re
 from collections.abc import Sequence
@@ -41,8 +41,14 @@ def prune(
             are its exit of E layers, and a draft model for it.
 
     Raises:
-        ValueError: If they are not layers of the model in ascending order.
+        ValueError: If they are not layers of the model in ascending order, or its exits have parts
+            of their own, which belong to a number of layers.
     """
+    if config.own_exits:
+        raise ValueError(
+            f"layers: exits after {', '.join(map(str, config.own_exits))} of all layers have parts "
+            "of their own, give --drop_own_exits to leave them out as well"
+        )
     if (
         not keep
         or list(keep) != sorted(set(keep))
@@ -61,3 +67,19 @@ def prune(
         elif int(match[2]) in place:
             kept[f"{match[1]}.{place[int(match[2])]}.{match[3]}"] = tensor
     return replace(config, n_layers=len(keep)), kept
+
+
+def drop_own_exits(
+    config: LlamaConfig, state: dict[str, Tensor]
+) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """Return the plain Llama that a model is but for what exits have of their own.
+
+    Tensors are shared. Every exit reads through the final norm again, as the last layer does.
+
+    Raises:
+        ValueError: If no exit has anything of its own.
+    """
+    if not config.own_exits:
+        raise ValueError("drop_own_exits: no exit of this model has parts of its own, leave it out")
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("own_exits.")}
+    return replace(config, own_exits=(), own_exit_mlp=False), kept
