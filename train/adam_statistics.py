@@ -55,9 +55,9 @@ class AdamStatistics:
 
 
 def group_of(name: str) -> str:
-    """Return the group of a parameter: tok_embeddings, layers_03, routers, norm or lm_head."""
+    """Return the group of a parameter: tok_embeddings, layers_03, own_exits_02, routers, ..."""
     first, *rest = name.split(".")
-    return f"layers_{int(rest[0]):02d}" if first == "layers" else first
+    return f"{first}_{int(rest[0]):02d}" if first in ("layers", "own_exits") else first
 
 
 def bimodality(mean: float, second: float, third: float, fourth: float) -> float:

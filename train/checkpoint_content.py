@@ -56,16 +56,18 @@ def training_tensors(model: Llama, optimizer: OptimizersContainer) -> Tensors:
 def tensor_bytes(model: Llama, optim: OptimConfig) -> int:
     """Return the bytes of fp32 weights and their moments, over all ranks.
 
-    The model may be on the meta device, or sharded.
+    The model may be on the meta device, or sharded. What does not learn has no moments.
     """
-    weights = model.state_dict()
-    return sum(4 * w.numel() * (1 + num_moments(name, optim)) for name, w in weights.items())
+    return sum(
+        4 * p.numel() * (1 + (num_moments(name, optim) if p.requires_grad else 0))
+        for name, p in model.named_parameters()
+    )
 
 
 def checkpoint_bytes(model: Llama, optim: OptimConfig) -> int:
     """Return what a checkpoint takes on disk at most: `tensor_bytes` and some slack."""
     tensors = tensor_bytes(model, optim)
-    return tensors + tensors // 100 + 2**13 * len(model.state_dict()) + 2**20
+    return tensors + tensors // 100 + 2**13 * len(list(model.parameters())) + 2**20
 
 
 def refuse_non_finite(model: Llama, t: int, gather: Callable[[list[str]], list[list[str]]]) -> None:

@@ -90,6 +90,7 @@ class TrainConfig:
             early_exit=self.early_exit,
             L=self.model.n_layers,
             T=self.steps,
+            trained_exits=self.model.own_exits if self.optim.trains == "exits" else None,
         )
 
     def problems(self, world_size: int) -> list[str]:
@@ -140,6 +141,16 @@ class TrainConfig:
                 "router.capacity, density.weight: given for a model without routers, leave them "
                 "out or set model.router to linear or mlp"
             )
+        if self.optim.trains == "exits" and not self.model.own_exits:
+            found.append(
+                "optim.trains: exits, but no exit of the model has parts of its own, set "
+                "model.own_exits"
+            )
+        if self.optim.trains == "exits" and not self.checkpoint.init_from:
+            found.append(
+                "checkpoint.init_from: empty, but with optim.trains exits all else stays as it "
+                "begins, name the run it comes from"
+            )
         if self.data.seq_len > self.model.max_seq_len:
             found.append(
                 f"data.seq_len: {self.data.seq_len} is longer than model.max_seq_len "
@@ -162,10 +173,20 @@ class TrainConfig:
         return found
 
     def _empty_steps(self) -> list[str]:
-        """Return a line if the curriculum has steps whose weights e_tilde are all 0."""
+        """Return a line if the curriculum has steps of no loss: no exit that learns, or no weight.
+
+        e_tilde may be 0 for all that are on.
+        """
         L, T = self.model.n_layers, self.steps
         for t in range(min(self.curriculum.R, T)):
             active = active_layers(t, L=L, T=T, config=self.curriculum)
+            learns = {l + 1 for l in self.layerskip.at(t).exit_layers} & {*self.model.own_exits}
+            if self.optim.trains == "exits" and not learns:
+                return [
+                    f"optim.trains: exits, but at step {t} none of model.own_exits "
+                    f"{self.model.own_exits} is on, set curriculum.C to all and name them in "
+                    "early_exit.exits"
+                ]
             if not any(exit_weights(active, t, L, self.early_exit).values()):
                 return [
                     f"curriculum.last_layer_always_on: False leaves step {t} with the exits "

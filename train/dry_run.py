@@ -8,12 +8,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from models.flops import block_params, router_params, total_params, train_flops_per_token
+from models.flops import (
+    block_params,
+    own_exit_params,
+    router_params,
+    total_params,
+    train_flops_per_token,
+)
 from models.llama import Llama
 from train.checkpoint_content import tensor_bytes
 from train.config import TrainConfig
-from train.layerskip import LayerSkipSchedule, StepPlan
+from train.layerskip import StepPlan
 from train.memory import Need, Work, measure
+from train.parallelize import freeze
 
 GIB = 2**30
 RESERVE = 0.05
@@ -64,14 +71,7 @@ def plan(config: TrainConfig, machine: DryRun) -> str:
     if found := machine.problems():
         raise ValueError("\n".join(found))
     config.check(machine.ranks)
-    schedule = LayerSkipSchedule(
-        layer_dropout=config.layer_dropout,
-        curriculum=config.curriculum,
-        early_exit=config.early_exit,
-        L=config.model.n_layers,
-        T=config.steps,
-    )
-    steps = [schedule.at(t) for t in range(config.steps)]
+    steps = [config.layerskip.at(t) for t in range(config.steps)]
     work = _worst_work(config, steps, machine.ranks)
     need = measure(work, on_gpu=True)
     if need.device.total > machine.memory_gib * GIB * (1 - RESERVE):
@@ -104,13 +104,18 @@ def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> W
 
 def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
     model, data = config.model, config.data
-    total, layer = total_params(model), block_params(model) + router_params(model)
+    total, own = total_params(model), own_exit_params(model)
+    layer = block_params(model) + router_params(model)
     replicate = config.parallel.dp_replicate
     yield (
         "parameters",
         f"{total:,}: {model.n_layers} layers of {layer:,}, "
-        f"embeddings and head {total - model.n_layers * layer:,}",
+        f"embeddings and head {total - own - model.n_layers * layer:,}"
+        + (f", exits of their own {own:,}" if own else ""),
     )
+    trained = own if config.optim.trains == "exits" else total
+    if trained < total:
+        yield "learn", f"{trained:,} of them, what exits have of their own"
     yield "mesh", f"{replicate} replicate x {work.ranks // replicate} shard"
     yield (
         "step",
@@ -119,16 +124,19 @@ def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
     )
     yield "run", f"{config.steps:,} steps, {config.steps * data.tokens_per_step:,} tokens"
     with torch.device("meta"):
-        disk = tensor_bytes(Llama(model), config.optim)
+        whole = Llama(model)
+    freeze(whole, config.optim.trains)
+    disk = tensor_bytes(whole, config.optim)
     yield "checkpoint", f"{_bytes(disk)} on disk (parameters and moments, fp32)"
 
 
 def _amounts(
     config: TrainConfig, steps: Sequence[StepPlan], work: Work, need: Need
 ) -> Iterator[tuple[str, str]]:
-    L = config.model.n_layers
+    L, frozen = config.model.n_layers, config.optim.trains == "exits"
     layers = sum(step.mean_layers for step in steps) / len(steps)
     exits = sum(step.mean_exits for step in steps) / len(steps)
+    own = sum(step.num_own_exits(config.model) for step in steps) / len(steps)
     plain, with_exits, recipe = (
         train_flops_per_token(
             config.model,
@@ -136,14 +144,18 @@ def _amounts(
             mean_layers=a,
             mean_exits=b,
             capacity=config.router.capacity,
+            mean_own_exits=c,
+            frozen=frozen,
         )
-        for a, b in ((L, 1), (L, exits), (layers, exits))
+        for a, b, c in ((L, 1, 0), (L, exits, own), (layers, exits, own))
     )
     yield (
         "FLOPs per token",
         f"{_flops(recipe)} on average: {layers:.2f} of {L} layers, {exits:.2f} exits",
     )
-    yield "", f"{_flops(with_exits)} without layer dropout, {_flops(plain)} without exits either"
+    if not frozen:
+        text = f"{_flops(with_exits)} without layer dropout, {_flops(plain)} without exits either"
+        yield "", text
     per_gpu = recipe * config.data.tokens_per_step / work.ranks
     yield "FLOPs per step", f"{_flops(per_gpu)} on each GPU, not counting what is computed again"
     yield (

@@ -34,7 +34,11 @@ class Follower:
             config.model.n_layers,
             config.data.tokens_per_step,
             Throughput(
-                config.model, config.data.seq_len, job.runtime, capacity=config.router.capacity
+                config.model,
+                config.data.seq_len,
+                job.runtime,
+                capacity=config.router.capacity,
+                trains=config.optim.trains,
             ),
             routed=config.model.router != "none",
         )
@@ -47,7 +51,7 @@ class Follower:
 
     def follow(self, outcomes: Sequence[Outcome]) -> None:
         """Take in steps that have become known; every rank calls this alike."""
-        config, L = self._job.config.recovery, self._job.layerskip.L
+        config, watched = self._job.config.recovery, self._job.layerskip.watched
         for outcome in outcomes:
             self._report.add(outcome, self._job.layerskip.at(outcome.t))
             self.done = outcome.t + 1
@@ -55,7 +59,7 @@ class Follower:
             if not outcome.finite:
                 self._tell_skipped(outcome)
             before = self.state.health
-            health = before.after(outcome, L, config)
+            health = before.after(outcome, watched, config)
             self.state = self.state.with_health(health)
             if trouble := health.trouble(before, config):
                 self._tell("trouble", outcome.t, trouble.reason)

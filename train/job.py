@@ -172,7 +172,9 @@ def _build(
 ) -> Job:
     """Open the data, build the model, and go on from the newest checkpoint."""
     corpus, loader, held_out = _open_data(config, runtime)
-    model = build_model(config.model, config.parallel, runtime, config.seed)
+    model = build_model(
+        config.model, config.parallel, runtime, config.seed, trains=config.optim.trains
+    )
     optimizer = build_optimizer(model, config.optim)
     check_space(config.run_dir, checkpoint_bytes(model, config.optim), runtime)
     identity = RunIdentity(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from loss.curriculum import CurriculumConfig, active_layers
 from loss.early_exit import EarlyExitConfig, exit_weights
 from loss.state_distillation import StatePair, state_pairs
+from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig, p
 
 
@@ -30,8 +31,13 @@ class StepPlan:
 
     @property
     def mean_layers(self) -> float:
-        """Expected number of layers a token runs through."""
-        return len(self.drop_prob) - sum(self.drop_prob)
+        """Expected number of layers a token runs through, up to the deepest the loss reads."""
+        run = self.drop_prob[: max(self.hidden_layers, default=-1) + 1]
+        return len(run) - sum(run)
+
+    def num_own_exits(self, model: LlamaConfig) -> int:
+        """Return how many of the exits have parts of their own."""
+        return sum(l + 1 in model.own_exits for l in self.exit_layers)
 
     @property
     def mean_exits(self) -> float:
@@ -48,11 +54,25 @@ class LayerSkipSchedule:
     early_exit: EarlyExitConfig
     L: int
     T: int
+    trained_exits: tuple[int, ...] | None = None
+    """E of the exits that learn, where nothing else does; the others are then left out, but for the
+    last layer if it teaches them. None: everything learns."""
+
+    @property
+    def watched(self) -> int:
+        """The layer l whose exit tells how the run fares: the last, or the deepest that learns."""
+        if self.trained_exits is None:
+            return self.L - 1
+        on = self.early_exit.exits or self.trained_exits
+        return max((E - 1 for E in self.trained_exits if E in on), default=self.L - 1)
 
     def at(self, t: int) -> StepPlan:
         """Return the plan of step t."""
         active = active_layers(t, L=self.L, T=self.T, config=self.curriculum)
         weights = exit_weights(active, t, self.L, self.early_exit)
+        if self.trained_exits is not None:
+            kept = {*self.trained_exits, *((self.L,) if self.early_exit.distill else ())}
+            weights = {l: weight for l, weight in weights.items() if l + 1 in kept}
         return StepPlan(
             drop_prob=tuple(
                 p(l, t, L=self.L, T=self.T, config=self.layer_dropout) for l in range(self.L)

@@ -26,7 +26,7 @@ from train.gpu_kernels import gpu_kernels
 from train.layerskip import StepPlan
 from train.ledger import Ledger, Peak, find_peak
 from train.optim import build_optimizer
-from train.parallelize import ParallelConfig, shard
+from train.parallelize import ParallelConfig, freeze, shard
 from train.runtime import Runtime
 from train.step import StepConfig, train_step
 from train.titan import OptimizersContainer
@@ -86,7 +86,7 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
     ledger = Ledger(PARTS)
     with _fake_ranks(work.ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = _build(work.model, parallel, _mesh(parallel, work.ranks))
+        model = _build(work, parallel, _mesh(parallel, work.ranks))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, ledger, gpu_kernels() if on_gpu else nullcontext():
             ledger.only_part = "parameters"
@@ -124,10 +124,11 @@ def _mesh(parallel: ParallelConfig, ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp"))
 
 
-def _build(config: LlamaConfig, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
+def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
     """Do as `build_model`, up to where the weights get memory."""
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(work.model)
+    freeze(model, work.step.optim.trains)
     if parallel.activation_checkpointing != "none":
         checkpoint_blocks(model, parallel.activation_checkpointing)
     shard(model, parallel, mesh)

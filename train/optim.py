@@ -14,10 +14,12 @@ from models.llama import Llama
 from train.muon import Muon
 from train.titan import OptimizersContainer, ParamGroupConfig
 
+Trains = Literal["all", "exits"]
+
 # The first that matches decides.
 _NORMS = r"(norm\.weight|bias)$"
-_MATRICES = r"^layers\..*\.w[qkvo123]\.weight$"
-_REST = r".*"  # embeddings and head
+_MATRICES = r"^(layers|own_exits)\..*\.w[qkvo123]\.weight$"
+_REST = r".*"  # embeddings, head, routers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,10 @@ class OptimConfig:
     """Share of all steps that wsd decays over, 0 to 1."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a share of the peak."""
+    trains: Trains = "all"
+    """What learns: all, or what the exits in model.own_exits have of their own, the rest staying as
+    checkpoint.init_from gives it (EE-Tuning, arXiv 2402.00518): only that has gradients and
+    moments, and only those exits are run and have a loss."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -108,10 +114,11 @@ class Optimizers(OptimizersContainer):  # type: ignore[misc]
 
 
 def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
-    """Return fused AdamW over all parameters, or all but the blocks' matrices, and Muon."""
+    """Return fused AdamW over all that learns, or all but the blocks' matrices, and Muon."""
     adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     muon = {"lr": config.lr, "momentum": config.muon_momentum}
     rest_decay = config.embedding_weight_decay
+    learn = {_pattern_of(n) for n, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
         ParamGroupConfig(
             pattern=pattern,
@@ -123,13 +130,18 @@ def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
             (_MATRICES, "Muon" if config.name == "muon" else "AdamW", config.weight_decay),
             (_REST, "AdamW", config.weight_decay if rest_decay is None else rest_decay),
         )
+        if pattern in learn
     ]
     return Optimizers(Optimizers.Config(param_groups=groups), model_parts=[model])
 
 
 def num_moments(name: str, config: OptimConfig) -> int:
     """Return how many moments are kept for each weight of the parameter of this name."""
-    return 1 if config.name == "muon" and re.search(_MATRICES, name) else 2
+    return 1 if config.name == "muon" and _pattern_of(name) == _MATRICES else 2
+
+
+def _pattern_of(name: str) -> str:
+    return next(pattern for pattern in (_NORMS, _MATRICES, _REST) if re.search(pattern, name))
 
 
 def set_lr(optimizer: OptimizersContainer, value: float) -> None:

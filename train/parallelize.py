@@ -1,9 +1,12 @@
 """Parallelism, applied to the model from outside: device mesh, FSDP2, initial weights.
 
 Each block is one FSDP unit. Embedding, final norm and LM head stay in the root unit, which is
-gathered once and reduced once per microbatch however many exits a step has, tied or not.
+gathered once and reduced once per microbatch however many exits a step has, tied or not. So do the
+norms of exits of their own; where these have feed-forward layers too, each exit's parts are a unit,
+which a step without that exit does not call on any rank, and whose gradients are then None.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -18,10 +21,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Module
 
 from models.config import LlamaConfig
 from models.llama import Llama
 from train.blocks import checkpoint_blocks, compile_blocks, convert_blocks_to_float8
+from train.optim import Trains
 from train.runtime import Runtime
 from train.titan import ParallelDims
 
@@ -89,15 +94,23 @@ def build_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
 
 
 def build_model(
-    model_config: LlamaConfig, config: ParallelConfig, runtime: Runtime, seed: int
+    model_config: LlamaConfig,
+    config: ParallelConfig,
+    runtime: Runtime,
+    seed: int,
+    *,
+    trains: Trains = "all",
 ) -> Llama:
     """Build the model on the meta device, shard it, then give each rank its part of the weights.
+
+    What does not learn, see OptimConfig, has no gradients.
 
     Raises:
         ValueError: If float8 is asked for and the device or the model's shape cannot have it.
     """
     with torch.device("meta"):
         model = Llama(model_config)
+    freeze(model, trains)
     if config.float8:
         convert_blocks_to_float8(model, runtime.device)
     if config.activation_checkpointing != "none":
@@ -112,6 +125,12 @@ def build_model(
     return model
 
 
+def freeze(model: Llama, trains: Trains) -> None:
+    """Let what does not learn have no gradients, in place; before it is sharded."""
+    model.requires_grad_(trains == "all")
+    model.own_exits.requires_grad_(True)
+
+
 def shard(model: Llama, config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Make each block, and the rest as the root, a unit of FSDP2, in place."""
     on_gpu = mesh.device_type == "cuda"
@@ -122,9 +141,10 @@ def shard(model: Llama, config: ParallelConfig, mesh: DeviceMesh) -> None:
         param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
     )
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
-    for block in model.layers.values():
+    own = model.own_exits.values() if model.config.own_exit_mlp else ()
+    for unit in (*model.layers.values(), *own):
         fully_shard(
-            block,
+            unit,
             mesh=mesh,
             mp_policy=policy,
             offload_policy=offload,
@@ -135,19 +155,34 @@ def shard(model: Llama, config: ParallelConfig, mesh: DeviceMesh) -> None:
     )
 
 
-def set_gradient_sync(model: Llama, is_last: bool, *, every_microbatch: bool = False) -> None:
+def set_gradient_sync(
+    model: Llama, exit_layers: Collection[int], is_last: bool, *, every_microbatch: bool = False
+) -> None:
     """Say whether the next backward reduces gradients over the ranks.
 
     Copies of the sharded model (HSDP, DDP) are summed over after the last microbatch alone.
 
     Args:
         model: What `build_model` returned.
+        exit_layers: Layer indices l of the exits of the step, on every rank.
         is_last: Whether it is the last microbatch of the step.
         every_microbatch: ParallelConfig.reduce_every_microbatch.
     """
     model.set_requires_gradient_sync(is_last or every_microbatch)  # type: ignore[operator]
     model.set_requires_all_reduce(is_last)  # type: ignore[operator]
     model.set_is_last_backward(is_last)  # type: ignore[operator]
+    for unit in _idle_units(model, exit_layers):
+        # FSDP2 fails where it is to keep the gradients of a unit that has never been called.
+        unit.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]
+
+
+def _idle_units(model: Llama, exit_layers: Collection[int]) -> list[Module]:
+    """Return the units that a step with these exits does not call."""
+    deepest = max(exit_layers, default=-1)
+    idle = [block for l, block in model.layers.items() if int(l) > deepest]
+    if model.config.own_exit_mlp:
+        idle += [parts for E, parts in model.own_exits.items() if int(E) - 1 not in exit_layers]
+    return idle
 
 
 def _write_shard(parameter: Tensor, full: Tensor) -> None:

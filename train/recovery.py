@@ -27,9 +27,10 @@ class RecoveryConfig:
     on_spike: Literal["ignore", "warn", "rollback"] = "warn"
     """What a spike does: nothing, a warning, or a rollback past the batches around it."""
     spike_score: float = 6.0
-    """A step is suspicious when its last-layer loss and its gradient norm both lie this many
-    robust standard deviations (1.48 median absolute deviations, at least 2% of the median) above
-    the median of the steps before. 6 over 128 steps is OLMo 2's (arXiv 2501.00656)."""
+    """A step is suspicious when its last-layer loss (where exits alone learn, the deepest one's)
+    and its gradient norm both lie this many robust standard deviations (1.48 median absolute
+    deviations, at least 2% of the median) above the median of the steps before. 6 over 128 steps
+    is OLMo 2's (arXiv 2501.00656)."""
     spike_steps: int = 3
     """Suspicious steps in a row that make a spike."""
     window_steps: int = 128
@@ -67,7 +68,7 @@ class Health:
     """What the last steps looked like; part of every checkpoint."""
 
     losses: tuple[float, ...] = ()
-    """Last-layer loss of the finite steps in the window, oldest first."""
+    """Watched loss of the finite steps in the window, oldest first."""
     grad_norms: tuple[float, ...] = ()
     """Their gradient norms."""
     skipped_in_a_row: int = 0
@@ -75,13 +76,13 @@ class Health:
     suspicious_in_a_row: int = 0
     """Suspicious steps, up to now."""
 
-    def after(self, outcome: Outcome, L: int, config: RecoveryConfig) -> "Health":
-        """Return the health after one more step."""
+    def after(self, outcome: Outcome, watched: int, config: RecoveryConfig) -> "Health":
+        """Return the health after one more step, by the loss of the exit after layer `watched`."""
         if not outcome.finite:
             return Health(self.losses, self.grad_norms, self.skipped_in_a_row + 1, 0)
-        if L - 1 not in outcome.exit_losses:  # this step's curriculum left the last layer out
+        if watched not in outcome.exit_losses:  # this step's curriculum left it out
             return Health(self.losses, self.grad_norms, 0, self.suspicious_in_a_row)
-        loss, norm = outcome.exit_losses[L - 1], outcome.grad_norm
+        loss, norm = outcome.exit_losses[watched], outcome.grad_norm
         suspicious = (
             len(self.losses) >= config.window_steps // 4
             and score(loss, self.losses) > config.spike_score

@@ -23,9 +23,7 @@ class StepReport:
         """Take in one step and the plan it followed."""
         self._outcomes.append(outcome)
         self._plan = plan
-        self._throughput.add(
-            self._tokens_per_step, mean_layers=plan.mean_layers, mean_exits=plan.mean_exits
-        )
+        self._throughput.add(self._tokens_per_step, plan)
 
     def read(self, done_steps: int, *, lr: float, seconds: float) -> dict[str, float]:
         """Return the means since the last reading, over the steps that updated the weights.

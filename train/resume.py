@@ -5,7 +5,7 @@ training stops: it never starts at step 0 in silence.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from models.checkpoint_format import (
     checkpoint_steps,
     find_checkpoint,
 )
+from models.exit_parts import ExitParts
 from models.llama import Llama
 from train.checkpoint_content import RunIdentity, Tensors, training_tensors
 from train.checkpoint_folder import ABANDONED, DAMAGED, clean_up, first_failure, set_aside
@@ -118,6 +119,9 @@ def rollback(
 def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None:
     """Start from another run's weights: the tensors of the model alone.
 
+    Where exits are to have parts of their own and that run's have not, they begin as copies of its
+    final norm and its last layer's feed-forward, as in EE-Tuning (arXiv 2402.00518).
+
     Raises:
         ValueError: On rank 0, if there is no intact checkpoint, or its model has another shape.
         SystemExit: On the other ranks then.
@@ -125,12 +129,16 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     path = runtime.on_every_rank(lambda: find_checkpoint(Path(source)))
     path = runtime.gather(path)[0]
     found = verify_together(path, runtime)
-    state = model.state_dict()
+    state, shape = model.state_dict(), model.config
+    copies = isinstance(found, Manifest) and shape.own_exits and not found.model.own_exits
+    if copies:
+        state = {name: value for name, value in state.items() if not name.startswith("own_exits.")}
+        shape = replace(shape, own_exits=(), own_exit_mlp=False)
 
     def check() -> None:
         if isinstance(found, str):
             raise ValueError(found)
-        if found.model != model.config:
+        if found.model != shape:
             raise ValueError(
                 f"checkpoint.init_from: {path} holds {found.model}, not the model asked for, "
                 "choose the matching size"
@@ -140,6 +148,22 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     runtime.on_every_rank(check)
     _load(path, {"model": state}, runtime)
     logger.info("checkpoint: starting from the weights of %s", path)
+    if copies:
+        _copy_into_exits(model)
+        logger.info(
+            "checkpoint: the exits after %s layers, which it has not, begin as copies of %s",
+            ", ".join(map(str, model.config.own_exits)),
+            "its last layer's feed-forward and its final norm"
+            if model.config.own_exit_mlp
+            else "its final norm",
+        )
+
+
+def _copy_into_exits(model: Llama) -> None:
+    last = model.block(model.config.n_layers - 1)
+    for parts in model.own_exits.values():
+        assert isinstance(parts, ExitParts)
+        parts.copy_from(model.norm, last)
 
 
 def newest_intact(

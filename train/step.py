@@ -121,6 +121,7 @@ def accumulate_gradients(
     for m, microbatch in enumerate(microbatches):
         set_gradient_sync(
             model,
+            plan.hidden_layers,
             m == len(microbatches) - 1,
             every_microbatch=config.reduce_every_microbatch,
         )

@@ -2,6 +2,8 @@
 
 from models.config import LlamaConfig
 from models.flops import train_flops_per_token
+from train.layerskip import StepPlan
+from train.optim import Trains
 from train.runtime import Runtime
 from train.titan import get_peak_flops
 
@@ -10,24 +12,33 @@ class Throughput:
     """Counts work over all ranks."""
 
     def __init__(
-        self, model: LlamaConfig, seq_len: int, runtime: Runtime, *, capacity: float
+        self,
+        model: LlamaConfig,
+        seq_len: int,
+        runtime: Runtime,
+        *,
+        capacity: float = 1.0,
+        trains: Trains = "all",
     ) -> None:
         """Count from here on."""
         self._capacity = capacity
         self._model, self._seq_len, self._runtime = model, seq_len, runtime
+        self._frozen = trains == "exits"
         self._peak_flops = None
         if runtime.device.type == "cuda":
             self._peak_flops = get_peak_flops(runtime.device_name()) * runtime.world_size
         self._tokens, self._flops = 0, 0.0
 
-    def add(self, tokens: int, *, mean_layers: float, mean_exits: float) -> None:
-        """Count `tokens` that ran through `mean_layers` layers and `mean_exits` heads each."""
+    def add(self, tokens: int, plan: StepPlan) -> None:
+        """Count `tokens` that ran through the layers and heads of a plan each."""
         self._tokens += tokens
         self._flops += tokens * train_flops_per_token(
             self._model,
             self._seq_len,
-            mean_layers=mean_layers,
-            mean_exits=mean_exits,
+            mean_layers=plan.mean_layers,
+            mean_exits=plan.mean_exits,
+            mean_own_exits=plan.num_own_exits(self._model),
+            frozen=self._frozen,
             capacity=self._capacity,
         )
 

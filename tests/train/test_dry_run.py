@@ -11,6 +11,7 @@ from loss.early_exit import EarlyExitConfig
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
 from train import main as command
+from train.checkpointer import CheckpointConfig
 from train.config import TrainConfig
 from train.corpus import DataConfig
 from train.dry_run import DryRun, plan
@@ -75,6 +76,30 @@ def test_exits_that_see_a_share_of_the_tokens_count_by_that_share():
     # 3 or 2 exits in turn, the last of which sees every token: 2 or 1.5.
     layer, head = 6 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 6 * 64 * 32, 6 * 64 * 500
     assert f"{(3 * layer + 1.75 * head) / 1e6:.2f} M on average: 3.00 of 4 layers, 1.75 ex" in text
+
+
+def test_the_plan_of_a_frozen_backbone_counts_what_learns():
+    model = dataclasses.replace(make_config().model, own_exits=(1, 3), own_exit_mlp=True)
+    text = plan(
+        make_config(
+            model=model,
+            optim=OptimConfig(lr=1e-3, trains="exits"),
+            layer_dropout=LayerDropoutConfig(),
+            curriculum=CurriculumConfig(C="all"),
+            checkpoint=CheckpointConfig(init_from="another"),
+        ),
+        DryRun(ranks=4),
+    )
+    block, own = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64, 2 * (3 * 64 * 128 + 2 * 64)
+    total = 4 * block + 2 * 500 * 64 + 64 + own
+    assert f"{total:,}: 4 layers of {block:,}" in text
+    assert f"embeddings and head {2 * 500 * 64 + 64:,}, exits of their own {own:,}" in text
+    assert re.search(rf"learn +{own:,} of them", text)
+    assert f"{(4 * total + 8 * own) / 2**20:.2f} MiB on disk" in text
+    flops = 3 * 2 * (block + 64 * 32) + 2 * 4 * 64 * 500 + 6 * own
+    assert f"{flops / 1e6:.2f} M on average: 3.00 of 4 layers, 2.00 exits" in text
+    [moments] = re.findall(r"Adam moments \(fp32\) +([0-9.]+) MiB", text)
+    assert float(moments) == pytest.approx(8 * own / 4 / 2**20, abs=0.01)
 
 
 def test_muon_keeps_one_moment_of_the_blocks_matrices():

@@ -43,7 +43,7 @@ def follow(outcomes, config=CONFIG):
     """Return the step and the trouble of everything that is called trouble."""
     health, found = Health(), []
     for one in outcomes:
-        before, health = health, health.after(one, L, config)
+        before, health = health, health.after(one, L - 1, config)
         if trouble := health.trouble(before, config):
             found.append((one.t, trouble))
     return found
@@ -136,10 +136,10 @@ def test_judging_goes_on_from_a_saved_state_as_if_nothing_had_happened():
     health = Health()
     for one in steps:
         saved = json.loads(json.dumps(RunState(health).as_dict()))
-        assert run_state_from_dict(saved).health.after(one, L, CONFIG) == health.after(
-            one, L, CONFIG
+        assert run_state_from_dict(saved).health.after(one, L - 1, CONFIG) == health.after(
+            one, L - 1, CONFIG
         )
-        health = health.after(one, L, CONFIG)
+        health = health.after(one, L - 1, CONFIG)
 
 
 def test_the_way_back_is_as_long_as_asked_or_as_far_as_it_goes():
