@@ -111,6 +111,22 @@ def continual_demo() -> TrainConfig:
     )
 
 
+def ee_tuning_demo() -> TrainConfig:
+    """EE-Tuning in minutes: `dense_demo`, frozen, gets three exits with parts of their own."""
+    exits = (2, 4, 6)
+    return dataclasses.replace(
+        demo(),
+        name="ee_tuning_demo",
+        steps=200,
+        model=dataclasses.replace(demo().model, own_exits=exits, own_exit_mlp=True),
+        optim=OptimConfig(lr=2e-3, warmup_steps=20, trains="exits"),
+        layer_dropout=LayerDropoutConfig(),
+        curriculum=CurriculumConfig(C="all"),
+        early_exit=EarlyExitConfig(weights="fixed", exits=exits, exit_weights=(1.0, 1.0, 1.0)),
+        checkpoint=CheckpointConfig(interval_steps=100, init_from="outputs/dense_demo"),
+    )
+
+
 def parsing_demo() -> TrainConfig:
     """Finetuning on a task in minutes: `demo` learns the pairs of `data.semantic_parsing`."""
     data = DataConfig(path="outputs/data/parsing", seq_len=256, global_batch_size=8)
@@ -214,6 +230,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
         finetune_code,
         finetune_topv2,
         continual_demo,
+        ee_tuning_demo,
         parsing_demo,
         unified_demo,
     )
