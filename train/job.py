@@ -172,11 +172,7 @@ def _build(
 ) -> Job:
     """Open the data, build the model, and go on from the newest checkpoint."""
     corpus, loader, held_out = _open_data(config, runtime)
-    model = build_model(
-        config.model, config.parallel, runtime, config.seed, trains=config.optim.trains
-    )
-    optimizer = build_optimizer(model, config.optim)
-    check_space(config.run_dir, checkpoint_bytes(model, config.optim), runtime)
+    model, optimizer = _build_model(config, runtime)
     identity = RunIdentity(
         model=config.model,
         config=config.as_dict(),
@@ -212,6 +208,15 @@ def _build(
         checkpoints=stack.enter_context(writer),
         resumed=resumed,
     )
+
+
+def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, OptimizersContainer]:
+    """Build the model and its optimizer, if there is room for their checkpoints."""
+    model = build_model(
+        config.model, config.parallel, runtime, config.seed, trains=config.optim.trains
+    )
+    check_space(config.run_dir, checkpoint_bytes(model, config.optim), runtime)
+    return model, build_optimizer(model, config.optim)
 
 
 def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoader, HeldOut]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoint_format import model_config_from_dict
+from models.config import config_from_dict
 from models.document_mask import attend, document_mask, query_mask
 from models.hugging_face import hugging_face_config
 from models.layer_dropout import draw_kept_rows
@@ -224,10 +224,10 @@ def test_pruning_keeps_the_routers_of_the_layers_kept():
 def test_a_shape_written_before_there_were_routers_is_read():
     for router in ("none", "mlp"):
         config = small(router=router)
-        assert model_config_from_dict(dataclasses.asdict(config)) == config
+        assert config_from_dict(dataclasses.asdict(config)) == config
     fields = dataclasses.asdict(small())
     del fields["router"]
-    assert model_config_from_dict(fields) == small()
+    assert config_from_dict(fields) == small()
 
 
 def test_hugging_face_has_no_place_for_routers():
