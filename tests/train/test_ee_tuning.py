@@ -86,7 +86,7 @@ def slow_loss(model, config, t):
     """Return J of step t with torch's own cross entropy and divergence."""
     J, rows = 0.0, 0
     for batch in make_loader(config).batch(t):
-        states = model(batch.tokens, exit_layers=[], state_layers=range(4)).states
+        _, states = model.run_layers(model.embed(batch.tokens), 0, 4, exit_layers=range(4))
         labels = batch.labels.flatten()
         teacher = model.exit_logits(states[3]).flatten(0, 1).detach().softmax(-1)
         for E, weight in slow_weights(config, t).items():
@@ -108,7 +108,7 @@ def check_gradients(runtime, configs):
         t = STEPS[0]
         batch = make_loader(config, runtime.rank, runtime.world_size).batch(t)
         keywords = {"config": config.step, "runtime": runtime}
-        J, _, _ = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
+        J, *_ = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
         slow_J = slow_loss(slow, config, t)
         slow_J.backward()
         if not config.early_exit.distill:  # the teacher's own loss is among those reported
@@ -214,7 +214,7 @@ def check_half_precision(runtime, configs):
             plan, batch = config.layerskip.at(t), loader.batch(t)
             assert len(batch) > 1
             asked = {"config": config.step, "runtime": runtime}
-            J, _, _ = accumulate_gradients(model, batch, plan, t, **asked)
+            J, *_ = accumulate_gradients(model, batch, plan, t, **asked)
             assert J.isfinite()
             for name, parameter in model.named_parameters():
                 part, number, *_ = name.split(".")
@@ -292,7 +292,7 @@ def check_resume(runtime, folder, mlp):
     go_on(model, optimizer, (2, 3))
     assert tiny.fingerprint(model, optimizer) == straight
     size = sum(f.stat().st_size for f in (folder / "checkpoints" / "step-00000002").iterdir())
-    assert size <= checkpoint_bytes(model)
+    assert size <= checkpoint_bytes(model, config.optim)
 
 
 @pytest.mark.parametrize("mlp", [False, True])
@@ -301,12 +301,14 @@ def test_a_resumed_run_is_bit_exact(tmp_path, mlp):
 
 
 def test_the_space_for_a_checkpoint_is_less_by_the_moments_that_there_are_not():
+    config = config_of("all")
     with torch.device("meta"):
-        model = Llama(config_of("all").model)
-    whole = checkpoint_bytes(model)
+        model = Llama(config.model)
+    whole = checkpoint_bytes(model, config.optim)
     freeze(model, "exits")
     backbone = sum(p.numel() for n, p in model.named_parameters() if "own_exits" not in n)
-    assert whole - checkpoint_bytes(model) == pytest.approx(1.01 * 8 * backbone, abs=1)
+    saved = whole - checkpoint_bytes(model, config.optim)
+    assert saved == pytest.approx(1.01 * 8 * backbone, abs=1)
 
 
 @pytest.fixture(scope="module")
