@@ -69,21 +69,25 @@ class StaticKVCache:
             index l to that layer's storage.
         """
         mask = self._slot_index[: self.window] <= positions[:, None, :, None]
-        batch, kv_heads, _, head_dim = self.keys[0].shape
-        index = positions[:, None, :, None].expand(batch, kv_heads, -1, head_dim)
+        batch, kv_heads = self.keys[0].shape[:2]
+        rows = torch.arange(batch, device=positions.device)[:, None, None]
+        heads = torch.arange(kv_heads, device=positions.device)[:, None]
+        index = (rows, heads, positions[:, None])
         return mask, lambda l: LayerSlots(self.keys[l], self.values[l], index, self.window)
 
 
 class LayerSlots:
     """One layer's buffers, opened for the tokens of one pass."""
 
-    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, window: int) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, index: tuple[Tensor, ...], window: int
+    ) -> None:
         """Keep what `update` needs.
 
         Args:
             keys: (batch, kv_heads, slots, head_dim).
             values: (batch, kv_heads, slots, head_dim).
-            index: (batch, kv_heads, seq, head_dim) int64, the slot of each token.
+            index: Row, head and slot of each token, int64, together (batch, kv_heads, seq).
             window: Number of slots to read.
         """
         self._keys, self._values, self._index, self._window = keys, values, index, window
@@ -94,6 +98,7 @@ class LayerSlots:
         Returns:
             Keys and values of the window: views, (batch, kv_heads, window, head_dim).
         """
-        self._keys.scatter_(2, self._index, k)
-        self._values.scatter_(2, self._index, v)
+        # Compiled, a scatter_ would copy all slots, twice, and this does not.
+        self._keys.index_put_(self._index, k)
+        self._values.index_put_(self._index, v)
         return self._keys[:, :, : self._window], self._values[:, :, : self._window]
