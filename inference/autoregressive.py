@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from inference.sampling import sample
-from inference.state import Decoder, DecodeState, Round
+from inference.state import Decoder, DecodeState, FixedRounds, Round
 from models.llama import NOTHING, SkippedParts
 
 
@@ -35,7 +35,7 @@ class Autoregressive:
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
-        return partial(decode_one, state, state.model.config.n_layers, NOTHING)
+        return one_by_one(state, state.model.config.n_layers, NOTHING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,12 @@ class EarlyExit:
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         assert self.E is not None
-        return partial(decode_one, state, self.E, NOTHING)
+        return one_by_one(state, self.E, NOTHING)
+
+
+def one_by_one(state: DecodeState, depth: int, skipped: SkippedParts) -> Decoder:
+    """Return a decoder of one token a round from the first layers, less those skipped."""
+    return FixedRounds(1, partial(decode_one, state, depth, skipped))
 
 
 def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, room: int) -> Round:

@@ -231,6 +231,7 @@ def _measure_and_print(
         report=report_line,
         with_static=True,
         score=partial(prompt_set.scores, run),
+        graphs=run.graphs,
     )
     print(table(found) + "\n")
     return found

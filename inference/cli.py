@@ -6,12 +6,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from inference.compiled import compile_layers
+from inference.graphs import round_graphs
 from inference.quantized import BITS
 from inference.run import DTYPES, Run, load_run
 from inference.sampling import Sampling
@@ -109,16 +111,21 @@ def add_compile_argument(parser: Parser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the layers: faster, after seconds for each shape of a pass",
+        help="compile the layers, and on CUDA run whole rounds as graphs: faster, after seconds for"
+        " each shape of a pass",
     )
 
 
 def decoding_run_from(args: argparse.Namespace) -> Run:
-    """Load the run the arguments name, its layers compiled where `add_compile_argument` says so."""
+    """Load the run the arguments name, its layers compiled where `add_compile_argument` says so.
+
+    On a device that has graphs, rounds are kept as such then.
+    """
     run = run_from(args)
-    if args.compile:
-        compile_layers(run.model)
-    return run
+    if not args.compile:
+        return run
+    compile_layers(run.model)
+    return replace(run, graphs=round_graphs(run.model.norm.weight.device))
 
 
 def run_from(args: argparse.Namespace) -> Run:

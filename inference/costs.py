@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inference.autoregressive import EarlyExit
 from inference.decode import wait_for
+from inference.graphs import RoundGraphs
 from inference.rows import fill_rows, open_state
 from inference.sampling import Sampling
 from inference.state import DecodeState
@@ -64,8 +65,10 @@ class Prediction:
 
 
 @torch.inference_mode()
-def measure_costs(model: Llama, rows: Sequence[Sequence[int]], max_d: int) -> Costs:
-    """Time steps and passes after `rows`, taking turns; medians."""
+def measure_costs(
+    model: Llama, rows: Sequence[Sequence[int]], max_d: int, graphs: RoundGraphs | None = None
+) -> Costs:
+    """Time steps and passes after `rows`, taking turns; medians. With `graphs`, each is one."""
     L = model.config.n_layers
     slots = max(map(len, rows)) + max_d + 1
     state = open_state(model, len(rows), slots=slots, sampling=Sampling(), seed=0)
@@ -76,6 +79,11 @@ def measure_costs(model: Llama, rows: Sequence[Sequence[int]], max_d: int) -> Co
     for n in range(1, max_d + 2):
         passes["layers", n] = _layers(state, n)
         passes["head", n] = _head(state, n)
+    if graphs is not None:
+        recorder = graphs.new_recorder()
+        for run in passes.values():
+            run()
+        passes = {key: recorder.record(run, state) for key, run in passes.items()}
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in passes}
     for _ in range(_TIMINGS):
         for key, run in passes.items():

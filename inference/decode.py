@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from inference.counters import Counters
+from inference.graphs import GraphedBatch, RoundGraphs
+from inference.host_copy import HostCopy
 from inference.rows import fill_row, fill_rows, open_state
 from inference.sampling import Sampling
-from inference.state import Round, Strategy
+from inference.state import Round, Strategy, moving_on
 from models.config import LlamaConfig
 from models.llama import Llama
 
@@ -47,6 +49,8 @@ class Generation:
         seed: Of every random draw.
         reads_late: Start each round before the tokens of the one before are read, so that a
             device need not wait for the host; the default on CUDA.
+        graphs: Where rounds are kept as graphs, for this generation and later ones; none are made
+            if not given.
 
     Raises:
         ValueError: a prompt, the strategy's settings or max_new_tokens do not fit the model.
@@ -64,6 +68,7 @@ class Generation:
         sampling: Sampling | None = None,
         seed: int = 0,
         reads_late: bool | None = None,
+        graphs: RoundGraphs | None = None,
     ) -> None:
         """Check everything and compute nothing yet; see the class."""
         config = model.config
@@ -87,10 +92,15 @@ class Generation:
         device = model.norm.weight.device
         self._reads_late = device.type == "cuda" if reads_late is None else reads_late
         self._unread: deque[_Unread] = deque()
-        self._state = open_state(
-            model, rows, slots=max(self._ends), sampling=sampling or Sampling(), seed=seed
-        )
-        self._decoder = strategy.start(self._state)
+        sampling, slots = sampling or Sampling(), max(self._ends)
+        self._graphs = graphs
+        self._batch: GraphedBatch | None = None
+        if graphs is None:
+            self._state = open_state(model, rows, slots=slots, sampling=sampling, seed=seed)
+            self._run_round = moving_on(self._state, strategy.start(self._state))
+        else:
+            self._batch = graphs.take(model, rows, slots=slots, sampling=sampling, seed=seed)
+            self._state, self._run_round = self._batch.state, self._batch.start(strategy)
 
     def __iter__(self) -> Iterator[list[Emission]]:
         """Return itself: a loop that was left goes on where it was."""
@@ -100,6 +110,7 @@ class Generation:
     def __next__(self) -> list[Emission]:
         """Run one round, after the prompts before the first; return what each prompt was given."""
         if not any(prompt is not None for prompt in self._rows):
+            self._give_back()
             raise StopIteration
         if self.counters.rounds == 0:
             with self._timing_prefill():
@@ -126,10 +137,15 @@ class Generation:
             pass
         return self
 
+    def _give_back(self) -> None:
+        """Let another generation have the batch with its graphs."""
+        if self._graphs is not None and self._batch is not None:
+            self._graphs.give_back(self._batch)
+            self._batch = None
+
     def _launch(self) -> None:
-        """Start a round and move the rows on; nothing is read."""
-        result = self._decoder(self._room())
-        self._state.advance(result)
+        """Start a round, which moves the rows on; nothing is read."""
+        result = self._run_round(self._room())
         self._unread.append(_Unread(result, list(self._rows)))
 
     def _room(self) -> int:
@@ -141,10 +157,7 @@ class Generation:
     def _read(self) -> list[Emission]:
         """Take in the oldest unread round; rows whose prompts are done get the next ones."""
         unread, counters = self._unread.popleft(), self.counters
-        result = unread.result
-        tokens, accepted = result.tokens.tolist(), result.accepted.tolist()
-        drafted = result.drafted.tolist()
-        depths = None if result.depths is None else result.depths.tolist()
+        tokens, accepted, drafted, depths = unread.read()
         emissions = []
         for row, prompt in enumerate(unread.rows):
             if prompt is None or prompt != self._rows[row]:
@@ -189,7 +202,7 @@ class Generation:
             else:
                 state.finished[row] = True
                 state.positions[row] = 0
-        unread = sum(round.result.tokens.shape[1] for round in self._unread)
+        unread = sum(round.n for round in self._unread)
         places = [
             len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1
             for prompt in self._rows
@@ -207,13 +220,32 @@ class Generation:
         self.counters.prefill_seconds += time.perf_counter() - start
 
 
-@dataclass(frozen=True)
 class _Unread:
-    """A round whose tokens the host has not seen."""
+    """A round whose tokens the host has not seen; the round's own tensors may be written again.
 
-    result: Round
-    rows: list[int | None]
-    """The prompt that was in each row."""
+    Args:
+        result: The round.
+        rows: The prompt that was in each row.
+    """
+
+    def __init__(self, result: Round, rows: list[int | None]) -> None:
+        """Send for its numbers; see the class."""
+        self.rows, self.n = rows, result.tokens.shape[1]
+        parts = [result.tokens, result.accepted[:, None], result.drafted[:, None]]
+        if result.depths is not None:
+            parts.append(result.depths)
+        self._numbers = HostCopy(torch.cat(parts, dim=1))
+
+    def read(self) -> tuple[list[list[int]], list[int], list[int], list[list[int]] | None]:
+        """Return tokens, accepted, drafted and depths of all rows, as in `Round`."""
+        numbers, n = self._numbers.read(), self.n
+        depths = [row[n + 2 :] for row in numbers]
+        return (
+            [row[:n] for row in numbers],
+            [row[n] for row in numbers],
+            [row[n + 1] for row in numbers],
+            depths if depths[0] else None,
+        )
 
 
 def wait_for(device: torch.device) -> None:

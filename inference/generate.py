@@ -133,6 +133,7 @@ def generate(args: argparse.Namespace) -> None:
         stop_tokens=[run.tokenizer.eos_id],
         sampling=sampling_from(args),
         seed=args.seed,
+        graphs=run.graphs,
     )
     if tuned is not None:
         print(f"strategy, tuned for this checkpoint: {tuned}", file=sys.stderr)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from inference.adapters import load_adapter, save_adapter
 from inference.autoregressive import a_quarter
 from inference.sampling import sample
-from inference.state import Decoder, DecodeState, Round
+from inference.state import Decoder, DecodeState, FixedRounds, Round
 from models.llama import NOTHING, Llama, SkippedParts
 
 FITTED_BY = "give a file that python -m inference.fit_jump wrote"
@@ -87,7 +87,8 @@ class Jump:
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         assert self.path is not None
-        return partial(self._decode_one, state, load_jump(self.path, state.model))
+        jump = load_jump(self.path, state.model)
+        return FixedRounds(1, partial(self._decode_one, state, jump))
 
     def _decode_one(self, state: DecodeState, jump: JumpMap, room: int) -> Round:
         assert self.E is not None

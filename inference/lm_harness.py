@@ -149,6 +149,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 batch_size=self._batch,
                 stop_tokens=[self.eot_token_id],
                 sampling=Sampling(temperature=temperature, top_p=top_p),
+                graphs=self._run.graphs,
             ).finish()
             for i, tokens in zip(indices, generation.tokens, strict=True):
                 text = self._run.tokenizer.decode([t for t in tokens if t != self.eot_token_id])

@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,6 +11,8 @@ from inference.autoregressive import Autoregressive, EarlyExit
 from inference.calibration import read_continuation
 from inference.counters import Counters, speedup_bound
 from inference.decode import Generation, wait_for
+from inference.graphs import RoundGraphs, graphed
+from inference.peak_memory import peak_since, watch_memory
 from inference.rows import fill_rows, open_state
 from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
@@ -89,7 +90,8 @@ class ArmResult:
     """Of a task; empty for plain prompts."""
     peak_bytes: int | None
     """CUDA: most memory allocated while decoding, weights included. CPU: growth of the process's
-    peak resident set, what earlier arms left to it not counted; None where Linux does not tell."""
+    peak resident set, what earlier arms left to it not counted; None where Linux does not tell.
+    Graphs share their memory: it counts for every arm what the arm that needs most needs."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def measure(
     report: Callable[[str], None],
     with_static: bool = False,
     score: Score | None = None,
+    graphs: RoundGraphs | None = None,
 ) -> list[ArmResult]:
     """Decode the workload with every arm, `repeats` times, the arms taking turns.
 
@@ -121,25 +124,27 @@ def measure(
         report: Called with a line of progress after every repeat.
         with_static: Measure early exit at the mean depth of every arm as well.
         score: Rates what an arm wrote.
+        graphs: Where rounds are kept as graphs, if they are to be any.
     """
     arms, start = list(arms), time.perf_counter()
     # Warm-up: the first call of a shape is slow.
-    first = {arm: _decode(model, arm, workload) for arm in arms}
+    first = {arm: _decode(model, arm, workload, graphs) for arm in arms}
     if with_static:
         arms = [*dict.fromkeys([*arms, *_static_arms(first, model.config.n_layers)])]
-        first = {arm: first.get(arm) or _decode(model, arm, workload) for arm in arms}
+        first = {arm: first.get(arm) or _decode(model, arm, workload, graphs) for arm in arms}
     report(f"warm-up: {time.perf_counter() - start:.1f} s")
     results: dict[Strategy, list[_Repeat]] = {arm: [] for arm in arms}
     for repeat in range(repeats):
         for arm in arms:
-            results[arm].append(_decode(model, arm, workload))
+            results[arm].append(_decode(model, arm, workload, graphs))
         report(f"repeat {repeat + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
     reference = results[AUTOREGRESSIVE]
     middle = [
         prompt + tokens[: workload.max_new_tokens // 2]
         for prompt, tokens in zip(workload.prompts, reference[0].tokens, strict=True)
     ]
-    seconds = _round_seconds(model, arms, middle[: workload.batch_size], workload.sampling)
+    rows = middle[: workload.batch_size]
+    seconds = _round_seconds(model, arms, rows, workload.sampling, graphs)
     return [
         _summarise(arm, results[arm], reference, seconds, workload, model=model, score=score)
         for arm in arms
@@ -162,9 +167,11 @@ def _static_arms(decoded: Mapping[Strategy, "_Repeat"], n_layers: int) -> list[S
     return found
 
 
-def _decode(model: Llama, strategy: Strategy, workload: Workload) -> _Repeat:
+def _decode(
+    model: Llama, strategy: Strategy, workload: Workload, graphs: RoundGraphs | None
+) -> _Repeat:
     device = model.norm.weight.device
-    before = _watch_memory(device)
+    before = watch_memory(device)
     generation = Generation(
         model,
         workload.prompts,
@@ -173,40 +180,21 @@ def _decode(model: Llama, strategy: Strategy, workload: Workload) -> _Repeat:
         batch_size=workload.batch_size,
         sampling=workload.sampling,
         seed=workload.seed,
+        graphs=graphs,
     ).finish()
-    return _Repeat(generation.counters, generation.tokens, _peak_since(before, device))
-
-
-def _watch_memory(device: torch.device) -> int | None:
-    """Forget the peak so far; return what the next is counted from."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return 0
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to reset VmHWM
-    except OSError:
-        return None
-    return _resident("VmRSS")
-
-
-def _peak_since(before: int | None, device: torch.device) -> int | None:
-    if before is None:
-        return None
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(name: str) -> int:
-    """Return a size, in bytes, that the kernel keeps of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [kilobytes] = [line.split()[1] for line in lines if line.startswith(name + ":")]
-    return int(kilobytes) * 1024
+    peak = peak_since(before, device)
+    if peak is not None and graphs is not None:
+        peak += graphs.idle_bytes()
+    return _Repeat(generation.counters, generation.tokens, peak)
 
 
 @torch.inference_mode()
 def _round_seconds(
-    model: Llama, arms: Sequence[Strategy], rows: list[list[int]], sampling: Sampling
+    model: Llama,
+    arms: Sequence[Strategy],
+    rows: list[list[int]],
+    sampling: Sampling,
+    graphs: RoundGraphs | None,
 ) -> dict[Strategy, float]:
     """Time rounds of the arms that always draft d tokens with E layers, and what bounds them.
 
@@ -222,6 +210,9 @@ def _round_seconds(
     state = open_state(model, len(rows), slots=slots, sampling=sampling, seed=0)
     fill_rows(state, rows, (model.config.n_layers, NOTHING))
     decoders = {config: config.start(state) for config in configs}
+    if graphs is not None:
+        recorder = graphs.new_recorder()
+        decoders = {config: graphed(state, d, recorder) for config, d in decoders.items()}
     samples: dict[Strategy, list[float]] = {config: [] for config in configs}
     for _ in range(_TIMINGS):
         for config, decoder in decoders.items():

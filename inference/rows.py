@@ -9,7 +9,7 @@ from torch import Tensor
 from inference.compiled import window_step
 from inference.kv_cache import StaticKVCache
 from inference.sampling import Sampling
-from inference.state import DecodeState
+from inference.state import DecodeState, Work
 from models.llama import Llama, SkippedParts
 
 
@@ -54,6 +54,13 @@ def open_state(
     )
 
 
+def open_again(state: DecodeState, seed: int) -> None:
+    """Make a batch as good as new, for prompts in all its rows."""
+    state.work = Work()
+    if state.generator is not None:
+        state.generator.manual_seed(seed)
+
+
 @torch.inference_mode()
 def fill_rows(
     state: DecodeState, prompts: Sequence[Sequence[int]], parts: tuple[int, SkippedParts]
@@ -83,6 +90,7 @@ def fill_rows(
         state.run(state.model.embed(padded[:, :-1]), 0, depth, skipped=skipped)
     state.positions.copy_(lengths - 1)
     state.longest = longest - 1
+    state.fillings += 1
 
 
 def fill_row(
@@ -100,4 +108,4 @@ def fill_row(
         finished=state.finished[one],
     )
     fill_rows(alone, [prompt], parts)
-    state.longest = max(state.longest, alone.longest)
+    state.longest, state.fillings = max(state.longest, alone.longest), alone.fillings

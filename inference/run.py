@@ -7,6 +7,7 @@ import torch
 
 from data.dataset import Dataset, open_dataset
 from data.tokenizer import Tokenizer
+from inference.graphs import RoundGraphs
 from inference.packed import can_pack, pack
 from inference.quantized import Bits, quantize_layers
 from models.checkpoint_format import (
@@ -30,6 +31,8 @@ class Run:
     manifest: Manifest
     tokenizer: Tokenizer
     model: Llama
+    graphs: RoundGraphs | None = None
+    """Where generations keep their rounds, if as graphs."""
 
     def open_data(self, path: Path | None) -> Dataset:
         """Open the dataset at `path`, or the one the run was trained on.

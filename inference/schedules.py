@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from inference.autoregressive import decode_one
+from inference.autoregressive import one_by_one
 from inference.sampling import sample
 from inference.state import Decoder, DecodeState, Round
 from models.llama import NOTHING, SkippedParts, whole_layers
@@ -60,7 +60,7 @@ class Unified:
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         n_layers = state.model.config.n_layers
-        return partial(decode_one, state, n_layers, _others(self.keep, n_layers))
+        return one_by_one(state, n_layers, _others(self.keep, n_layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class Pruned:
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         n_layers = state.model.config.n_layers
-        return partial(decode_one, state, n_layers, _others(self.keep, n_layers))
+        return one_by_one(state, n_layers, _others(self.keep, n_layers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from inference.autoregressive import a_quarter
 from inference.drafting import Draft, Stop, draft, guess
 from inference.part_of_head import COUNT_THEM, PartOfHead, load_part_of_head
 from inference.sampling import accept
-from inference.state import Decoder, DecodeState, Round
+from inference.state import Decoder, DecodeState, FixedRounds, Round
 from models.llama import NOTHING, SkippedParts
 
 
@@ -84,7 +84,9 @@ class SelfSpeculative:
         head = None
         if self.token_counts is not None:
             head = load_part_of_head(state.model, self.token_counts, self.draft_vocab)
-        return partial(self._round, state, head)
+        rounds = partial(self._round, state, head)
+        asks = self.ngram or not Stop(self.stop, self.stop_entropy).never
+        return rounds if asks else FixedRounds(self.d + 1, rounds)
 
     def _round(self, state: DecodeState, head: PartOfHead | None, room: int) -> Round:
         """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.drafting import NEVER, StopRule, draft
 from inference.self_speculative import settle, verify
-from inference.state import Decoder, DecodeState, Round
+from inference.state import Decoder, DecodeState, FixedRounds, Round
 from models.llama import NOTHING, SkippedParts
 
 
@@ -85,7 +85,8 @@ class SkipDraft:
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
-        return _Rounds(self, state)
+        rounds = _Rounds(self, state)
+        return rounds if self.gamma > 0.0 else FixedRounds(self.d + 1, rounds)
 
 
 class _Rounds:

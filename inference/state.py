@@ -6,7 +6,7 @@ strategy turns the pending tokens into a `Round`, using `run`, `write_keys_and_v
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -40,6 +40,11 @@ class Work:
     def token_layers(self) -> float:
         """Tokens times layers; attention and feed-forward count half a layer each."""
         return (self.token_attentions + self.token_feed_forwards) / 2
+
+    def __add__(self, other: "Work") -> "Work":
+        """Return the work of both together."""
+        names = [field.name for field in fields(self)]
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class DecodeState:
     longest: int
     """At least the largest of `positions`, known to the host so that nothing waits for the
     device."""
+    fillings: int = 0
+    """Times prompts were put into rows."""
     work: Work = field(default_factory=Work)
 
     def run(
@@ -207,6 +214,45 @@ def _count(start: int, stop: int, skipped: frozenset[int]) -> int:
 Decoder = Callable[[int], Round]
 """Continues every row by 1 to `room` tokens; the caller advances the state. `room` is at least 1.
 A row that was finished may hold another prompt the next time."""
+
+
+def _nothing(tokens: int) -> None:
+    """Have nothing to prepare."""
+
+
+@dataclass(frozen=True)
+class FixedRounds:
+    """A decoder whose rounds can be one graph: all of so many tokens tell the device the same.
+
+    They ask it nothing, take no tensor of the host's, and leave no tensor to the next round but
+    those they change in place.
+    """
+
+    most: int
+    """Tokens of a round where there is room."""
+    run: Decoder
+    """Runs a round of so many tokens, at most `most`."""
+    prepare: Callable[[int], None] = _nothing
+    """What the host does before a round of so many tokens; it may ask."""
+
+    def __call__(self, room: int) -> Round:
+        """Run a round of as many tokens as there is room for."""
+        n = min(room, self.most)
+        self.prepare(n)
+        return self.run(n)
+
+
+def moving_on(state: DecodeState, decoder: Decoder) -> Decoder:
+    """Return a decoder, of the same kind, that advances the state as well."""
+    if isinstance(decoder, FixedRounds):
+        return replace(decoder, run=moving_on(state, decoder.run))
+
+    def run(room: int) -> Round:
+        result = decoder(room)
+        state.advance(result)
+        return result
+
+    return run
 
 
 class Strategy(Protocol):

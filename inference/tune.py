@@ -180,7 +180,9 @@ def tune(args: argparse.Namespace) -> None:
         costs, predictions = _predict(run, workload, args.max_d)
         arms = candidates(predictions[: args.top], costs, args.max_d)
         found = {"costs": asdict(costs), "predictions": [asdict(p) for p in predictions]}
-    results = measure(run.model, arms, workload, repeats=args.repeats, report=report_line)
+    results = measure(
+        run.model, arms, workload, repeats=args.repeats, report=report_line, graphs=run.graphs
+    )
     print(f"\nmeasured:\n{table(results)}\n\n{LEGEND}")
     if drafts:
         print(f"\nrounds, in full steps:\n{overhead_table(results, predictions)}")
@@ -210,7 +212,7 @@ def _predict(run: Run, workload: Workload, max_d: int) -> tuple[Costs, list[Pred
         row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]
         for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
     ]
-    costs = measure_costs(model, middle, max_d)
+    costs = measure_costs(model, middle, max_d, run.graphs)
     predictions = predict(traces, costs, max_d)
     print(f"{run.checkpoint}: a full step takes {costs.full_step_seconds * 1e3:.2f} ms")
     print(f"\npredicted:\n{cost_table(predictions, model.config.n_layers)}\n\n{_COST_LEGEND}")

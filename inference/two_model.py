@@ -3,6 +3,8 @@
 Leviathan et al. (arXiv 2211.17192). The draft model keeps its own keys and values.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from inference.rows import open_state
 from inference.run import Run, load_run
 from inference.sampling import sample
 from inference.self_speculative import settle, verify
-from inference.state import Decoder, DecodeState, Round, Strategy
+from inference.state import Decoder, DecodeState, FixedRounds, Round, Strategy
 from models.checkpoint_format import find_checkpoint, read_manifest
 from models.llama import NOTHING, Llama, SkippedParts
 
@@ -69,7 +71,8 @@ class Speculative:
                 f"draft: {self.draft} has a context of {model.config.max_seq_len}, but rows may "
                 f"have {state.cache.slots} tokens, decode fewer or give another model"
             )
-        return TwoModels(state, model, self.d)
+        rounds = TwoModels(state, model)
+        return FixedRounds(self.d + 1, rounds, rounds.prepare)
 
 
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
@@ -99,12 +102,11 @@ class TwoModels:
     Args:
         state: The batch of the model that verifies.
         model: The one that drafts.
-        d: Tokens drafted in a round.
     """
 
-    def __init__(self, state: DecodeState, model: Llama, d: int) -> None:
+    def __init__(self, state: DecodeState, model: Llama) -> None:
         """Open the draft model's own batch; see the class."""
-        self._state, self._d = state, d
+        self._state = state
         self._own = open_state(
             model,
             len(state.positions),
@@ -113,16 +115,36 @@ class TwoModels:
             seed=0,
         )
         self._own.history.fill_(-1)  # what the draft model has run, by place; -1: nothing
+        self._caught_up: int | None = None
+        """`fillings` of the state when the draft model had last seen all; None: it has not."""
 
-    def __call__(self, room: int) -> Round:
-        """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
-        state, d = self._state, min(self._d, room - 1)
-        before = replace(self._own.work)
-        drafted = self._draft(d) if d else self._nothing()
-        work = self._own.work
-        state.work.draft_token_layers += work.token_layers - before.token_layers
-        state.work.draft_head_evaluations += work.head_evaluations - before.head_evaluations
-        return settle(state, drafted, verify(state, 0, drafted))
+    def prepare(self, n: int) -> None:
+        """Let the draft model catch up before a round of n tokens, if there can be need.
+
+        It keeps up by itself: a round leaves it one token behind at most, which the next runs
+        anyway. Not so a prompt, nor a round in which it had nothing to draft.
+        """
+        if n == 1:
+            self._caught_up = None
+        elif self._caught_up != self._state.fillings:
+            with self._counting():
+                self._catch_up()
+            self._caught_up = self._state.fillings
+
+    def __call__(self, n: int) -> Round:
+        """Draft n - 1 tokens, verify, accept: 1 to n tokens for every row."""
+        with self._counting():
+            drafted = self._draft(n - 1) if n > 1 else self._nothing()
+        return settle(self._state, drafted, verify(self._state, 0, drafted))
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count what the draft model does."""
+        before, work = replace(self._own.work), self._state.work
+        yield
+        after = self._own.work
+        work.draft_token_layers += after.token_layers - before.token_layers
+        work.draft_head_evaluations += after.head_evaluations - before.head_evaluations
 
     def _nothing(self) -> Draft:
         rows, vocab = len(self._state.positions), self._state.model.config.vocab_size
@@ -130,12 +152,11 @@ class TwoModels:
         return Draft(tokens, torch.empty(rows, 0, vocab, device=tokens.device), None, [], [])
 
     def _draft(self, d: int) -> Draft:
-        """Decode d tokens with the draft model, after catching up with the rows."""
+        """Decode d tokens with the draft model."""
         state, own = self._state, self._own
         own.positions.copy_(state.positions)
         own.finished.copy_(state.finished)
         own.longest = state.longest
-        self._catch_up()
         # The token before the pending one may be the last of a draft accepted whole, which the
         # draft model has not run. Running it again does no harm.
         first = (state.positions - 1).clamp(min=0)
@@ -161,6 +182,7 @@ class TwoModels:
         needs no telling.
         """
         state, own = self._state, self._own
+        own.longest = state.longest
         same = (own.history == state.history).long().cumprod(1).sum(1)
         state.work.syncs += 1
         count = int((state.positions - 1 - same).amax())

@@ -20,6 +20,19 @@ def model():
     return make_model(6)
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """The decoders that were started."""
+    decoders, start = [], Dynamic.start
+
+    def keep(self, state):
+        decoders.append(start(self, state))
+        return decoders[-1]
+
+    monkeypatch.setattr(Dynamic, "start", keep)
+    return decoders
+
+
 def test_the_best_pair_worked_by_hand():
     # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
     # 1.687; 4: 3.3616/2 = 1.681.
@@ -81,7 +94,7 @@ def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):
     assert excess(biased_model, hot, E=None, d=2, name="dynamic:verify_cost=0.1") > 20
 
 
-def test_an_exit_that_always_agrees_is_found_and_used():
+def test_an_exit_that_always_agrees_is_found_and_used(started):
     model = build(small(n_layers=6)).eval().requires_grad_(False)
     for l in (2, 3, 4, 5):  # from two layers on, all exits agree
         model.layers[str(l)].attention.wo.weight.zero_()
@@ -89,7 +102,7 @@ def test_an_exit_that_always_agrees_is_found_and_used():
     settings = Dynamic(d=4, probe=1, longest_probe=1, head_cost=0.5)
     generation = dynamic_rounds(model, settings)
     assert generation.counters.acceptance_rate > 0.9
-    rounds = generation._decoder
+    [rounds] = started
     agreement = [a / rounds.seen for a in rounds.agreed]
     assert min(agreement[1:]) > 0.9
     assert best_pair(agreement, rounds.draft_costs, 1.0, 4) == (2, 4)
@@ -101,7 +114,7 @@ def dynamic_rounds(model, settings):
 
 @pytest.mark.parametrize("ngram", [0, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_the_exits_agreement_is_what_a_full_forward_finds(model, ngram, temperature):
+def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram, temperature):
     settings = Dynamic(
         d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0, ngram=ngram
     )
@@ -117,11 +130,11 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model, ngram, temperat
             true = torch.minimum(q, p).sum().item()
         else:
             true = (logits[E - 1].argmax(-1) == logits[5].argmax(-1)).sum().item()
-        assert generation._decoder.agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
-    assert generation._decoder.seen == pytest.approx(2.0 + 30, abs=0.01)
+        assert started[0].agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
+    assert started[0].seen == pytest.approx(2.0 + 30, abs=0.01)
 
 
-def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model):
+def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model, started):
     settings = Dynamic(
         d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, head_cost=0.0
     )
@@ -136,7 +149,7 @@ def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(mod
     said = [model.exit_logits(exits[l][0, places]).argmax(-1) for l in range(6)]
     for E in range(1, 6):
         true = (said[E - 1] == said[5]).sum().item()
-        assert generation._decoder.agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
+        assert started[0].agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +165,14 @@ def test_looks_at_all_exits_come_in_gaps_that_double(model, monkeypatch, probe, 
     assert [n for n in range(30) if counts[n] > (counts[n - 1] if n else 0)] == looks
 
 
-def test_costs_of_a_draft_step_worked_by_hand(model):
-    settings = Dynamic(head_cost=1.0, call_cost=3.0)
-    costs = Generation(model, PROMPTS, settings, max_new_tokens=1)._decoder.draft_costs
+def test_costs_of_a_draft_step_worked_by_hand(model, started):
+    Generation(model, PROMPTS, Dynamic(head_cost=1.0, call_cost=3.0), max_new_tokens=1)
+    Generation(model, PROMPTS, Dynamic(), max_new_tokens=1)
+    costs, of_defaults = (rounds.draft_costs for rounds in started)
     assert costs == pytest.approx([5 / 10, 6 / 10, 7 / 10, 8 / 10, 9 / 10])
     block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 + 2 * 32  # the parameters of one layer
-    costs = Generation(model, PROMPTS, Dynamic(), max_new_tokens=1)._decoder.draft_costs
     head = 32 * 61 / block
-    assert costs == pytest.approx([(E + head) / (6 + head) for E in range(1, 6)])
+    assert of_defaults == pytest.approx([(E + head) / (6 + head) for E in range(1, 6)])
 
 
 def test_guesses_are_verified_where_layers_do_not_pay(model):

@@ -5,10 +5,13 @@ import torch
 
 from inference import two_model
 from inference.autoregressive import Autoregressive
+from inference.rows import fill_rows, open_state
 from inference.run import load_run
 from inference.sampling import Sampling
+from inference.state import moving_on
 from inference.strategies import parse_strategy
 from inference.two_model import Speculative, check_tokenizer
+from models.llama import NOTHING
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.test_self_speculative import excess
 from tests.models.test_llama import build, small
@@ -78,6 +81,19 @@ def test_the_draft_model_runs_a_prompt_once(model, monkeypatch, tmp_path):
     # The prompt less its last two tokens; in every round those two and the drafts but the last.
     in_rounds = counters.draft_token_layers / 2 - (len(prompt) - 2)
     assert in_rounds - counters.drafted in (counters.rounds, counters.rounds - 1)
+
+
+def test_a_draft_that_is_the_model_is_right_after_rounds_without_room(model, monkeypatch, tmp_path):
+    drafting_with(monkeypatch, model)
+    state = open_state(model, 2, slots=60, sampling=Sampling(), seed=0)
+    fill_rows(state, PROMPTS[:2], (4, NOTHING))
+    decoder = moving_on(state, Speculative(draft=tmp_path, d=3).start(state))
+    syncs = []
+    for room in (9, 9, 1, 9, 1, 1, 1, 9, 9, 2, 9):
+        result = decoder(room)
+        assert (result.accepted == result.drafted).all()
+        syncs.append(state.work.syncs)
+    assert syncs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3], "it asks only where it may be behind"
 
 
 def test_sampled_tokens_have_the_full_models_distribution(biased_model, monkeypatch, tmp_path):
