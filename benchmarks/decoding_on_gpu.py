@@ -1,0 +1,138 @@
+"""Decoding speed on a GPU as a share of its memory bandwidth and of the bound.
+
+    PYTHONPATH=. python benchmarks/decoding_on_gpu.py --size 110m --E 3 --d 2,4 --json 110m.json
+    PYTHONPATH=. python benchmarks/decoding_on_gpu.py --size layerskip_1.5b --E 6 --d 2,4
+
+Autoregressive and self-speculative decoding, greedy, layers compiled, rounds as graphs. Weights are
+random: they cost what trained ones cost. So that drafts are right now and then, what the layers
+from the first E on add is made small by --later.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from inference.benchmark import LEGEND, expand_arms, machine, names, table
+from inference.compiled import compile_layers
+from inference.decode import wait_for
+from inference.graphs import round_graphs
+from inference.measurement import ArmResult, Workload, measure
+from inference.run import DTYPES
+from inference.sampling import Sampling
+from models.config import LlamaConfig
+from models.flops import block_params
+from models.llama import Llama
+from models.sizes import SIZES
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=[*SIZES], required=True)
+    parser.add_argument("--E", type=names, required=True, help="layers that draft, each in turn")
+    parser.add_argument("--d", type=names, required=True, help="tokens drafted, each in turn")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--later", type=float, default=0.1, help="factor; 1 leaves them as drawn")
+    parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16")
+    parser.add_argument("--device", default="cuda", help="cpu: to see that this file works")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace, first_exit: int) -> Llama:
+    """Return the model."""
+    with torch.device("meta"):
+        model = Llama(SIZES[args.size])
+    model.to_empty(device=args.device)
+    model.init_weights(seed=0)
+    for l in range(first_exit, model.config.n_layers):
+        for linear in (model.block(l).attention.wo, model.block(l).feed_forward.w2):
+            linear.weight.data.mul_(args.later)
+    return model.to(DTYPES[args.dtype]).eval().requires_grad_(False)
+
+
+def bandwidth(device: torch.device, size: int, repeats: int = 20) -> float:
+    """Return the bytes per second that a copy of `size` bytes reads and writes, at the median."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(repeats + 3):
+        wait_for(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / statistics.median(seconds[3:])
+
+
+def bytes_per_token(
+    config: LlamaConfig, arm: ArmResult, *, context: float, element_size: int
+) -> float:
+    """Return what must be read for one new token: weights once a pass, and keys and values.
+
+    A round of d drafts reads d (E layers + head) + L layers + head, for all rows of a batch.
+
+    Args:
+        config: The model.
+        arm: What was measured.
+        context: Mean length of a row.
+        element_size: Bytes of a weight.
+    """
+    keys_and_values = 2 * config.n_kv_heads * config.head_dim * context * arm.batch_size
+    layer, head = block_params(config) + keys_and_values, config.vocab_size * config.dim
+    drafts = (arm.d or 0) * ((arm.E or 0) * layer + head)
+    tokens = (arm.tokens_per_verify or 1.0) * arm.batch_size
+    return element_size * (drafts + config.n_layers * layer + head) / tokens
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: device: cuda, this machine has no CUDA device")
+    device, config = torch.device(args.device), SIZES[args.size]
+    try:
+        arms = expand_arms(["self_speculative"], args.E, args.d, config.n_layers)
+        model = build(args, min(map(int, args.E)))
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            compile_layers(model)
+        draw = torch.Generator().manual_seed(0)
+        shape = (args.batch_size, args.prompt_tokens)
+        workload = Workload(
+            prompts=torch.randint(config.vocab_size, shape, generator=draw).tolist(),
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            sampling=Sampling(),
+            seed=0,
+        )
+        speed = bandwidth(device, 2**30 if on_gpu else 2**24)
+        results = measure(
+            model, arms, workload, repeats=args.repeats, report=print, graphs=round_graphs(device)
+        )
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{table(results)}\n{LEGEND}\na copy reads and writes {speed / 1e9:.0f} GB/s")
+    rows, context = [], args.prompt_tokens + args.max_new_tokens / 2
+    for arm in results:
+        size = model.norm.weight.element_size()
+        needed = bytes_per_token(config, arm, context=context, element_size=size)
+        share = needed * arm.tokens_per_second / speed
+        print(f"{arm.settings}: {arm.tokens_per_second:.0f} tokens/s, {share:.0%} of bandwidth")
+        rows.append(asdict(arm) | {"bytes_per_token": needed, "share_of_bandwidth": share})
+    if args.json is not None:
+        told = {key: str(value) for key, value in vars(args).items()}
+        content = {"options": told, "model": asdict(config), "machine": machine()}
+        content |= {"bytes_per_second": speed, "arms": rows}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
