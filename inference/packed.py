@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
         """Pack the weight; see the class."""
         super().__init__()
         weight = weight.detach()
+        self.width = len(weight)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 4)
         small = weight.numel() < PACKED_ONLY_ELEMENTS
         self.plain_for_one = small and weight.dtype == torch.float32
@@ -40,8 +41,25 @@ class PackedLinear(nn.Module):
         if self.plain_for_one and x.numel() == x.shape[-1]:
             assert self.weight is not None
             return F.linear(x, self.weight)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return out
+        if torch.compiler.is_compiling():
+            return _product(x, self.packed, self.width)
+        return _packed_product(x, self.packed)
+
+
+def _packed_product(x: Tensor, packed: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out
+
+
+@torch.library.custom_op("skipstone::packed_linear", mutates_args=())
+def _product(x: Tensor, packed: Tensor, width: int) -> Tensor:
+    """Be one call to compiled code: torch 2.13's compiler takes no weight in oneDNN's layout."""
+    return _packed_product(x, packed)
+
+
+@_product.register_fake
+def _(x: Tensor, packed: Tensor, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
 
 
 def can_pack(model: Llama) -> bool:

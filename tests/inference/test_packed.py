@@ -1,14 +1,18 @@
 """Packed products are the plain ones, and several rows of one cost about as much as one."""
 
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from inference import packed
 from inference.autoregressive import Autoregressive
+from inference.compiled import compile_layers
 from inference.decode import Generation
 from inference.packed import PackedLinear, can_pack, pack
 from inference.self_speculative import SelfSpeculative
+from tests.inference.every_strategy import PROMPTS, decode
 from tests.models.test_llama import build, small
 
 pytestmark = pytest.mark.skipif(
@@ -58,3 +62,15 @@ def test_one_small_row_takes_the_plain_weight():
     assert PackedLinear(weight).weight is not None
     assert PackedLinear(weight.bfloat16()).weight is None
     assert PackedLinear(weight.bfloat16(), keep=True).weight is not None
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for CPUs with c++")
+def test_compiled_layers_with_packed_weights_give_the_same_tokens():
+    config = small(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=61)
+    model = build(config).eval().requires_grad_(False)
+    strategies = (Autoregressive(), SelfSpeculative(E=1, d=2))
+    plain = [decode(model, PROMPTS, strategy).tokens for strategy in strategies]
+    pack(model)
+    assert isinstance(model.block(0).feed_forward.w1, PackedLinear)
+    compile_layers(model)
+    assert [decode(model, PROMPTS, strategy).tokens for strategy in strategies] == plain
