@@ -4,40 +4,20 @@ They lie beside it, in `<checkpoint>.decode/`, as safetensors, which run no code
 name the weights they belong to.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.fingerprint import weights_fingerprint
 from models.llama import Llama
 
 
 def decode_folder(checkpoint: Path) -> Path:
     """Return where what was fitted to a checkpoint is kept."""
     return checkpoint.with_name(checkpoint.name + ".decode")
-
-
-def weights_fingerprint(model: Llama) -> str:
-    """Return a hash that tells checkpoints apart, the same in every dtype and on every device."""
-    shape = asdict(model.config)
-    # A part that a model does not have was not hashed before there were any.
-    if model.config.router == "none":
-        del shape["router"]
-    if not model.config.own_exits:
-        del shape["own_exits"], shape["own_exit_mlp"]
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    norms = [model.norm.weight, *(model.block(l).ffn_norm.weight for l in range(len(model.layers)))]
-    norms += [p for n, p in model.own_exits.named_parameters() if n.endswith(".norm.weight")]
-    for weight in (*norms, model.tok_embeddings.weight[:64]):
-        rounded = weight.detach().to("cpu", torch.bfloat16)
-        digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_adapter(

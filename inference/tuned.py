@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from inference.adapters import decode_folder, weights_fingerprint
+from inference.adapters import decode_folder
 from inference.run import Run
+from models.fingerprint import weights_fingerprint
 
 
 def tuned_path(run: Run) -> Path:

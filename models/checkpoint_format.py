@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from models.config import LlamaConfig, config_from_dict
+from models.fingerprint import compute_fingerprint
 from models.llama import Llama
 
 MANIFEST = "manifest.json"
@@ -287,4 +288,5 @@ def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) ->
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is intended here
         load({"model": state}, storage_reader=reader, no_dist=True)
     model.fill_rope_table()
+    model.fingerprint = compute_fingerprint(model)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -72,6 +72,8 @@ class Llama(nn.Module):
         """Make the modules; build under `torch.device("meta")` and call `init_weights` after."""
         super().__init__()
         self.config = config
+        self.fingerprint: str | None = None
+        """Of the weights as they were stored, see `models.fingerprint`; None if not loaded."""
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict(
             {str(l): TransformerBlock(config) for l in range(config.n_layers)}

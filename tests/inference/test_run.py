@@ -7,8 +7,11 @@ import torch
 
 from data.preparation import PrepareConfig, prepare
 from data.tokenizer import train_tokenizer
+from inference import packed
+from inference.packed import PackedLinear
 from inference.run import choose_device, load_run
 from models.checkpoint_format import TOKENIZER
+from models.fingerprint import compute_fingerprint, weights_fingerprint
 
 
 @pytest.fixture
@@ -30,6 +33,20 @@ def test_a_run_and_its_checkpoint_folder_open_alike(run_folder):
 def test_weights_take_the_type_asked_for(run_folder):
     run = load_run(run_folder, device="cpu", dtype="bfloat16")
     assert {p.dtype for p in run.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_how_a_run_is_held_does_not_change_its_fingerprint(
+    run_folder, monkeypatch, dtype, quantize
+):
+    if quantize is not None:
+        pytest.importorskip("torchao")
+    plain = compute_fingerprint(load_run(run_folder, device="cpu", packed=False).model)
+    monkeypatch.setattr(packed, "PACKED_ELEMENTS", 0)
+    run = load_run(run_folder, device="cpu", dtype=dtype, quantize=quantize)
+    assert isinstance(run.model.lm_head, PackedLinear) == (dtype != "float16")
+    assert weights_fingerprint(run.model) == plain
 
 
 def test_another_tokenizer_is_refused(run_folder, other_tokenizer, tmp_path):
