@@ -38,8 +38,14 @@ def hoeffding_bentkus(risk: float, n: int, delta: float) -> float:
         (1 - a) * math.log((1 - a) / (1 - delta)) if a < 1 else 0.0
     )
     most = math.ceil(n * risk - 1e-9)
-    tail = sum(math.comb(n, k) * delta**k * (1 - delta) ** (n - k) for k in range(most + 1))
+    tail = math.fsum(math.exp(_log_binomial(k, n, delta)) for k in range(most + 1))
     return min(1.0, math.exp(-n * h), math.e * tail)
+
+
+def _log_binomial(k: int, n: int, p: float) -> float:
+    """Return ln P(Binomial(n, p) = k): the coefficients alone are too large for a float."""
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return ways + k * math.log(p) + (n - k) * math.log1p(-p)
 
 
 def certify(

@@ -10,11 +10,21 @@ from inference.learn_then_test import certify, hoeffding_bentkus
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.1, 0.3])
-@pytest.mark.parametrize("wrong", [0, 1, 3, 10, 40])
-def test_the_p_value_of_yes_or_no_losses_is_the_formulas(wrong, delta):
-    n = 60
-    d = Fraction(delta)
-    tail = sum(math.comb(n, k) * d**k * (1 - d) ** (n - k) for k in range(wrong + 1))
+@pytest.mark.parametrize(
+    ("wrong", "n"),
+    # Small losses add up to no whole number; Bentkus rounds it up.
+    [(0, 60), (1, 60), (3, 60), (10, 60), (40, 60), (0.2, 60), (2.5, 60), (3.9, 60), (59.5, 60)]
+    + [(0, 3000), (120.5, 3000), (240, 3000), (270, 3000)],
+)
+def test_the_p_value_is_the_formulas(wrong, n, delta):
+    d = Fraction(str(delta))
+    most = min(k for k in range(n + 1) if k >= wrong)
+    # Over one denominator, or the sum of fractions would take seconds.
+    ways = sum(
+        math.comb(n, k) * d.numerator**k * (d.denominator - d.numerator) ** (n - k)
+        for k in range(most + 1)
+    )
+    tail = Fraction(ways, d.denominator**n)
     a = min(wrong / n, delta)
     divergence = sum(x * math.log(x / y) for x, y in ((a, delta), (1 - a, 1 - delta)) if x)
     expected = min(1.0, math.exp(-n * divergence), math.e * float(tail))
@@ -24,6 +34,10 @@ def test_the_p_value_of_yes_or_no_losses_is_the_formulas(wrong, delta):
 def test_no_evidence_and_much_evidence():
     assert hoeffding_bentkus(0.5, 100, 0.1) == 1.0
     assert hoeffding_bentkus(0.0, 100, 0.1) == pytest.approx(0.9**100)
+    assert hoeffding_bentkus(0.0, 1_000_000, 0.1) == 0.0, "below the least float"
+    # Four standard deviations below delta the tail is nearly the normal one, Phi(-4).
+    far = hoeffding_bentkus(0.1 - 4 * 0.3 / 100_000**0.5, 100_000, 0.1)
+    assert far == pytest.approx(math.e * 3.167e-5, rel=0.1)
 
 
 def test_testing_ends_at_the_first_threshold_that_is_not_certified():
