@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LEAST_TEMPERATURE = 1e-6
+"""Logits over less may be infinite, and their distribution no number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn from logits; filters apply in the order of the fields."""
 
     temperature: float = 0.0
-    """Divides the logits; 0 is greedy: always the most probable token."""
+    """Divides the logits; 0 is greedy: always the most probable token. Else at least 1e-6."""
     top_k: int | None = None
     """Keep the k most probable tokens; None keeps all."""
     top_p: float | None = None
@@ -26,9 +29,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check every field and name all faults at once."""
         problems = []
-        if not 0.0 <= self.temperature < float("inf"):
+        if self.temperature and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             problems.append(
-                f"temperature: {self.temperature}, give 0 (greedy) or a positive number"
+                f"temperature: {self.temperature}, give 0 (greedy) or at least {LEAST_TEMPERATURE}"
             )
         if self.top_k is not None and self.top_k < 1:
             problems.append(f"top_k: {self.top_k}, give at least 1")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from inference.sampling import Sampling, accept, probabilities, sample
+from inference.sampling import LEAST_TEMPERATURE, Sampling, accept, probabilities, sample
 
 LOGITS = torch.tensor([0.0, math.log(4.0), math.log(2.0), math.log(3.0)])  # 1 : 4 : 2 : 3
 
@@ -27,6 +27,8 @@ def generator(seed=0):
         (Sampling(temperature=1.0, top_p=1.0), [0.1, 0.4, 0.2, 0.3]),
         # After top_k the weights are 4/7 and 3/7: 4/7 reaches 0.55.
         (Sampling(temperature=1.0, top_k=2, top_p=0.55), [0, 1, 0, 0]),
+        (Sampling(temperature=LEAST_TEMPERATURE), [0, 1, 0, 0]),
+        (Sampling(temperature=LEAST_TEMPERATURE, top_k=3, top_p=0.5), [0, 1, 0, 0]),
         (Sampling(), [0, 1, 0, 0]),
     ],
 )
@@ -37,6 +39,24 @@ def test_probabilities_equal_hand_worked_ones(sampling, expected):
         atol=1e-6,
         rtol=0,
     )
+
+
+def test_the_fewest_tokens_that_reach_top_p_exactly_are_kept():
+    kept = probabilities(torch.zeros(8), Sampling(temperature=1.0, top_p=0.5))  # of 1/8 each
+    assert sorted(kept.tolist()) == [0.0] * 4 + [0.25] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_least_temperature_bears_the_largest_logits(dtype):
+    logits = torch.tensor([-6e4, 6e4, 5e4, -torch.inf], dtype=dtype)
+    found = probabilities(logits, Sampling(temperature=LEAST_TEMPERATURE))
+    assert found.tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 9e-7, -1e-3, math.inf, math.nan])
+def test_temperatures_that_no_logits_can_be_divided_by_are_refused(temperature):
+    with pytest.raises(ValueError, match=f"^temperature: {temperature}, give 0 .* at least 1e-06$"):
+        Sampling(temperature=temperature)
 
 
 def test_greedy_breaks_ties_as_argmax_does():
@@ -112,6 +132,19 @@ def test_an_empty_draft_draws_from_p():
     num_accepted, next_token = accept(draft, q, p, None)
     assert num_accepted.tolist() == [0, 0]
     assert next_token.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_stands_behind_a_shorter_draft_is_not_looked_at(count):
+    p = torch.tensor([0.25, 0.25, 0.5, 0.0]).expand(2000, 3, 4)
+    q = p[:, :2].clone()
+    q[:, count:] = one_hot(2)
+    lengths = torch.full((2000,), count)
+    num_accepted, next_token = accept(sample(q, generator(1)), q, p, generator(2), lengths)
+    assert num_accepted.unique().tolist() == [count]
+    share = next_token.bincount(minlength=4) / 2000
+    # Four standard deviations of a share near 0.5 over 2000 draws are 0.045.
+    torch.testing.assert_close(share, p[0, 0], atol=0.045, rtol=0)
 
 
 def test_a_residual_lost_to_rounding_falls_back_to_p():
