@@ -119,6 +119,14 @@ def test_every_strategy_fills_the_context_and_ends(strategy, longest):
     assert [len(row) for row in tokens] == [24 - longest, 22]
 
 
+def test_depths_are_counted_up_to_a_rows_limit():
+    model = build(small(n_layers=4, n_kv_heads=2, max_seq_len=24)).eval().requires_grad_(False)
+    strategy = parse_strategy("free:exits=2:threshold=0.0:max_pending=4")  # four tokens a round
+    counters = decode(model, [list(range(19)), [5, 6]], strategy, max_new_tokens=100).counters
+    assert counters.rounds == 2 + 6
+    assert counters.depths == {2: 5 + 22}
+
+
 def test_layers_per_token_of_one_row_worked_by_hand(model):
     alone = {s.name: decode(model, PROMPTS[:1], s).counters for s in STRATEGIES}
     assert alone["autoregressive"].layers_per_token == 4
@@ -128,6 +136,14 @@ def test_layers_per_token_of_one_row_worked_by_hand(model):
     assert counters.token_layers == 4 * (counters.drafted + counters.rounds)
     assert counters.head_evaluations == 2 * counters.drafted + counters.rounds
     assert counters.accepted + counters.rounds == counters.tokens == 20
+    assert alone["autoregressive"].rejections == 0
+
+
+def test_rejections_are_rounds_whose_draft_was_not_accepted_whole(model):
+    generation = Generation(model, PROMPTS[:1], SelfSpeculative(E=3, d=3), max_new_tokens=20)
+    whole = [emission.accepted == emission.drafted for [emission] in generation]
+    assert generation.counters.rejections == whole.count(False) > 0
+    assert whole.count(True) > 0
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=describe)
@@ -142,6 +158,7 @@ def test_a_row_ends_with_its_first_stop_token(model, strategy):
     assert generation.tokens == expected
     assert len({len(row) for row in expected}) > 1, "rows were to end at different times"
     assert generation.counters.tokens == sum(map(len, expected))
+    assert generation.counters.depths.total() in (0, generation.counters.tokens)
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=describe)

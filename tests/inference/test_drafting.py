@@ -58,6 +58,24 @@ def test_a_row_stops_for_itself_after_the_first_token_it_was_not_sure_of(model):
     assert len(set(lengths)) > 1, "rows were to stop apart"
 
 
+def test_a_draft_as_sure_as_asked_for_goes_on():
+    logits = torch.tensor([[[0.0, 0.0]], [[0.0, -torch.inf]]])  # 1/2 each; one alone
+    assert Stop(probability=0.5).is_sure(logits).tolist() == [True, True]
+    assert Stop(probability=1.0).is_sure(logits).tolist() == [False, True]
+    assert Stop(entropy=0.0).is_sure(logits).tolist() == [False, True]
+
+
+def test_tokens_drafted_with_layers_beside_guesses_are_drawn_from_their_own_distribution(model):
+    tokens = torch.arange(4 * D).view(4, D) + 20
+    found = torch.tensor([False, True, False, True])
+    guesses = Guesses(tokens, found, torch.nn.functional.one_hot(tokens, 61).float())
+    q = draft(filled(model, temperature=0.7), E, 1, guesses=guesses).q
+    for row in (0, 2):
+        h, _ = model.run_layers(model.embed(torch.tensor([PROMPTS[row]])), 0, E)
+        expected = (model.exit_logits(h[0, -1]) / 0.7).softmax(-1)
+        torch.testing.assert_close(q[row, 0], expected, atol=1e-6, rtol=0)
+
+
 def test_the_loop_ends_when_every_row_that_counts_has_stopped(model):
     state = filled(model)
     state.finished[2] = True
@@ -94,7 +112,8 @@ def test_rows_with_a_guess_draft_it_beside_rows_that_draft_with_layers(model, st
         own = tokens[row] if found[row] else torch.tensor(by_hand(model, prompt)[0])
         count = D if found[row] else ran
         assert torch.equal(drafted.tokens[row, :count], own[:count])
-        assert torch.equal(drafted.q[row, :count].argmax(-1), own[:count])
+        one_hot = torch.nn.functional.one_hot(own[:count], 61).float()
+        assert torch.equal(drafted.q[row, :count], one_hot)
         seen = torch.cat((torch.tensor(prompt), own))[None, : len(prompt) + ran - 1]
         x_E, _ = model.run_layers(model.embed(seen), 0, E)
         kept = torch.cat(drafted.exits, dim=1)[row]

@@ -139,6 +139,10 @@ def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(mod
         d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, head_cost=0.0
     )
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
+    assert_agreement_is_a_full_forwards(model, generation, started)
+
+
+def assert_agreement_is_a_full_forwards(model, generation, started):
     tokens, places = [7, 8, 7], []
     for [emission] in generation:
         seen = min(len(emission.tokens), emission.drafted or 1)  # not after a draft accepted whole
@@ -150,6 +154,25 @@ def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(mod
     for E in range(1, 6):
         true = (said[E - 1] == said[5]).sum().item()
         assert started[0].agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
+
+
+def test_exits_are_told_apart_where_a_deep_one_drafts(model, started, monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3)))
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
+    generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
+    assert_agreement_is_a_full_forwards(model, generation, started)
+    assert started[0].agreed[0] != pytest.approx(started[0].agreed[2], abs=0.5)
+
+
+def test_rows_that_have_ended_are_not_looked_at(model, started):
+    prompts = [[7, 8, 7], [*range(30), *range(30), *range(31)]]  # 5 places before the context's end
+    settings = Dynamic(probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0)
+    for each in (prompts, prompts[:1], prompts[1:]):
+        decode(model, each, settings, max_new_tokens=30, reads_late=False)
+    together, *alone = started
+    assert together.seen == pytest.approx(2.0 + 30 + 5, abs=0.01)
+    for both, *each in zip(together.agreed, *(rounds.agreed for rounds in alone), strict=True):
+        assert both == pytest.approx(sum(each) - 1.0, abs=0.01)
 
 
 @pytest.mark.parametrize(

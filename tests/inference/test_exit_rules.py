@@ -7,6 +7,7 @@ import torch
 
 from inference.autoregressive import Autoregressive
 from inference.exit_rules import Calm, Patience, softmax_gap
+from inference.row_exits import Seen
 from models.rope import apply_rope
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 
@@ -155,6 +156,22 @@ def test_thresholds_and_gaps_worked_by_hand():
     assert Calm(threshold=1.0, tau=0.0).threshold_at(t).tolist() == [1.0] * 3
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     assert softmax_gap(logits).item() == pytest.approx(0.2)
+    sure = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])  # gaps of exactly 1 and 0
+    seen = Seen(1, sure, sure, lambda: sure, torch.zeros(2, dtype=torch.int64))
+    assert Calm(threshold=1.0).leaves(seen).tolist() == [True, False]
+    assert Calm(threshold=0.0).leaves(seen).tolist() == [True, True]
+
+
+def test_rules_are_told_how_many_tokens_a_row_has_been_given(model, monkeypatch):
+    told = []
+
+    def leaves(self, seen):
+        told.append(seen.new_tokens.tolist())
+        return torch.zeros_like(seen.new_tokens, dtype=torch.bool)
+
+    monkeypatch.setattr(Calm, "leaves", leaves)
+    decode(model, PROMPTS, Calm(first=L - 1), max_new_tokens=3)
+    assert told == [[0] * 4, [1] * 4, [2] * 4]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,23 @@ def test_tokens_and_depths_are_those_of_the_slow_form(model, rule):
         assert sorted(fixed.counters.depths.elements()) != depths
 
 
+@pytest.mark.parametrize("rollback", ["off", "threshold"])
+@pytest.mark.parametrize("exits", [(2,), (1, 3)])
+def test_the_seed_decides_what_is_sampled_while_the_threshold_moves(model, exits, rollback):
+    rule = Free(exits=exits, threshold=0.1, adapt=True, zeta=0.5, max_pending=5, rollback=rollback)
+
+    def sampled(seed, rule=rule):
+        options = {"sampling": Sampling(temperature=0.8), "seed": seed, "max_new_tokens": 60}
+        generation = decode(model, PROMPTS, rule, **options)
+        assert [len(row) for row in generation.tokens] == [60] * 4
+        return generation.tokens
+
+    found = sampled(1)
+    assert sampled(1) == found
+    assert sampled(2) != found
+    assert sampled(1, replace(rule, adapt=False)) != found, "the threshold was to move"
+
+
 @pytest.mark.parametrize("exits", [(1,), (3,), (1, 4), (2, 3, 5)])
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 1.1])
 @pytest.mark.parametrize("rows", [1, 4, 8])

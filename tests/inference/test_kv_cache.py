@@ -22,6 +22,17 @@ def test_mask_shows_the_slots_up_to_each_position():
     ]
 
 
+def test_windows_are_rounded_up_to_steps_and_end_with_the_slots():
+    config = small(dim=8, n_heads=2, n_kv_heads=1, n_layers=2)
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    cache = StaticKVCache(config, 1, 10, window_step=4, **where)
+    windows = []
+    for slots in (1, 3, 4, 5, 8, 9, 10):
+        cache.look_at(slots)
+        windows.append(cache.window)
+    assert windows == [4, 4, 4, 8, 8, 10, 10]
+
+
 def test_each_row_is_written_at_its_own_positions_in_one_layer():
     cache = open_cache()
     cache.window = 4
