@@ -9,6 +9,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from data.preparation import PrepareConfig, prepare
+from inference.dynamic import Dynamic
 from models.checkpoint_format import MANIFEST, TOKENIZER, Manifest, file_entry
 from tests.models.test_llama import build, small
 
@@ -48,6 +49,19 @@ def biased_model():
         if name.endswith(("wo.weight", "w2.weight")):
             weight.mul_(4)
     return model.eval()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The decoders of dynamic that were started."""
+    decoders, start = [], Dynamic.start
+
+    def keep(self, state):
+        decoders.append(start(self, state))
+        return decoders[-1]
+
+    monkeypatch.setattr(Dynamic, "start", keep)
+    return decoders
 
 
 def write_manifest(folder, config, dataset):

@@ -20,19 +20,6 @@ def model():
     return make_model(6)
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """The decoders that were started."""
-    decoders, start = [], Dynamic.start
-
-    def keep(self, state):
-        decoders.append(start(self, state))
-        return decoders[-1]
-
-    monkeypatch.setattr(Dynamic, "start", keep)
-    return decoders
-
-
 def test_the_best_pair_worked_by_hand():
     # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
     # 1.687; 4: 3.3616/2 = 1.681.

@@ -146,14 +146,14 @@ def test_maps_are_measured_against_what_own_parts_say(model):
             assert found == pytest.approx((said == last).float().mean().item())
 
 
-def test_agreement_that_dynamic_sees_is_what_a_full_forward_finds(model):
-    settings = Dynamic(d=3, probe=1, memory=0.999999, verify_cost=100.0)
+def test_agreement_that_dynamic_sees_is_what_a_full_forward_finds(model, started):
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0)
     generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30)
     ids = [7, 8, 7] + generation.tokens[0]
     said = slow_choices(model, ids)[:, 2:-1]
     for E in range(1, L):
         agreed = (said[E - 1] == said[L - 1]).sum().item()
-        assert generation._decoder.agreed[E - 1] == pytest.approx(1.0 + agreed, abs=0.01)
+        assert started[0].agreed[E - 1] == pytest.approx(1.0 + agreed, abs=0.01)
 
 
 def slow_choices(model, ids):
@@ -161,12 +161,12 @@ def slow_choices(model, ids):
     return torch.stack([slow_logits(model, x[E - 1][0], E).argmax(-1) for E in range(1, L + 1)])
 
 
-def test_drafting_with_own_parts_costs_what_it_reads(model):
-    generation = decode(model, PROMPTS, Dynamic(head_cost=1.0), max_new_tokens=1)
+def test_drafting_with_own_parts_costs_what_it_reads(model, started):
+    decode(model, PROMPTS, Dynamic(head_cost=1.0), max_new_tokens=1)
     block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 + 2 * 32
     own = (32 + (3 * 32 * 48 + 32 if model.config.own_exit_mlp else 0)) / block
     expected = [(E + own * (E in EXITS) + 1) / (L + 1) for E in range(1, L)]
-    assert generation._decoder.draft_costs == pytest.approx(expected)
+    assert started[0].draft_costs == pytest.approx(expected)
 
 
 def test_traces_and_the_oracle_record_what_own_parts_say(model):
