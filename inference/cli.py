@@ -78,7 +78,10 @@ class Parser(argparse.ArgumentParser):
 def add_sampling_arguments(parser: Parser) -> None:
     """Add --temperature, --top_k, --top_p and --seed."""
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="divides the logits; 0 is greedy, else at least 1e-6"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="divides the logits; 0 is greedy, else at least 1e-6",
     )
     parser.add_argument(
         "--top_k", type=int, help="keep the k most probable tokens; all if not given"

@@ -21,6 +21,7 @@ from models.checkpoint_format import (
     checkpoint_steps,
     find_checkpoint,
 )
+from models.config import LlamaConfig
 from models.exit_parts import ExitParts
 from models.llama import Llama
 from train.checkpoint_content import RunIdentity, Tensors, training_tensors
@@ -31,6 +32,9 @@ from train.runtime import Runtime
 from train.titan import OptimizersContainer
 
 logger = logging.getLogger(__name__)
+
+Prefixes = tuple[str, ...]
+OWN_EXITS, ROUTERS = "own_exits.", "routers."
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     """Start from another run's weights: the tensors of the model alone.
 
     Where exits are to have parts of their own and that run's have not, they begin as copies of its
-    final norm and its last layer's feed-forward, as in EE-Tuning (arXiv 2402.00518).
+    final norm and its last layer's feed-forward, as in EE-Tuning (arXiv 2402.00518). Routers that
+    it has not begin as in a new model: every token runs, so that the model is that run's.
 
     Raises:
         ValueError: On rank 0, if there is no intact checkpoint, or its model has another shape.
@@ -129,11 +134,10 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     path = runtime.on_every_rank(lambda: find_checkpoint(Path(source)))
     path = runtime.gather(path)[0]
     found = verify_together(path, runtime)
-    state, shape = model.state_dict(), model.config
-    copies = isinstance(found, Manifest) and shape.own_exits and not found.model.own_exits
-    if copies:
-        state = {name: value for name, value in state.items() if not name.startswith("own_exits.")}
-        shape = replace(shape, own_exits=(), own_exit_mlp=False)
+    state, shape, new = model.state_dict(), model.config, Prefixes()
+    if isinstance(found, Manifest):
+        shape, new = _without_new_parts(model.config, found.model)
+    state = {name: value for name, value in state.items() if not name.startswith(new)}
 
     def check() -> None:
         if isinstance(found, str):
@@ -148,8 +152,13 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     runtime.on_every_rank(check)
     _load(path, {"model": state}, runtime)
     logger.info("checkpoint: starting from the weights of %s", path)
-    if copies:
-        _copy_into_exits(model)
+    if ROUTERS in new:
+        logger.info("checkpoint: the routers, which it has not, begin by letting every token run")
+    if OWN_EXITS in new:
+        last = model.block(model.config.n_layers - 1)
+        for parts in model.own_exits.values():
+            assert isinstance(parts, ExitParts)
+            parts.copy_from(model.norm, last)
         logger.info(
             "checkpoint: the exits after %s layers, which it has not, begin as copies of %s",
             ", ".join(map(str, model.config.own_exits)),
@@ -159,11 +168,14 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
         )
 
 
-def _copy_into_exits(model: Llama) -> None:
-    last = model.block(model.config.n_layers - 1)
-    for parts in model.own_exits.values():
-        assert isinstance(parts, ExitParts)
-        parts.copy_from(model.norm, last)
+def _without_new_parts(config: LlamaConfig, start: LlamaConfig) -> tuple[LlamaConfig, Prefixes]:
+    """Return a model's shape less the parts that `start` has none of, and what they are called."""
+    new: Prefixes = ()
+    if config.own_exits and not start.own_exits:
+        config, new = replace(config, own_exits=(), own_exit_mlp=False), (*new, OWN_EXITS)
+    if config.router != "none" and start.router == "none":
+        config, new = replace(config, router="none"), (*new, ROUTERS)
+    return config, new
 
 
 def newest_intact(

@@ -342,6 +342,22 @@ def test_exits_begin_as_copies_of_the_last_layers_parts(plain_run, ranks):
     run_distributed(check_start, ranks, plain_run)
 
 
+def test_routers_of_a_plain_model_begin_by_letting_every_token_run(plain_run, caplog):
+    caplog.set_level(logging.INFO)
+    plain = load_model(find_checkpoint(plain_run), device=torch.device("cpu"), dtype=torch.float32)
+    tokens = torch.arange(16).view(2, 8)
+    with start_runtime(RuntimeConfig(), seed=0) as runtime:
+        model, _ = tiny.build(runtime, router="linear", own_exits=(1,))
+        load_initial_weights(str(plain_run), model, runtime=runtime)
+        hidden = model(tokens, exit_layers=[0, 1])
+        theirs = plain(tokens, exit_layers=[0, 1]).exits
+        assert all((p > 0.5).all() for p in hidden.gates.values())
+        assert all(torch.equal(x, theirs[l]) for l, x in hidden.exits.items())
+    assert "checkpoint: the routers, which it has not, begin by letting every token run" in (
+        caplog.messages
+    )
+
+
 def test_what_was_copied_is_said_and_other_shapes_are_refused(plain_run, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     with start_runtime(RuntimeConfig(), seed=0) as runtime:
