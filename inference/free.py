@@ -86,7 +86,7 @@ class Free:
                 exits=len(self.exits or ()),
                 first=self.threshold,
                 zeta=self.zeta,
-                longest_round=self.max_pending,
+                longest_round=min(self.max_pending, state.cache.slots),
             )
         return partial(self._round, state, thresholds)
 

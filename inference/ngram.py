@@ -26,7 +26,7 @@ def look_up(history: Tensor, positions: Tensor, longest: int, d: int) -> tuple[T
     place = torch.arange(history.shape[1], device=history.device)
     after = torch.full_like(positions, -1)  # the place of the last matching token
     same = place < positions[:, None]
-    for k in range(longest):
+    for k in range(min(longest, history.shape[1])):
         last = history.gather(1, (positions - k).clamp(min=0)[:, None])
         same = same & (history.roll(k, 1) == last) & (place >= k) & (positions[:, None] >= k)
         if k > 0 or longest == 1:

@@ -1,5 +1,6 @@
 """Strategies by name, and how a user writes one: `name` or `name:setting=value:setting=value`."""
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields
@@ -40,6 +41,9 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
 }
 """The known ones."""
 
+_LARGEST_FLOAT = 3.4e38
+"""Of 32 bits, which a tensor that is compared with a setting may have."""
+
 
 def parse_strategy(text: str, **settings: str | None) -> Strategy:
     """Make the strategy that `text` describes; its settings are not checked against a model.
@@ -77,6 +81,11 @@ def setting_types(kind: type[Strategy]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}  # type: ignore[arg-type]
 
 
+def has_threshold(kind: type[Strategy]) -> bool:
+    """Return whether a strategy trades tokens for speed by a threshold."""
+    return "threshold" in setting_types(kind)
+
+
 def describe(strategy: Strategy) -> str:
     """Return the text `parse_strategy` reads back, every setting named that is not at default."""
     parts = [strategy.name]
@@ -112,9 +121,22 @@ def _read(what: str, text: str, kind: Any) -> object:
             return tuple(int(part) for part in text.split("+") if part)
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return Path(text) if kind is Path else kind(text)
+        return _number(text, kind) if kind in (int, float) else Path(text)
     except (ValueError, KeyError):
         raise ValueError(f"strategy: {what}={text}, give {_kind_in_words(kind)}") from None
+
+
+def _number(text: str, kind: type[int] | type[float]) -> int | float:
+    """Read a number that a tensor can hold.
+
+    Raises:
+        ValueError: it cannot be read, or is too large.
+    """
+    value = kind(text)
+    largest = 2**63 - 1 if kind is int else _LARGEST_FLOAT
+    if abs(value) > largest and value not in (math.inf, -math.inf):
+        raise ValueError
+    return value
 
 
 def _kind_in_words(kind: Any) -> str:
@@ -122,4 +144,9 @@ def _kind_in_words(kind: Any) -> str:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
         return "integers joined by +"
-    return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "a value")
+    words = {
+        int: "an integer of at most 64 bits",
+        float: f"a number up to {_LARGEST_FLOAT}, or inf",
+        bool: "true or false",
+    }
+    return words.get(kind, "a value")

@@ -223,3 +223,9 @@ def test_work_is_what_hooks_count(model, rule):
 def test_settings_that_do_not_fit_are_refused(model, rule, message):
     with pytest.raises(ValueError, match=message):
         decode(model, PROMPTS, rule)
+
+
+def test_no_more_is_kept_than_rows_can_have(model):
+    rule = Free(exits=(2,), threshold=0.3, adapt=True)
+    plain = decode(model, PROMPTS, replace(rule, max_pending=28)).tokens
+    assert decode(model, PROMPTS, replace(rule, max_pending=10**11)).tokens == plain

@@ -1,6 +1,7 @@
 """Guesses are what a search by hand finds."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -55,3 +56,13 @@ def test_ragged_rows_are_searched_alone(longest):
     assert 0 < found.sum() < 60
     for i in found.nonzero().flatten().tolist():
         assert guesses[i].tolist() == expected[i]
+
+
+def test_no_more_is_compared_than_a_row_has():
+    history = torch.tensor([[5, 6, 7, 5, 6, 0]])
+    begun = time.monotonic()
+    guesses, found = look_up(history, torch.tensor([4]), 10**9, 2)
+    assert time.monotonic() - begun < 10, "a billion steps take hours"
+    assert found.all()
+    assert guesses.tolist() == [[7, 5]]
+    assert not look_up(torch.tensor([[5, 0]]), torch.tensor([0]), 10**9, 2)[1].any()

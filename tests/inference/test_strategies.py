@@ -23,6 +23,11 @@ def test_settings_not_given_are_a_quarter_of_the_layers_and_four_tokens():
     assert parse_strategy("early_exit").filled(2) == EarlyExit(E=1)
 
 
+def test_the_largest_numbers_are_read():
+    assert parse_strategy(f"patience:patience={2**63 - 1}").patience == 2**63 - 1
+    assert parse_strategy("calm:threshold=inf").threshold == float("inf")
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_what_is_described_is_read_back(name):
     strategy = parse_strategy(name)
@@ -42,6 +47,8 @@ def test_what_is_described_is_read_back(name):
         ("autoregressive:E=2", "autoregressive has no setting E, it has none"),
         ("early_exit:E", "'E' in 'early_exit:E' is no setting, write name=value"),
         ("early_exit:E=two", "early_exit: E=two, give an integer"),
+        (f"patience:patience=1{'0' * 27}", "0, give an integer of at most 64 bits"),
+        ("calm:threshold=1e300", "threshold=1e300, give a number up to 3.4e\\+38, or inf"),
     ],
 )
 def test_text_that_cannot_be_read_is_refused(text, message):
