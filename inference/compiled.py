@@ -25,9 +25,19 @@ class CompiledLayers:
         self._compiled = torch.compile(model.run_layers, fullgraph=True, dynamic=False)
 
     def __call__(self, h: Tensor, *args: Any, **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run layers on h: (batch, seq, dim), as `Llama.run_layers` does."""
+        """Run layers on h: (batch, seq, dim), as `Llama.run_layers` does.
+
+        Raises:
+            ValueError: torch's compiler fails.
+        """
         run = self._eager if h.shape[1] > LONGEST_PASS else self._compiled
-        return run(h, *args, **options)
+        try:
+            return run(h, *args, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                f"compile: torch's compiler failed ({str(error).strip().splitlines()[0]}), leave "
+                "--compile out, or mend that; on a CPU it needs a C++ compiler, which CXX may name"
+            ) from error
 
 
 def compile_layers(model: Llama) -> None:
@@ -39,6 +49,11 @@ def compile_layers(model: Llama) -> None:
     model.run_layers = CompiledLayers(model)  # type: ignore[method-assign]
 
 
+def is_compiled(model: Llama) -> bool:
+    """Return whether a model's layers are compiled."""
+    return isinstance(model.run_layers, CompiledLayers)
+
+
 def window_step(model: Llama) -> int:
     """Return the multiple of slots that a pass of this model looks at."""
-    return WINDOW_STEP if isinstance(model.run_layers, CompiledLayers) else 1
+    return WINDOW_STEP if is_compiled(model) else 1

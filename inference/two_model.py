@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from inference.compiled import compile_layers, is_compiled
 from inference.drafting import Draft
 from inference.rows import open_state
 from inference.run import Run, load_run
@@ -60,7 +61,7 @@ class Speculative:
         assert self.draft is not None
         weight, config = state.model.norm.weight, state.model.config
         dtype = str(weight.dtype).removeprefix("torch.")
-        model = _load(self.draft, str(weight.device), dtype).model
+        model = _load(self.draft, str(weight.device), dtype, is_compiled(state.model)).model
         if model.config.vocab_size != config.vocab_size:
             raise ValueError(
                 f"draft: {self.draft} has a vocabulary of {model.config.vocab_size} and the model "
@@ -76,8 +77,11 @@ class Speculative:
 
 
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
-def _load(path: Path, device: str, dtype: str) -> Run:
-    return load_run(path, device=device, dtype=dtype)
+def _load(path: Path, device: str, dtype: str, compiled: bool) -> Run:
+    run = load_run(path, device=device, dtype=dtype)
+    if compiled:
+        compile_layers(run.model)
+    return run
 
 
 def check_tokenizer(strategy: Strategy, run: Run) -> None:
