@@ -17,6 +17,7 @@ from inference.cli import (
     add_sampling_arguments,
     decoding_run_from,
     format_table,
+    picture_file,
     report_line,
     run_command,
     sampling_from,
@@ -96,9 +97,9 @@ def _add_measurement_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=picture_file,
         metavar="PATH",
-        help="draw speedups, agreement by exit and quality here (PNG)",
+        help="draw speedups, agreement by exit and quality here (.png, .svg, .pdf, .jpg)",
     )
 
 
@@ -248,10 +249,19 @@ def _check(arms: Sequence[Strategy], run: Run) -> None:
     for arm in arms:
         check_tokenizer(arm, run)
     deepest = max((arm.d for arm in arms if isinstance(arm, SelfSpeculative)), default=0)
+    check_draft_fits("d", deepest, run)
+
+
+def check_draft_fits(name: str, d: int, run: Run) -> None:
+    """Make sure that drafts of d tokens, which argument `name` asks for, can be timed.
+
+    Raises:
+        ValueError: the context has no room for a token, d drafted ones and the one after.
+    """
     longest = run.model.config.max_seq_len
-    if deepest + 2 > longest:
+    if d + 2 > longest:
         raise ValueError(
-            f"d: {deepest} drafted tokens do not fit the model's context of {longest}, give at "
+            f"{name}: {d} drafted tokens do not fit the model's context of {longest}, give at "
             f"most {longest - 2}"
         )
 

@@ -1,8 +1,10 @@
-"""What the three commands share: arguments, one-line errors, tables, progress, JSON."""
+"""What the commands share: arguments, one-line errors, tables, progress, JSON."""
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,8 @@ from inference.sampling import Sampling
 
 T = TypeVar("T")
 
+_PICTURES = (".jpg", ".pdf", ".png", ".svg")
+_LAST_SEED = 2**64 - 1
 _LINE_INTERVAL_SECONDS = 10.0
 
 
@@ -66,13 +70,65 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--quantize",
             choices=BITS,
-            help="hold the layers' matrices in so few bits, by torchao; in --dtype if not given",
+            help="hold the layers' matrices in so few bits, by torchao; in --dtype if not given, as"
+            " those of another model that drafts always are",
         )
-        self.add_argument("--json", type=Path, metavar="PATH", help="also write the results here")
+        self.add_argument(
+            "--json", type=output_file, metavar="PATH", help="also write the results here"
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise ValueError(f"{message}, see --help")
+
+
+def output_file(text: str) -> Path:
+    """Read the path of a file to write; nothing is written yet, and no folder made.
+
+    Raises:
+        ArgumentTypeError: no file can be written there.
+    """
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text or '.'} is a folder, give a file")
+        if path.exists():
+            writable = os.access(path, os.W_OK)
+        else:
+            folder = next(parent for parent in path.parents if parent.exists())
+            tempfile.TemporaryFile(dir=folder).close()
+            writable = True
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written ({error.strerror}), give another path"
+        ) from None
+    if not writable:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written, give another path")
+    return path
+
+
+def picture_file(text: str) -> Path:
+    """Read the path of a picture to write.
+
+    Raises:
+        ArgumentTypeError: it is of no known kind, or no file can be written there.
+    """
+    if Path(text).suffix.lower() not in _PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"{text} is of no known kind, give a name in {', '.join(_PICTURES)}"
+        )
+    return output_file(text)
+
+
+def seed_number(text: str) -> int:
+    """Read the seed of random draws.
+
+    Raises:
+        ArgumentTypeError: torch does not take it.
+    """
+    if not text.isdecimal() or len(text) > 20 or int(text) > _LAST_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r}, give 0 to {_LAST_SEED}")
+    return int(text)
 
 
 def add_sampling_arguments(parser: Parser) -> None:
@@ -91,7 +147,7 @@ def add_sampling_arguments(parser: Parser) -> None:
         type=float,
         help="keep the most probable tokens that sum to this probability; all if not given",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of every random draw")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of every random draw")
 
 
 def sampling_from(args: argparse.Namespace) -> Sampling:
@@ -105,7 +161,10 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR", help="dataset; the one trained on if not given"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="where to; beside the checkpoint if not given"
+        "--output",
+        type=output_file,
+        metavar="PATH",
+        help="where to; beside the checkpoint if not given",
     )
 
 

@@ -19,7 +19,15 @@ from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS, TokenStream
 from data.windows import Windows, open_windows, spread
 from inference.calibration import bin_confidence, mean_confidence
-from inference.cli import Parser, format_table, run_command, run_from, with_progress, write_json
+from inference.cli import (
+    Parser,
+    format_table,
+    picture_file,
+    run_command,
+    run_from,
+    with_progress,
+    write_json,
+)
 from inference.plot import write_exit_plot
 from inference.rule_quality import BINS, calibration_error
 from inference.run import Run
@@ -181,7 +189,10 @@ def build_parser() -> Parser:
         help="tokens per window; as in training if not given, or 2048 where that is not known",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="PATH", help="draw the loss at every exit here (PNG)"
+        "--plot",
+        type=picture_file,
+        metavar="PATH",
+        help="draw the loss at every exit here (.png, .svg, .pdf, .jpg)",
     )
     parser.add_argument(
         "--compare",

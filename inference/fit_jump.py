@@ -22,8 +22,10 @@ def rank_of(text: str) -> int | None:
     """Read --rank.
 
     Raises:
-        ValueError: it is neither a number nor full.
+        ArgumentTypeError: it is neither a whole number nor full.
     """
+    if text != "full" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, give a whole number or full")
     return None if text == "full" else int(text)
 
 

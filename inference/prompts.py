@@ -17,13 +17,22 @@ from inference.tasks import TASKS, Example, Task, read_examples
 def add_prompt_arguments(parser: Parser) -> None:
     """Add what says which prompts to decode, and how far."""
     parser.add_argument(
-        "--prompts", type=int, default=8, help="number of prompts, held out or of a task"
+        "--prompts",
+        type=int,
+        default=8,
+        help="number of prompts, held out or of a task; a --prompt_file gives all its lines",
     )
     parser.add_argument(
-        "--prompt_tokens", type=int, default=64, help="tokens of each held-out prompt"
+        "--prompt_tokens",
+        type=int,
+        default=64,
+        help="tokens of each held-out prompt; those of a file or a task are as long as they are",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="dataset to cut them from; the run's if not given"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="dataset to cut held-out prompts from; the run's if not given",
     )
     parser.add_argument(
         "--prompt_file", type=Path, metavar="PATH", help="take prompts from here, one on each line"
@@ -100,6 +109,8 @@ def prompt_set_from(run: Run, args: argparse.Namespace) -> PromptSet:
         raise ValueError("task, task_file: one is not given, give both or neither")
     if args.task is None and args.shots is not None:
         raise ValueError(f"shots: {args.shots}, only a task has them, give --task")
+    if args.data is not None and (args.task is not None or args.prompt_file is not None):
+        raise ValueError(f"data: {args.data}, the prompts are a file's, leave --data out")
     if args.task is not None:
         if args.prompt_file is not None:
             raise ValueError("prompt_file: there is a task_file too, give one of them")
@@ -107,10 +118,20 @@ def prompt_set_from(run: Run, args: argparse.Namespace) -> PromptSet:
     if args.prompt_file is None:
         stream = run.open_data(args.data).stream(VALIDATION)
         return PromptSet(held_out_prompts(stream, args.prompts, args.prompt_tokens))
-    lines = [line for line in args.prompt_file.read_text().splitlines() if line.strip()]
+    return PromptSet([_encode(run, line) for line in _read_lines(args.prompt_file)])
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt_file: {path} is not UTF-8, give text in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"prompt_file: {path} cannot be read ({error.strerror})") from None
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"prompt_file: {args.prompt_file} is empty, give one prompt on each line")
-    return PromptSet([_encode(run, line) for line in lines])
+        raise ValueError(f"prompt_file: {path} is empty, give one prompt on each line")
+    return lines
 
 
 def _encode(run: Run, text: str) -> list[int]:

@@ -17,6 +17,7 @@ from inference.cli import (
     format_table,
     run_command,
     run_from,
+    seed_number,
     write_json,
 )
 from inference.gate_training import all_scores, fit_gate
@@ -90,7 +91,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--epochs", type=int, default=20, help="times each token is looked at")
     parser.add_argument("--hidden", type=int, default=64, help="units of mlp's hidden layer")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of weights and order")
     add_fit_arguments(parser)
     return parser
 

@@ -77,7 +77,10 @@ def build_parser() -> Parser:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, give numbers, as in 0.5,0.9") from None
 
 
 def candidates(best: Sequence[Prediction], costs: Costs, max_d: int) -> list[Strategy]:

@@ -75,6 +75,29 @@ def test_prompts_from_a_file_are_its_lines(run_folder, monkeypatch, tmp_path):
     assert prompts[0][0] == prompts[1][0] == 1  # BOS
 
 
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        (b"caf\xe9", (), "prompts.txt is not UTF-8, give text in UTF-8"),
+        (b" \n", (), "prompts.txt is empty, give one prompt on each line"),
+        (None, (), "prompts.txt cannot be read (No such file or directory)"),
+        (b"the cat", ("--data", "x"), "data: x, the prompts are a file's, leave --data out"),
+    ],
+)
+def test_a_prompt_file_of_no_use_is_named(
+    run_folder, monkeypatch, capsys, tmp_path, content, more, message
+):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "--run", run_folder, "--prompt_file", path, *more)
+    err = capsys.readouterr().err
+    assert err.startswith("error: data" if more else f"error: prompt_file: {tmp_path}")
+    assert message in err
+    assert err.count("\n") == 1
+
+
 def test_rules_stand_beside_static_exit_at_their_depth_and_every_batch_size(
     run_folder, monkeypatch, tmp_path
 ):
