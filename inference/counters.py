@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass
@@ -42,6 +43,12 @@ class Counters:
         """Return the counts of both runs together."""
         names = [field.name for field in fields(self)]
         return Counters(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def content(self) -> dict[str, Any]:
+        """Return the counts by name, as JSON can hold them."""
+        # Not by asdict: Python 3.11 rebuilds a Counter out of its pairs.
+        counts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return counts | {"depths": dict(sorted(self.depths.items()))}
 
     @property
     def tokens_per_second(self) -> float:

@@ -20,9 +20,10 @@ from inference.cli import (
 )
 from inference.counters import Counters
 from inference.decode import Emission, Generation
-from inference.strategies import STRATEGIES, describe, parse_strategy
+from inference.run import Run
+from inference.strategies import STRATEGIES, describe, has_threshold, parse_strategy
 from inference.text_stream import TextStream
-from inference.tuned import read_tuned
+from inference.tuned import conditions_of, read_tuned
 from inference.two_model import check_tokenizer
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
@@ -42,8 +43,10 @@ def build_parser() -> Parser:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument(
         "--strategy",
-        help="the one inference.tune found, or else self_speculative, if not given;"
-        " name or name:setting=value:setting=value, of " + ", ".join(STRATEGIES),
+        help="the fastest lossless one that inference.tune found, or else self_speculative, if not"
+        " given; name or name:setting=value:setting=value, of "
+        + ", ".join(STRATEGIES)
+        + "; a name alone takes the threshold that inference.tune found for it",
     )
     parser.add_argument(
         "--E",
@@ -115,11 +118,28 @@ def stream(
     return text + rest, sources
 
 
+def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
+    """Return the tuned strategy the arguments ask for, None if there is none, and a note on it."""
+    tuned = None
+    if args.strategy is None and args.E is None and args.d is None:
+        tuned = read_tuned(run, None)
+    elif args.strategy in STRATEGIES and has_threshold(STRATEGIES[args.strategy]):
+        tuned = read_tuned(run, args.strategy)
+    if tuned is None or tuned.strategy is None:
+        return None, ""
+    note = f"strategy, tuned for this checkpoint: {tuned.strategy}"
+    now = conditions_of(run, batch_size=1, quantize=args.quantize)
+    if others := tuned.conditions.differences(now):
+        note += f", but with {', '.join(others)}: tune again to know what is best here"
+    return tuned.strategy, note
+
+
 def generate(args: argparse.Namespace) -> None:
     """Run the command."""
     run = decoding_run_from(args)
-    tuned = read_tuned(run) if not (args.strategy or args.E or args.d) else None
-    text = args.strategy or tuned or "self_speculative"
+    tuned, note = tuned_for(run, args)
+    asked = "self_speculative" if args.strategy is None else args.strategy
+    text = asked if tuned is None else tuned
     strategy = parse_strategy(text, E=args.E, d=args.d).filled(run.model.config.n_layers)
     check_tokenizer(strategy, run)
     if any("\ud800" <= char <= "\udfff" for char in args.prompt):
@@ -136,7 +156,7 @@ def generate(args: argparse.Namespace) -> None:
         graphs=run.graphs,
     )
     if tuned is not None:
-        print(f"strategy, tuned for this checkpoint: {tuned}", file=sys.stderr)
+        print(note, file=sys.stderr)
     on_terminal = sys.stdout.isatty()
     colored = on_terminal and "NO_COLOR" not in os.environ
     print(args.prompt, end="", flush=True)
@@ -155,7 +175,7 @@ def generate(args: argparse.Namespace) -> None:
         "text": text,
         "tokens": generation.tokens[0],
         "provenance": sources,
-        "counters": asdict(generation.counters),
+        "counters": generation.counters.content(),
     }
     write_json(args.json, result)
 

@@ -9,10 +9,10 @@ threshold, thresholds are measured that keep to what the full model would have c
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from inference.benchmark import LEGEND, machine, table
+from inference.benchmark import LEGEND, check_draft_fits, machine, table
 from inference.cli import (
     Parser,
     add_compile_argument,
@@ -31,9 +31,8 @@ from inference.run import Run
 from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
 from inference.state import Strategy
-from inference.strategies import parse_strategy, setting_types
-from inference.tuned import write_tuned
-from inference.two_model import check_tokenizer
+from inference.strategies import has_threshold, parse_strategy
+from inference.tuned import Tuned, conditions_of, write_tuned
 
 _COST_LEGEND = """In full steps: draft, verify: layers; head: of drafts and verification.
 without_x: the speedup if x were free."""
@@ -44,15 +43,15 @@ def build_parser() -> Parser:
     parser = Parser(
         "inference.tune",
         description="Find the fastest lossless strategy for a checkpoint on this machine, greedy,"
-        " or the fastest threshold of a strategy that has one, and keep it beside the checkpoint,"
-        " where generate finds it.",
+        " and keep it beside the checkpoint, where generate finds it; or the fastest threshold of a"
+        " strategy that has one, which generate takes where it is given the strategy's name alone.",
         example="--run outputs/demo --max_d 6",
     )
     parser.add_argument(
         "--strategy",
-        default="self_speculative",
-        help="self_speculative and dynamic are tried with every E, d, stop and ngram; or one with a"
-        " threshold, such as calm, and its other settings",
+        default=SelfSpeculative.name,
+        help="self_speculative: it and dynamic are tried, with every E, d, stop and ngram; or one"
+        " with a threshold, such as calm, and its other settings",
     )
     parser.add_argument(
         "--min_agreement",
@@ -102,7 +101,7 @@ def with_thresholds(text: str, thresholds: Sequence[float], n_layers: int) -> li
     Raises:
         ValueError: the strategy has no threshold, or its settings do not fit the model.
     """
-    if "threshold" not in setting_types(type(parse_strategy(text))):
+    if not has_threshold(type(parse_strategy(text))):
         raise ValueError(
             f"strategy: {text} has nothing to tune, give self_speculative or one with a threshold"
         )
@@ -112,12 +111,12 @@ def with_thresholds(text: str, thresholds: Sequence[float], n_layers: int) -> li
     return [AUTOREGRESSIVE, *arms]
 
 
-def fastest(results: Sequence[ArmResult], min_agreement: float) -> ArmResult:
-    """Return the fastest arm that keeps to the full model; autoregressive is always one."""
-    fit = [
-        r for r in results if r.full_choice >= min_agreement or r.strategy == AUTOREGRESSIVE.name
-    ]
-    return max(fit, key=lambda result: result.speedup)
+def fastest(results: Sequence[ArmResult], min_agreement: float) -> ArmResult | None:
+    """Return the fastest arm that keeps to the full model; None where that is autoregressive."""
+    plain = AUTOREGRESSIVE.name
+    fit = [r for r in results if r.full_choice >= min_agreement or r.strategy == plain]
+    best = max(fit, key=lambda result: result.speedup)
+    return None if best.strategy == plain else best
 
 
 def cost_table(predictions: Sequence[Prediction], L: int) -> str:
@@ -157,49 +156,89 @@ def overhead_table(results: Sequence[ArmResult], predictions: Sequence[Predictio
     return format_table(header.split(), rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What tuning leads to."""
+
+    name: str | None
+    """The strategy whose threshold was tuned; None: the fastest lossless one was looked for."""
+    strategy: str | None
+    """The best, as a user writes it; None: no threshold is of use."""
+    verdict: str
+    content: dict[str, Any]
+    """What led to it."""
+
+
 def tune(args: argparse.Namespace) -> None:
     """Run the command."""
     for name in ("max_d", "top", "repeats", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: {getattr(args, name)}, give at least 1")
-    drafts = args.strategy == "self_speculative"
     run = decoding_run_from(args)
-    L = run.model.config.n_layers
-    if L < 2:
+    if run.model.config.n_layers < 2:
         raise ValueError(f"run: {run.checkpoint} has 1 layer, nothing can be left out")
-    arms = [] if drafts else with_thresholds(args.strategy, args.thresholds, L)
-    for arm in arms:
-        check_tokenizer(arm, run)
-    workload = Workload(
+    drafts = args.strategy == SelfSpeculative.name
+    outcome = _tune_drafts(run, args) if drafts else _tune_threshold(run, args)
+    conditions = conditions_of(run, batch_size=args.batch_size, quantize=args.quantize)
+    tuned = Tuned(strategy=outcome.strategy, conditions=conditions)
+    content = {"machine": machine(), **outcome.content}
+    path = write_tuned(run, outcome.name, tuned, content)
+    print(f"\n{outcome.verdict}; kept in {path}")
+    write_json(args.json, asdict(tuned) | content)
+
+
+def _tune_drafts(run: Run, args: argparse.Namespace) -> _Outcome:
+    """Find the fastest lossless strategy."""
+    check_draft_fits("max_d", args.max_d, run)
+    workload = _workload(run, args)
+    costs, predictions = _predict(run, workload, args.max_d)
+    arms = candidates(predictions[: args.top], costs, args.max_d)
+    results = _measure(run, arms, workload, args.repeats)
+    print(f"\nrounds, in full steps:\n{overhead_table(results, predictions)}")
+    best = max(results, key=lambda result: result.speedup)
+    verdict = f"best: {best.settings}, {best.speedup:.2f}x"
+    if best.strategy == AUTOREGRESSIVE.name:
+        verdict = "nothing beats plain decoding here: see which term above eats the gain"
+    content = {
+        "costs": asdict(costs),
+        "predictions": [asdict(p) for p in predictions],
+        "measured": [asdict(result) for result in results],
+    }
+    return _Outcome(name=None, strategy=best.settings, verdict=verdict, content=content)
+
+
+def _tune_threshold(run: Run, args: argparse.Namespace) -> _Outcome:
+    """Find the fastest threshold that keeps to the full model."""
+    arms = with_thresholds(args.strategy, args.thresholds, run.model.config.n_layers)
+    results = _measure(run, arms, _workload(run, args), args.repeats)
+    best, name, least = fastest(results, args.min_agreement), arms[-1].name, args.min_agreement
+    if best is None:
+        verdict = f"no threshold that agrees in {least:.1%} of the tokens beats plain decoding"
+    else:
+        verdict = f"best: {best.settings}, {best.speedup:.2f}x, taken by --strategy {name} alone"
+    content = {"min_agreement": least, "measured": [asdict(result) for result in results]}
+    strategy = None if best is None else best.settings
+    return _Outcome(name=name, strategy=strategy, verdict=verdict, content=content)
+
+
+def _workload(run: Run, args: argparse.Namespace) -> Workload:
+    return Workload(
         prompts=prompts_from(run, args),
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         sampling=Sampling(),
         seed=0,
     )
-    found: dict[str, Any] = {}
-    predictions: list[Prediction] = []
-    if drafts:
-        costs, predictions = _predict(run, workload, args.max_d)
-        arms = candidates(predictions[: args.top], costs, args.max_d)
-        found = {"costs": asdict(costs), "predictions": [asdict(p) for p in predictions]}
+
+
+def _measure(
+    run: Run, arms: Sequence[Strategy], workload: Workload, repeats: int
+) -> list[ArmResult]:
     results = measure(
-        run.model, arms, workload, repeats=args.repeats, report=report_line, graphs=run.graphs
+        run.model, arms, workload, repeats=repeats, report=report_line, graphs=run.graphs
     )
     print(f"\nmeasured:\n{table(results)}\n\n{LEGEND}")
-    if drafts:
-        print(f"\nrounds, in full steps:\n{overhead_table(results, predictions)}")
-    best = fastest(results, 0.0 if drafts else args.min_agreement)
-    found |= {
-        "machine": machine(),
-        "compiled": args.compile,
-        "batch_size": args.batch_size,
-        "min_agreement": None if drafts else args.min_agreement,
-        "measured": [asdict(result) for result in results],
-    }
-    path = write_tuned(run, best.settings, found)
-    print(f"\n{_verdict(best)}; kept in {path}")
-    write_json(args.json, found)
+    return results
 
 
 def _predict(run: Run, workload: Workload, max_d: int) -> tuple[Costs, list[Prediction]]:
@@ -220,12 +259,6 @@ def _predict(run: Run, workload: Workload, max_d: int) -> tuple[Costs, list[Pred
     print(f"{run.checkpoint}: a full step takes {costs.full_step_seconds * 1e3:.2f} ms")
     print(f"\npredicted:\n{cost_table(predictions, model.config.n_layers)}\n\n{_COST_LEGEND}")
     return costs, predictions
-
-
-def _verdict(best: ArmResult) -> str:
-    if best.strategy == AUTOREGRESSIVE.name:
-        return "nothing beats plain decoding here: see which term above eats the gain"
-    return f"best: {best.settings}, {best.speedup:.2f}x"
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from inference import generate
+from inference import fit_jump, generate, train_gate
 from inference.decode import Emission
+from inference.strategies import STRATEGIES
 
 PROMPT = "the cat sat"
 
@@ -43,6 +44,44 @@ def test_greedy_text_does_not_depend_on_the_strategy(run_folder, monkeypatch, ca
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith(PROMPT)
     assert (texts[0] == texts[1]) == (not options)
+
+
+@pytest.fixture(scope="module")
+def needed(run_folder, tmp_path_factory):
+    """Settings that a strategy cannot do without."""
+    folder = tmp_path_factory.mktemp("fitted")
+    gate, jump = folder / "gate.safetensors", folder / "jump.safetensors"
+    few = ["--run", run_folder, "--train_tokens", 192, "--test_tokens", 96]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, arguments in (
+            (train_gate, ["--form", "linear", "--epochs", 1, "--output", gate]),
+            (fit_jump, ["--rank", 2, "--output", jump]),
+        ):
+            patch.setattr(sys, "argv", ["fit", *map(str, [*few, *arguments])])
+            module.main()
+    return {
+        "speculative": f":draft={run_folder}",
+        "gate": f":path={gate}",
+        "jump": f":path={jump}",
+        "calm": ":threshold=0.3",
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "routed"])
+def test_every_strategy_writes_its_results(name, run_folder, needed, monkeypatch, tmp_path):
+    strategy, path = name + needed.get(name, ""), tmp_path / "out.json"
+    command(
+        monkeypatch, "--run", run_folder, "--prompt", PROMPT, "--max_new_tokens", 5,
+        "--strategy", strategy, "--json", path,
+    )  # fmt: skip
+    counters = json.loads(path.read_text())["counters"]
+    assert counters["tokens"] == 5
+    depths = {int(depth): tokens for depth, tokens in counters["depths"].items()}
+    if name in ("calm", "patience", "gate", "free", "skipdecode"):
+        assert sum(depths.values()) == 5
+        assert set(depths) <= {1, 2, 3, 4}
+    else:
+        assert depths == {}
 
 
 def test_tokens_of_a_round_have_their_provenance():
@@ -83,6 +122,9 @@ def test_a_terminal_is_not_sent_what_the_model_made_of_escape_bytes():
         (("--d", 0), "d: 0, give at least 1 drafted token"),
         (("--prompt", "cat " * 100), "leave no room in the model's context of 96"),
         (("--strategy", "oracle"), "strategy: oracle, give one of autoregressive, early_exit"),
+        (("--strategy", ""), "strategy: empty, give one of autoregressive, early_exit"),
+        (("--E", ""), "self_speculative: E=, give an integer"),
+        (("--strategy", f"skipdecode:length=1{'0' * 27}"), "give an integer of at most 64 bits"),
         (("--temperature", -1), "temperature: -1.0"),
         (("--d", "two"), "self_speculative: d=two, give an integer"),
         (("--run", "nowhere"), "run: nowhere holds no finished checkpoint"),

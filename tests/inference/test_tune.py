@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import torch
 from inference import generate, tune
 from inference.costs import Costs, measure_costs, predict, tokens_per_round
 from inference.decode import Generation
+from inference.measurement import measure
 from inference.oracle import record_exits
 from inference.run import load_run
 from inference.self_speculative import SelfSpeculative
 from inference.tune import cost_table
-from inference.tuned import read_tuned, tuned_path, write_tuned
+from inference.tuned import Conditions, Tuned, conditions_of, read_tuned, tuned_path, write_tuned
 from tests.inference.every_strategy import PROMPTS, make_model
 
 
@@ -64,72 +66,152 @@ def test_costs_are_measured_in_full_steps():
     assert costs.full_step_seconds > 0
 
 
-def test_a_threshold_is_tuned_under_the_agreement_asked_for(
-    run_folder, tmp_path, monkeypatch, capsys
-):
-    shutil.copytree(run_folder, tmp_path / "run")
-    run_command(
-        monkeypatch, tune, "--run", tmp_path / "run", "--prompts", 2, "--prompt_tokens", 8,
-        "--max_new_tokens", 12, "--repeats", 1, "--strategy", "calm:first=2",
-        "--thresholds", "0,1.1", "--min_agreement", 0.999, "--json", tmp_path / "out.json",
-    )  # fmt: skip
-    found = json.loads((tmp_path / "out.json").read_text())["measured"]
-    settings = {arm["settings"]: arm for arm in found}
-    never, always = settings["calm:threshold=1.1:first=2"], settings["calm:threshold=0.0:first=2"]
-    assert never["full_choice"] == never["same_tokens"] == 1.0
-    assert always["mean_depth"] == 2.0
-    assert always["full_choice"] < 0.999
-    assert read_tuned(load_run(tmp_path / "run")) in (
-        "autoregressive",
-        "calm:threshold=1.1:first=2",
-    )
-    with pytest.raises(SystemExit):
-        run_command(monkeypatch, tune, "--run", tmp_path / "run", "--strategy", "early_exit:E=1")
-    assert "early_exit:E=1 has nothing to tune" in capsys.readouterr().err
-
-
 def run_command(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     module.main()
 
 
-def test_what_is_tuned_is_decoded_with(run_folder, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def folder(run_folder, tmp_path):
+    """A copy of the run, beside which things may be kept."""
     shutil.copytree(run_folder, tmp_path / "run")
-    folder = tmp_path / "run"
+    return tmp_path / "run"
+
+
+def tune_a_little(monkeypatch, folder, *arguments):
     run_command(
-        monkeypatch, tune, "--run", folder, "--prompts", 2, "--prompt_tokens", 8, "--top", 1,
-        "--max_new_tokens", 12, "--repeats", 1, "--max_d", 3, "--json", tmp_path / "out.json",
+        monkeypatch, tune, "--run", folder, "--prompts", 2, "--prompt_tokens", 8,
+        "--max_new_tokens", 12, "--repeats", 1, *arguments,
     )  # fmt: skip
+
+
+def generate_a_little(monkeypatch, capsys, folder, *arguments):
+    """Return what is said on stderr."""
+    run_command(
+        monkeypatch, generate, "--run", folder, "--prompt", "the", "--max_new_tokens", 3, *arguments
+    )
+    return capsys.readouterr().err
+
+
+def tuned_under(run, strategy, **changes):
+    conditions = conditions_of(run, batch_size=1, quantize=None)
+    return Tuned(strategy=strategy, conditions=replace(conditions, **changes))
+
+
+def test_a_threshold_is_tuned_under_the_agreement_asked_for(folder, tmp_path, monkeypatch, capsys):
+    tune_a_little(
+        monkeypatch, folder, "--strategy", "calm:first=2", "--thresholds", "0,1.1",
+        "--min_agreement", 0.999, "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    content = json.loads((tmp_path / "out.json").read_text())
+    settings = {arm["settings"]: arm for arm in content["measured"]}
+    never, always = settings["calm:threshold=1.1:first=2"], settings["calm:threshold=0.0:first=2"]
+    assert never["full_choice"] == never["same_tokens"] == 1.0
+    assert always["mean_depth"] == 2.0
+    assert always["full_choice"] < 0.999
+    assert content["strategy"] in (None, "calm:threshold=1.1:first=2")
+    assert "which term above" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        tune_a_little(monkeypatch, folder, "--strategy", "early_exit:E=1")
+    assert "early_exit:E=1 has nothing to tune" in capsys.readouterr().err
+
+
+def test_a_threshold_never_becomes_what_generate_uses_by_default(folder, monkeypatch, capsys):
+    run = load_run(folder)
+    write_tuned(run, None, tuned_under(run, "self_speculative:E=3:d=2"), {})
+    for thresholds, found in (("0", True), ("1.1", False)):
+        monkeypatch.setattr(tune, "measure", with_speedups({"calm": 2.0 if found else 0.5}))
+        tune_a_little(
+            monkeypatch, folder, "--strategy", "calm", "--thresholds", thresholds,
+            "--min_agreement", 0,
+        )  # fmt: skip
+        assert ("best: calm:threshold=0.0" in capsys.readouterr().out) == found
+        err = generate_a_little(monkeypatch, capsys, folder)
+        assert "tuned for this checkpoint: self_speculative:E=3:d=2\n" in err
+        err = generate_a_little(monkeypatch, capsys, folder, "--strategy", "calm")
+        assert ("tuned for this checkpoint: calm:threshold=0.0\n" in err) == found
+        for other in ("calm:threshold=0.5", "patience", "self_speculative"):
+            assert "tuned" not in generate_a_little(
+                monkeypatch, capsys, folder, "--strategy", other
+            )
+
+
+def with_speedups(speedups):
+    """Return `measure` with other speedups, by the strategy's name."""
+
+    def changed(*args, **options):
+        return [
+            replace(result, speedup=speedups.get(result.strategy, 1.0))
+            for result in measure(*args, **options)
+        ]
+
+    return changed
+
+
+def test_a_threshold_that_is_not_faster_is_not_kept(folder, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "measure", with_speedups({"calm": 0.5}))
+    tune_a_little(monkeypatch, folder, "--strategy", "calm", "--thresholds", "0.5,1.1")
+    out = capsys.readouterr().out
+    assert "no threshold that agrees in 99.0% of the tokens beats plain decoding" in out
+    assert read_tuned(load_run(folder), "calm").strategy is None
+
+
+def test_what_is_tuned_is_decoded_with(folder, tmp_path, monkeypatch, capsys):
+    tune_a_little(monkeypatch, folder, "--top", 1, "--max_d", 3, "--json", tmp_path / "out.json")
     out = capsys.readouterr().out
     run = load_run(folder)
-    text = read_tuned(run)
-    assert text is not None
+    tuned = read_tuned(run, None)
     assert str(tuned_path(run)) in out
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["costs"]["draft"]) == 3
     assert len(found["costs"]["layers"]) == 4
     assert all(arm["same_tokens"] == 1.0 for arm in found["measured"])
     fastest = max(found["measured"], key=lambda arm: arm["speedup"])
-    assert fastest["settings"] == text
-    write_tuned(run, "early_exit:E=2", {})
-    run_command(monkeypatch, generate, "--run", folder, "--prompt", "the", "--max_new_tokens", 3)
-    assert "tuned for this checkpoint: early_exit:E=2" in capsys.readouterr().err
-    run_command(
-        monkeypatch, generate, "--run", folder, "--prompt", "the", "--max_new_tokens", 3,
-        "--strategy", "autoregressive",
-    )  # fmt: skip
-    assert "tuned" not in capsys.readouterr().err
+    assert fastest["settings"] == found["strategy"] == tuned.strategy
+    write_tuned(run, None, tuned_under(run, "early_exit:E=2"), {})
+    err = generate_a_little(monkeypatch, capsys, folder)
+    assert "tuned for this checkpoint: early_exit:E=2\n" in err
+    err = generate_a_little(monkeypatch, capsys, folder, "--strategy", "autoregressive")
+    assert "tuned" not in err
+
+
+def test_other_conditions_are_named_in_the_same_line(folder, monkeypatch, capsys):
+    tune_a_little(monkeypatch, folder, "--top", 1, "--max_d", 1, "--batch_size", 2)
+    assert read_tuned(load_run(folder), None).conditions == Conditions(
+        batch_size=2, compiled=False, quantize=None, dtype="float32", device="cpu"
+    )
+    capsys.readouterr()
+    err = generate_a_little(monkeypatch, capsys, folder, "--dtype", "bfloat16")
+    assert "but with batch_size 2 (now 1), dtype float32 (now bfloat16): tune again" in err
+    assert err.count("\n") == 2  # and the counts
+
+
+def test_drafts_that_do_not_fit_the_context_are_refused(run_folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        tune_a_little(monkeypatch, run_folder, "--max_d", 95)
+    assert capsys.readouterr().err == (
+        "error: max_d: 95 drafted tokens do not fit the model's context of 96, give at most 94\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is damaged"), ('{"strategy": "x", "weights": "y"}', "belongs to another checkpoint")],
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"strategy": "x", "weights": "y"}', "is damaged"),
+        ('{"lossless": null, "thresholds": {}, "weights": "y"}', "belongs to another checkpoint"),
+    ],
 )
-def test_a_file_of_something_else_is_refused(run_folder, tmp_path, content, message):
-    shutil.copytree(run_folder, tmp_path / "run")
-    run = load_run(tmp_path / "run")
-    assert read_tuned(run) is None
-    write_tuned(run, "early_exit:E=2", {})
+def test_a_file_of_something_else_is_refused_and_tuning_replaces_it(folder, content, message):
+    run = load_run(folder)
+    assert read_tuned(run, None) is None
+    tuned = tuned_under(run, "calm:threshold=0.5")
+    write_tuned(run, "calm", tuned, {})
+    assert read_tuned(run, None) is None
     tuned_path(run).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_tuned(run)
+    for name in (None, "calm"):
+        with pytest.raises(ValueError, match=message):
+            read_tuned(run, name)
+    write_tuned(run, "calm", tuned, {})
+    assert read_tuned(run, "calm") == tuned
