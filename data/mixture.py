@@ -64,14 +64,12 @@ class Mixture:
         Args:
             rows: (count,) int64, from 0.
         """
-        period, slot = np.divmod(rows, PERIOD)
-        source = np.zeros_like(rows)
-        turn = rows  # The row's number among those of its source.
+        source, turn = np.zeros_like(rows), rows.copy()
         if len(self.sources) > 1:
-            slot = permute(slot, period, size=PERIOD, seed=self._seed)
-            source = np.searchsorted(self._ends, slot, side="right")
-            share = np.asarray(self.rows_per_period)[source]
-            turn = period * share + slot - (self._ends[source] - share)
+            period, row = np.divmod(rows, PERIOD)
+            for number in np.unique(period).tolist():
+                here = period == number
+                source[here], turn[here] = (dealt[row[here]] for dealt in self._deal(number))
         window = np.empty_like(rows)
         for s in range(len(self.sources)):
             here = source == s
@@ -80,6 +78,16 @@ class Mixture:
                 place = permute(place, epoch, size=len(self.sources[s]), seed=self._seed + s)
             window[here] = place
         return source, window
+
+    def _deal(self, period: int) -> tuple[Ids, Ids]:
+        """Return the source of each row of a period, and its number among all rows of it."""
+        rows = np.arange(PERIOD)
+        slot = permute(rows, np.full_like(rows, period), size=PERIOD, seed=self._seed)
+        source = np.searchsorted(self._ends, slot, side="right")
+        turn = np.empty_like(rows)
+        for s, share in enumerate(self.rows_per_period):
+            turn[source == s] = period * share + np.arange(share)
+        return source, turn
 
     def read(self, rows: Ids) -> tuple[Ids, Ids]:
         """Return tokens and labels of some rows, (count, seq) int64 each."""

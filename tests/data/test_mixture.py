@@ -30,15 +30,10 @@ def test_each_source_has_its_share_of_each_period_and_is_read_through(shuffle: b
         assert all(80 < count < 180 for count in counts)
     for s, size in enumerate(SIZES):
         seen = window[source == s]
-        for epoch in range(len(seen) // size):
-            part = seen[epoch * size : (epoch + 1) * size].tolist()
-            # In order of the rows; a source's own turn inside a period follows the permutation.
-            assert len(part) == size
-        share = mixture.rows_per_period[s]
-        whole = 3 * share // size * size
-        turns = np.sort(seen)
-        assert (np.bincount(turns, minlength=size) >= whole // size).all()
-        assert np.bincount(turns, minlength=size).max() <= -(-3 * share // size)
+        epochs = [seen[at : at + size].tolist() for at in range(0, len(seen) - size + 1, size)]
+        assert len(epochs) == 3 * mixture.rows_per_period[s] // size
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert shuffle == (epochs[0] != sorted(epochs[0]))
 
 
 def test_rows_are_a_function_of_their_number_alone() -> None:
