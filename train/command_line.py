@@ -3,13 +3,13 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from train.config import TrainConfig
+from train.config import TrainConfig, flat_fields
 from train.dry_run import DryRun
 from train.presets import PRESETS
 
@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     if unknown and unknown[0] in PRESETS:
         raise ValueError(f"preset: {unknown[0]} comes after an option, name the preset first")
     if unknown:
-        options = [f"--{name}" for name in _field_names(line.config.as_dict())]
+        options = [f"--{name}" for name, _ in flat_fields(line.config.as_dict())]
         options += ["--tokens", "--dry_run", *(f"--{name}" for name in _DRY_RUN_FIELDS)]
         hint = _suggest(unknown[0].split("=")[0], options)
         raise ValueError(f"option: {unknown[0]} does not exist, {hint}")
@@ -97,14 +97,6 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     if near:
         return f"did you mean {near[0]}?"
     return f"choose one of {', '.join(known)}" if len(known) < 20 else "see --help"
-
-
-def _field_names(fields: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            yield from _field_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def _description(chosen: str) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,8 @@ class TrainConfig:
 
     def problems(self, world_size: int) -> list[str]:
         """Return all that is wrong with the configuration, one line each."""
+        if found := self._not_finite():  # No other check would make sense of them.
+            return found
         found = [
             *self.model.problems(),
             *self.data.problems(world_size),
@@ -125,6 +129,16 @@ class TrainConfig:
         found += self._conflicts()
         if not found:
             found += self._empty_steps()
+        return found
+
+    def _not_finite(self) -> list[str]:
+        """Return which fields are, or hold, an infinite number or none at all, one line each."""
+        found = []
+        for name, value in flat_fields(self.as_dict()):
+            numbers = value if isinstance(value, list) else [value]
+            bad = [x for x in numbers if isinstance(x, float) and not math.isfinite(x)]
+            if bad:
+                found.append(f"{name}: {bad[0]}, must be a finite number")
         return found
 
     def _conflicts(self) -> list[str]:
@@ -203,3 +217,12 @@ class TrainConfig:
         """Return the resolved configuration as JSON would hold it."""
         resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return resolved
+
+
+def flat_fields(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values of nested fields by their names, such as optim.lr."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -3,6 +3,7 @@
 Needs one process, and neither weights nor data nor GPUs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -56,8 +57,8 @@ class DryRun:
         found = []
         if self.ranks < 1:
             found.append(f"ranks: {self.ranks}, must be at least 1")
-        if self.memory_gib <= 0:
-            found.append(f"memory_gib: {self.memory_gib}, must be positive")
+        if not 0 < self.memory_gib < math.inf:
+            found.append(f"memory_gib: {self.memory_gib}, must be positive and finite")
         return found
 
 

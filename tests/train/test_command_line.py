@@ -108,3 +108,28 @@ def test_help_documents_the_plan_with_units_and_defaults(capsys):
     assert "--ranks INT" in text
     assert "--tokens {None}|FLOAT" in text
     assert "GiB. (default: 80.0)" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--early_exit.z_loss inf",
+        "--early_exit.exit_weights nan 1",
+        "--early_exit.temperature inf",
+        "--early_exit.distill_states_weight nan",
+        "--optim.lr inf",
+        "--optim.eps nan",
+        "--optim.weight_decay inf",
+        "--optim.embedding_weight_decay nan",
+        "--optim.max_grad_norm=-inf",
+        "--density.weight inf",
+        "--token_depth.speedup nan",
+        "--layer_dropout.p_max nan",
+        "--model.rope_theta inf",
+    ],
+)
+def test_a_number_that_is_not_finite_is_one_line_of_its_field(words):
+    config = parse(["demo", *words.split()], show=False).config
+    [line] = config.problems(1)
+    name, value = words[2:].replace("=", " ").split()[:2]
+    assert line == f"{name}: {value}, must be a finite number"

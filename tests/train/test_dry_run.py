@@ -126,6 +126,8 @@ def test_the_parts_add_up_to_the_whole(name):
         ({}, {"ranks": 3}, "data.global_batch_size: 16 is not a multiple of 3 ranks"),
         ({}, {"ranks": 0}, "ranks: 0, must be at least 1"),
         ({}, {"memory_gib": -1}, "memory_gib: -1, must be positive"),
+        ({}, {"memory_gib": float("nan")}, "memory_gib: nan, must be positive and finite"),
+        ({}, {"memory_gib": float("inf")}, "memory_gib: inf, must be positive and finite"),
         ({"parallel": ParallelConfig(dp_replicate=3)}, {"ranks": 4}, "parallel.dp_replicate: 3"),
     ],
 )
