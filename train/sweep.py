@@ -8,12 +8,14 @@ the options that `--print` prints; `--table` compares what is finished.
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 
 from train.command_line import parse
 from train.config import TrainConfig
@@ -25,6 +27,14 @@ example:
   python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --sbatch --nodes=4
   python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --table
 """
+_NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that leaves the reporting of errors to `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}, see --help")
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -51,17 +61,43 @@ def expand(preset: str, grid: dict[str, list[str]], options: Sequence[str]) -> l
     """Return the options of every run, those of all first; each has a name made of its own.
 
     Raises:
-        ValueError: a field does not exist.
+        ValueError: a field does not exist, or two runs would have the same name.
     """
-    runs = []
+    runs: dict[str, list[str]] = {}
     for values in product(*grid.values()):
         own = dict(zip(grid, values, strict=True))
-        words = [word for name, value in own.items() for word in (f"--{name}", value)]
+        words = [word for field, text in own.items() for word in (f"--{field}", *words_of(text))]
         # The name last: it wins over one among the options, which begins it.
         begun = parse([preset, *options, *words], show=True).config.name
-        parts = [f"{name.split('.')[-1]}_{value}" for name, value in own.items()]
-        runs.append([*options, *words, "--name", "-".join([begun, *parts])])
-    return runs
+        parts = [f"{field.split('.')[-1]}_{text}" for field, text in own.items()]
+        name = re.sub("[^A-Za-z0-9._-]", "_", "-".join([begun, *parts]))
+        if name in runs:
+            raise ValueError(f"grid: two runs have the name {name}, give every value once")
+        runs[name] = [*options, *words, "--name", name]
+    return list(runs.values())
+
+
+def words_of(value: str) -> list[str]:
+    """Return the words of one value: numbers joined by +, as in 2+4, are several; 1e+3 is one."""
+    joined = re.fullmatch(rf"{_NUMBER}(\+{_NUMBER})+", value)
+    return re.findall(_NUMBER, value) if joined else [value]
+
+
+def check(configs: Sequence[TrainConfig], ranks: str | None) -> None:
+    """Check every run before any is started.
+
+    Args:
+        configs: The runs.
+        ranks: As torchrun's --nproc_per_node. What is no number, or not known here, is taken for
+            the fewest ranks a run can have.
+
+    Raises:
+        ValueError: one cannot be trained.
+    """
+    known = int(ranks) if ranks and re.fullmatch(r"[1-9]\d*", ranks) else None
+    for config in configs:
+        if found := config.problems(known or max(config.parallel.dp_replicate, 1)):
+            raise ValueError(f"run: {config.name} cannot be trained: {'; '.join(found)}")
 
 
 def last_validation(run_dir: Path) -> dict[str, float]:
@@ -101,7 +137,7 @@ def table(grid: dict[str, list[str]], runs: Sequence[dict[str, float] | None]) -
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of what comes before `--`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m train.sweep",
         description="Train a preset with every combination of some fields' values and compare the"
         " held-out losses. What follows -- goes to every run.",
@@ -115,7 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FIELD=V,V",
-        help="a field and its values; give it again for another field",
+        help="a field and its values; give it again for another field. A value of several numbers"
+        " joins them by +: early_exit.exits=2+4,2",
     )
     parser.add_argument("--nproc_per_node", help="processes of a run, as torchrun's (default: 1)")
     instead = parser.add_mutually_exclusive_group()
@@ -141,7 +178,7 @@ def sweep(arguments: Sequence[str]) -> None:
     parser = build_parser()
     args, others = parser.parse_known_args(words[:cut])
     if others and not args.sbatch:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        raise ValueError(f"options: {' '.join(others)} are none of the sweep's, see --help")
     if args.nproc_per_node and (args.print or args.sbatch or args.table):
         raise ValueError(
             f"nproc_per_node: {args.nproc_per_node}, nothing is run here, leave it out"
@@ -150,17 +187,21 @@ def sweep(arguments: Sequence[str]) -> None:
         raise ValueError(f"json: {args.json}, there are no losses yet, ask with --table")
     grid = read_grid(args.grid)
     runs = expand(args.preset, grid, words[cut + 1 :])
+    configs = [parse([args.preset, *run], show=True).config for run in runs]
+    if not args.table:
+        unknown = args.print or args.sbatch
+        check(configs, None if unknown else args.nproc_per_node or "1")
     if args.print:
         print(options_of_each(runs), end="")
-    elif args.sbatch:
+        return
+    if args.sbatch:
         submit(args.preset, runs, others)
-    else:
-        configs = [parse([args.preset, *run], show=True).config for run in runs]
-        if not args.table:
-            for i, (config, run) in enumerate(zip(configs, runs, strict=True)):
-                print(f"run {i + 1} of {len(runs)}: {config.name}", file=sys.stderr, flush=True)
-                train(args.preset, run, config.name, args.nproc_per_node or "1")
-        report(grid, configs, args.json)
+        return
+    if not args.table:
+        for i, (config, run) in enumerate(zip(configs, runs, strict=True)):
+            print(f"run {i + 1} of {len(runs)}: {config.name}", file=sys.stderr, flush=True)
+            train(args.preset, run, config.name, args.nproc_per_node or "1")
+    report(grid, configs, args.json)
 
 
 def train(preset: str, run: Sequence[str], name: str, ranks: str) -> None:

@@ -178,10 +178,62 @@ def test_options_that_would_do_nothing_are_refused(words, message):
         sweep(["demo", "--grid", GRID[0], *words])
 
 
-@pytest.mark.parametrize("words", [["--nodes=2"], ["--print", "--sbatch"]])
-def test_options_that_are_not_the_sweeps_are_refused(words):
-    with pytest.raises(SystemExit):
-        sweep(["demo", "--grid", GRID[0], *words])
+def names(*grid, options=()):
+    runs = expand("demo", read_grid(grid), options)
+    return [parse(["demo", *run], show=False).config.name for run in runs]
+
+
+def test_a_name_has_no_characters_that_a_run_may_not_have():
+    grid = "checkpoint.init_from=outputs/demo,outputs/dense_demo"
+    assert names(grid) == ["demo-init_from_outputs_demo", "demo-init_from_outputs_dense_demo"]
+    assert names("optim.lr=1e+3") == ["demo-lr_1e_3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("2+4", ["2", "4"]),
+        ("2", ["2"]),
+        ("10+3+7", ["10", "3", "7"]),
+        ("0.9+0.95", ["0.9", "0.95"]),
+        ("1e+3", ["1e+3"]),
+        ("1e+3+2.5E-4", ["1e+3", "2.5E-4"]),
+        ("c++", ["c++"]),
+        ("a1+2", ["a1+2"]),
+        ("+1", ["+1"]),
+    ],
+)
+def test_numbers_joined_by_plus_are_several_words(text, words):
+    assert module.words_of(text) == words
+
+
+def test_a_field_may_hold_several_values(capsys):
+    sweep(["demo", "--grid", "early_exit.exits=2+4,2", "--print"])
+    first, second = map(shlex.split, capsys.readouterr().out.splitlines())
+    assert first == ["--early_exit.exits", "2", "4", "--name", "demo-exits_2_4"]
+    assert second == ["--early_exit.exits", "2", "--name", "demo-exits_2"]
+    assert parse(["demo", *first], show=False).config.early_exit.exits == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--print", "run: demo-e_scale_-1 cannot be trained: early_exit.e_scale: -1"),
+        ("--sbatch", "run: demo-e_scale_-1 cannot be trained: early_exit.e_scale: -1"),
+        ("", "run: demo-e_scale_-1 cannot be trained: early_exit.e_scale: -1"),
+        ("--print -- --data.seq_len 0", "run: demo-e_scale_0.2 cannot be trained: data.seq_len"),
+        ("--nproc_per_node 7", "run: demo-e_scale_0.2 cannot be .* is not a multiple of 7 ranks"),
+    ],
+)
+def test_no_run_starts_where_one_cannot_be_trained(words, message, fake_sbatch, monkeypatch):
+    monkeypatch.setattr(module.subprocess, "run", None)  # nothing may be started
+    with pytest.raises(ValueError, match=message):
+        sweep(["demo", "--grid", "early_exit.e_scale=0.2,-1", *words.split()])
+
+
+def test_a_run_for_more_ranks_than_are_here_is_printed(capsys):
+    sweep(["demo", "--grid", "parallel.dp_replicate=2,4", "--print"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -193,12 +245,33 @@ def test_options_that_are_not_the_sweeps_are_refused(words):
         (["demo", "--grid", "optim.lr"], "grid: 'optim.lr' expands to nothing"),
         (["demo", "--grid", "steps=1", "--grid", "steps=2"], "grid: steps is given twice"),
         (["demo", "--grid", "optim.lrr=1"], "option: --optim.lrr does not exist"),
+        (["demo", "--grid", "optim.lr=1e-3,1e-3"], "grid: two runs have the name demo-lr_1e-3,"),
+        (["demo", "--grid", "checkpoint.init_from=a/b,a_b"], "grid: two runs have the name demo-"),
         (["none", "--grid", "steps=1"], "preset: none does not exist"),
     ],
 )
 @pytest.mark.parametrize("instead", ["--print", "--sbatch", "--table"])
 def test_a_users_error_is_one_line(arguments, message, instead, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep", *arguments, instead])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--bogus"], "options: --bogus are none of the sweep's, see --help"),
+        (["demo", "--nodes=2", "--grid", GRID[0]], "options: --nodes=2 are none"),
+        (["demo", "--print", "--sbatch"], "argument --sbatch: not allowed with argument --print"),
+        ([], "the following arguments are required: preset"),
+    ],
+)
+def test_options_that_are_not_the_sweeps_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
     with pytest.raises(SystemExit) as stop:
         module.main()
     err = capsys.readouterr().err
