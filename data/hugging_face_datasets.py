@@ -3,12 +3,18 @@
 An input is written hf:NAME[:SPLIT[:CONFIG]], such as hf:books or hf:wikitext:train:wikitext-2-v1.
 """
 
+import logging
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""NAME or OWNER/NAME; anything else is a path."""
 
 
 def read_rows(source: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -19,7 +25,7 @@ def read_rows(source: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[st
 
     Args:
         source: hf:NAME[:SPLIT[:CONFIG]]; the split is "train" if not given. Folders saved with
-            one split have no other, and no CONFIG.
+            one split have no other, "train" if it has no name, and no CONFIG.
         fields: the columns to read.
 
     Raises:
@@ -60,18 +66,37 @@ def _open(source: str) -> Any:
 
         datasets.disable_progress_bars()
         if not Path(name).is_dir():
-            return datasets.load_dataset(
-                name, config or None, split=split or DEFAULT_SPLIT, streaming=True
-            )
+            if not _HUB_NAME.fullmatch(name):
+                raise ValueError("there is no such folder")
+            with _without_warnings("huggingface_hub"):  # Of every retry; the error says the same.
+                return datasets.load_dataset(
+                    name, config or None, split=split or DEFAULT_SPLIT, streaming=True
+                )
         found = datasets.load_from_disk(name)
     except (ValueError, OSError, ImportError) as error:
-        raise ValueError(f"input {source} cannot be opened ({error})") from error
+        raise ValueError(
+            f"input {source} cannot be opened ({error}), give a folder that save_to_disk wrote or "
+            "a name on the hub"
+        ) from error
     if config:
         raise ValueError(f"input {source} is a folder, which has no CONFIG, leave it out")
     if isinstance(found, datasets.DatasetDict):
         if (split or DEFAULT_SPLIT) not in found:
             raise ValueError(f"input {source} has no such split, give one of: {', '.join(found)}")
         return found[split or DEFAULT_SPLIT]
-    if split and split != str(found.split):
-        raise ValueError(f"input {source} is saved as one split, give no other than its own")
+    own = str(found.split or DEFAULT_SPLIT)
+    if split and split != own:
+        raise ValueError(f"input {source} is saved as one split, {own}, give that or none")
     return found
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """Silence what a logger says below an error."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,5 +1,7 @@
 """Rows of a Hugging Face dataset are documents; what is not there is said in one line."""
 
+import logging
+
 import pytest
 
 from data.faults import Faults
@@ -17,6 +19,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
     one = datasets.Dataset.from_dict({"id": list(range(30)), "text": TEXTS})
     one.save_to_disk(root / "one", num_shards=3)
+    datasets.Dataset.from_dict({"text": TEXTS}, split="odd").save_to_disk(root / "named")
     odd = datasets.Dataset.from_dict({"text": ["a", None, " ", "b\0"]})
     datasets.DatasetDict({"train": one, "odd": odd}).save_to_disk(root / "dict")
     one.to_parquet(root / "hub" / "data.parquet")
@@ -28,7 +31,7 @@ def read(source, text_field="text"):
     return list(read_documents([source], faults, RowLayout(text_field))), faults
 
 
-@pytest.mark.parametrize("name", ["one", "dict", "dict:train"])
+@pytest.mark.parametrize("name", ["one", "one:train", "dict", "dict:train", "named", "named:odd"])
 def test_rows_come_in_their_order(saved, name):
     documents, faults = read(f"hf:{saved / name}")
     assert [document.text for document in documents] == TEXTS
@@ -69,7 +72,8 @@ def test_a_dataset_is_prepared_from_it(saved, tmp_path):
     [
         ("hf:", "text", "names no dataset, give hf:NAME"),
         ("hf:{}/dict:absent", "text", "no such split, give one of: train, odd"),
-        ("hf:{}/one:absent", "text", "give no other"),
+        ("hf:{}/one:absent", "text", "saved as one split, train, give that or none"),
+        ("hf:{}/named:train", "text", "saved as one split, odd, give that or none"),
         ("hf:{}/one::small", "text", "which has no CONFIG"),
         ("hf:{}/one", "body", "body is no column of .* give one of: id, text"),
         ("hf:{}", "text", "cannot be opened"),
@@ -78,3 +82,26 @@ def test_a_dataset_is_prepared_from_it(saved, tmp_path):
 def test_what_is_not_there_is_said(saved, source, field, reason):
     with pytest.raises(ValueError, match=reason):
         read(source.format(saved), field)
+
+
+@pytest.mark.parametrize("name", ["/no/folder", "./folder", "../folder", "~/folder", "a/b/c", "a/"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(ValueError, match=f"input hf:{name} cannot be .*no such folder.*, give a "):
+        read(f"hf:{name}")
+
+
+def test_retries_of_the_hub_are_not_heard(monkeypatch, caplog):
+    logger = logging.getLogger("huggingface_hub.utils")
+
+    def hub(*arguments, **options):
+        logger.warning("Retrying in 1s")
+        raise ConnectionError("not reached")
+
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(ValueError, match="input hf:a/b cannot be opened .not reached., give a fol"):
+        read("hf:a/b")
+    assert not caplog.records
+    logger.warning("of something else")
+    assert len(caplog.records) == 1
