@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.row_layout import RowLayout
+
 PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
 
@@ -17,7 +19,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """NAME or OWNER/NAME; anything else is a path."""
 
 
-def read_rows(source: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of each row, from 1, and some columns of it, in the dataset's order.
 
     A folder is read as it lies on the disk; of a name on the hub no more is fetched than what is
@@ -26,7 +28,7 @@ def read_rows(source: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[st
     Args:
         source: hf:NAME[:SPLIT[:CONFIG]]; the split is "train" if not given. Folders saved with
             one split have no other, "train" if it has no name, and no CONFIG.
-        fields: the columns to read.
+        layout: names the columns to read.
 
     Raises:
         ValueError: there is no such dataset, split, configuration or column, or it cannot be
@@ -35,8 +37,8 @@ def read_rows(source: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[st
     rows = _open(source)
     columns = rows.column_names
     if columns is not None:
-        check_columns(source, columns, fields)
-        rows = rows.select_columns(list(fields))
+        check_columns(source, columns, layout)
+        rows = rows.select_columns(list(layout.fields))
     number = 0
     try:
         for number, row in enumerate(rows):
@@ -47,12 +49,13 @@ def read_rows(source: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[st
         ) from error
 
 
-def check_columns(source: str, columns: Sequence[str], fields: Sequence[str]) -> None:
+def check_columns(source: str, columns: Sequence[str], layout: RowLayout) -> None:
     """Raise a ValueError if a source has no such column."""
-    for field in fields:
+    for field in layout.fields:
         if field not in columns:
             raise ValueError(
-                f"text_field {field} is no column of {source}, give one of: {', '.join(columns)}"
+                f"{layout.naming(field)} is no column of {source}, give one of: "
+                f"{', '.join(columns)}"
             )
 
 

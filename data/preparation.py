@@ -179,7 +179,7 @@ def _fill(
     documents = read_documents(config.input, faults, config.layout)
     try:
         survey = survey_documents(
-            _refuse_mostly_damaged(documents, faults, config.max_skipped_fraction),
+            _refuse_mostly_damaged(documents, faults, config),
             validation_fraction=config.validation_fraction,
             sample_bytes=0 if config.tokenizer else _TOKENIZER_SAMPLE_BYTES,
         )
@@ -212,18 +212,18 @@ def _fill(
 
 
 def _refuse_mostly_damaged(
-    documents: Iterable[Document], faults: Faults, max_skipped_fraction: float
+    documents: Iterable[Document], faults: Faults, config: PrepareConfig
 ) -> Iterator[Document]:
     """Yield the documents, and at their end refuse them if too many were skipped on the way."""
     count = 0
     for document in documents:
         count += 1
         yield document
-    if faults.damaged > max_skipped_fraction * (count + faults.damaged):
+    if faults.damaged > config.max_skipped_fraction * (count + faults.damaged):
         raise ValueError(
             f"input: {faults.damaged} of {count + faults.damaged} documents cannot be used,"
-            f" {'; '.join(faults.lines())}: mend the input or name the right text_field, or raise"
-            f" max_skipped_fraction {max_skipped_fraction}"
+            f" {'; '.join(faults.lines())}: mend the input or name the right"
+            f" {config.layout.options}, or raise max_skipped_fraction {config.max_skipped_fraction}"
         )
 
 

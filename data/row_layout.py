@@ -39,6 +39,17 @@ class RowLayout:
             return (self.text_field,)
         return tuple(dict.fromkeys(_names(self.prompt) + _names(self.response)))
 
+    @property
+    def options(self) -> str:
+        """The options that name the fields."""
+        return "prompt and response" if self.response else "text_field"
+
+    def naming(self, field: str) -> str:
+        """Return a field with the option that names it."""
+        if not self.response:
+            return f"text_field {field}"
+        return f"{'response' if field in _names(self.response) else 'prompt'} field {field}"
+
     def problems(self) -> list[str]:
         """Return what is wrong with the format strings, one line each; empty when nothing is."""
         if not self.response:

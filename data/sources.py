@@ -12,7 +12,7 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -183,7 +183,7 @@ def _read_json_lines(
 
 def _read_dataset(name: str, layout: RowLayout, faults: Faults) -> Iterator[Document | None]:
     """Yield one document per row."""
-    for number, row in read_rows(name, layout.fields):
+    for number, row in read_rows(name, layout):
         yield layout.document(row, f"{name}:{number}", faults)
 
 
@@ -210,7 +210,7 @@ def _read_parquet(
 
     row = 0
     try:
-        for values in _rows(path, name, layout.fields):
+        for values in _rows(path, name, layout):
             row += 1
             yield _row_document(values, f"{name}:{row}", layout, faults)
     except (pyarrow.ArrowException, OSError) as error:
@@ -219,7 +219,7 @@ def _read_parquet(
         ) from error
 
 
-def _rows(path: Path, name: str, fields: Sequence[str]) -> Iterator[dict[str, bytes | None]]:
+def _rows(path: Path, name: str, layout: RowLayout) -> Iterator[dict[str, bytes | None]]:
     """Yield some columns of a Parquet file row by row, as bytes."""
     import pyarrow
     import pyarrow.parquet
@@ -229,7 +229,8 @@ def _rows(path: Path, name: str, fields: Sequence[str]) -> Iterator[dict[str, by
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"input {name} is not a Parquet file, remove or replace it") from error
     columns = file.schema_arrow.names
-    check_columns(name, columns, fields)
+    check_columns(name, columns, layout)
+    fields = layout.fields
     for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=list(fields)):
         values = []
         for field in fields:
@@ -239,7 +240,7 @@ def _rows(path: Path, name: str, fields: Sequence[str]) -> Iterator[dict[str, by
                 values.append(column.cast(pyarrow.large_binary()))
             except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
                 raise ValueError(
-                    f"text_field {field} of {name} holds {column.type}, give a column of text"
+                    f"{layout.naming(field)} of {name} holds {column.type}, give a column of text"
                 ) from error
         for row in zip(*values, strict=True):
             yield {field: value.as_py() for field, value in zip(fields, row, strict=True)}

@@ -76,7 +76,10 @@ def test_pairs_without_a_response_are_counted_and_many_refused(
 
     dataset = prepared([*pairs(40), {"question": "why"}, {"question": "how", "answer": " "}], "few")
     assert dataset.skipped == {"empty response": 1, "no field 'answer'": 1}
-    with pytest.raises(ValueError, match=r"20 of 40 documents cannot be used.*no field 'answer'"):
+    with pytest.raises(
+        ValueError,
+        match=r"20 of 40 documents cannot be used.*no field 'answer'.* right prompt and response,",
+    ):
         prepared([*pairs(20), *({"question": str(n)} for n in range(20))], "many")
 
 
@@ -121,3 +124,26 @@ def test_the_command_takes_new_lines_as_they_are_typed(
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert description["arguments"]["prompt"] == "Q: {question}\nA:"
     assert command.main() == 0, "the same arguments find it there"
+
+
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [
+        (RowLayout(prompt="{asked}", response="{answer}"), "prompt field asked is no column of "),
+        (RowLayout(prompt="{question}", response="{said}"), "response field said is no column of "),
+        (RowLayout(prompt="{question}", response="{number}"), "response field number of .* int64"),
+        (RowLayout(text_field="said"), "text_field said is no column of "),
+    ],
+)
+def test_a_column_that_is_missing_is_named_with_its_option(
+    tmp_path: Path, tokenizer_path: Path, layout: RowLayout, named: str
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [row | {"number": 1} for row in pairs(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    source = (str(tmp_path / "pairs.parquet"),)
+    config = PrepareConfig(input=source, tokenizer=tokenizer_path, layout=layout)
+    with pytest.raises(ValueError, match=named):
+        prepare(config, tmp_path / "out", workers=1)
