@@ -16,6 +16,7 @@ from data.tokenizer_json import special_tokens, tokenizer_json
 
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
 SENTENCEPIECE_NAME = "tokenizer.model"
 
 PROOF_TEXTS = 2000
@@ -69,6 +70,23 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Path:
         f"tokenizer: {folder} has no {JSON_NAME} and no {SENTENCEPIECE_NAME}, name one with"
         " --tokenizer"
     )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer's folder says how a chat is written, which no tokenizer here keeps.
+
+    Raises:
+        ValueError: its tokenizer_config.json is damaged.
+    """
+    path = folder / CONFIG_NAME
+    if (folder / TEMPLATE_NAME).is_file():
+        return True
+    if not path.is_file():
+        return False
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"tokenizer: {path} is damaged ({error}), replace it") from None
 
 
 def prove_same_ids(tokenizer: Tokenizer, folder: Path) -> str:

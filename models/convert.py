@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from data.hugging_face import find_tokenizer, prove_same_ids, write_tokenizer
+from data.hugging_face import find_tokenizer, has_chat_template, prove_same_ids, write_tokenizer
 from data.tokenizer import Tokenizer
 from models.checkpoint_format import TOKENIZER, find_checkpoint
 from models.config import LlamaConfig
@@ -22,7 +23,7 @@ from models.plain_checkpoint import read_checkpoint, write_checkpoint
 from models.proof import our_logits, probe, prove_same_bits, prove_same_logits, transformers_logits
 from models.pruning import drop_own_exits, layers_to_keep, prune
 from models.publishing import published
-from models.safetensors_folder import read_config, read_weights, write_model
+from models.safetensors_folder import read_config, read_eos_ids, read_weights, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Source:
     """The checkpoint of these very weights; None where there is none."""
     note: str = ""
     """What was done to it since."""
+    left_out: tuple[str, ...] = ()
+    """What the input says that what is written will not."""
 
 
 def read_source(args: argparse.Namespace) -> Source:
@@ -52,17 +55,7 @@ def read_source(args: argparse.Namespace) -> Source:
     """
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.source == HUGGING_FACE:
-        config = read_config(args.input)
-        source = Source(
-            config=config,
-            state=read_weights(args.input, config),
-            tokenizer=Tokenizer(args.tokenizer or find_tokenizer(args.input, config.vocab_size)),
-            logits=transformers_logits(args.input, config, dtype),
-            training={},
-            step=0,
-            data_fingerprint="",
-            checkpoint=None,
-        )
+        source = read_hugging_face(args.input, args.tokenizer, dtype)
     else:
         checkpoint = find_checkpoint(args.input)
         manifest, state = read_checkpoint(checkpoint)
@@ -85,6 +78,43 @@ def read_source(args: argparse.Namespace) -> Source:
         state = {name: tensor.to(dtype) for name, tensor in source.state.items()}
         source = replace(source, state=state)
     return source
+
+
+def read_hugging_face(folder: Path, path: Path | None, dtype: torch.dtype | None) -> Source:
+    """Read a Hugging Face folder, its weights as they are stored.
+
+    Args:
+        folder: The folder.
+        path: The tokenizer's file; None takes the folder's own.
+        dtype: What transformers is to round the weights to, before its logits are kept.
+    """
+    config = read_config(folder)
+    tokenizer = Tokenizer(path or find_tokenizer(folder, config.vocab_size))
+    lost = left_out(folder, tokenizer)  # First: transformers reads those files too.
+    return Source(
+        config=config,
+        state=read_weights(folder, config),
+        tokenizer=tokenizer,
+        logits=transformers_logits(folder, config, dtype),
+        training={},
+        step=0,
+        data_fingerprint="",
+        checkpoint=None,
+        left_out=tuple(lost),
+    )
+
+
+def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Return a line for each thing a Hugging Face folder says that is not kept."""
+    found = []
+    if others := sorted(read_eos_ids(folder) - {tokenizer.eos_id}):
+        found.append(
+            f"eos_token_id {', '.join(map(str, others))}: a text ends with the tokenizer's "
+            f"{tokenizer.eos_id} alone"
+        )
+    if has_chat_template(folder):
+        found.append("chat_template: write a chat as it says before it is encoded")
+    return found
 
 
 def change(source: Source, args: argparse.Namespace) -> Source:
@@ -214,6 +244,8 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.output}: {model.config.n_layers} layers, {' and '.join(dtypes)}")
     for line in proven:
         print(f"  {line}")
+    for line in model.left_out:
+        print(f"  left out: {line}")
 
 
 def main() -> None:

@@ -40,6 +40,26 @@ def read_config(folder: Path) -> LlamaConfig:
         ) from None
 
 
+def read_eos_ids(folder: Path) -> set[int]:
+    """Return the token ids that end a text, by config.json or by generation_config.json.
+
+    Raises:
+        ValueError: If one of the files is damaged.
+    """
+    found: set[int] = set()
+    for path in (folder / CONFIG, folder / GENERATION_CONFIG):
+        if not path.is_file():
+            continue
+        try:
+            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found |= {
+                int(i) for i in (given if isinstance(given, list) else [given]) if i is not None
+            }
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"input: {path} is damaged ({error}), download it again") from None
+    return found
+
+
 def read_weights(folder: Path, config: LlamaConfig) -> dict[str, Tensor]:
     """Return the parameters of a folder under our names, in the dtypes they are stored in.
 

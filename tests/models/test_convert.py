@@ -107,6 +107,59 @@ def test_llama3s_properties_come_in(llama3, tmp_path):
     assert config.rope_theta == 5e5
 
 
+@pytest.mark.parametrize("place", [CONFIG, "generation_config.json"])
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ([399, 7, 5], ["eos_token_id 5, 7: a text ends with the tokenizer's 399 alone"]),
+        ([399], []),
+        (399, []),
+        (None, []),
+        (7, ["eos_token_id 7: a text ends with the tokenizer's 399 alone"]),
+    ],
+)
+def test_other_ends_of_a_text_are_said_to_be_left_out(
+    llama3, tmp_path, capsys, place, given, lines
+):
+    folder = tmp_path / "hf"
+    shutil.copytree(llama3, folder)
+    for name in (CONFIG, "generation_config.json"):
+        fields = json.loads((folder / name).read_text())
+        fields["eos_token_id"] = given if name == place else None
+        (folder / name).write_text(json.dumps(fields))
+    run("hf", "skipstone", folder, tmp_path / "ours")
+    assert said_left_out(capsys) == lines
+
+
+def said_left_out(capsys):
+    lines = map(str.strip, capsys.readouterr().out.splitlines())
+    return [line.removeprefix("left out: ") for line in lines if line.startswith("left out")]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", None])
+@pytest.mark.parametrize("target", ["skipstone", "hf"])
+def test_a_chat_template_is_said_to_be_left_out(llama3, tmp_path, capsys, name, target):
+    folder = tmp_path / "input"
+    shutil.copytree(llama3, folder)
+    if name == "tokenizer_config.json":
+        fields = json.loads((folder / name).read_text()) | {"chat_template": "{{ messages }}"}
+        (folder / name).write_text(json.dumps(fields))
+    elif name:
+        (folder / name).write_text("{{ messages }}")
+    run("hf", target, folder, tmp_path / "output")
+    found = [line for line in said_left_out(capsys) if "eos_token_id" not in line]
+    assert found == ["chat_template: write a chat as it says before it is encoded"] * bool(name)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_damaged_file_beside_the_weights_is_named(llama2, tmp_path, name, text):
+    folder = broken(llama2, tmp_path / "hf", lambda folder: (folder / name).write_text(text))
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        run("hf", "skipstone", folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_an_older_config_says_the_same(llama3, tmp_path):
     """Of transformers 4: rope_theta and rope_scaling at the top."""
     fields = json.loads((llama3 / CONFIG).read_text())
