@@ -33,7 +33,9 @@ def gpu_kernels() -> Iterator[None]:
         F.rms_norm, F.scaled_dot_product_attention = on_cpu
 
 
-def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     out: Tensor = _FusedRMSNorm.apply(x, weight)
     return out
 
@@ -47,12 +49,12 @@ class _FusedRMSNorm(torch.autograd.Function):
     """aten::_fused_rms_norm, which keeps its input and an fp32 number per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
         inverse_rms = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         ctx.save_for_backward(x, weight, inverse_rms)
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)

@@ -198,6 +198,11 @@ def test_7b_on_64_gpus_is_planned_in_under_a_minute_of_one_core():
     assert float(activations) == pytest.approx(by_hand, rel=0.02)
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("demo")])
+def test_every_demo_is_planned(name):
+    assert plan(PRESETS[name](), DryRun(ranks=1)).startswith(f"{name} on 1 GPUs\n")
+
+
 def test_the_command_prints_the_plan_without_data_or_refuses_in_one_line(
     tmp_path, capsys, monkeypatch
 ):
