@@ -26,25 +26,25 @@ from data.tokenizer import Tokenizer
 _BATCH_CHARS = 500_000
 _BATCHES_AHEAD = 3
 
-_Batch = list[tuple[str, int]]
-"""Texts and how many characters of each are a prompt."""
+_Batch = list[tuple[str, int | None]]
+"""Texts and how many characters of each are a prompt, see `data.row_layout.Document`."""
 
 _Tokens = npt.NDArray[np.integer]
 
 
-def encode_document(tokenizer: Tokenizer, text: str, prompt_chars: int = 0) -> _Tokens:
+def encode_document(tokenizer: Tokenizer, text: str, prompt_chars: int | None = None) -> _Tokens:
     """Return BOS, the ids of the text, EOS: (seq,) as they are stored.
 
     A prompt is encoded by itself, as it is when the model is asked; BOS and its ids are marked as
     not to be learnt, see `data.shards.ShardHeader`.
     """
-    dtype = token_dtype(tokenizer.vocab_size, pairs=prompt_chars > 0)
+    dtype = token_dtype(tokenizer.vocab_size, pairs=prompt_chars is not None)
     bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], dtype=dtype)
 
     def encode(part: str) -> list[_Tokens]:
         return [np.array(ids, dtype=dtype) for ids in tokenizer.encode_pieces(part)]
 
-    if not prompt_chars:
+    if prompt_chars is None:
         return np.concatenate([bos, *encode(text), eos])
     read = np.concatenate([bos, *encode(text[:prompt_chars])])
     return np.concatenate([~read, *encode(text[prompt_chars:]), eos])

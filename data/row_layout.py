@@ -17,8 +17,9 @@ class Document:
 
     origin: str
     text: str
-    prompt_chars: int = 0
-    """So many characters of the text, from its first, are read but not learnt."""
+    prompt_chars: int | None = None
+    """Of a pair, so many characters of the text, from its first, are read but not learnt; it may be
+    none. None: plain text, learnt from its BOS on."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class RowLayout:
 
 
 def sound_document(
-    text: str, origin: str, faults: Faults, *, prompt_chars: int = 0
+    text: str, origin: str, faults: Faults, *, prompt_chars: int | None = None
 ) -> Document | None:
     """Return the document if its text is sound, else count the fault."""
     if not text.strip():

@@ -96,7 +96,7 @@ def survey_documents(
         raise ValueError("input holds no documents, give files with text in them")
     distinct = np.unique(np.frombuffer(keys, dtype=np.uint64))
     cut = _cut(first, validation_fraction) if len(distinct) == 1 else None
-    if cut is not None and document.prompt_chars:
+    if cut is not None and document.prompt_chars is not None:
         raise ValueError("input holds 1 different pair, give one more to hold out")
     if cut is None:
         held_out_key = _bound(distinct, validation_fraction)

@@ -66,6 +66,32 @@ def test_the_response_and_eos_alone_are_learnt(
     assert set(found) == expected
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_an_empty_prompt_the_response_and_eos_alone_are_learnt(
+    tmp_path: Path, tokenizer_path: Path, workers: int
+) -> None:
+    rows = [{"prompt": "ask" * (n % 2), "response": f"answer {n}"} for n in range(40)]
+    layout = RowLayout(prompt="{prompt}", response="{response}")
+    config = PrepareConfig(
+        input=(str(write(tmp_path / "pairs.jsonl", rows)),), tokenizer=tokenizer_path, layout=layout
+    )
+    dataset = prepare(config, tmp_path / "out", workers=workers)
+    tokenizer = Tokenizer(tokenizer_path)
+    responses = []
+    for split in ("train", "validation"):
+        stream = dataset.stream(split)
+        tokens, targets = stream.read_targets(0, len(stream))
+        bos = tokens == tokenizer.bos_id
+        assert (targets[bos] == NO_LOSS).all()
+        learnt = targets[targets != NO_LOSS].tolist()
+        for _ in range(int(bos.sum())):
+            end = learnt.index(tokenizer.eos_id)
+            responses.append(tokenizer.decode(learnt[:end]))
+            learnt = learnt[end + 1 :]
+        assert learnt == []
+    assert sorted(responses) == sorted(row["response"] for row in rows)
+
+
 def test_pairs_without_a_response_are_counted_and_many_refused(
     tmp_path: Path, tokenizer_path: Path
 ) -> None:
