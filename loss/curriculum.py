@@ -68,3 +68,11 @@ def active_layers(t: int, *, L: int, T: int, config: CurriculumConfig) -> tuple[
     else:
         on = [L - 1]
     return tuple(on)
+
+
+def period(config: CurriculumConfig) -> int:
+    """Return after how many steps C(t, l) begins again.
+
+    grad never does, but only ever adds to what is on at step 0: as if at every step, 1.
+    """
+    return {"rot": config.R, "alternating": 2}.get(config.C, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loss.curriculum import CurriculumConfig, active_layers
+from loss.curriculum import CurriculumConfig, active_layers, period
 from loss.density import DensityConfig
 from loss.early_exit import EarlyExitConfig, exit_weights
 from models.config import LlamaConfig
@@ -192,7 +192,7 @@ class TrainConfig:
         e_tilde may be 0 for all that are on.
         """
         L, T = self.model.n_layers, self.steps
-        for t in range(min(self.curriculum.R, T)):
+        for t in range(min(period(self.curriculum), T)):
             active = active_layers(t, L=L, T=T, config=self.curriculum)
             learns = {l + 1 for l in self.layerskip.at(t).exit_layers} & {*self.model.own_exits}
             if self.optim.trains == "exits" and not learns:

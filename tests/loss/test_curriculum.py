@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from loss.curriculum import CurriculumConfig, active_layers
+from loss.curriculum import CurriculumConfig, active_layers, period
 
 
 def table(C, T, L, **changes):
@@ -52,3 +52,14 @@ def test_problems_name_field_value_and_remedy():
 
 def test_alternating_has_every_exit_at_even_steps():
     assert table("alternating", 4, 3) == [(0, 1, 2), (2,)] * 2
+
+
+@pytest.mark.parametrize("C", ["rot", "grad", "all", "alternating", "none"])
+@pytest.mark.parametrize("R", [1, 3, 8])
+@pytest.mark.parametrize("last", [True, False])
+def test_no_step_has_fewer_exits_than_one_of_the_first_period(C, R, last):
+    steps = table(C, 40, 6, R=R, last_layer_always_on=last)
+    n = period(CurriculumConfig(C=C, R=R, last_layer_always_on=last))
+    for t, active in enumerate(steps):
+        assert set(steps[t % n]) <= set(active)
+        assert C == "grad" or steps[t % n] == active

@@ -106,6 +106,11 @@ def test_offline_wandb_gets_the_metrics(training, monkeypatch):
             | {"curriculum__C": "rot"},
             "error: curriculum.last_layer_always_on: False, but distillation needs the last layer",
         ),
+        (
+            {"optim__trains": "exits", "model__own_exits": 2, "checkpoint__init_from": "gone"}
+            | {"curriculum__C": "alternating", "curriculum__R": 1},
+            "error: optim.trains: exits, but at step 1 none of model.own_exits (2,) is on",
+        ),
         ({"optim__betas": "2 0.9"}, "error: optim.betas: (2.0, 0.9), must lie in [0, 1)"),
         ({"data__path": "no/such"}, "error: dataset no/such has no dataset.json"),
         ({"data__global_batch_size": 7}, "data.global_batch_size: 7 is not a multiple of"),
