@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoint_format import Manifest, TensorReader
+from models.config import LlamaConfig
 from train.checkpoint_content import RunIdentity
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,16 @@ def check_config(manifest: Manifest, config: dict[str, Any], *, allow: bool) -> 
         raise ValueError("\n".join(refused))
 
 
+def other_model(held: LlamaConfig, wanted: LlamaConfig) -> str:
+    """Say field by field in what the model of a checkpoint is not the one asked for."""
+    differing = [
+        f"model.{name} {getattr(held, name)} (asked for: {value})"
+        for name, value in vars(wanted).items()
+        if getattr(held, name) != value
+    ]
+    return f"is of another model, with {', '.join(differing)}"
+
+
 def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> None:
     """Refuse a checkpoint of another model, tokenizer or dataset.
 
@@ -80,13 +91,8 @@ def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> Non
         ValueError: Saying in what it differs.
     """
     if manifest.model != identity.model:
-        differing = [
-            f"model.{name} {getattr(manifest.model, name)} (asked for: {value})"
-            for name, value in vars(identity.model).items()
-            if getattr(manifest.model, name) != value
-        ]
         raise ValueError(
-            f"name: {path} is of another model, with {', '.join(differing)}; "
+            f"name: {path} {other_model(manifest.model, identity.model)}; "
             "choose another --name or the configuration it was made with"
         )
     for kind in ("tokenizer_fingerprint", "data_fingerprint"):

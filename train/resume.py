@@ -27,7 +27,7 @@ from models.llama import Llama
 from train.checkpoint_content import RunIdentity, Tensors, training_tensors
 from train.checkpoint_folder import ABANDONED, DAMAGED, clean_up, first_failure, set_aside
 from train.checkpointer import CheckpointConfig
-from train.compatibility import check_config, check_identity, check_optimizer
+from train.compatibility import check_config, check_identity, check_optimizer, other_model
 from train.runtime import Runtime
 from train.titan import OptimizersContainer
 
@@ -144,8 +144,8 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
             raise ValueError(found)
         if found.model != shape:
             raise ValueError(
-                f"checkpoint.init_from: {path} holds {found.model}, not the model asked for, "
-                "choose the matching size"
+                f"checkpoint.init_from: {path} {other_model(found.model, shape)}; "
+                "ask for what it has or name another run"
             )
         check_tensors(TensorReader(path), "model.", state)
 

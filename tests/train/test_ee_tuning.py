@@ -377,14 +377,26 @@ def test_what_was_copied_is_said_and_other_shapes_are_refused(plain_run, tmp_pat
         load_initial_weights(str(tmp_path), again, runtime=runtime)
         for name, value in model.state_dict().items():
             assert torch.equal(value.full_tensor(), again.state_dict()[name].full_tensor()), name
-        for root, fields in (
-            (plain_run, {"own_exits": (1,), "ffn_dim": 32}),
-            (tmp_path, {}),
-            (tmp_path, {"own_exits": (1,), "own_exit_mlp": True}),
+        for root, fields, differing in (
+            (plain_run, {"own_exits": (1,), "ffn_dim": 32}, "model.ffn_dim 24 (asked for: 32)"),
+            (
+                plain_run,
+                {"vocab_size": 60, "ffn_dim": 32},
+                "model.ffn_dim 24 (asked for: 32), model.vocab_size 50 (asked for: 60)",
+            ),
+            (tmp_path, {}, "model.own_exits (1,) (asked for: ())"),
+            (
+                tmp_path,
+                {"own_exits": (1,), "own_exit_mlp": True},
+                "model.own_exit_mlp False (asked for: True)",
+            ),
         ):
             other, _ = tiny.build(runtime, **fields)
-            with pytest.raises(ValueError, match="not the model asked for, choose the matching"):
+            with pytest.raises(ValueError, match="checkpoint.init_from: ") as error:
                 load_initial_weights(str(root), other, runtime=runtime)
+            assert str(error.value).endswith(
+                f" is of another model, with {differing}; ask for what it has or name another run"
+            )
 
 
 def test_a_plan_of_memory_holds_moments_and_gradients_of_what_learns_alone():
