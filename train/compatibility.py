@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 # What may differ without another result: where things are, what is watched, how it is computed.
 _HARMLESS = (
-    *("name", "output_dir", "data.path", "data.input", "data.microbatch_size"),
-    *("data.verify_shards", "early_exit.chunk_rows"),
+    *("name", "output_dir", "data.path", "data.also", "data.input"),
+    *("data.microbatch_size", "data.verify_shards", "early_exit.chunk_rows"),
 )
 _HARMLESS_SECTIONS = (
     *("metrics.", "validate.", "checkpoint.", "recovery.", "adam_monitor.", "replica_check."),

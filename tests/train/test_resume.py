@@ -187,10 +187,25 @@ def test_changes_of_the_configuration_are_named_field_by_field():
 @pytest.mark.parametrize(
     "field",
     ["name", "output_dir", "metrics.wandb", "checkpoint.keep_latest", "parallel.dp_replicate"]
-    + ["data.path", "data.microbatch_size", "early_exit.chunk_rows", "recovery.on_spike"],
+    + [
+        "data.path",
+        "data.also",
+        "data.microbatch_size",
+        "early_exit.chunk_rows",
+        "recovery.on_spike",
+    ],
 )
 def test_what_does_not_decide_the_result_may_change(field):
     assert is_harmless(field)
+
+
+def test_every_source_may_be_found_elsewhere(run, runtime, caplog):
+    folder = run / "checkpoints" / "step-00000008"
+    sources = {"path": "a/one", "also": ["a/two"]}
+    edit_manifest(folder, lambda fields: fields["config"].update(data=sources))
+    moved = {"path": "b/one", "also": ["b/two"]}
+    assert go_on(run, runtime, data=moved)[0] == 8
+    assert "config: data.also was ['a/two'], is ['b/two'] from step 8 on" in caplog.messages
 
 
 @pytest.mark.parametrize(
