@@ -58,7 +58,7 @@ def D(l: int, L: int, schedule: DepthSchedule = "exponential") -> float:
     LayerSkip (arXiv 2404.16710), eq. 2: D(l) = exp(l ln2 / (L - 1)) - 1, which is 0 at the
     first layer and 1 at the last. Progressive layer dropping (arXiv 2010.13369): (l + 1) / L,
     as its layers count from 1. LayerDrop (arXiv 1909.11556): 1. A model of one layer has D(0) =
-    0 but for "uniform": its only layer is kept.
+    0, its only layer is kept; but 1 with "uniform" and "linear_from_first".
     """
     if schedule == "uniform":
         return 1.0

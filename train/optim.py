@@ -41,7 +41,8 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay of the blocks' matrices."""
     embedding_weight_decay: float | None = None
-    """Weight decay of token embeddings and head, tied or not. None: weight_decay."""
+    """Weight decay of token embeddings and head, tied or not, and of routers' matrices. None:
+    weight_decay."""
     norm_weight_decay: float = 0.0
     """Weight decay of norm weights and biases."""
     max_grad_norm: float = 1.0

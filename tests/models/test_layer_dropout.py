@@ -35,7 +35,8 @@ def test_p_is_the_product_of_its_factors():
 
 
 def test_models_of_one_layer_and_runs_of_one_step_are_defined():
-    assert D(0, 1) == 0
+    assert D(0, 1) == D(0, 1, "linear") == 0
+    assert D(0, 1, "uniform") == D(0, 1, "linear_from_first") == 1
     assert S(0, 1) == 0
 
 

@@ -83,6 +83,18 @@ def test_every_parameter_has_the_optimizer_and_weight_decay_of_its_group(name, t
     assert set(moments.values()) <= {1, 2}
 
 
+def test_routers_matrices_decay_as_embeddings_and_their_biases_as_norms():
+    config = OptimConfig(
+        lr=1.0, weight_decay=0.3, embedding_weight_decay=0.1, norm_weight_decay=0.2
+    )
+    found = groups(config, router="mlp")
+    assert {n: g for n, g in found.items() if n.startswith("routers.")} == {
+        "routers.0.hidden.weight": ("AdamW", 0.1),
+        "routers.0.out.weight": ("AdamW", 0.1),
+        "routers.0.out.bias": ("AdamW", 0.2),
+    }
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("lr", 0.0), ("muon_momentum", 1.0), ("weight_decay", -1.0)]
