@@ -52,7 +52,7 @@ def test_continual_training_with_the_recipe_improves_the_middle_exits(outputs):
     # More of the same does not do it: what the exits gain is the recipe's.
     train("dense_demo", outputs, steps=150, name="more", **start, **{"optim.lr": 1e-3})
     more = losses(outputs / "more")
-    assert all(after[E - 1] < more[E - 1] - 0.1 for E in (3, 4, 5))
+    assert all(after[E - 1] < more[E - 1] - 0.05 for E in (3, 4, 5))
 
 
 def test_finetuning_on_a_task_gets_it_right_and_lets_exits_agree_early(outputs):
