@@ -145,7 +145,7 @@ def test_queries_and_feed_forward_of_the_others_are_not_computed():
         block.get_submodule(name).register_forward_hook(
             lambda _, inputs, out, name=name: seen.update({name: out.shape[:2].numel()})
         )
-    model(tokens_of(), exit_layers=(), capacity=0.3)
+    model(tokens_of(), exit_layers=[L - 1], capacity=0.3)
     assert seen == {
         "attention.wq": 6, "attention.wk": 18, "attention.wo": 6, "feed_forward.w1": 6
     }  # fmt: skip
