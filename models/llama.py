@@ -124,7 +124,7 @@ class Llama(nn.Module):
     def init_weights(
         self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_
     ) -> None:
-        """Initialise every parameter and the rotary table, see `models.initial_weights`.
+        """Initialise every parameter and the rotary table, see `models.initialization`.
 
         Args:
             seed: Any non-negative integer.
