@@ -9,6 +9,7 @@ import torch
 from data.loader import microbatch
 from data.preparation import PrepareConfig, prepare
 from data.shards import NO_LOSS
+from loss.cross_entropy import IGNORE_INDEX
 from models.layer_dropout import LayerDropoutConfig
 from tests.distributed import run_distributed
 from tests.train.test_step import STEP, make_config, plan_of
@@ -23,6 +24,10 @@ from train.validate import ValidateConfig, validate
 BOS, SEQ = 1, 12
 LENGTHS = ((5, 4, 3), (2, 10), (12,), (1, 6, 5))
 """Of the documents of each packed row."""
+
+
+def test_data_and_loss_mean_the_same_by_a_label_without_a_loss():
+    assert NO_LOSS == IGNORE_INDEX, "two rooms that may not import each other"
 
 
 def packed_and_alone():
