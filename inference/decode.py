@@ -13,7 +13,7 @@ from inference.graphs import GraphedBatch, RoundGraphs
 from inference.host_copy import HostCopy
 from inference.rows import fill_row, fill_rows, open_state
 from inference.sampling import Sampling
-from inference.state import Round, Strategy, moving_on
+from inference.state import Round, Strategy, Work, moving_on
 from models.config import LlamaConfig
 from models.llama import Llama
 
@@ -121,8 +121,8 @@ class Generation:
         if self._reads_late and self._room() > 0:
             self._launch()
         emissions = self._read()
-        work, counters = self._state.work, self.counters
-        counters.token_layers = work.token_layers - counters.prompt_token_layers
+        work, counters = self.work, self.counters
+        counters.token_layers = work.token_layers
         counters.head_evaluations = work.head_evaluations
         counters.projected, counters.syncs = work.projected, work.syncs
         counters.draft_token_layers = work.draft_token_layers
@@ -130,6 +130,11 @@ class Generation:
         admitting = counters.prefill_seconds - prefill_seconds
         counters.decode_seconds += time.perf_counter() - start - admitting
         return emissions
+
+    @property
+    def work(self) -> Work:
+        """What the rounds so far computed, prompts left out."""
+        return self._state.work
 
     def finish(self) -> "Generation":
         """Run to the end and return itself."""
@@ -213,10 +218,11 @@ class Generation:
     @contextmanager
     def _timing_prefill(self) -> Iterator[None]:
         state, start = self._state, time.perf_counter()
-        before = state.work.token_layers
+        rounds, state.work = state.work, Work()
         yield
         wait_for(state.pending.device)
-        self.counters.prompt_token_layers += state.work.token_layers - before
+        self.counters.prompt_token_layers += state.work.token_layers
+        state.work = rounds
         self.counters.prefill_seconds += time.perf_counter() - start
 
 

@@ -2,14 +2,16 @@
 
 DEL (arXiv 2504.05598). With a_E the probability that the exit after E layers agrees with the last
 layer, a round that drafts d tokens with E layers gives 1 + a_E + ... + a_E^d tokens on average
-(Leviathan et al., arXiv 2211.17192, eq. 1) and costs d c_E + v full steps. The best pair of
-  (1 + a_E + ... + a_E^d) / (d c_E + v)        (TPL, with costs instead of layers)
+(Leviathan et al., arXiv 2211.17192, eq. 1) and costs d c_E + v_E full steps. The best pair of
+  (1 + a_E + ... + a_E^d) / (d c_E + v_E)      (TPL, with costs instead of layers)
 is taken. What agreement every exit would have had is seen when a round is verified: all layers'
 outputs of its tokens are at hand, and the head is put on them ("shadow tokens"). For sampled tokens
 agreement is the chance that a draft is accepted, sum_x min(p(x), q(x)) (Leviathan et al., corollary
-3.6), here without top_k and top_p.
+3.6), here without top_k and top_p. Where guesses come first, agreement is that of the tokens after
+which there was no guess, as exits draft no others.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inference.autoregressive import decode_one
-from inference.drafting import Draft, Stop, draft, guess
+from inference.drafting import Draft, Guesses, Stop, draft, guess
 from inference.sampling import Sampling, probabilities
 from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
@@ -34,17 +36,19 @@ class Dynamic:
     """Most tokens drafted in a round."""
     probe: int = 4
     """Rounds from the first look at the agreement of all exits to the second; each gap is twice the
-    one before."""
+    one before. Rounds whose rows all have a guess do not count."""
     longest_probe: int = 64
     """Rounds of the longest gap, at least `probe`: a look costs the head of every exit."""
     memory: float = 0.95
     """What weight an observation keeps when the next comes."""
-    head_cost: float | None = None
-    """Cost of the LM head in layers; by its number of parameters if not given."""
-    call_cost: float = 0.0
-    """Cost in layers of calling the model once, however few layers are run."""
+    fixed_cost: float | None = None
+    """What a step costs besides its layers, in layers; if not given, the LM head, by its number of
+    parameters."""
     verify_cost: float = 1.0
-    """v: cost of a verification in full steps."""
+    """Cost of several tokens through all layers and the head, in full steps of one. The first E
+    layers see a round's tokens one by one: v_E = E / L + (1 - E / L) verify_cost + accept_cost."""
+    accept_cost: float = 0.0
+    """Cost of accepting a draft, in full steps."""
     stop: float = 0.0
     """As in self_speculative."""
     stop_entropy: float = float("inf")
@@ -53,7 +57,7 @@ class Dynamic:
     """As in self_speculative."""
 
     def filled(self, n_layers: int) -> "Dynamic":
-        """Return itself: the head's cost is known when decoding starts."""
+        """Return itself: the model's costs are known when decoding starts."""
         return self
 
     def problems(self, n_layers: int) -> list[str]:
@@ -69,12 +73,12 @@ class Dynamic:
             found.append(f"longest_probe: {self.longest_probe}, give at least probe, {self.probe}")
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
-        if self.head_cost is not None and not self.head_cost >= 0.0:
-            found.append(f"head_cost: {self.head_cost}, give layers, at least 0")
-        if not self.call_cost >= 0.0:
-            found.append(f"call_cost: {self.call_cost}, give layers, at least 0")
+        if self.fixed_cost is not None and not self.fixed_cost >= 0.0:
+            found.append(f"fixed_cost: {self.fixed_cost}, give layers, at least 0")
         if not self.verify_cost > 0.0:
             found.append(f"verify_cost: {self.verify_cost}, give full steps, more than 0")
+        if not self.accept_cost >= 0.0:
+            found.append(f"accept_cost: {self.accept_cost}, give full steps, at least 0")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
@@ -87,27 +91,37 @@ class Dynamic:
 
 
 def best_pair(
-    agreement: list[float], draft_costs: list[float], verify_cost: float, most: int
+    agreement: list[float], draft_costs: list[float], verify_costs: list[float], most: int
 ) -> tuple[int, int]:
     """Return (E, d) of the most tokens per full step.
 
     Args:
         agreement: a_E for E = 1, 2, ...
         draft_costs: c_E, one draft step over one full step, for the same E.
-        verify_cost: v, one verification over one full step.
+        verify_costs: v_E, a verification of such drafts over one full step.
         most: Largest d.
 
     Returns:
         E and d; d = 0, plain decoding at the cost of 1, where no pair gives more than that.
     """
     best, pair = 1.0, (1, 0)
-    for E, (a, c) in enumerate(zip(agreement, draft_costs, strict=True), start=1):
+    exits = zip(agreement, draft_costs, verify_costs, strict=True)
+    for E, (a, c, v) in enumerate(exits, start=1):
         tokens = 1.0
         for d in range(1, most + 1):
             tokens += a**d
-            if tokens / (d * c + verify_cost) > best:
-                best, pair = tokens / (d * c + verify_cost), (E, d)
+            if tokens / (d * c + v) > best:
+                best, pair = tokens / (d * c + v), (E, d)
     return pair
+
+
+def at_least(agreed: float, seen: float) -> float:
+    """Return a_E = agreed / seen less its standard error.
+
+    Of many exits seen a few times, the best is mostly the one that had luck.
+    """
+    a = min(1.0, agreed / seen)  # sums of probabilities may be a hair above
+    return max(0.0, a - math.sqrt(a * (1.0 - a) / seen))
 
 
 @dataclass
@@ -125,60 +139,84 @@ class _Rounds:
     seen: float = 2.0
     """Tokens looked at, old ones counting less; at first as if half of two had agreed."""
     draft_costs: list[float] = field(init=False)
+    verify_costs: list[float] = field(init=False)
+    pairs: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """The best E and d by the most that may be drafted, since the last look."""
 
     def __post_init__(self) -> None:
-        """Work out what drafting costs."""
+        """Work out what drafts cost."""
         config, settings = self.state.model.config, self.settings
-        head = settings.head_cost
-        if head is None:
-            head = config.dim * config.vocab_size / block_params(config)
-        L, beside = config.n_layers, head + settings.call_cost
+        beside, L = settings.fixed_cost, config.n_layers
+        if beside is None:
+            beside = config.dim * config.vocab_size / block_params(config)
         own = {E: own_exit_params(config) / len(config.own_exits) for E in config.own_exits}
         layers = [E + own.get(E, 0) / block_params(config) for E in range(1, L)]
         self.draft_costs = [(E + beside) / (L + beside) for E in layers]
+        v, accept = settings.verify_cost, settings.accept_cost
+        self.verify_costs = [E / L + (1 - E / L) * v + accept for E in range(1, L)]
         self.agreed = [1.0] * (L - 1)
         self.gap = settings.probe
 
     def __call__(self, room: int) -> Round:
-        """Draft, verify, accept; now and then look at what every exit would have said."""
+        """Guess or draft, verify, accept; now and then look at what every exit would have said."""
         settings, state = self.settings, self.state
-        agreement = [agreed / self.seen for agreed in self.agreed]
         most = min(settings.d, room - 1)
-        E, d = best_pair(agreement, self.draft_costs, settings.verify_cost, most)
-        self.next_look -= 1
-        probing = self.next_look == 0
-        if probing:
-            self.next_look = self.gap
-            self.gap = min(2 * self.gap, settings.longest_probe)
-        drafted = self._draft(E, d, most, tapped=tuple(range(E - 1)) if probing else ())
-        if drafted.tokens.shape[1] == 0 and not probing:
-            return decode_one(state, state.model.config.n_layers, NOTHING, room)
-        first = E if drafted.exits else 0
-        if not probing:
-            return settle(state, drafted, verify(state, first, drafted))
-        return self._verify_and_look(first, drafted)
-
-    def _draft(self, E: int, d: int, most: int, *, tapped: tuple[int, ...]) -> Draft:
-        """Draft with E layers, or not at all if guesses serve all rows, or if d = 0."""
-        settings, state = self.settings, self.state
         guesses = guess(state, settings.ngram, most)
-        if guesses is not None:
-            served = guesses.found | state.finished
+        served, guessed = self._served(guesses)
+        if guesses is not None and served:
+            return self._verify(guesses.alone())
+        looking, (E, d) = self._time_to_look(), self._pair(most)
+        if not (d or guessed or looking):
+            return decode_one(state, state.model.config.n_layers, NOTHING, room)
+        if guesses is not None and guessed and not d:
             # Where layers are not worth their while, guesses for some rows are better than none.
-            enough = served.all() if d else (guesses.found & ~state.finished).any()
-            if state.ask(enough):
-                return guesses.alone()
-        stop = Stop(settings.stop, settings.stop_entropy)
-        return draft(state, E, d, stop=stop, tapped=tapped, guesses=guesses if d else None)
+            drafted = guesses.alone()
+        else:
+            stop = Stop(settings.stop, settings.stop_entropy)
+            tapped = tuple(range(E - 1)) if looking else ()
+            given = guesses if guessed else None
+            drafted = draft(state, E, d, stop=stop, tapped=tapped, guesses=given)
+        return self._verify_and_look(E, drafted, guesses) if looking else self._verify(drafted, E)
 
-    def _verify_and_look(self, first: int, drafted: Draft) -> Round:
+    def _served(self, guesses: Guesses | None) -> tuple[bool, bool]:
+        """Return whether all rows that go on have a guess, and whether any has."""
+        if guesses is None:
+            return False, False
+        live = ~self.state.finished
+        without, having = (live & ~guesses.found).any(), (live & guesses.found).any()
+        some_without, some_having = self.state.read(torch.stack((without, having)))
+        return not some_without, some_having
+
+    def _verify(self, drafted: Draft, E: int = 0) -> Round:
+        """Verify what E layers drafted, or guesses."""
+        return settle(self.state, drafted, verify(self.state, E if drafted.exits else 0, drafted))
+
+    def _pair(self, most: int) -> tuple[int, int]:
+        """Return the best E and d, by what was seen."""
+        if most not in self.pairs:
+            agreement = [at_least(agreed, self.seen) for agreed in self.agreed]
+            self.pairs[most] = best_pair(agreement, self.draft_costs, self.verify_costs, most)
+        return self.pairs[most]
+
+    def _time_to_look(self) -> bool:
+        """Count a round, and return whether all exits are looked at in it."""
+        self.next_look -= 1
+        if self.next_look > 0:
+            return False
+        self.next_look = self.gap
+        self.gap = min(2 * self.gap, self.settings.longest_probe)
+        return True
+
+    def _verify_and_look(self, E: int, drafted: Draft, guesses: Guesses | None) -> Round:
         """Verify a draft, and put the head on the outputs of all layers.
 
         Args:
-            first: Layers the draft has been through.
+            E: Layers that drafted, if any did.
             drafted: With the outputs of the layers below those.
+            guesses: Where there are any, their rows are not looked at.
         """
         state, L = self.state, self.state.model.config.n_layers
+        first = E if drafted.exits else 0
         x_L, deep = run_the_rest(state, first, drafted, tuple(range(first, L - 1)))
         logits = state.logits(x_L)
         result = settle(state, drafted, state.filtered(logits))
@@ -189,25 +227,25 @@ class _Rounds:
             below = [[taps[l] for taps in drafted.shallow] for l in range(first - 1)]
             exits = [torch.cat(xs, dim=1) for xs in (*below, drafted.exits)] + exits
         read = [state.before_head(x[:, :places], E) for E, x in enumerate(exits, start=1)]
-        self._look(torch.stack(read), logits[:, :places], result)
+        live = ~state.finished if guesses is None else ~(state.finished | guesses.found)
+        true = (torch.arange(places, device=x_L.device) <= result.accepted[:, None]) & live[:, None]
+        self._look(torch.stack(read), logits[:, :places], true)
         return result
 
-    def _look(self, exits: Tensor, full: Tensor, result: Round) -> None:
-        """Add up how far each exit agrees with the last layer, after tokens that were accepted.
+    def _look(self, exits: Tensor, full: Tensor, true: Tensor) -> None:
+        """Add up how far each exit agrees with the last layer.
 
         Args:
             exits: (L - 1, batch, n, dim), what the head reads of x_E for E = 1, ..., L - 1.
             full: (batch, n, vocab), the last layer's logits.
-            result: The round.
+            true: (batch, n) bool, places after tokens that were accepted.
         """
         state, plain = self.state, Sampling(temperature=self.state.sampling.temperature)
-        places = torch.arange(full.shape[1], device=full.device)
-        true = (places <= result.accepted[:, None]) & ~state.finished[:, None]
         q = probabilities(state.head(exits.flatten(0, 1)), plain).unflatten(0, exits.shape[:2])
         overlap = torch.minimum(probabilities(full, plain), q).sum(-1)  # (L - 1, batch, n)
         agreed = (overlap * true).flatten(1).sum(1)
-        state.work.syncs += 1
-        *sums, seen = torch.cat((agreed, true.sum()[None])).tolist()
+        *sums, seen = state.read(torch.cat((agreed, true.sum()[None])))
         memory = self.settings.memory
         self.seen = memory * self.seen + seen
         self.agreed = [memory * a + s for a, s in zip(self.agreed, sums, strict=True)]
+        self.pairs.clear()

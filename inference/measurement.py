@@ -16,7 +16,7 @@ from inference.peak_memory import peak_since, watch_memory
 from inference.rows import fill_rows, open_state
 from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
-from inference.state import Strategy
+from inference.state import Strategy, Work
 from inference.strategies import describe
 from models.llama import NOTHING, Llama
 
@@ -88,6 +88,10 @@ class ArmResult:
     """Of the continuations under the full model, in nats per token."""
     scores: dict[str, float]
     """Of a task; empty for plain prompts."""
+    passes: list[tuple[int, int, int, int]]
+    """Of layers, in all rounds: start, stop, tokens of each row, and times; see `Work.passes`."""
+    head_passes: list[tuple[int, int]]
+    """Of the head, in all rounds: tokens of each row, and times."""
     peak_bytes: int | None
     """CUDA: most memory allocated while decoding, weights included. CPU: growth of the process's
     peak resident set, what earlier arms left to it not counted; None where Linux does not tell.
@@ -97,6 +101,7 @@ class ArmResult:
 @dataclass(frozen=True)
 class _Repeat:
     counters: Counters
+    work: Work
     tokens: list[list[int]]
     peak_bytes: int | None
 
@@ -185,7 +190,7 @@ def _decode(
     peak = peak_since(before, device)
     if peak is not None and graphs is not None:
         peak += graphs.idle_bytes()
-    return _Repeat(generation.counters, generation.tokens, peak)
+    return _Repeat(generation.counters, generation.work, generation.tokens, peak)
 
 
 @torch.inference_mode()
@@ -237,7 +242,7 @@ def _summarise(
     speeds = [repeat.counters.tokens_per_second for repeat in repeats]
     baseline = [repeat.counters.tokens_per_second for repeat in reference]
     speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
-    counters, tokens = repeats[0].counters, repeats[0].tokens
+    counters, work, tokens = repeats[0].counters, repeats[0].work, repeats[0].tokens
     peaks = [repeat.peak_bytes for repeat in repeats if repeat.peak_bytes is not None]
     read = [read_continuation(model, *pair) for pair in zip(workload.prompts, tokens, strict=True)]
     greedy = workload.sampling.temperature == 0.0
@@ -266,6 +271,8 @@ def _summarise(
         full_choice=sum(chosen for _, chosen in read) / counters.tokens,
         log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
         scores=dict(score(tokens)) if score is not None else {},
+        passes=[(*key, times) for key, times in sorted(work.passes.items())],
+        head_passes=sorted(work.head_passes.items()),
         peak_bytes=max(peaks, default=None),
     )
 

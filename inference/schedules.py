@@ -159,9 +159,8 @@ class SkipDecode:
         budgets = rule.at(state.positions - state.prompt_lengths)  # (batch,)
         h = state.model.embed(state.pending[:, None])
         # The largest and the smallest budget are the host's to know: one question for both.
-        state.work.syncs += 1
         active = budgets.masked_fill(state.finished, rule.least)
-        most, least = torch.stack((active.max(), active.min())).tolist()
+        most, least = state.read(torch.stack((active.max(), active.min())))
         some = rule.left_out(least, n_layers)[n_layers - most :]
         h = state.run(h, 0, some.stop, skipped=self.skipped(least, n_layers))
         for l in some:

@@ -5,9 +5,10 @@ strategy turns the pending tokens into a `Round`, using `run`, `write_keys_and_v
 `distribution` and `ask` alone, which count the work; `decode.py` drives the rounds.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class Work:
     """Tokens that model's LM head was applied to."""
     syncs: int = 0
     """Times a strategy made the host wait for an answer of the device."""
+    passes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    """Times layers start, ..., stop - 1 were run on n tokens of each row, by (start, stop, n)."""
+    head_passes: Counter[int] = field(default_factory=Counter)
+    """Times the head was applied to n tokens of each row, by n."""
 
     @property
     def token_layers(self) -> float:
@@ -133,6 +138,7 @@ class DecodeState:
         tokens = h.shape[0] * h.shape[1]
         self.work.token_attentions += tokens * _count(start, stop, skipped.attention)
         self.work.token_feed_forwards += tokens * _count(start, stop, skipped.feed_forward)
+        self.work.passes[start, stop, h.shape[1]] += 1
         return self.model.run_layers(
             h,
             start,
@@ -188,13 +194,20 @@ class DecodeState:
         """
         logits = self.model.head(x) if part is None else part(x)
         share = logits.shape[-1] / self.model.config.vocab_size
-        self.work.head_evaluations += x.shape[0] * x.shape[1] * share
+        tokens = x.shape[0] * x.shape[1]
+        self.work.head_evaluations += tokens * share
+        self.work.head_passes[tokens // len(self.pending)] += 1
         return logits
 
     def ask(self, condition: Tensor) -> bool:
         """Return a condition of one element: the host waits for the device."""
         self.work.syncs += 1
         return bool(condition)
+
+    def read(self, numbers: Tensor) -> list[Any]:
+        """Return the numbers of a vector: the host waits for the device."""
+        self.work.syncs += 1
+        return list(numbers.tolist())
 
     def advance(self, result: Round) -> None:
         """Move each row on by its accepted tokens and the one after; the last is now pending."""

@@ -7,9 +7,8 @@ threshold, thresholds are measured that keep to what the full model would have c
 """
 
 import argparse
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from inference.benchmark import LEGEND, check_draft_fits, machine, table
@@ -34,8 +33,9 @@ from inference.state import Strategy
 from inference.strategies import has_threshold, parse_strategy
 from inference.tuned import Tuned, conditions_of, write_tuned
 
-_COST_LEGEND = """In full steps: draft, verify: layers; head: of drafts and verification.
-without_x: the speedup if x were free."""
+_COST_LEGEND = """In full steps: draft: single tokens in the first layers; verify: other passes of
+layers; head: of drafts and verification; overhead: the rest of a round, as accepting. without_x:
+the speedup if x were free."""
 
 
 def build_parser() -> Parser:
@@ -89,9 +89,13 @@ def candidates(best: Sequence[Prediction], costs: Costs, max_d: int) -> list[Str
         E, d = prediction.E, prediction.d
         arms += [SelfSpeculative(E=E, d=d), SelfSpeculative(E=E, d=max_d, stop=0.5)]
         arms += [SelfSpeculative(E=E, d=max_d, stop=0.5, ngram=n) for n in (2, 3)]
-    passes = zip(costs.layers[1:], costs.head[1:], strict=True)
-    verify_cost = round(statistics.mean(layers + head for layers, head in passes), 2)
-    arms += [Dynamic(d=max_d, verify_cost=verify_cost, ngram=n) for n in (0, 2, 3)]
+    dynamic = Dynamic(
+        d=max_d,
+        fixed_cost=round(costs.fixed_cost, 2),
+        verify_cost=round(costs.verify_cost, 2),
+        accept_cost=max(0.0, round(costs.overhead, 2)),
+    )
+    arms += [replace(dynamic, ngram=n) for n in (0, 2, 3)]
     return [*dict.fromkeys(arms)]
 
 
@@ -121,37 +125,54 @@ def fastest(results: Sequence[ArmResult], min_agreement: float) -> ArmResult | N
 
 def cost_table(predictions: Sequence[Prediction], L: int) -> str:
     """Return, for each E, its best d and where the time of a round goes."""
-    header = "E d agrees tokens/round draft verify head speedup without_draft without_head"
+    header = "E d agrees tokens/round draft verify head overhead speedup without_draft without_head"
     rows = []
     for E in range(1, L):
         p = next(p for p in predictions if p.E == E)  # the best first
         rows.append(
             [str(E), str(p.d), f"{p.agreement:.3f}", f"{p.tokens_per_round:.2f}"]
-            + [f"{p.draft:.2f}", f"{p.verify:.2f}", f"{p.head:.2f}", f"{p.speedup:.2f}x"]
+            + [f"{p.draft:.2f}", f"{p.verify:.2f}", f"{p.head:.2f}", f"{p.overhead:.2f}"]
+            + [f"{p.speedup:.2f}x"]
             + [f"{p.tokens_per_round / (p.round - p.draft):.2f}x"]
             + [f"{p.tokens_per_round / (p.round - p.head):.2f}x"]
         )
     return format_table(header.split(), rows)
 
 
-def overhead_table(results: Sequence[ArmResult], predictions: Sequence[Prediction]) -> str:
-    """Return, for each plain draft measured, where the time of its rounds went, in full steps.
+def terms_of_a_round(result: ArmResult, costs: Costs) -> dict[str, float]:
+    """Return where the time of a round goes that the arm's passes account for, in full steps."""
+    L = len(costs.draft) + 1
+    terms = {"draft": 0.0, "verify": 0.0, "head": 0.0}
+    for start, stop, n, times in result.passes:
+        term = "draft" if start == 0 and stop < L and n == 1 else "verify"
+        terms[term] += times * costs.of_layers(start, stop, n)
+    terms["head"] = sum(times * costs.of_head(n) for n, times in result.head_passes)
+    return {term: steps / _rounds(result, L) for term, steps in terms.items()}
 
-    overhead is what a round took (tokens_per_round / speedup) beyond draft, verify and head:
-    acceptance, copies, and what the timing of single passes does not see.
+
+def _rounds(result: ArmResult, L: int) -> int:
+    """Return the rounds of a batch: in each, the last layer is run once."""
+    return sum(times for _, stop, _, times in result.passes if stop == L)
+
+
+def overhead_table(results: Sequence[ArmResult], costs: Costs) -> str:
+    """Return, for each arm measured, where the time of its rounds went, in full steps.
+
+    steps/round is what a round took, by the speedup. overhead is that beyond draft, verify and
+    head: choosing, acceptance, copies, and what the timing of single passes does not see.
     """
-    known, rows = {(p.E, p.d): p for p in predictions}, []
+    L, rows = len(costs.draft) + 1, []
+    plain = next(result for result in results if result.strategy == AUTOREGRESSIVE.name)
     for r in results:
-        if r.bound is not None and r.tokens_per_verify is not None and r.E and r.d:
-            p, took = known[r.E, r.d], r.tokens_per_verify / r.speedup
-            terms = {"draft": p.draft, "verify": p.verify, "head": p.head}
-            terms["overhead"] = took - p.round
-            largest = max(terms, key=lambda name: terms[name])
-            rows.append(
-                [r.settings, f"{r.tokens_per_verify:.2f}", f"{took:.2f}"]
-                + [f"{value:.2f}" for value in terms.values()]
-                + [largest]
-            )
+        tokens = _rounds(plain, L) / _rounds(r, L)  # of a round of a row, all arms give as many
+        took, terms = tokens / r.speedup, terms_of_a_round(r, costs)
+        terms["overhead"] = took - sum(terms.values())
+        largest = max(terms, key=lambda name: terms[name])
+        rows.append(
+            [r.settings, f"{tokens:.2f}", f"{took:.2f}"]
+            + [f"{value:.2f}" for value in terms.values()]
+            + [largest]
+        )
     header = "strategy tokens/round steps/round draft verify head overhead most_on"
     return format_table(header.split(), rows)
 
@@ -194,7 +215,7 @@ def _tune_drafts(run: Run, args: argparse.Namespace) -> _Outcome:
     costs, predictions = _predict(run, workload, args.max_d)
     arms = candidates(predictions[: args.top], costs, args.max_d)
     results = _measure(run, arms, workload, args.repeats)
-    print(f"\nrounds, in full steps:\n{overhead_table(results, predictions)}")
+    print(f"\nrounds, in full steps:\n{overhead_table(results, costs)}")
     best = max(results, key=lambda result: result.speedup)
     verdict = f"best: {best.settings}, {best.speedup:.2f}x"
     if best.strategy == AUTOREGRESSIVE.name:

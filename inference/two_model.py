@@ -188,8 +188,7 @@ class TwoModels:
         state, own = self._state, self._own
         own.longest = state.longest
         same = (own.history == state.history).long().cumprod(1).sum(1)
-        state.work.syncs += 1
-        count = int((state.positions - 1 - same).amax())
+        count = max(state.read(state.positions - 1 - same))
         if count <= 0:
             return
         # Rows that are less behind run some tokens again.

@@ -1,7 +1,7 @@
 """What stands in for a GPU: a recorder as forgetful as a CUDA graph, a watch over the device."""
 
 from contextlib import contextmanager
-from dataclasses import replace
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Rerunner:
             if first:
                 first.clear()
                 return static
-            longest, work = state.longest, replace(state.work)
+            longest, work = state.longest, deepcopy(state.work)
             new = run()
             state.longest, state.work = longest, work
             pairs = zip(pytree.tree_leaves(static), pytree.tree_leaves(new), strict=True)

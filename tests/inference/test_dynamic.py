@@ -8,7 +8,7 @@ import torch
 from inference import dynamic
 from inference.autoregressive import Autoregressive
 from inference.decode import Generation
-from inference.dynamic import Dynamic, best_pair
+from inference.dynamic import Dynamic, at_least, best_pair
 from inference.sampling import Sampling
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.test_self_speculative import excess
@@ -23,22 +23,29 @@ def model():
 def test_the_best_pair_worked_by_hand():
     # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
     # 1.687; 4: 3.3616/2 = 1.681.
-    assert best_pair([0.8], [0.25], 1.0, 10) == (1, 3)
-    assert best_pair([0.8], [0.25], 1.0, 2) == (1, 2)
-    assert best_pair([0.8], [0.25], 1.0, 0) == (1, 0)
-    assert best_pair([0.2], [0.25], 1.0, 10) == (1, 0), "1.2 / 1.25 is less than plain decoding"
-    assert best_pair([0.1, 0.9, 0.91], [0.2, 0.4, 0.8], 1.0, 2) == (2, 2)
-    assert best_pair([0.8], [0.25], 3.0, 4) == (1, 0), "a dear verification pays for no draft"
+    assert best_pair([0.8], [0.25], [1.0], 10) == (1, 3)
+    assert best_pair([0.8], [0.25], [1.0], 2) == (1, 2)
+    assert best_pair([0.8], [0.25], [1.0], 0) == (1, 0)
+    assert best_pair([0.2], [0.25], [1.0], 10) == (1, 0), "1.2 / 1.25 is less than plain decoding"
+    assert best_pair([0.1, 0.9, 0.91], [0.2, 0.4, 0.8], [1.0] * 3, 2) == (2, 2)
+    assert best_pair([0.8], [0.25], [3.0], 4) == (1, 0), "a dear verification pays for no draft"
+
+
+def test_agreement_less_its_standard_error_worked_by_hand():
+    assert at_least(80.0, 100.0) == pytest.approx(0.8 - 0.04)
+    assert at_least(1.0, 2.0) == pytest.approx(0.5 - 0.5 / 2**0.5)
+    assert at_least(10.0, 10.0) == at_least(10.0001, 10.0) == 1.0
+    assert at_least(0.0, 3.0) == at_least(0.01, 3.0) == 0.0
 
 
 SETTINGS = [
     Dynamic(),
     Dynamic(probe=1, d=3),
-    Dynamic(head_cost=0.0, verify_cost=0.2, probe=2),
+    Dynamic(fixed_cost=0.0, verify_cost=0.2, probe=2),
     Dynamic(verify_cost=0.2, stop=0.2),
     Dynamic(verify_cost=0.2, ngram=2),
     Dynamic(verify_cost=0.2, ngram=1, stop=0.2, probe=2),
-    Dynamic(ngram=1, probe=1, call_cost=2.0),
+    Dynamic(ngram=1, probe=1, fixed_cost=2.0),
 ]
 
 
@@ -86,13 +93,13 @@ def test_an_exit_that_always_agrees_is_found_and_used(started):
     for l in (2, 3, 4, 5):  # from two layers on, all exits agree
         model.layers[str(l)].attention.wo.weight.zero_()
         model.layers[str(l)].feed_forward.w2.weight.zero_()
-    settings = Dynamic(d=4, probe=1, longest_probe=1, head_cost=0.5)
+    settings = Dynamic(d=4, probe=1, longest_probe=1, fixed_cost=0.5)
     generation = dynamic_rounds(model, settings)
     assert generation.counters.acceptance_rate > 0.9
     [rounds] = started
-    agreement = [a / rounds.seen for a in rounds.agreed]
+    agreement = [at_least(a, rounds.seen) for a in rounds.agreed]
     assert min(agreement[1:]) > 0.9
-    assert best_pair(agreement, rounds.draft_costs, 1.0, 4) == (2, 4)
+    assert best_pair(agreement, rounds.draft_costs, rounds.verify_costs, 4) == (2, 4)
 
 
 def dynamic_rounds(model, settings):
@@ -106,11 +113,16 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram,
         d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0, ngram=ngram
     )
     sampling = Sampling(temperature=temperature)  # no layer ever drafts; guesses may
-    generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
+    generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
+    tokens, places = [7, 8, 7], []
+    for [emission] in generation:
+        if not emission.drafted:
+            places.append(len(tokens) - 1)
+        tokens += emission.tokens
     assert (generation.counters.drafted > 0) == (ngram > 0)
-    ids = torch.tensor([[7, 8, 7] + generation.tokens[0]])
-    _, exits = model.run_layers(model.embed(ids), 0, 6, exit_layers=range(6))
-    logits = [model.exit_logits(exits[l][0, 2:-1]) for l in range(6)]
+    assert (len(places) < 30) == (ngram > 0)
+    _, exits = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
+    logits = [model.exit_logits(exits[l][0, places]) for l in range(6)]
     for E in range(1, 6):
         if temperature:
             q, p = (logits[l].div(temperature).softmax(-1) for l in (E - 1, 5))
@@ -118,12 +130,12 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram,
         else:
             true = (logits[E - 1].argmax(-1) == logits[5].argmax(-1)).sum().item()
         assert started[0].agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
-    assert started[0].seen == pytest.approx(2.0 + 30, abs=0.01)
+    assert started[0].seen == pytest.approx(2.0 + len(places), abs=0.01)
 
 
 def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model, started):
     settings = Dynamic(
-        d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, head_cost=0.0
+        d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, fixed_cost=0.0
     )
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
     assert_agreement_is_a_full_forwards(model, generation, started)
@@ -176,13 +188,29 @@ def test_looks_at_all_exits_come_in_gaps_that_double(model, monkeypatch, probe, 
 
 
 def test_costs_of_a_draft_step_worked_by_hand(model, started):
-    Generation(model, PROMPTS, Dynamic(head_cost=1.0, call_cost=3.0), max_new_tokens=1)
+    Generation(model, PROMPTS, Dynamic(fixed_cost=4.0), max_new_tokens=1)
     Generation(model, PROMPTS, Dynamic(), max_new_tokens=1)
     costs, of_defaults = (rounds.draft_costs for rounds in started)
     assert costs == pytest.approx([5 / 10, 6 / 10, 7 / 10, 8 / 10, 9 / 10])
     block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 + 2 * 32  # the parameters of one layer
     head = 32 * 61 / block
     assert of_defaults == pytest.approx([(E + head) / (6 + head) for E in range(1, 6)])
+
+
+def test_costs_of_a_verification_worked_by_hand(model, started):
+    Generation(model, PROMPTS, Dynamic(verify_cost=1.6, accept_cost=0.25), max_new_tokens=1)
+    Generation(model, PROMPTS, Dynamic(), max_new_tokens=1)
+    dear, of_defaults = (rounds.verify_costs for rounds in started)
+    assert dear == pytest.approx([1.75, 1.65, 1.55, 1.45, 1.35])
+    assert of_defaults == pytest.approx([1.0] * 5)
+
+
+def test_a_row_with_a_guess_is_not_looked_at_beside_one_without(model, started):
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0, ngram=1)
+    generation = Generation(model, [[7, 8, 9], [5, 5, 5]], settings, max_new_tokens=20)
+    without = sum(not emission.drafted for emissions in generation for emission in emissions)
+    assert 10 < without < generation.counters.rounds - 10
+    assert started[0].seen == pytest.approx(2.0 + without, abs=0.01)
 
 
 def test_guesses_are_verified_where_layers_do_not_pay(model):
@@ -198,9 +226,9 @@ def test_guesses_are_verified_where_layers_do_not_pay(model):
         (Dynamic(d=0), "d: 0, give at least 1"),
         (Dynamic(probe=0, memory=1.0), "probe: 0, .*; memory: 1.0, give a number between"),
         (Dynamic(probe=8, longest_probe=4), "longest_probe: 4, give at least probe, 8"),
-        (Dynamic(head_cost=-1.0), "head_cost: -1.0"),
-        (Dynamic(call_cost=-1.0), "call_cost: -1.0"),
+        (Dynamic(fixed_cost=-1.0), "fixed_cost: -1.0"),
         (Dynamic(verify_cost=0.0), "verify_cost: 0.0"),
+        (Dynamic(accept_cost=-0.1), "accept_cost: -0.1"),
         (Dynamic(ngram=-1), "ngram: -1"),
     ],
     ids=range(7),

@@ -162,7 +162,7 @@ def slow_choices(model, ids):
 
 
 def test_drafting_with_own_parts_costs_what_it_reads(model, started):
-    decode(model, PROMPTS, Dynamic(head_cost=1.0), max_new_tokens=1)
+    decode(model, PROMPTS, Dynamic(fixed_cost=1.0), max_new_tokens=1)
     block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 + 2 * 32
     own = (32 + (3 * 32 * 48 + 32 if model.config.own_exit_mlp else 0)) / block
     expected = [(E + own * (E in EXITS) + 1) / (L + 1) for E in range(1, L)]

@@ -11,9 +11,11 @@ import torch
 from inference import generate, tune
 from inference.costs import Costs, measure_costs, predict, tokens_per_round
 from inference.decode import Generation
-from inference.measurement import measure
+from inference.dynamic import Dynamic
+from inference.measurement import AUTOREGRESSIVE, Workload, measure
 from inference.oracle import record_exits
 from inference.run import load_run
+from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
 from inference.tune import cost_table
 from inference.tuned import Conditions, Tuned, conditions_of, read_tuned, tuned_path, write_tuned
@@ -22,7 +24,11 @@ from tests.inference.every_strategy import PROMPTS, make_model
 
 def test_predictions_worked_by_hand():
     costs = Costs(
-        full_step_seconds=1.0, draft=[0.5, 0.7], layers=[0.9, 1.0, 1.2], head=[0.1, 0.2, 0.3]
+        full_step_seconds=1.0,
+        draft=[0.5, 0.7],
+        layers=[0.9, 1.0, 1.2],
+        head=[0.1, 0.2, 0.3],
+        overhead=0.2,
     )
     # E = 1 is wrong at places 1 and 4, E = 2 never.
     last = [5, 6, 7, 8, 9, 1]
@@ -32,16 +38,77 @@ def test_predictions_worked_by_hand():
     assert tokens_per_round([trace], 2, 2) == 6 / 2
     found = {(p.E, p.d): p for p in predict([trace], costs, 2)}
     assert found[1, 1].agreement == pytest.approx(4 / 6)
-    # draft: a step of E = 1 less the head; verify: 1/3 of one token's layers, 2/3 of two tokens'.
-    assert found[1, 1].draft == pytest.approx(0.4)
-    assert found[1, 1].verify == pytest.approx(0.9 / 3 + 1.0 * 2 / 3)
+    # draft: two steps of E = 1 less the head; verify: two thirds of the layers on two tokens.
+    assert found[1, 1].draft == pytest.approx(2 * 0.4)
+    assert found[1, 1].verify == pytest.approx(1.0 * 2 / 3)
     assert found[1, 1].head == pytest.approx(0.1 + 0.2)
-    assert found[1, 1].speedup == pytest.approx(1.5 / (0.4 + 0.3 + 2 / 3 + 0.3))
-    assert found[2, 2].speedup == pytest.approx(3 / (2 * 0.7 + 0.6 + 0.4 + 0.3))
+    assert found[1, 1].speedup == pytest.approx(1.5 / (0.8 + 2 / 3 + 0.3 + 0.2))
+    assert found[2, 2].speedup == pytest.approx(3 / (3 * 0.6 + 1.2 / 3 + 2 * 0.1 + 0.3 + 0.2))
     ordered = [p.speedup for p in predict([trace], costs, 2)]
     assert ordered == sorted(ordered, reverse=True)
     table = cost_table(predict([trace], costs, 2), 3).splitlines()
     assert [row.split()[0] for row in table] == ["E", "1", "2"]
+
+
+def test_costs_that_dynamic_is_told_worked_by_hand():
+    costs = Costs(
+        full_step_seconds=1.0,
+        draft=[(E + 2) / (4 + 2) for E in (1, 2, 3)],
+        layers=[0.9, 1.0, 1.2],
+        head=[0.1, 0.2, 0.3],
+        overhead=0.0,
+    )
+    assert costs.fixed_cost == pytest.approx(2.0)
+    assert replace(costs, draft=[0.2, 0.5, 0.7]).fixed_cost == 0.0
+    assert costs.verify_cost == pytest.approx((1.2 + 1.5) / 2)
+    assert costs.of_layers(0, 2, 1) == pytest.approx(4 / 6 - 0.1)
+    assert costs.of_layers(0, 4, 1) == pytest.approx(0.9)
+    assert costs.of_layers(1, 4, 3) == pytest.approx(1.2 * 3 / 4)
+    assert costs.of_layers(0, 4, 5) == pytest.approx(1.2 + 2 * 0.15)
+    assert costs.of_head(7) == pytest.approx(0.3 + 4 * 0.1)
+
+
+def test_every_arm_has_a_row_of_where_its_time_went():
+    model, costs = (
+        make_model(3),
+        Costs(
+            full_step_seconds=1.0,
+            draft=[0.5, 0.7],
+            layers=[0.8, 1.0, 1.2],
+            head=[0.1, 0.2, 0.3],
+            overhead=0.0,
+        ),
+    )
+    workload = Workload(
+        prompts=PROMPTS[:1], max_new_tokens=12, batch_size=1, sampling=Sampling(), seed=0
+    )
+    arms = [
+        AUTOREGRESSIVE,
+        SelfSpeculative(E=1, d=2),
+        SelfSpeculative(E=2, d=2, stop=0.05, ngram=1),
+        Dynamic(d=2, probe=1, verify_cost=0.2, ngram=1),
+    ]
+    results = measure(model, arms, workload, repeats=1, report=lambda line: None)
+    plain, drafted, *_ = map(tune.terms_of_a_round, results, [costs] * 4)
+    assert plain == pytest.approx({"draft": 0.0, "verify": 0.8, "head": 0.1})
+    assert drafted["draft"] == pytest.approx(3 * 0.4, rel=0.2)  # the last round has less room
+    assert drafted["verify"] == pytest.approx(1.2 * 2 / 3, rel=0.1)
+    assert drafted["head"] == pytest.approx(2 * 0.1 + 0.3, rel=0.2)
+    header, *rows = (line.split() for line in tune.overhead_table(results, costs).splitlines())
+    assert [row[0] for row in rows] == [result.settings for result in results]
+    for result, row in zip(results, rows, strict=True):
+        of = dict(zip(header, row, strict=True))
+        took = float(of["tokens/round"]) / result.speedup
+        assert float(of["steps/round"]) == pytest.approx(took, rel=0.02, abs=0.02)
+        parts = [float(of[term]) for term in ("draft", "verify", "head", "overhead")]
+        assert sum(parts) == pytest.approx(float(of["steps/round"]), abs=0.03)
+        assert float(of[of["most_on"]]) == max(parts)
+        layers = sum((stop - start) * n * times for start, stop, n, times in result.passes)
+        assert layers == pytest.approx(12 * result.layers_per_token)
+        heads = sum(n * times for n, times in result.head_passes)
+        assert heads == pytest.approx(12 * result.heads_per_token)
+        if result.tokens_per_verify:
+            assert float(of["tokens/round"]) == pytest.approx(result.tokens_per_verify, abs=0.01)
 
 
 def test_tokens_of_a_round_are_those_that_are_decoded():
@@ -64,6 +131,7 @@ def test_costs_are_measured_in_full_steps():
     assert len(costs.layers) == len(costs.head) == 3
     assert 0 < costs.head[0] < costs.layers[0]
     assert costs.full_step_seconds > 0
+    assert 0 < costs.overhead < 3, "a small model, so what is not layers weighs much"
 
 
 def run_command(monkeypatch, module, *arguments):
