@@ -4,22 +4,26 @@ DEL (arXiv 2504.05598). With a_E the probability that the exit after E layers ag
 layer, a round that drafts d tokens with E layers gives 1 + a_E + ... + a_E^d tokens on average
 (Leviathan et al., arXiv 2211.17192, eq. 1) and costs d c_E + v_E full steps. The best pair of
   (1 + a_E + ... + a_E^d) / (d c_E + v_E)      (TPL, with costs instead of layers)
-is taken. What agreement every exit would have had is seen when a round is verified: all layers'
-outputs of its tokens are at hand, and the head is put on them ("shadow tokens"). For sampled tokens
+is taken. How far the exit that drafts agrees, every round tells. What agreement every exit would
+have had is seen when a round is verified: all layers' outputs of its tokens are at hand, and the
+head is put on them ("shadow tokens"). For sampled tokens
 agreement is the chance that a draft is accepted, sum_x min(p(x), q(x)) (Leviathan et al., corollary
-3.6), here without top_k and top_p. Where guesses come first, agreement is that of the tokens after
-which there was no guess, as exits draft no others.
+3.6), here without top_k and top_p. Guesses from a row's own past cost nothing: they come first
+where their own agreement promises more than any pair, and the exits' agreement is then that of the
+tokens after which there was no guess, as exits draft no others.
 """
 
-import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from inference.agreement import Agreement, drafts_that_agreed, guesses_that_agreed
 from inference.autoregressive import decode_one
 from inference.drafting import Draft, Guesses, Stop, draft, guess
+from inference.host_copy import HostCopy
 from inference.sampling import Sampling, probabilities
 from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
@@ -34,11 +38,11 @@ class Dynamic:
     name: ClassVar[str] = "dynamic"
     d: int = 6
     """Most tokens drafted in a round."""
-    probe: int = 4
-    """Rounds from the first look at the agreement of all exits to the second; each gap is twice the
-    one before. Rounds whose rows all have a guess do not count."""
+    probe: int = 8
+    """Rounds at first in each of which the agreement of all exits is looked at; from then on each
+    gap is twice the one before. Rounds of guesses alone do not count."""
     longest_probe: int = 64
-    """Rounds of the longest gap, at least `probe`: a look costs the head of every exit."""
+    """Rounds of the longest gap: a look costs the head of every exit."""
     memory: float = 0.95
     """What weight an observation keeps when the next comes."""
     fixed_cost: float | None = None
@@ -54,7 +58,7 @@ class Dynamic:
     stop_entropy: float = float("inf")
     """As in self_speculative."""
     ngram: int = 0
-    """As in self_speculative."""
+    """As in self_speculative, where guesses have agreed often enough."""
 
     def filled(self, n_layers: int) -> "Dynamic":
         """Return itself: the model's costs are known when decoding starts."""
@@ -69,8 +73,8 @@ class Dynamic:
             found.append(f"d: {self.d}, give at least 1 drafted token")
         if self.probe < 1:
             found.append(f"probe: {self.probe}, give at least 1 round")
-        if self.longest_probe < self.probe:
-            found.append(f"longest_probe: {self.longest_probe}, give at least probe, {self.probe}")
+        if self.longest_probe < 1:
+            found.append(f"longest_probe: {self.longest_probe}, give at least 1 round")
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
         if self.fixed_cost is not None and not self.fixed_cost >= 0.0:
@@ -92,8 +96,8 @@ class Dynamic:
 
 def best_pair(
     agreement: list[float], draft_costs: list[float], verify_costs: list[float], most: int
-) -> tuple[int, int]:
-    """Return (E, d) of the most tokens per full step.
+) -> tuple[int, int, float]:
+    """Return E, d and their tokens per full step, the most of all.
 
     Args:
         agreement: a_E for E = 1, 2, ...
@@ -102,26 +106,17 @@ def best_pair(
         most: Largest d.
 
     Returns:
-        E and d; d = 0, plain decoding at the cost of 1, where no pair gives more than that.
+        E, d and the tokens; d = 0, plain decoding of 1 token per step, where no pair gives more.
     """
-    best, pair = 1.0, (1, 0)
+    best, E_best, d_best = 1.0, 1, 0
     exits = zip(agreement, draft_costs, verify_costs, strict=True)
     for E, (a, c, v) in enumerate(exits, start=1):
         tokens = 1.0
         for d in range(1, most + 1):
             tokens += a**d
             if tokens / (d * c + v) > best:
-                best, pair = tokens / (d * c + v), (E, d)
-    return pair
-
-
-def at_least(agreed: float, seen: float) -> float:
-    """Return a_E = agreed / seen less its standard error.
-
-    Of many exits seen a few times, the best is mostly the one that had luck.
-    """
-    a = min(1.0, agreed / seen)  # sums of probabilities may be a hair above
-    return max(0.0, a - math.sqrt(a * (1.0 - a) / seen))
+                best, E_best, d_best = tokens / (d * c + v), E, d
+    return E_best, d_best, best
 
 
 @dataclass
@@ -130,18 +125,23 @@ class _Rounds:
 
     settings: Dynamic
     state: DecodeState
-    gap: int = field(init=False)
-    """Rounds from the next look to the one after."""
+    gap: int = 1
+    """Rounds from the last look to the next."""
+    looks: int = 0
+    """Looks so far."""
     next_look: int = 1
     """Rounds to go until all exits are looked at."""
-    agreed: list[float] = field(init=False)
-    """By E - 1: tokens of an exit seen to agree, old ones counting less."""
-    seen: float = 2.0
-    """Tokens looked at, old ones counting less; at first as if half of two had agreed."""
+    exits: list[Agreement] = field(init=False)
+    """By E - 1."""
+    guesses: Agreement = field(init=False)
+    rounds: int = 0
+    """Rounds so far."""
+    told: deque[tuple[int, list[Agreement], HostCopy]] = field(default_factory=deque)
+    """What the host has not read: a round, and of whom it told (agreed, seen)."""
     draft_costs: list[float] = field(init=False)
     verify_costs: list[float] = field(init=False)
-    pairs: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """The best E and d by the most that may be drafted, since the last look."""
+    pairs: dict[int, tuple[int, int, float]] = field(default_factory=dict)
+    """The best pair by the most that may be drafted, since something was read."""
 
     def __post_init__(self) -> None:
         """Work out what drafts cost."""
@@ -154,47 +154,86 @@ class _Rounds:
         self.draft_costs = [(E + beside) / (L + beside) for E in layers]
         v, accept = settings.verify_cost, settings.accept_cost
         self.verify_costs = [E / L + (1 - E / L) * v + accept for E in range(1, L)]
-        self.agreed = [1.0] * (L - 1)
-        self.gap = settings.probe
+        self.exits = [Agreement(settings.memory) for _ in range(1, L)]
+        self.guesses = Agreement(settings.memory)
 
     def __call__(self, room: int) -> Round:
         """Guess or draft, verify, accept; now and then look at what every exit would have said."""
-        settings, state = self.settings, self.state
-        most = min(settings.d, room - 1)
-        guesses = guess(state, settings.ngram, most)
-        served, guessed = self._served(guesses)
-        if guesses is not None and served:
-            return self._verify(guesses.alone())
-        looking, (E, d) = self._time_to_look(), self._pair(most)
-        if not (d or guessed or looking):
-            return decode_one(state, state.model.config.n_layers, NOTHING, room)
-        if guesses is not None and guessed and not d:
-            # Where layers are not worth their while, guesses for some rows are better than none.
-            drafted = guesses.alone()
+        self.rounds += 1
+        self.learn(self.rounds - 1)
+        most = min(self.settings.d, room - 1)
+        found = guess(self.state, self.settings.ngram, most)
+        without, having = self._who_has_a_guess(found)
+        E, d, gain = self._pair(most)
+        guesses = found if having and self._gain_of_guesses(most) > gain else None
+        if guesses is not None and not without:
+            result = self._verify(guesses.alone())
         else:
-            stop = Stop(settings.stop, settings.stop_entropy)
-            tapped = tuple(range(E - 1)) if looking else ()
-            given = guesses if guessed else None
-            drafted = draft(state, E, d, stop=stop, tapped=tapped, guesses=given)
-        return self._verify_and_look(E, drafted, guesses) if looking else self._verify(drafted, E)
+            result = self._draft_and_verify(E, d, guesses, room)
+        if found is not None:
+            told = guesses_that_agreed(found, result, ~self.state.finished)
+            self._tell([self.guesses], told[None])
+        return result
 
-    def _served(self, guesses: Guesses | None) -> tuple[bool, bool]:
-        """Return whether all rows that go on have a guess, and whether any has."""
+    def _tell(self, whom: list[Agreement], told: Tensor) -> None:
+        """Send for what this round told: (n, 2), agreed and seen of each of n."""
+        self.told.append((self.rounds, whom, HostCopy(told)))
+
+    def learn(self, before: int) -> None:
+        """Take in what rounds told that came before round `before`.
+
+        The last round's is left for later, so that the host need not wait for the device.
+        """
+        while self.told and self.told[0][0] < before:
+            _, whom, numbers = self.told.popleft()
+            for agreement, (agreed, seen) in zip(whom, numbers.read(), strict=True):
+                if seen:
+                    agreement.add(agreed, seen)
+            self.pairs.clear()
+
+    def _who_has_a_guess(self, guesses: Guesses | None) -> tuple[bool, bool]:
+        """Return whether any row that goes on has none, and whether any has one."""
         if guesses is None:
-            return False, False
+            return True, False
         live = ~self.state.finished
         without, having = (live & ~guesses.found).any(), (live & guesses.found).any()
         some_without, some_having = self.state.read(torch.stack((without, having)))
-        return not some_without, some_having
+        return some_without, some_having
+
+    def _gain_of_guesses(self, most: int) -> float:
+        """Return the tokens per full step of a round of guesses."""
+        a = self.guesses.at_least()
+        tokens = sum(a**i for i in range(most + 1))
+        return tokens / (self.settings.verify_cost + self.settings.accept_cost)
+
+    def _draft_and_verify(self, E: int, d: int, guesses: Guesses | None, room: int) -> Round:
+        """Draft where there is no guess, and verify."""
+        state, looking = self.state, self._time_to_look()
+        if not d and guesses is None and not looking:
+            return decode_one(state, state.model.config.n_layers, NOTHING, room)
+        if not d and guesses is not None:
+            # Where layers are not worth their while, guesses for some rows are better than none.
+            drafted = guesses.alone()
+        else:
+            stop = Stop(self.settings.stop, self.settings.stop_entropy)
+            tapped = tuple(range(E - 1)) if looking else ()
+            drafted = draft(state, E, d, stop=stop, tapped=tapped, guesses=guesses)
+        rows = ~state.finished if guesses is None else ~(state.finished | guesses.found)
+        if looking:
+            return self._verify_and_look(E, drafted, rows)
+        result = self._verify(drafted, E)
+        if drafted.exits:
+            self._tell([self.exits[E - 1]], drafts_that_agreed(result, rows)[None])
+        return result
 
     def _verify(self, drafted: Draft, E: int = 0) -> Round:
         """Verify what E layers drafted, or guesses."""
         return settle(self.state, drafted, verify(self.state, E if drafted.exits else 0, drafted))
 
-    def _pair(self, most: int) -> tuple[int, int]:
-        """Return the best E and d, by what was seen."""
+    def _pair(self, most: int) -> tuple[int, int, float]:
+        """Return the best E and d, and their tokens per full step, by what was seen."""
         if most not in self.pairs:
-            agreement = [at_least(agreed, self.seen) for agreed in self.agreed]
+            agreement = [exit_.at_least() for exit_ in self.exits]
             self.pairs[most] = best_pair(agreement, self.draft_costs, self.verify_costs, most)
         return self.pairs[most]
 
@@ -203,17 +242,19 @@ class _Rounds:
         self.next_look -= 1
         if self.next_look > 0:
             return False
+        self.looks += 1
+        if self.looks >= self.settings.probe:
+            self.gap = min(2 * self.gap, self.settings.longest_probe)
         self.next_look = self.gap
-        self.gap = min(2 * self.gap, self.settings.longest_probe)
         return True
 
-    def _verify_and_look(self, E: int, drafted: Draft, guesses: Guesses | None) -> Round:
+    def _verify_and_look(self, E: int, drafted: Draft, rows: Tensor) -> Round:
         """Verify a draft, and put the head on the outputs of all layers.
 
         Args:
             E: Layers that drafted, if any did.
             drafted: With the outputs of the layers below those.
-            guesses: Where there are any, their rows are not looked at.
+            rows: (batch,) bool, which are looked at.
         """
         state, L = self.state, self.state.model.config.n_layers
         first = E if drafted.exits else 0
@@ -227,8 +268,7 @@ class _Rounds:
             below = [[taps[l] for taps in drafted.shallow] for l in range(first - 1)]
             exits = [torch.cat(xs, dim=1) for xs in (*below, drafted.exits)] + exits
         read = [state.before_head(x[:, :places], E) for E, x in enumerate(exits, start=1)]
-        live = ~state.finished if guesses is None else ~(state.finished | guesses.found)
-        true = (torch.arange(places, device=x_L.device) <= result.accepted[:, None]) & live[:, None]
+        true = (torch.arange(places, device=x_L.device) <= result.accepted[:, None]) & rows[:, None]
         self._look(torch.stack(read), logits[:, :places], true)
         return result
 
@@ -244,8 +284,4 @@ class _Rounds:
         q = probabilities(state.head(exits.flatten(0, 1)), plain).unflatten(0, exits.shape[:2])
         overlap = torch.minimum(probabilities(full, plain), q).sum(-1)  # (L - 1, batch, n)
         agreed = (overlap * true).flatten(1).sum(1)
-        *sums, seen = state.read(torch.cat((agreed, true.sum()[None])))
-        memory = self.settings.memory
-        self.seen = memory * self.seen + seen
-        self.agreed = [memory * a + s for a, s in zip(self.agreed, sums, strict=True)]
-        self.pairs.clear()
+        self._tell(self.exits, torch.stack((agreed, true.sum().expand_as(agreed)), dim=1))

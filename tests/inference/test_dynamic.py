@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from inference import dynamic
+from inference.agreement import Agreement, drafts_that_agreed, guesses_that_agreed
 from inference.autoregressive import Autoregressive
 from inference.decode import Generation
-from inference.dynamic import Dynamic, at_least, best_pair
+from inference.drafting import Guesses
+from inference.dynamic import Dynamic, best_pair
+from inference.ngram import look_up
 from inference.sampling import Sampling
+from inference.state import Round
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.test_self_speculative import excess
 from tests.models.test_llama import build, small
@@ -23,19 +27,79 @@ def model():
 def test_the_best_pair_worked_by_hand():
     # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
     # 1.687; 4: 3.3616/2 = 1.681.
-    assert best_pair([0.8], [0.25], [1.0], 10) == (1, 3)
-    assert best_pair([0.8], [0.25], [1.0], 2) == (1, 2)
-    assert best_pair([0.8], [0.25], [1.0], 0) == (1, 0)
-    assert best_pair([0.2], [0.25], [1.0], 10) == (1, 0), "1.2 / 1.25 is less than plain decoding"
-    assert best_pair([0.1, 0.9, 0.91], [0.2, 0.4, 0.8], [1.0] * 3, 2) == (2, 2)
-    assert best_pair([0.8], [0.25], [3.0], 4) == (1, 0), "a dear verification pays for no draft"
+    assert best_pair([0.8], [0.25], [1.0], 10) == (1, 3, pytest.approx(2.952 / 1.75))
+    assert best_pair([0.8], [0.25], [1.0], 2) == (1, 2, pytest.approx(2.44 / 1.5))
+    assert best_pair([0.8], [0.25], [1.0], 0) == (1, 0, 1.0)
+    less_than_plain = best_pair([0.2], [0.25], [1.0], 10)  # 1.2 / 1.25
+    assert less_than_plain == (1, 0, 1.0)
+    assert best_pair([0.1, 0.9, 0.91], [0.2, 0.4, 0.8], [1.0] * 3, 2)[:2] == (2, 2)
+    assert best_pair([0.8], [0.25], [3.0], 4)[1] == 0, "a dear verification pays for no draft"
 
 
 def test_agreement_less_its_standard_error_worked_by_hand():
-    assert at_least(80.0, 100.0) == pytest.approx(0.8 - 0.04)
-    assert at_least(1.0, 2.0) == pytest.approx(0.5 - 0.5 / 2**0.5)
-    assert at_least(10.0, 10.0) == at_least(10.0001, 10.0) == 1.0
-    assert at_least(0.0, 3.0) == at_least(0.01, 3.0) == 0.0
+    for agreed, seen, expected in (
+        (80.0, 100.0, 0.8 - 0.04),
+        (1.0, 2.0, 0.5 - 0.5 / 2**0.5),
+        (10.0001, 10.0, 1.0),
+        (0.01, 3.0, 0.0),
+    ):
+        found = Agreement(0.9, agreed=agreed, seen=seen).at_least()
+        assert found == pytest.approx(expected)
+    agreement = Agreement(0.5)
+    agreement.add(2.0, 3.0)
+    agreement.add(0.0, 4.0)
+    assert (agreement.agreed, agreement.seen) == (0.25 + 1.0, 0.5 + 1.5 + 4.0)
+
+
+def test_drafts_that_agreed_worked_by_hand():
+    # Accepted whole, none, one of three, nothing drafted.
+    result = Round(
+        torch.zeros(4, 4), torch.tensor([3, 0, 1, 0]), drafted=torch.tensor([3, 3, 3, 0])
+    )
+    rows = torch.ones(4, dtype=torch.bool)
+    assert drafts_that_agreed(result, rows).tolist() == [3 + 0 + 1 + 0, 3 + 1 + 2 + 0]
+    rows[0] = False
+    assert drafts_that_agreed(result, rows).tolist() == [1, 3]
+
+
+def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
+    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
+    generation = Generation(model, [[7, 8, 7]], Dynamic(d=3, memory=0.999999), max_new_tokens=60)
+    accepted = tried = 0
+    for [emission] in generation:
+        accepted += emission.accepted
+        tried += min(emission.accepted + 1, emission.drafted)
+    assert accepted > 10
+    fourth = learnt(started).exits[3]
+    assert fourth.agreed == pytest.approx(1.0 + accepted, abs=0.01)
+    assert fourth.seen == pytest.approx(2.0 + tried, abs=0.01)
+    assert {(e.agreed, e.seen) for e in learnt(started).exits if e is not fourth} == {(1.0, 2.0)}
+    assert generation.counters.syncs == 0
+
+
+def test_guesses_are_held_against_what_was_found_worked_by_hand():
+    guesses = Guesses(
+        torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
+        torch.tensor([True, True, True, True, False]),
+        torch.empty(0),
+    )
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    result = Round(tokens, torch.tensor([3, 2, 0, 3, 3]), torch.full((5,), 3))
+    live = torch.ones(5, dtype=torch.bool)
+    # By row: 3 of 3, 2 of 3, then only the first token is known, then a wrong one, then no guess.
+    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 2 + 1, 3 + 3 + 1 + 1]
+    live[1] = False
+    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 1, 3 + 1 + 1]
+    plain = Round(tokens[:, :1], torch.zeros(5, dtype=torch.int64), torch.zeros(5))
+    live[1] = True
+    assert guesses_that_agreed(guesses, plain, live).tolist() == [3, 4]
+
+
+def learnt(started):
+    """Return the first decoder, after it has taken in all that its rounds told."""
+    started[0].learn(started[0].rounds + 1)
+    return started[0]
 
 
 SETTINGS = [
@@ -67,7 +131,7 @@ def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
         "dynamic:verify_cost=0.1:probe=1",
         "dynamic:verify_cost=0.1:probe=2:stop=0.35",
         "dynamic:verify_cost=0.1:ngram=1:probe=2",
-        "dynamic:verify_cost=100:ngram=1",
+        "dynamic:fixed_cost=1000:verify_cost=0.1:ngram=1",
     ],
 )
 def test_sampled_tokens_have_the_full_models_distribution(biased_model, name):
@@ -96,23 +160,29 @@ def test_an_exit_that_always_agrees_is_found_and_used(started):
     settings = Dynamic(d=4, probe=1, longest_probe=1, fixed_cost=0.5)
     generation = dynamic_rounds(model, settings)
     assert generation.counters.acceptance_rate > 0.9
-    [rounds] = started
-    agreement = [at_least(a, rounds.seen) for a in rounds.agreed]
+    rounds = learnt(started)
+    agreement = [exit_.at_least() for exit_ in rounds.exits]
     assert min(agreement[1:]) > 0.9
-    assert best_pair(agreement, rounds.draft_costs, rounds.verify_costs, 4) == (2, 4)
+    assert best_pair(agreement, rounds.draft_costs, rounds.verify_costs, 4)[:2] == (2, 4)
 
 
 def dynamic_rounds(model, settings):
     return decode(model, PROMPTS, settings, max_new_tokens=40)
 
 
+@pytest.fixture
+def no_layer_drafts(monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, 0, 1.0))
+
+
 @pytest.mark.parametrize("ngram", [0, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.usefixtures("no_layer_drafts")
 def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram, temperature):
     settings = Dynamic(
-        d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0, ngram=ngram
+        d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, ngram=ngram
     )
-    sampling = Sampling(temperature=temperature)  # no layer ever drafts; guesses may
+    sampling = Sampling(temperature=temperature)
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
     tokens, places = [7, 8, 7], []
     for [emission] in generation:
@@ -129,8 +199,8 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram,
             true = torch.minimum(q, p).sum().item()
         else:
             true = (logits[E - 1].argmax(-1) == logits[5].argmax(-1)).sum().item()
-        assert started[0].agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
-    assert started[0].seen == pytest.approx(2.0 + len(places), abs=0.01)
+        assert learnt(started).exits[E - 1].agreed == pytest.approx(1.0 + true, abs=0.01)
+    assert learnt(started).exits[0].seen == pytest.approx(2.0 + len(places), abs=0.01)
 
 
 def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model, started):
@@ -152,15 +222,17 @@ def assert_agreement_is_a_full_forwards(model, generation, started):
     said = [model.exit_logits(exits[l][0, places]).argmax(-1) for l in range(6)]
     for E in range(1, 6):
         true = (said[E - 1] == said[5]).sum().item()
-        assert started[0].agreed[E - 1] == pytest.approx(1.0 + true, abs=0.01)
+        assert learnt(started).exits[E - 1].agreed == pytest.approx(1.0 + true, abs=0.01)
 
 
 def test_exits_are_told_apart_where_a_deep_one_drafts(model, started, monkeypatch):
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3)))
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
     assert_agreement_is_a_full_forwards(model, generation, started)
-    assert started[0].agreed[0] != pytest.approx(started[0].agreed[2], abs=0.5)
+    assert learnt(started).exits[0].agreed != pytest.approx(
+        learnt(started).exits[2].agreed, abs=0.5
+    )
 
 
 def test_rows_that_have_ended_are_not_looked_at(model, started):
@@ -168,17 +240,25 @@ def test_rows_that_have_ended_are_not_looked_at(model, started):
     settings = Dynamic(probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0)
     for each in (prompts, prompts[:1], prompts[1:]):
         decode(model, each, settings, max_new_tokens=30, reads_late=False)
+    for rounds in started:
+        rounds.learn(rounds.rounds + 1)
     together, *alone = started
-    assert together.seen == pytest.approx(2.0 + 30 + 5, abs=0.01)
-    for both, *each in zip(together.agreed, *(rounds.agreed for rounds in alone), strict=True):
-        assert both == pytest.approx(sum(each) - 1.0, abs=0.01)
+    assert together.exits[0].seen == pytest.approx(2.0 + 30 + 5, abs=0.01)
+    for both, *each in zip(together.exits, *(rounds.exits for rounds in alone), strict=True):
+        assert both.agreed == pytest.approx(sum(e.agreed for e in each) - 1.0, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("probe", "longest", "looks"),
-    [(4, 4, [0, 4, 8, 12, 16, 20, 24, 28]), (2, 8, [0, 2, 6, 14, 22]), (1, 64, [0, 1, 3, 7, 15])],
+    [
+        (1, 4, [0, 2, 6, 10, 14, 18, 22, 26]),
+        (3, 8, [0, 1, 2, 4, 8, 16, 24]),
+        (1, 64, [0, 2, 6, 14]),
+    ],
 )
-def test_looks_at_all_exits_come_in_gaps_that_double(model, monkeypatch, probe, longest, looks):
+def test_looks_at_all_exits_come_at_first_and_then_in_gaps_that_double(
+    model, monkeypatch, probe, longest, looks
+):
     looked = []
     look = dynamic._Rounds._look
     monkeypatch.setattr(dynamic._Rounds, "_look", lambda *given: looked.append(look(*given)))
@@ -205,19 +285,60 @@ def test_costs_of_a_verification_worked_by_hand(model, started):
     assert of_defaults == pytest.approx([1.0] * 5)
 
 
+@pytest.mark.usefixtures("no_layer_drafts")
 def test_a_row_with_a_guess_is_not_looked_at_beside_one_without(model, started):
-    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0, ngram=1)
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, ngram=1)
     generation = Generation(model, [[7, 8, 9], [5, 5, 5]], settings, max_new_tokens=20)
     without = sum(not emission.drafted for emissions in generation for emission in emissions)
     assert 10 < without < generation.counters.rounds - 10
-    assert started[0].seen == pytest.approx(2.0 + without, abs=0.01)
+    assert learnt(started).exits[0].seen == pytest.approx(2.0 + without, abs=0.01)
+
+
+@pytest.mark.usefixtures("no_layer_drafts")
+@pytest.mark.parametrize("verify_cost", [0.01, 100.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, verify_cost, temperature):
+    settings = Dynamic(d=3, memory=0.999999, verify_cost=verify_cost, ngram=1)
+    sampling = Sampling(temperature=temperature)
+    generation = Generation(
+        model, [[7, 8, 7]], settings, max_new_tokens=80, sampling=sampling, reads_late=False
+    )
+    tokens, agreed, tried = [7, 8, 7], 0, 0
+    for [emission] in generation:
+        places = torch.tensor([len(tokens) - 1])
+        [guess], found = look_up(torch.tensor([tokens]), places, 1, 3)
+        right = [g == t for g, t in zip(guess.tolist(), emission.tokens, strict=False)]
+        right = right[: min(3, 83 - len(tokens) - 1)]
+        n = right.index(False) if False in right else len(right)
+        if found:
+            agreed, tried = agreed + n, tried + min(n + 1, len(right))
+        tokens += emission.tokens
+    assert agreed > 3
+    assert learnt(started).guesses.agreed == pytest.approx(1.0 + agreed, abs=0.01)
+    assert learnt(started).guesses.seen == pytest.approx(2.0 + tried, abs=0.01)
+    assert (generation.counters.drafted > 0) == (verify_cost < 1)
 
 
 def test_guesses_are_verified_where_layers_do_not_pay(model):
-    settings = Dynamic(verify_cost=100.0, ngram=1, d=3)
+    settings = Dynamic(fixed_cost=1000.0, verify_cost=0.9, accept_cost=0.05, ngram=1, d=3)
     alone = decode(model, [[7, 8, 7]], settings).counters
     assert alone.drafted > 0
     assert decode(model, [[7, 8, 7]], replace(settings, ngram=0)).counters.drafted == 0
+
+
+@pytest.mark.parametrize(("agreed", "used"), [(0, False), (1, True)])
+def test_guesses_are_left_once_they_do_not_agree(model, monkeypatch, agreed, used):
+    def told(guesses, result, live):
+        return torch.tensor([agreed, 1]) * (guesses.found & live).sum()
+
+    monkeypatch.setattr(dynamic, "guesses_that_agreed", told)
+    settings = Dynamic(fixed_cost=1000.0, verify_cost=1.5, ngram=1, d=3)
+    counters = decode(model, PROMPTS[:1], settings, max_new_tokens=60).counters
+    assert (counters.drafted > 0) == used
+    layers = replace(settings, fixed_cost=0.0, verify_cost=1.0)
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, min(most, 1), 1.9))
+    by_layers = decode(model, PROMPTS[:1], layers, max_new_tokens=60).counters
+    assert (by_layers.drafted > by_layers.rounds) == used, "three guesses, or one drafted token"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +346,7 @@ def test_guesses_are_verified_where_layers_do_not_pay(model):
     [
         (Dynamic(d=0), "d: 0, give at least 1"),
         (Dynamic(probe=0, memory=1.0), "probe: 0, .*; memory: 1.0, give a number between"),
-        (Dynamic(probe=8, longest_probe=4), "longest_probe: 4, give at least probe, 8"),
+        (Dynamic(longest_probe=0), "longest_probe: 0, give at least 1 round"),
         (Dynamic(fixed_cost=-1.0), "fixed_cost: -1.0"),
         (Dynamic(verify_cost=0.0), "verify_cost: 0.0"),
         (Dynamic(accept_cost=-0.1), "accept_cost: -0.1"),
