@@ -32,6 +32,8 @@ class Costs:
     """For n = 1, 2, ... tokens, a pass of all layers."""
     head: list[float]
     """For n = 1, 2, ... tokens, the final norm, head and choice."""
+    many_heads: float
+    """The same for what all exits but the last give for the most of these tokens."""
     overhead: float
     """What a round of drafts takes beyond these: to accept them, and to put tensors together."""
 
@@ -56,11 +58,15 @@ class Costs:
         L = len(self.draft) + 1
         if start == 0 and stop < L and n == 1:
             return max(0.0, self.draft[stop - 1] - self.head[0])
-        return (stop - start) / L * _read_off(self.layers, n)
+        return (stop - start) / L * self.layers[n - 1]
 
     def of_head(self, n: int) -> float:
-        """Return what the head costs for n tokens of each row."""
-        return _read_off(self.head, n)
+        """Return what the head costs for n tokens of each row; between what was timed, linear."""
+        most = len(self.head)
+        if n <= most:
+            return self.head[n - 1]
+        beyond = (n - most) / (most * max(1, len(self.draft) - 1))
+        return self.head[-1] + beyond * (self.many_heads - self.head[-1])
 
     def of_round(self, E: int, d: int) -> tuple[float, float, float]:
         """Return what the passes of a round cost: the layers that draft and verify, and the head.
@@ -71,14 +77,6 @@ class Costs:
         draft = (d + 1) * self.of_layers(0, E, 1)
         verify = self.of_layers(E, len(self.draft) + 1, d + 1)
         return draft, verify, d * self.of_head(1) + self.of_head(d + 1)
-
-
-def _read_off(costs: Sequence[float], n: int) -> float:
-    """Return the cost of n tokens; for more than were measured, on the line of first and last."""
-    most = len(costs)
-    if n <= most:
-        return costs[n - 1]
-    return costs[-1] + (n - most) * (costs[-1] - costs[0]) / (most - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +128,7 @@ def measure_costs(
         passes["head", n] = _head(state, n)
     for E in range(1, L):
         passes["round", E] = _round(state, E)
+    passes["head", (L - 1) * (max_d + 1)] = _head(state, (L - 1) * (max_d + 1))
     if graphs is not None:
         recorder = graphs.new_recorder()
         for run in passes.values():
@@ -150,6 +149,7 @@ def measure_costs(
         draft=[steps["step", E] for E in range(1, L)],
         layers=[steps["layers", n] for n in range(1, max_d + 2)],
         head=[steps["head", n] for n in range(1, max_d + 2)],
+        many_heads=steps["head", (L - 1) * (max_d + 1)],
         overhead=0.0,
     )
     beyond = [steps["round", E] - sum(costs.of_round(E, 1)) for E in range(1, L)]

@@ -8,11 +8,12 @@ is taken. How far the exit that drafts agrees, every round tells. What agreement
 have had is seen when a round is verified: all layers' outputs of its tokens are at hand, and the
 head is put on them ("shadow tokens"). For sampled tokens
 agreement is the chance that a draft is accepted, sum_x min(p(x), q(x)) (Leviathan et al., corollary
-3.6), here without top_k and top_p. Guesses from a row's own past cost nothing: they come first
-where their own agreement promises more than any pair, and the exits' agreement is then that of the
-tokens after which there was no guess, as exits draft no others.
+3.6), in looks without top_k and top_p. Guesses from a row's own past cost nothing: they come first
+where their own agreement promises more, and the exits' agreement is then that of the tokens after
+which there was no guess, as exits draft no others.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -50,7 +51,8 @@ class Dynamic:
     parameters."""
     verify_cost: float = 1.0
     """Cost of several tokens through all layers and the head, in full steps of one. The first E
-    layers see a round's tokens one by one: v_E = E / L + (1 - E / L) verify_cost + accept_cost."""
+    layers see a round's tokens one by one, the others and the head see all of them at once: with
+    h = b / (L + b), b the fixed cost, v_E = c_E + (1 - E / L) (verify_cost - h) + accept_cost."""
     accept_cost: float = 0.0
     """Cost of accepting a draft, in full steps."""
     stop: float = 0.0
@@ -77,11 +79,11 @@ class Dynamic:
             found.append(f"longest_probe: {self.longest_probe}, give at least 1 round")
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
-        if self.fixed_cost is not None and not self.fixed_cost >= 0.0:
+        if self.fixed_cost is not None and not 0.0 <= self.fixed_cost < math.inf:
             found.append(f"fixed_cost: {self.fixed_cost}, give layers, at least 0")
-        if not self.verify_cost > 0.0:
+        if not 0.0 < self.verify_cost < math.inf:
             found.append(f"verify_cost: {self.verify_cost}, give full steps, more than 0")
-        if not self.accept_cost >= 0.0:
+        if not 0.0 <= self.accept_cost < math.inf:
             found.append(f"accept_cost: {self.accept_cost}, give full steps, at least 0")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
 
@@ -152,8 +154,11 @@ class _Rounds:
         own = {E: own_exit_params(config) / len(config.own_exits) for E in config.own_exits}
         layers = [E + own.get(E, 0) / block_params(config) for E in range(1, L)]
         self.draft_costs = [(E + beside) / (L + beside) for E in layers]
-        v, accept = settings.verify_cost, settings.accept_cost
-        self.verify_costs = [E / L + (1 - E / L) * v + accept for E in range(1, L)]
+        at_once = max(0.0, settings.verify_cost - beside / (L + beside))
+        self.verify_costs = [
+            (E + beside) / (L + beside) + (1 - E / L) * at_once + settings.accept_cost
+            for E in range(1, L)
+        ]
         self.exits = [Agreement(settings.memory) for _ in range(1, L)]
         self.guesses = Agreement(settings.memory)
 
@@ -164,8 +169,8 @@ class _Rounds:
         most = min(self.settings.d, room - 1)
         found = guess(self.state, self.settings.ngram, most)
         without, having = self._who_has_a_guess(found)
-        E, d, gain = self._pair(most)
-        guesses = found if having and self._gain_of_guesses(most) > gain else None
+        E, d, _ = self._pair(most)
+        guesses = found if having and self._guesses_pay(without, having, E, d, most) else None
         if guesses is not None and not without:
             result = self._verify(guesses.alone())
         else:
@@ -191,20 +196,27 @@ class _Rounds:
                     agreement.add(agreed, seen)
             self.pairs.clear()
 
-    def _who_has_a_guess(self, guesses: Guesses | None) -> tuple[bool, bool]:
-        """Return whether any row that goes on has none, and whether any has one."""
+    def _who_has_a_guess(self, guesses: Guesses | None) -> tuple[int, int]:
+        """Return how many of the rows that go on have none, and how many have one."""
         if guesses is None:
-            return True, False
+            return 1, 0
         live = ~self.state.finished
-        without, having = (live & ~guesses.found).any(), (live & guesses.found).any()
-        some_without, some_having = self.state.read(torch.stack((without, having)))
-        return some_without, some_having
+        without, having = (live & ~guesses.found).sum(), (live & guesses.found).sum()
+        rows_without, rows_having = self.state.read(torch.stack((without, having)))
+        return rows_without, rows_having
 
-    def _gain_of_guesses(self, most: int) -> float:
-        """Return the tokens per full step of a round of guesses."""
+    def _guesses_pay(self, without: int, having: int, E: int, d: int, most: int) -> bool:
+        """Return whether rows that have guesses are better off with them.
+
+        Beside rows that draft d tokens with E layers they cost nothing more; otherwise all rows pay
+        for a verification, also those that get one token of it.
+        """
         a = self.guesses.at_least()
-        tokens = sum(a**i for i in range(most + 1))
-        return tokens / (self.settings.verify_cost + self.settings.accept_cost)
+        if without and d:
+            return a > self.exits[E - 1].at_least()
+        tokens = having * sum(a**i for i in range(most + 1)) + without
+        cost = self.settings.verify_cost + self.settings.accept_cost
+        return tokens / ((having + without) * cost) > self._pair(most)[2]
 
     def _draft_and_verify(self, E: int, d: int, guesses: Guesses | None, room: int) -> Round:
         """Draft where there is no guess, and verify."""

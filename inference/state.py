@@ -37,9 +37,10 @@ class Work:
     syncs: int = 0
     """Times a strategy made the host wait for an answer of the device."""
     passes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    """Times layers start, ..., stop - 1 were run on n tokens of each row, by (start, stop, n)."""
+    """Times layers start, ..., stop - 1 were run on n tokens of each row, by (start, stop, n); also
+    where parts of them were skipped."""
     head_passes: Counter[int] = field(default_factory=Counter)
-    """Times the head was applied to n tokens of each row, by n."""
+    """Times the head, or a part of it, was applied to n tokens of each row, by n."""
 
     @property
     def token_layers(self) -> float:

@@ -7,7 +7,7 @@ threshold, thresholds are measured that keep to what the full model would have c
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,6 +36,10 @@ from inference.tuned import Tuned, conditions_of, write_tuned
 _COST_LEGEND = """In full steps: draft: single tokens in the first layers; verify: other passes of
 layers; head: of drafts and verification; overhead: the rest of a round, as accepting. without_x:
 the speedup if x were free."""
+
+_ROUND_LEGEND = """worth: steps of plain decoding a round does the work of. took: worth / speedup.
+draft, verify, head: passes, as timed one by one; looks at exits are in head. overhead: the rest of
+what it took, with the noise of the speedup. most_on: the largest of them."""
 
 
 def build_parser() -> Parser:
@@ -155,25 +159,25 @@ def _rounds(result: ArmResult, L: int) -> int:
     return sum(times for _, stop, _, times in result.passes if stop == L)
 
 
-def overhead_table(results: Sequence[ArmResult], costs: Costs) -> str:
-    """Return, for each arm measured, where the time of its rounds went, in full steps.
-
-    steps/round is what a round took, by the speedup. overhead is that beyond draft, verify and
-    head: choosing, acceptance, copies, and what the timing of single passes does not see.
-    """
-    L, rows = len(costs.draft) + 1, []
+def round_terms(results: Sequence[ArmResult], costs: Costs) -> dict[str, dict[str, float]]:
+    """Return, for each arm, what its rounds took and where that went; see the legend."""
+    L, found = len(costs.draft) + 1, {}
     plain = next(result for result in results if result.strategy == AUTOREGRESSIVE.name)
     for r in results:
-        tokens = _rounds(plain, L) / _rounds(r, L)  # of a round of a row, all arms give as many
-        took, terms = tokens / r.speedup, terms_of_a_round(r, costs)
+        worth = _rounds(plain, L) / _rounds(r, L)
+        terms, took = terms_of_a_round(r, costs), worth / r.speedup
         terms["overhead"] = took - sum(terms.values())
-        largest = max(terms, key=lambda name: terms[name])
-        rows.append(
-            [r.settings, f"{tokens:.2f}", f"{took:.2f}"]
-            + [f"{value:.2f}" for value in terms.values()]
-            + [largest]
-        )
-    header = "strategy tokens/round steps/round draft verify head overhead most_on"
+        found[r.settings] = {"worth": worth, "took": took, **terms}
+    return found
+
+
+def round_table(rounds: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the table of `round_terms`."""
+    header, rows = "strategy worth took draft verify head overhead most_on", []
+    for settings, row in rounds.items():
+        terms = [name for name in row if name not in ("worth", "took")]
+        largest = max(terms, key=lambda name: row[name])
+        rows.append([settings, *(f"{value:.2f}" for value in row.values()), largest])
     return format_table(header.split(), rows)
 
 
@@ -215,15 +219,17 @@ def _tune_drafts(run: Run, args: argparse.Namespace) -> _Outcome:
     costs, predictions = _predict(run, workload, args.max_d)
     arms = candidates(predictions[: args.top], costs, args.max_d)
     results = _measure(run, arms, workload, args.repeats)
-    print(f"\nrounds, in full steps:\n{overhead_table(results, costs)}")
+    rounds = round_terms(results, costs)
+    print(f"\nrounds, in full steps:\n{round_table(rounds)}\n\n{_ROUND_LEGEND}")
     best = max(results, key=lambda result: result.speedup)
     verdict = f"best: {best.settings}, {best.speedup:.2f}x"
     if best.strategy == AUTOREGRESSIVE.name:
         verdict = "nothing beats plain decoding here: see which term above eats the gain"
     content = {
         "costs": asdict(costs),
-        "predictions": [asdict(p) for p in predictions],
+        "predictions": [asdict(p) | {"speedup": p.speedup} for p in predictions],
         "measured": [asdict(result) for result in results],
+        "rounds": rounds,
     }
     return _Outcome(name=None, strategy=best.settings, verdict=verdict, content=content)
 

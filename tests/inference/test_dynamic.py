@@ -1,6 +1,7 @@
 """The choice of E and d is the best of its formula, learns from the exits, and costs no token."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from inference.autoregressive import Autoregressive
 from inference.decode import Generation
 from inference.drafting import Guesses
 from inference.dynamic import Dynamic, best_pair
+from inference.host_copy import HostCopy
 from inference.ngram import look_up
+from inference.rows import open_state
 from inference.sampling import Sampling
 from inference.state import Round
 from tests.inference.every_strategy import PROMPTS, decode, make_model
@@ -278,10 +281,14 @@ def test_costs_of_a_draft_step_worked_by_hand(model, started):
 
 
 def test_costs_of_a_verification_worked_by_hand(model, started):
-    Generation(model, PROMPTS, Dynamic(verify_cost=1.6, accept_cost=0.25), max_new_tokens=1)
+    Generation(
+        model, PROMPTS, Dynamic(fixed_cost=2.0, verify_cost=1.6, accept_cost=0.25), max_new_tokens=1
+    )
     Generation(model, PROMPTS, Dynamic(), max_new_tokens=1)
     dear, of_defaults = (rounds.verify_costs for rounds in started)
-    assert dear == pytest.approx([1.75, 1.65, 1.55, 1.45, 1.35])
+    h = 2 / 8
+    costs = [(E + 2) / 8 + (1 - E / 6) * (1.6 - h) + 0.25 for E in range(1, 6)]
+    assert dear == pytest.approx(costs)
     assert of_defaults == pytest.approx([1.0] * 5)
 
 
@@ -319,6 +326,136 @@ def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, verify_c
     assert (generation.counters.drafted > 0) == (verify_cost < 1)
 
 
+def rounds_that_saw(model, monkeypatch, settings, agreement, guesses):
+    """Return rounds whose exits agree as told, and whose guesses do."""
+    monkeypatch.setattr(Agreement, "at_least", lambda self: self.agreed)
+    state = open_state(model, 8, slots=40, sampling=Sampling(), seed=0)
+    rounds = settings.start(state)
+    rounds.exits = [Agreement(0.9, agreed=a) for a in agreement]
+    rounds.guesses = Agreement(0.9, agreed=guesses)
+    return rounds
+
+
+def test_when_guesses_pay_worked_by_hand(model, monkeypatch):
+    settings = Dynamic(d=3, fixed_cost=2.0, verify_cost=1.25, accept_cost=0.25, ngram=2)
+    rounds = rounds_that_saw(model, monkeypatch, settings, [0.0] * 5, 0.8)
+    # Layers do not pay. A row's guesses give 1 + 0.8 + 0.64 + 0.512 = 2.952 tokens for 1.5 steps.
+    assert rounds._pair(3) == (1, 0, 1.0)
+    assert rounds._guesses_pay(0, 1, 1, 0, 3)
+    assert not rounds._guesses_pay(7, 1, 1, 0, 3), "(2.952 + 7) / (8 * 1.5) < 1"
+    assert rounds._guesses_pay(5, 3, 1, 0, 3), "(3 * 2.952 + 5) / (8 * 1.5) > 1"
+    assert not rounds._guesses_pay(6, 2, 1, 0, 3), "(2 * 2.952 + 6) / (8 * 1.5) < 1"
+    assert not rounds._guesses_pay(0, 1, 1, 0, 0), "a plain step costs 1, not 1.5"
+    free = replace(settings, accept_cost=0.0)
+    rounds = rounds_that_saw(model, monkeypatch, free, [0.0] * 5, 0.2)
+    # 1 + 0.2 + 0.04 + 0.008 = 1.248 for 1.25 steps; with 0.203 there would be 1.253.
+    assert not rounds._guesses_pay(0, 1, 1, 0, 3)
+    rounds.guesses.agreed = 0.203
+    assert rounds._guesses_pay(0, 1, 1, 0, 3)
+    # An exit that drafts well is better than guesses, for all rows or beside some.
+    rounds = rounds_that_saw(model, monkeypatch, free, [0.99, 0.0, 0.0, 0.0, 0.0], 0.2)
+    E, d, gain = rounds._pair(3)
+    assert (E, d) == (1, 3)
+    assert gain > 1.248 / 1.25
+    assert not rounds._guesses_pay(0, 1, E, d, 3)
+    assert not rounds._guesses_pay(1, 1, E, d, 3)
+    rounds.guesses.agreed = 0.995
+    assert rounds._guesses_pay(1, 1, E, d, 3)
+    assert rounds._guesses_pay(0, 1, E, d, 3)
+
+
+def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
+    rounds = rounds_that_saw(model, monkeypatch, Dynamic(), [0.0] * 5, 0.5)
+    found = torch.tensor([True, True, False, False, False, False, False, True])
+    guesses = Guesses(torch.zeros(8, 2, dtype=torch.int64), found, torch.empty(0))
+    assert rounds._who_has_a_guess(guesses) == (5, 3)
+    rounds.state.finished[2:] = True
+    assert rounds._who_has_a_guess(guesses) == (0, 2)
+    assert rounds.state.work.syncs == 2
+
+
+@pytest.mark.usefixtures("no_layer_drafts")
+def test_guesses_of_some_rows_are_verified_where_they_pay_for_all(model, monkeypatch):
+    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
+    settings, prompts = Dynamic(d=3, ngram=1, verify_cost=0.01), [[7, 8, 9], [5, 5, 5]]
+    generation = Generation(model, prompts, settings, max_new_tokens=20)
+    mixed = [len({bool(e.drafted) for e in emissions}) == 2 for emissions in generation]
+    assert mixed.count(True) > 3
+
+
+@pytest.mark.parametrize("stop", [{"stop": 1.1}, {"stop_entropy": 0.0}])
+def test_a_draft_that_is_not_sure_ends(model, monkeypatch, stop):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
+    for settings, drafted in ((Dynamic(d=3, **stop), 1), (Dynamic(d=3), 3)):
+        generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)
+        assert next(iter(generation))[0].drafted == drafted
+
+
+def test_what_a_round_tells_is_read_two_rounds_later(model, monkeypatch):
+    log = []
+
+    class Noted(HostCopy):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            self.sent = len(log)
+
+        def read(self):
+            log[-1].append(self.sent)
+            return super().read()
+
+    def counted(self, room, call=dynamic._Rounds.__call__):
+        log.append([])
+        return call(self, room)
+
+    monkeypatch.setattr(dynamic, "HostCopy", Noted)
+    monkeypatch.setattr(dynamic._Rounds, "__call__", counted)
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 1), 2.0))
+    decode(model, [[7, 8, 7]], Dynamic(d=1), max_new_tokens=30)
+    assert len(log) > 14
+    assert log[:2] == [[], []]
+    assert log[2:] == [[n] for n in range(1, len(log) - 1)], "one a round, of the one before last"
+
+
+def test_the_choice_changes_with_what_is_seen_while_a_generation_goes_on():
+    model = build(small(n_layers=6, max_seq_len=256)).eval().requires_grad_(False)
+    for l in (2, 3, 4, 5):  # from two layers on, all exits agree
+        model.layers[str(l)].attention.wo.weight.zero_()
+        model.layers[str(l)].feed_forward.w2.weight.zero_()
+    generation = Generation(model, [[7, 8, 7]], Dynamic(d=4, fixed_cost=0.5), max_new_tokens=150)
+    drafted = [emission.drafted for [emission] in generation]
+    assert drafted[:2] == [0, 0], "nothing is known yet"
+    assert drafted[12:-2] == [4] * (len(drafted) - 14)
+
+
+def test_exits_are_not_credited_with_the_guesses_of_other_rows(model, started, monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 2), 1.01))
+    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
+    monkeypatch.setattr(dynamic._Rounds, "_guesses_pay", lambda *given: True)
+    settings = Dynamic(d=2, memory=0.999999, ngram=1)
+    prompts = [[7, 8, 9], [5, 5, 5]]
+    generation, rows, tried, mixed = (
+        Generation(model, prompts, settings, max_new_tokens=20),
+        {},
+        0,
+        0,
+    )
+    rows = {i: list(p) for i, p in enumerate(prompts)}
+    for emissions in generation:
+        found = {}
+        for row, tokens in rows.items():
+            place = torch.tensor([len(tokens) - 1])
+            found[row] = bool(look_up(torch.tensor([tokens]), place, 1, 1)[1])
+        alone = all(found[emission.row] for emission in emissions)
+        mixed += not alone and any(found[emission.row] for emission in emissions)
+        for emission in emissions:
+            if not found[emission.row] and emission.drafted:
+                tried += min(emission.accepted + 1, emission.drafted)
+            rows[emission.row] += emission.tokens
+    assert mixed > 3
+    assert tried > 5
+    assert learnt(started).exits[3].seen == pytest.approx(2.0 + tried, abs=0.01)
+
+
 def test_guesses_are_verified_where_layers_do_not_pay(model):
     settings = Dynamic(fixed_cost=1000.0, verify_cost=0.9, accept_cost=0.05, ngram=1, d=3)
     alone = decode(model, [[7, 8, 7]], settings).counters
@@ -350,9 +487,10 @@ def test_guesses_are_left_once_they_do_not_agree(model, monkeypatch, agreed, use
         (Dynamic(fixed_cost=-1.0), "fixed_cost: -1.0"),
         (Dynamic(verify_cost=0.0), "verify_cost: 0.0"),
         (Dynamic(accept_cost=-0.1), "accept_cost: -0.1"),
+        (Dynamic(fixed_cost=inf, verify_cost=inf), "fixed_cost: inf, .*; verify_cost: inf"),
         (Dynamic(ngram=-1), "ngram: -1"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_settings_that_do_not_fit_are_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):

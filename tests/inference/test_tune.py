@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from inference import generate, tune
+import inference.costs
+from inference import generate, self_speculative, tune
 from inference.costs import Costs, measure_costs, predict, tokens_per_round
 from inference.decode import Generation
 from inference.dynamic import Dynamic
@@ -16,7 +17,8 @@ from inference.measurement import AUTOREGRESSIVE, Workload, measure
 from inference.oracle import record_exits
 from inference.run import load_run
 from inference.sampling import Sampling
-from inference.self_speculative import SelfSpeculative
+from inference.self_speculative import SelfSpeculative, settle
+from inference.state import DecodeState
 from inference.tune import cost_table
 from inference.tuned import Conditions, Tuned, conditions_of, read_tuned, tuned_path, write_tuned
 from tests.inference.every_strategy import PROMPTS, make_model
@@ -28,6 +30,7 @@ def test_predictions_worked_by_hand():
         draft=[0.5, 0.7],
         layers=[0.9, 1.0, 1.2],
         head=[0.1, 0.2, 0.3],
+        many_heads=0.5,
         overhead=0.2,
     )
     # E = 1 is wrong at places 1 and 4, E = 2 never.
@@ -48,6 +51,12 @@ def test_predictions_worked_by_hand():
     assert ordered == sorted(ordered, reverse=True)
     table = cost_table(predict([trace], costs, 2), 3).splitlines()
     assert [row.split()[0] for row in table] == ["E", "1", "2"]
+    of = dict(zip(table[0].split(), table[2].split(), strict=True))
+    assert of == {
+        "E": "2", "d": "2", "agrees": "1.000", "tokens/round": "3.00", "draft": "1.80",
+        "verify": "0.40", "head": "0.50", "overhead": "0.20", "speedup": "1.03x",
+        "without_draft": "2.73x", "without_head": "1.25x",
+    }  # fmt: skip
 
 
 def test_costs_that_dynamic_is_told_worked_by_hand():
@@ -56,16 +65,37 @@ def test_costs_that_dynamic_is_told_worked_by_hand():
         draft=[(E + 2) / (4 + 2) for E in (1, 2, 3)],
         layers=[0.9, 1.0, 1.2],
         head=[0.1, 0.2, 0.3],
+        many_heads=0.5,
         overhead=0.0,
     )
     assert costs.fixed_cost == pytest.approx(2.0)
     assert replace(costs, draft=[0.2, 0.5, 0.7]).fixed_cost == 0.0
+    # sum (E - 4 c)(c - 1) / sum (c - 1)^2 = (0.2 * 0.7 + 0.4 * 0.4) / (0.7^2 + 0.4^2 + 0.25^2)
+    uneven = replace(costs, draft=[0.3, 0.6, 0.75])
+    assert uneven.fixed_cost == pytest.approx((0.2 * 0.7 + 0.4 * 0.4) / (0.49 + 0.16 + 0.0625))
     assert costs.verify_cost == pytest.approx((1.2 + 1.5) / 2)
     assert costs.of_layers(0, 2, 1) == pytest.approx(4 / 6 - 0.1)
     assert costs.of_layers(0, 4, 1) == pytest.approx(0.9)
     assert costs.of_layers(1, 4, 3) == pytest.approx(1.2 * 3 / 4)
-    assert costs.of_layers(0, 4, 5) == pytest.approx(1.2 + 2 * 0.15)
-    assert costs.of_head(7) == pytest.approx(0.3 + 4 * 0.1)
+    assert costs.of_head(3) == pytest.approx(0.3)
+    assert costs.of_head(6) == pytest.approx(0.4), "half way to three exits' three tokens"
+    assert costs.of_head(9) == pytest.approx(0.5)
+
+
+def test_dynamic_is_told_the_costs_that_were_measured():
+    costs = Costs(
+        full_step_seconds=1.0, draft=[(E + 2) / 6 for E in (1, 2, 3)], layers=[0.9, 1.0, 1.2],
+        head=[0.1, 0.2, 0.3], many_heads=0.5, overhead=0.17,
+    )  # fmt: skip
+    last = [5, 6, 7, 8]
+    best = predict([torch.tensor([last] * 4)], costs, 2)[:1]
+    arms = tune.candidates(best, costs, 5)
+    told = Dynamic(d=5, fixed_cost=2.0, verify_cost=1.35, accept_cost=0.17)
+    assert [arm for arm in arms if arm.name == "dynamic"] == [
+        replace(told, ngram=n) for n in (0, 2, 3)
+    ]
+    arms = tune.candidates(best, replace(costs, overhead=-0.1), 5)
+    assert arms[-1].accept_cost == 0.0
 
 
 def test_every_arm_has_a_row_of_where_its_time_went():
@@ -76,6 +106,7 @@ def test_every_arm_has_a_row_of_where_its_time_went():
             draft=[0.5, 0.7],
             layers=[0.8, 1.0, 1.2],
             head=[0.1, 0.2, 0.3],
+            many_heads=0.5,
             overhead=0.0,
         ),
     )
@@ -94,21 +125,30 @@ def test_every_arm_has_a_row_of_where_its_time_went():
     assert drafted["draft"] == pytest.approx(3 * 0.4, rel=0.2)  # the last round has less room
     assert drafted["verify"] == pytest.approx(1.2 * 2 / 3, rel=0.1)
     assert drafted["head"] == pytest.approx(2 * 0.1 + 0.3, rel=0.2)
-    header, *rows = (line.split() for line in tune.overhead_table(results, costs).splitlines())
+    by_hand = replace(  # 2 rounds that draft, 1 of guesses alone, 1 plain
+        results[1], passes=[(0, 1, 1, 6), (0, 3, 1, 1), (0, 3, 3, 1), (1, 3, 3, 2)],
+        head_passes=[(1, 5), (3, 3)],
+    )  # fmt: skip
+    terms = tune.terms_of_a_round(by_hand, costs)
+    assert terms["draft"] == pytest.approx(6 * 0.4 / 4)
+    assert terms["verify"] == pytest.approx((0.8 + 1.2 + 2 * 1.2 * 2 / 3) / 4)
+    assert terms["head"] == pytest.approx((5 * 0.1 + 3 * 0.3) / 4)
+    rounds = tune.round_terms(results, costs)
+    header, *rows = (line.split() for line in tune.round_table(rounds).splitlines())
     assert [row[0] for row in rows] == [result.settings for result in results]
     for result, row in zip(results, rows, strict=True):
         of = dict(zip(header, row, strict=True))
-        took = float(of["tokens/round"]) / result.speedup
-        assert float(of["steps/round"]) == pytest.approx(took, rel=0.02, abs=0.02)
+        took = float(of["worth"]) / result.speedup
+        assert float(of["took"]) == pytest.approx(took, rel=0.02, abs=0.02)
         parts = [float(of[term]) for term in ("draft", "verify", "head", "overhead")]
-        assert sum(parts) == pytest.approx(float(of["steps/round"]), abs=0.03)
+        assert sum(parts) == pytest.approx(float(of["took"]), abs=0.03)
         assert float(of[of["most_on"]]) == max(parts)
         layers = sum((stop - start) * n * times for start, stop, n, times in result.passes)
         assert layers == pytest.approx(12 * result.layers_per_token)
         heads = sum(n * times for n, times in result.head_passes)
         assert heads == pytest.approx(12 * result.heads_per_token)
         if result.tokens_per_verify:
-            assert float(of["tokens/round"]) == pytest.approx(result.tokens_per_verify, abs=0.01)
+            assert float(of["worth"]) == pytest.approx(result.tokens_per_verify, abs=0.01)
 
 
 def test_tokens_of_a_round_are_those_that_are_decoded():
@@ -132,6 +172,36 @@ def test_costs_are_measured_in_full_steps():
     assert 0 < costs.head[0] < costs.layers[0]
     assert costs.full_step_seconds > 0
     assert 0 < costs.overhead < 3, "a small model, so what is not layers weighs much"
+
+
+def test_what_is_timed_is_told_apart(monkeypatch):
+    """With a clock that counts: 1 for each layer of a pass, 10 for each call of the head."""
+    model, clock = make_model(3), [0.0]
+    run, head = DecodeState.run_and_tap, DecodeState.head
+
+    def slow_run(state, h, start, stop, **options):
+        clock[0] += stop - start
+        return run(state, h, start, stop, **options)
+
+    def slow_head(state, x, part=None):
+        clock[0] += 10
+        return head(state, x, part)
+
+    def slow_settle(state, drafted, p):
+        clock[0] += 2
+        return settle(state, drafted, p)
+
+    monkeypatch.setattr(DecodeState, "run_and_tap", slow_run)
+    monkeypatch.setattr(DecodeState, "head", slow_head)
+    monkeypatch.setattr(self_speculative, "settle", slow_settle)
+    monkeypatch.setattr(inference.costs.time, "perf_counter", lambda: clock[0])
+    costs = measure_costs(model, [[1, 2, 3, 4]], 2)
+    assert costs.full_step_seconds == pytest.approx(13)
+    assert costs.draft == pytest.approx([11 / 13, 12 / 13])
+    assert costs.layers == pytest.approx([3 / 13] * 3)
+    assert costs.head == pytest.approx([10 / 13] * 3)
+    assert costs.many_heads == pytest.approx(10 / 13)
+    assert costs.overhead == pytest.approx(2 / 13)
 
 
 def run_command(monkeypatch, module, *arguments):
