@@ -2,7 +2,7 @@
 
 A row is prompt and continuation. Its last token is *pending*: known, but in no KV slot yet. A
 strategy turns the pending tokens into a `Round`, using `run`, `write_keys_and_values`,
-`distribution` and `ask` alone, which count the work; `decode.py` drives the rounds.
+`distribution`, `ask` and `read` alone, which count the work; `decode.py` drives the rounds.
 """
 
 from collections import Counter

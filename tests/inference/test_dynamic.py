@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference import dynamic
-from inference.agreement import Agreement, drafts_that_agreed, guesses_that_agreed
+from inference.agreement import Agreement
 from inference.autoregressive import Autoregressive
 from inference.decode import Generation
 from inference.drafting import Guesses
@@ -16,7 +16,6 @@ from inference.host_copy import HostCopy
 from inference.ngram import look_up
 from inference.rows import open_state
 from inference.sampling import Sampling
-from inference.state import Round
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.test_self_speculative import excess
 from tests.models.test_llama import build, small
@@ -39,32 +38,6 @@ def test_the_best_pair_worked_by_hand():
     assert best_pair([0.8], [0.25], [3.0], 4)[1] == 0, "a dear verification pays for no draft"
 
 
-def test_agreement_less_its_standard_error_worked_by_hand():
-    for agreed, seen, expected in (
-        (80.0, 100.0, 0.8 - 0.04),
-        (1.0, 2.0, 0.5 - 0.5 / 2**0.5),
-        (10.0001, 10.0, 1.0),
-        (0.01, 3.0, 0.0),
-    ):
-        found = Agreement(0.9, agreed=agreed, seen=seen).at_least()
-        assert found == pytest.approx(expected)
-    agreement = Agreement(0.5)
-    agreement.add(2.0, 3.0)
-    agreement.add(0.0, 4.0)
-    assert (agreement.agreed, agreement.seen) == (0.25 + 1.0, 0.5 + 1.5 + 4.0)
-
-
-def test_drafts_that_agreed_worked_by_hand():
-    # Accepted whole, none, one of three, nothing drafted.
-    result = Round(
-        torch.zeros(4, 4), torch.tensor([3, 0, 1, 0]), drafted=torch.tensor([3, 3, 3, 0])
-    )
-    rows = torch.ones(4, dtype=torch.bool)
-    assert drafts_that_agreed(result, rows).tolist() == [3 + 0 + 1 + 0, 3 + 1 + 2 + 0]
-    rows[0] = False
-    assert drafts_that_agreed(result, rows).tolist() == [1, 3]
-
-
 def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
     monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
@@ -79,24 +52,6 @@ def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
     assert fourth.seen == pytest.approx(2.0 + tried, abs=0.01)
     assert {(e.agreed, e.seen) for e in learnt(started).exits if e is not fourth} == {(1.0, 2.0)}
     assert generation.counters.syncs == 0
-
-
-def test_guesses_are_held_against_what_was_found_worked_by_hand():
-    guesses = Guesses(
-        torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
-        torch.tensor([True, True, True, True, False]),
-        torch.empty(0),
-    )
-    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
-    result = Round(tokens, torch.tensor([3, 2, 0, 3, 3]), torch.full((5,), 3))
-    live = torch.ones(5, dtype=torch.bool)
-    # By row: 3 of 3, 2 of 3, then only the first token is known, then a wrong one, then no guess.
-    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 2 + 1, 3 + 3 + 1 + 1]
-    live[1] = False
-    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 1, 3 + 1 + 1]
-    plain = Round(tokens[:, :1], torch.zeros(5, dtype=torch.int64), torch.zeros(5))
-    live[1] = True
-    assert guesses_that_agreed(guesses, plain, live).tolist() == [3, 4]
 
 
 def learnt(started):
