@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-from train.heartbeat import Blackboard, Heartbeat, Verdict, judge
+from train.heartbeat import Blackboard, Heartbeat, Silences, Verdict, judge
 from train.main_thread import waits
 from train.sections import SECTIONS, Section, Sections
 
@@ -62,6 +62,7 @@ class Watchdog:
         self._board: Blackboard | None = Blackboard(store, rank, world_size)
         self._limits: dict[Section, float] = dict.fromkeys(SECTIONS, timeout_seconds)
         self._limits |= {"setup": setup_timeout_seconds, "checkpoint": setup_timeout_seconds}
+        self._silences = Silences()
         self._interval = min(5.0, timeout_seconds / 10, setup_timeout_seconds / 10)
         self._main = threading.main_thread().ident or 0
         self._beats, self._last_beat = 0, time.monotonic()
@@ -110,20 +111,25 @@ class Watchdog:
 
     def _judge(self) -> Verdict | None:
         """Read all heartbeats twice, three beats apart, and agree on who hangs."""
-        before = self._ask(lambda board: board.heartbeats())
+        self._listen()
         for _ in range(3):
             self._stopped.wait(self._interval)
             beat, _ = self._beat()
         if self._stopped.is_set() or not self._is_late(beat):
             return None
-        now = self._ask(lambda board: board.heartbeats())
-        if before is None or now is None:
+        now, silences = self._listen()
+        if now is None:
             return Verdict(
                 f"rank {self._rank} is {beat}; the store of heartbeats does not answer, so it is "
                 "unknown which rank it waits for"
             )
-        found = judge(before, now, self._limits)
+        found = judge(now, silences, self._limits)
         return found and (self._ask(lambda board: board.agree(found)) or found)
+
+    def _listen(self) -> tuple[list[Heartbeat | None] | None, list[float]]:
+        """Read all heartbeats, and how long each rank has been silent."""
+        now = self._ask(lambda board: board.heartbeats())
+        return now, self._silences.listen(now) if now else []
 
     def _ask(self, question: Callable[[Blackboard], T]) -> T | None:
         """Return the blackboard's answer; None once its store is gone, which is for good."""

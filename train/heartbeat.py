@@ -5,6 +5,7 @@ Knows nothing of threads, files and the process group; the watchdog asks it.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from torch.distributed.distributed_c10d import Store
@@ -36,36 +37,57 @@ class Verdict:
     silent: tuple[int, ...] = ()
 
 
+class Silences:
+    """How long each rank has not been heard of; remembers the heartbeats it is shown."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with nothing heard; `clock` counts seconds."""
+        self._clock = clock
+        self._heard: dict[int, tuple[int, float]] = {}
+
+    def listen(self, beats: list[Heartbeat | None]) -> list[float]:
+        """Return the seconds since each rank was first seen at its count; 0 where that is new."""
+        now = self._clock()
+        counts = [beat.count if beat else -1 for beat in beats]
+        for rank, count in enumerate(counts):
+            if self._heard.get(rank, (None, now))[0] != count:
+                self._heard[rank] = count, now
+        return [now - self._heard[rank][1] for rank in range(len(beats))]
+
+
 def judge(
-    before: list[Heartbeat | None],
     now: list[Heartbeat | None],
+    silences: list[float],
     limits: dict[Section, float],
 ) -> Verdict | None:
-    """Say who hangs, from two readings of all heartbeats that are some beats apart.
+    """Say who hangs, from a reading of all heartbeats some beats after another.
 
-    A rank without a new heartbeat is frozen: stopped, on a dead machine, or in code that lets no
-    other thread run. Else it is the rank furthest behind, and of several at one place those that
-    do not wait for others. Any may take the time its own section has, which can be more than that
-    of the others.
+    A rank without a new heartbeat is silent: stopped, on a dead machine, or in code that lets no
+    other thread run. It has hung once the others wait for longer than the section it was last seen
+    in may take, or its silence alone is as long as a step may take: it may have left that section
+    since. Else it is the rank furthest behind, and of several at one place those that do not wait
+    for others. Any may take the time its own section has, which can be more than that of the
+    others.
 
     Args:
-        before: The first reading, by rank; None: never heard of.
-        now: The second one.
+        now: The last heartbeat of each rank; None: never heard of.
+        silences: Seconds since each rank was last heard of; 0: since the reading before.
         limits: Seconds that each section may take.
     """
-    silent = [
-        rank
-        for rank, (old, new) in enumerate(zip(before, now, strict=True))
-        if new is None or (old is not None and old.count == new.count)
-    ]
+    silent = tuple(rank for rank, seconds in enumerate(silences) if seconds)
     beats = [beat for rank, beat in enumerate(now) if beat is not None and rank not in silent]
     if silent:
-        last = now[silent[0]]
         waited = max((beat.seconds for beat in beats), default=0.0)
-        if waited <= limits[last.section if last else "setup"]:
+        last = {rank: now[rank] for rank in silent}
+        frozen = [
+            rank
+            for rank, beat in last.items()
+            if waited > limits[beat.section if beat else "setup"] or silences[rank] > limits["step"]
+        ]
+        if not frozen:
             return None
-        seen = f"last seen {last}" if last else "never seen"
-        return Verdict(f"{_name(silent)} frozen, without a heartbeat, {seen}", tuple(silent))
+        seen = f"last seen {last[frozen[0]]}" if last[frozen[0]] else "never seen"
+        return Verdict(f"{_name(frozen)} frozen, without a heartbeat, {seen}", silent)
     behind = min(map(_position, beats))
     hung = [rank for rank, beat in enumerate(beats) if _position(beat) == behind]
     at_work = [rank for rank in hung if not beats[rank].waits]

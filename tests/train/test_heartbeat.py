@@ -1,7 +1,7 @@
 import pytest
 import torch.distributed as dist
 
-from train.heartbeat import Blackboard, Heartbeat, Verdict, judge
+from train.heartbeat import Blackboard, Heartbeat, Silences, Verdict, judge
 
 LIMITS = dict.fromkeys(("data", "step", "log", "validate"), 10) | {"setup": 60, "checkpoint": 60}
 
@@ -15,9 +15,12 @@ def reading(*places, count):
     ]
 
 
-def verdict(*places, counts=None):
-    before = reading(*places, count=4)
-    return judge(before, reading(*places, count=counts or 7), LIMITS)
+def verdict(*places, counts=None, apart=3):
+    times = iter((100, 100 + apart))
+    silences = Silences(lambda: next(times))
+    silences.listen(reading(*places, count=4))
+    now = reading(*places, count=counts or 7)
+    return judge(now, silences.listen(now), LIMITS)
 
 
 def test_the_rank_in_an_earlier_step_hangs():
@@ -55,6 +58,30 @@ def test_a_rank_may_keep_the_others_waiting_for_its_own_limit():
     # The same where rank 0 is too busy to beat.
     assert verdict((7, "checkpoint", 5), (8, "step", 59), counts=[4, 7]) is None
     assert "rank 0 is frozen" in verdict((7, "checkpoint", 5), (8, "step", 61), counts=[4, 7]).text
+
+
+def test_a_rank_frozen_for_the_time_of_a_step_has_left_the_longer_section_it_was_seen_in():
+    early = (0, "setup", 0), (4, "step", 20)
+    assert verdict(*early, counts=[4, 7], apart=9) is None
+    found = verdict(*early, (4, "step", 20), None, counts=[4, 7, 7, 4], apart=11)
+    assert found == Verdict(
+        "ranks 0, 3 are frozen, without a heartbeat, last seen in setup of step 0 for 0 s", (0, 3)
+    )
+    # One that has been quiet for a moment alone is not named with it.
+    found = verdict((6, "data", 11), (7, "checkpoint", 5), (8, "step", 30), counts=[4, 4, 7])
+    assert found == Verdict(
+        "rank 0 is frozen, without a heartbeat, last seen in data of step 6 for 11 s", (0, 1)
+    )
+
+
+def test_silence_is_counted_from_the_first_reading_of_a_count():
+    now = iter((10, 15, 20, 21))
+    silences = Silences(lambda: next(now))
+    one, other = Heartbeat(1, "data", 5, 0.5), Heartbeat(2, "data", 5, 0.5)
+    assert silences.listen([one, None]) == [0, 0]
+    assert silences.listen([one, None]) == [5, 5]
+    assert silences.listen([other, one]) == [0, 0]
+    assert silences.listen([other, other]) == [1, 0]
 
 
 def test_a_rank_that_comes_late_but_comes_does_not_hang():
