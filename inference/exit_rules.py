@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inference.gates import Gate, load_gate
+from inference.idle_settings import idle_problems
 from inference.jump import load_jump
 from inference.row_exits import (
     ExitMap,
@@ -69,6 +70,8 @@ class Calm:
             found.append(f"tau: {self.tau}, give at least 0")
         if self.length < 1:
             found.append(f"length: {self.length}, give at least 1 token")
+        elif self.tau is None:
+            found += idle_problems(self, ("length",), without="tau")
         if (self.confidence == "gate") != (self.gate is not None):
             remedy = TRAINED_BY if self.gate is None else "it needs confidence=gate"
             found.append(f"gate: {self.gate or 'none'}, {remedy}")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from inference.autoregressive import a_quarter
 from inference.beta_mixture import RowThresholds
 from inference.exit_rules import softmax_gap
+from inference.idle_settings import idle_problems
 from inference.sampling import accept, sample
 from inference.state import Decoder, DecodeState, Round
 from models.llama import NOTHING, SkippedParts
@@ -67,10 +68,14 @@ class Free:
             found.append(f"threshold: {self.threshold}, give at least 0")
         if not 0.0 < self.zeta < 1.0:
             found.append(f"zeta: {self.zeta}, give a number between 0 and 1")
+        elif not self.adapt:
+            found += idle_problems(self, ("zeta",), without="adapt=true")
         if self.max_pending < 1:
             found.append(f"max_pending: {self.max_pending}, give at least 1 token")
         if not self.rollback_threshold >= 0.0:
             found.append(f"rollback_threshold: {self.rollback_threshold}, give nats, at least 0")
+        elif self.rollback != "threshold":
+            found += idle_problems(self, ("rollback_threshold",), without="rollback=threshold")
         return found
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:

@@ -1,4 +1,6 @@
-"""Weights of the layers in 8 or 4 bits, through torchao; all before and after stays plain.
+"""Weights of the layers, and of exits of their own, in 8 or 4 bits, through torchao.
+
+Embeddings, norms and the head stay plain.
 
 A quantised model is another model: what is lossless keeps to it, not to the one it was made of.
 """
@@ -40,8 +42,14 @@ def quantize_layers(model: Llama, bits: Bits) -> None:
     device = model.norm.weight.device
     if bits == "int4" and device.type == "cuda" and model.norm.weight.dtype != torch.bfloat16:
         raise ValueError("quantize: int4 on CUDA needs bfloat16, give --dtype bfloat16")
-    for l in range(model.config.n_layers):
-        quantize_(model.block(l), _torchao_config(bits, device.type))
+    for part in (model.layers, model.own_exits):
+        quantize_(part, _torchao_config(bits, device.type))
+    model.bits = bits  # type: ignore[assignment]
+
+
+def bits_of(model: Llama) -> Bits | None:
+    """Return in how many bits the layers' matrices are held, None where they are plain."""
+    return getattr(model, "bits", None)
 
 
 def is_quantized(linear: nn.Linear) -> bool:

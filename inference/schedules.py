@@ -10,17 +10,24 @@ from typing import ClassVar
 import torch
 
 from inference.autoregressive import one_by_one
+from inference.idle_settings import idle_problems
 from inference.sampling import sample
 from inference.state import Decoder, DecodeState, Round
 from models.llama import NOTHING, SkippedParts, whole_layers
 from models.token_depth import FallingBudget, falling_budget, unified_layers
 
 
-def _keep_problems(name: str, keep: tuple[int, ...] | None, n_layers: int) -> list[str]:
-    if keep and all(0 <= l < n_layers for l in keep):
-        return []
-    layers = "none" if not keep else "+".join(map(str, keep))
-    return [f"keep: {layers}, {name} needs layers from 0 to {n_layers - 1} of this model"]
+def _keep_problems(strategy: "Unified | Pruned", otherwise: str, n_layers: int) -> list[str]:
+    """Return what is wrong with the layers to keep; the setting `otherwise` may say them too."""
+    keep = strategy.keep
+    if not keep or not all(0 <= l < n_layers for l in keep):
+        layers = "none" if not keep else "+".join(map(str, keep))
+        return [
+            f"keep: {layers}, {strategy.name} needs layers from 0 to {n_layers - 1} of this model"
+        ]
+    if keep != replace(strategy, keep=None).filled(n_layers).keep:
+        return idle_problems(strategy, (otherwise,), without="leaving keep out")
+    return []
 
 
 def _others(keep: tuple[int, ...] | None, n_layers: int) -> SkippedParts:
@@ -51,7 +58,7 @@ class Unified:
         """Return what is wrong with the layers."""
         if self.keep is None:
             return [f"speedup: {self.speedup}, unified needs at least 1"]
-        return _keep_problems(self.name, self.keep, n_layers)
+        return _keep_problems(self, "speedup", n_layers)
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return all layers."""
@@ -89,7 +96,7 @@ class Pruned:
         """Return what is wrong with the layers."""
         if self.keep is None:
             return [f"every: {self.every}, pruned needs at least 2"]
-        return _keep_problems(self.name, self.keep, n_layers)
+        return _keep_problems(self, "every", n_layers)
 
     def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return the layers that stay."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inference.drafting import NEVER, StopRule, draft
+from inference.idle_settings import idle_problems
 from inference.self_speculative import settle, verify
 from inference.state import Decoder, DecodeState, FixedRounds, Round
 from models.llama import NOTHING, SkippedParts
@@ -72,6 +73,9 @@ class SkipDraft:
         for what in ("gamma", "alpha", "eps", "beta1", "beta2"):
             if not 0.0 <= getattr(self, what) <= 1.0:
                 found.append(f"{what}: {getattr(self, what)}, give a number from 0 to 1")
+        if self.gamma == 0.0:
+            learnt = ("alpha", "eps", "beta1", "beta2")
+            found += idle_problems(self, learnt, without="gamma above 0")
         return found
 
     @property

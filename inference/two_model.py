@@ -14,6 +14,7 @@ import torch
 
 from inference.compiled import compile_layers, is_compiled
 from inference.drafting import Draft
+from inference.quantized import Bits, bits_of
 from inference.rows import open_state
 from inference.run import Run, load_run
 from inference.sampling import sample
@@ -53,7 +54,7 @@ class Speculative:
         return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
-        """Load the draft model and begin to decode.
+        """Load the draft model, compiled and quantised as the other is, and begin to decode.
 
         Raises:
             ValueError: its vocabulary is another, or its context is too short.
@@ -61,7 +62,8 @@ class Speculative:
         assert self.draft is not None
         weight, config = state.model.norm.weight, state.model.config
         dtype = str(weight.dtype).removeprefix("torch.")
-        model = _load(self.draft, str(weight.device), dtype, is_compiled(state.model)).model
+        bits = bits_of(state.model)
+        model = _load(self.draft, str(weight.device), dtype, bits, is_compiled(state.model)).model
         if model.config.vocab_size != config.vocab_size:
             raise ValueError(
                 f"draft: {self.draft} has a vocabulary of {model.config.vocab_size} and the model "
@@ -77,8 +79,8 @@ class Speculative:
 
 
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
-def _load(path: Path, device: str, dtype: str, compiled: bool) -> Run:
-    run = load_run(path, device=device, dtype=dtype)
+def _load(path: Path, device: str, dtype: str, bits: Bits | None, compiled: bool) -> Run:
+    run = load_run(path, device=device, dtype=dtype, quantize=bits)
     if compiled:
         compile_layers(run.model)
     return run

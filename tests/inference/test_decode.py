@@ -245,6 +245,15 @@ def test_what_does_not_fit_is_refused(model, prompts, options, message):
         ("early_exit:E=5", "E: 5, early_exit needs 1 to 4"),
         ("early_exit:E=0", "E: 0, early_exit needs 1 to 4"),
         ("early_exit:E=-1", "E: -1, early_exit needs 1 to 4"),
+        ("unified:speedup=3:keep=0+1", "speedup: 3.0, has no effect without leaving keep out"),
+        ("pruned:every=4:keep=0+1", "every: 4, has no effect without leaving keep out"),
+        ("calm:length=9", "length: 9, has no effect without tau"),
+        ("free:zeta=0.3", "zeta: 0.3, has no effect without adapt=true"),
+        (
+            "free:rollback=exact:rollback_threshold=1",
+            "rollback_threshold: 1.0, has no effect without rollback=threshold",
+        ),
+        ("skip_draft:gamma=0:eps=0", "eps: 0.0, has no effect without gamma above 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model, text, message):

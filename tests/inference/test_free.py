@@ -84,7 +84,9 @@ def test_tokens_and_depths_are_those_of_the_slow_form(model, rule):
         assert found.counters.drafted <= (rule.max_pending - 1) * found.counters.rounds
     assert len(set(depths)) > 1 or rule.threshold == 0.0
     if rule.adapt:
-        fixed = decode(model, PROMPTS, replace(rule, adapt=False), max_new_tokens=count)
+        fixed = decode(
+            model, PROMPTS, replace(rule, adapt=False, zeta=Free.zeta), max_new_tokens=count
+        )
         assert sorted(fixed.counters.depths.elements()) != depths
 
 
@@ -102,7 +104,9 @@ def test_the_seed_decides_what_is_sampled_while_the_threshold_moves(model, exits
     found = sampled(1)
     assert sampled(1) == found
     assert sampled(2) != found
-    assert sampled(1, replace(rule, adapt=False)) != found, "the threshold was to move"
+    assert sampled(1, replace(rule, adapt=False, zeta=Free.zeta)) != found, (
+        "the threshold was to move"
+    )
 
 
 @pytest.mark.parametrize("exits", [(1,), (3,), (1, 4), (2, 3, 5)])

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from inference import two_model
 from inference.autoregressive import Autoregressive
 from inference.decode import Generation
-from inference.quantized import quantize_layers
+from inference.quantized import bits_of, quantize_layers
 from inference.run import load_run
 from inference.self_speculative import SelfSpeculative
+from inference.two_model import Speculative
 from tests.models.test_llama import build, small
 
 pytest.importorskip("torchao")
@@ -44,6 +46,31 @@ def test_self_speculation_keeps_to_the_quantised_model(bits):
     plain = Generation(rounded, prompts, Autoregressive(), max_new_tokens=20).finish()
     drafted = Generation(rounded, prompts, SelfSpeculative(E=1, d=3), max_new_tokens=20).finish()
     assert drafted.tokens == plain.tokens
+
+
+def test_the_feed_forward_of_an_exit_is_quantised_too():
+    plain, rounded = (model(own_exits=(1,), own_exit_mlp=True) for _ in range(2))
+    quantize_layers(rounded, "int8")
+    h = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    read, exact = (m.exit_logits(h, 1) for m in (rounded, plain))
+    assert 0 < (read - exact).norm() / exact.norm() < 0.04
+
+
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_a_draft_model_is_quantised_as_the_model_is(run_folder, monkeypatch, bits):
+    loaded = []
+
+    def load(*args, **options):
+        loaded.append(load_run(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(two_model, "load_run", load)
+    two_model._load.cache_clear()
+    rounded = load_run(run_folder, quantize=bits).model
+    decoding = Generation(rounded, [[1, 2]], Speculative(draft=run_folder, d=2), max_new_tokens=9)
+    counters = decoding.finish().counters
+    assert [bits_of(run.model) for run in loaded] == [bits]
+    assert counters.accepted == counters.drafted > 0, "the very same model was to draft"
 
 
 def test_a_width_that_no_group_divides_is_refused():
