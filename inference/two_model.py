@@ -94,7 +94,7 @@ def check_tokenizer(strategy: Strategy, run: Run) -> None:
     """
     if not isinstance(strategy, Speculative) or strategy.draft is None:
         return
-    theirs = read_manifest(find_checkpoint(strategy.draft)).tokenizer_fingerprint
+    theirs = read_manifest(find_checkpoint(strategy.draft, "draft")).tokenizer_fingerprint
     if theirs != run.tokenizer.fingerprint:
         raise ValueError(
             f"draft: {strategy.draft} has tokenizer {theirs[:12]} and {run.checkpoint} has "

@@ -181,8 +181,12 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find_checkpoint(run: Path) -> Path:
+def find_checkpoint(run: Path, field: str = "run") -> Path:
     """Return the newest checkpoint of a run folder, or `run` itself if it is a checkpoint.
+
+    Args:
+        run: The folder.
+        field: What the user gave it as, for the error.
 
     Raises:
         ValueError: If there is none.
@@ -190,8 +194,15 @@ def find_checkpoint(run: Path) -> Path:
     if (run / MANIFEST).is_file():
         return run
     steps = checkpoint_steps(run / "checkpoints")
+    if not steps and any(run.glob("*.safetensors")):
+        raise ValueError(
+            f"{field}: {run} is a Hugging Face folder, make a checkpoint of it: "
+            f"python -m models.convert --from hf --to skipstone {run} OUTPUT"
+        )
     if not steps:
-        raise ValueError(f"run: {run} holds no finished checkpoint, train first or name another")
+        raise ValueError(
+            f"{field}: {run} holds no finished checkpoint, train first or name another"
+        )
     return steps[max(steps)]
 
 

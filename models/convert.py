@@ -57,7 +57,7 @@ def read_source(args: argparse.Namespace) -> Source:
     if args.source == HUGGING_FACE:
         source = read_hugging_face(args.input, args.tokenizer, dtype)
     else:
-        checkpoint = find_checkpoint(args.input)
+        checkpoint = find_checkpoint(args.input, "input")
         manifest, state = read_checkpoint(checkpoint)
         source = Source(
             config=manifest.model,

@@ -131,7 +131,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
         ValueError: On rank 0, if there is no intact checkpoint, or its model has another shape.
         SystemExit: On the other ranks then.
     """
-    path = runtime.on_every_rank(lambda: find_checkpoint(Path(source)))
+    path = runtime.on_every_rank(lambda: find_checkpoint(Path(source), "checkpoint.init_from"))
     path = runtime.gather(path)[0]
     found = verify_together(path, runtime)
     state, shape, new = model.state_dict(), model.config, Prefixes()

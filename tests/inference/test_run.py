@@ -72,6 +72,13 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
         load_run(tmp_path)
 
 
+def test_of_a_hugging_face_folder_a_checkpoint_is_to_be_made(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    remedy = f"models.convert --from hf --to skipstone {tmp_path} OUTPUT$"
+    with pytest.raises(ValueError, match=rf"^run: {tmp_path} is a Hugging Face folder.*{remedy}"):
+        load_run(tmp_path)
+
+
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="device: cuda:99 is not available"):
         choose_device("cuda:99")

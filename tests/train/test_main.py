@@ -121,7 +121,10 @@ def test_offline_wandb_gets_the_metrics(training, monkeypatch):
             {"data__seq_len": 10**6, "model__max_seq_len": 10**6},
             "needs 1000001 tokens but the data has",
         ),
-        ({"checkpoint__init_from": "gone"}, "error: run: gone holds no finished checkpoint"),
+        (
+            {"checkpoint__init_from": "gone"},
+            "error: checkpoint.init_from: gone holds no finished checkpoint",
+        ),
     ],
 )
 def test_a_users_error_is_one_line(training, overrides, message, capsys, quiet):
