@@ -8,7 +8,7 @@ is taken. How far the exit that drafts agrees, every round tells. What agreement
 have had is seen when a round is verified: all layers' outputs of its tokens are at hand, and the
 head is put on them ("shadow tokens"). For sampled tokens
 agreement is the chance that a draft is accepted, sum_x min(p(x), q(x)) (Leviathan et al., corollary
-3.6), in looks without top_k and top_p. Guesses from a row's own past cost nothing: they come first
+3.6). Guesses from a row's own past cost nothing: they come first
 where their own agreement promises more, and the exits' agreement is then that of the tokens after
 which there was no guess, as exits draft no others.
 """
@@ -25,7 +25,6 @@ from inference.agreement import Agreement, drafts_that_agreed, guesses_that_agre
 from inference.autoregressive import decode_one
 from inference.drafting import Draft, Guesses, Stop, draft, guess
 from inference.host_copy import HostCopy
-from inference.sampling import Sampling, probabilities
 from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
 from models.flops import block_params, own_exit_params
@@ -271,8 +270,8 @@ class _Rounds:
         state, L = self.state, self.state.model.config.n_layers
         first = E if drafted.exits else 0
         x_L, deep = run_the_rest(state, first, drafted, tuple(range(first, L - 1)))
-        logits = state.logits(x_L)
-        result = settle(state, drafted, state.filtered(logits))
+        p = state.filtered(state.logits(x_L))
+        result = settle(state, drafted, p)
         exits = [deep[l] for l in range(first, L - 1)]
         places = drafted.tokens.shape[1] + 1
         if drafted.exits:
@@ -281,19 +280,18 @@ class _Rounds:
             exits = [torch.cat(xs, dim=1) for xs in (*below, drafted.exits)] + exits
         read = [state.before_head(x[:, :places], E) for E, x in enumerate(exits, start=1)]
         true = (torch.arange(places, device=x_L.device) <= result.accepted[:, None]) & rows[:, None]
-        self._look(torch.stack(read), logits[:, :places], true)
+        self._look(torch.stack(read), p[:, :places], true)
         return result
 
-    def _look(self, exits: Tensor, full: Tensor, true: Tensor) -> None:
+    def _look(self, exits: Tensor, p: Tensor, true: Tensor) -> None:
         """Add up how far each exit agrees with the last layer.
 
         Args:
             exits: (L - 1, batch, n, dim), what the head reads of x_E for E = 1, ..., L - 1.
-            full: (batch, n, vocab), the last layer's logits.
+            p: (batch, n, vocab), the last layer's distributions.
             true: (batch, n) bool, places after tokens that were accepted.
         """
-        state, plain = self.state, Sampling(temperature=self.state.sampling.temperature)
-        q = probabilities(state.head(exits.flatten(0, 1)), plain).unflatten(0, exits.shape[:2])
-        overlap = torch.minimum(probabilities(full, plain), q).sum(-1)  # (L - 1, batch, n)
+        q = self.state.filtered(self.state.head(exits.flatten(0, 1)))
+        overlap = torch.minimum(p, q.unflatten(0, exits.shape[:2])).sum(-1)  # (L - 1, batch, n)
         agreed = (overlap * true).flatten(1).sum(1)
         self._tell(self.exits, torch.stack((agreed, true.sum().expand_as(agreed)), dim=1))

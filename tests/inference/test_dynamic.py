@@ -133,14 +133,21 @@ def no_layer_drafts(monkeypatch):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, 0, 1.0))
 
 
+def drawn_from(logits, sampling):
+    least = logits.topk(sampling.top_k or logits.shape[-1]).values[:, -1:]
+    p = torch.where(logits >= least, (logits / sampling.temperature).exp(), 0.0)
+    return p / p.sum(-1, keepdim=True)
+
+
 @pytest.mark.parametrize("ngram", [0, 1])
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.5), Sampling(temperature=0.5, top_k=3)]
+)
 @pytest.mark.usefixtures("no_layer_drafts")
-def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram, temperature):
+def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram, sampling):
     settings = Dynamic(
         d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=0.01, ngram=ngram
     )
-    sampling = Sampling(temperature=temperature)
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
     tokens, places = [7, 8, 7], []
     for [emission] in generation:
@@ -152,8 +159,8 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram,
     _, exits = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
     logits = [model.exit_logits(exits[l][0, places]) for l in range(6)]
     for E in range(1, 6):
-        if temperature:
-            q, p = (logits[l].div(temperature).softmax(-1) for l in (E - 1, 5))
+        if sampling.temperature:
+            q, p = (drawn_from(logits[l], sampling) for l in (E - 1, 5))
             true = torch.minimum(q, p).sum().item()
         else:
             true = (logits[E - 1].argmax(-1) == logits[5].argmax(-1)).sum().item()
