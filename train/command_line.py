@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+import io
 import math
 from collections.abc import Container, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Annotated
 
 import tyro
@@ -43,29 +46,19 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
 
     Args:
         arguments: The command line without the program's name.
-        show: Whether this process may print help and tyro's own errors.
+        show: Whether this process may print help.
 
     Raises:
-        ValueError: If there is no such preset or field, an option of --dry_run stands alone, or
-            --tokens stands beside --steps.
-        SystemExit: After --help, or on a value that does not parse; tyro has said why.
+        ValueError: If there is no such preset or field, a value does not parse, an option of
+            --dry_run stands alone, or --tokens stands beside --steps.
+        SystemExit: After --help; where `show` is False also on a value that does not parse.
     """
     name, *rest = arguments if arguments else (DEFAULT_PRESET,)
     if name.startswith("-"):
         name, rest = DEFAULT_PRESET, list(arguments)
     if name not in PRESETS:
         raise ValueError(f"preset: {name} does not exist, {_suggest(name, [*PRESETS])}")
-    line, unknown = tyro.cli(
-        _CommandLine,
-        prog="train/main.py [PRESET]",
-        description=_description(name),
-        default=_CommandLine(config=PRESETS[name]()),
-        args=rest,
-        use_underscores=True,
-        console_outputs=show,
-        return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    line, unknown = _read(name, rest, show=show)
     if unknown and unknown[0] in PRESETS:
         raise ValueError(f"preset: {unknown[0]} comes after an option, name the preset first")
     if unknown:
@@ -80,6 +73,35 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     if line.tokens is not None:
         config = dataclasses.replace(config, steps=_steps(line.tokens, config, given))
     return Command(config, line.machine if line.dry_run else None)
+
+
+def _read(preset: str, words: Sequence[str], *, show: bool) -> tuple[_CommandLine, list[str]]:
+    """Return the preset with the options among `words`, and the words that are none."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(
+                _CommandLine,
+                prog="train/main.py [PRESET]",
+                description=_description(preset),
+                default=_CommandLine(config=PRESETS[preset]()),
+                args=words,
+                use_underscores=True,
+                console_outputs=show,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code or not show:
+            raise
+        raise ValueError(_first_part(said.getvalue())) from None
+
+
+def _first_part(box: str) -> str:
+    """Return the error in one line from the box that tyro draws around it and the help."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    error = " ".join(takewhile(lambda line: not line.startswith("─"), lines))
+    return error.removeprefix("Error parsing ").rstrip(".") + ", see --help"
 
 
 def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:

@@ -1,5 +1,6 @@
 """What the command line asks for: a run, or its plan."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,27 @@ def test_tokens_that_say_no_number_of_steps_are_refused(words, message):
 def test_a_step_without_tokens_is_refused_as_ever():
     config = parse(["demo", "--tokens", "10", "--data.seq_len", "0"], show=False).config
     assert any("data.seq_len: 0" in line for line in config.problems(1))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optim.lr fast", "--optim.lr: could not convert string to float: 'fast', see --help"),
+        (
+            "--curriculum.C spiral",
+            "invalid choice 'spiral' for argument '--curriculum.C'. Expected one of ('rot', "
+            "'grad', 'all', 'alternating', 'none'), see --help",
+        ),
+        ("--steps", "Missing value for argument '--steps'. Expected 1 values, see --help"),
+    ],
+)
+def test_a_value_that_does_not_parse_is_refused_in_one_line(words, message, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse(["demo", *words.split()], show=True)
+    with pytest.raises(SystemExit):  # one of the ranks speaks, the others end with it
+        parse(["demo", *words.split()], show=False)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_help_documents_the_plan_with_units_and_defaults(capsys):
