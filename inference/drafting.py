@@ -5,6 +5,7 @@ section 3.3) by the probability of its most probable token, DSSD (arXiv 2407.210
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -82,8 +83,12 @@ class Guesses:
     """(batch, d) int64."""
     found: Tensor
     """(batch,) bool, which rows do."""
-    q: Tensor
-    """(batch, d, vocab), one-hot at the tokens."""
+    vocab_size: int
+
+    @cached_property
+    def q(self) -> Tensor:
+        """One-hot at the tokens: (batch, d, vocab)."""
+        return F.one_hot(self.tokens, self.vocab_size).float()
 
     def in_place_of(self, q: Tensor, i: int) -> Tensor:
         """Return q: (batch, 1, vocab) of the drafted token i, one-hot in rows with a guess."""
@@ -110,7 +115,7 @@ def guess(state: DecodeState, ngram: int, d: int) -> Guesses | None:
     if not ngram or not d:
         return None
     tokens, found = look_up(state.history[:, :-1], state.positions, ngram, d)
-    return Guesses(tokens, found, F.one_hot(tokens, state.model.config.vocab_size).float())
+    return Guesses(tokens, found, state.model.config.vocab_size)
 
 
 def draft(

@@ -38,7 +38,7 @@ def test_guesses_are_held_against_what_was_found_worked_by_hand():
     guesses = Guesses(
         torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
         torch.tensor([True, True, True, True, False]),
-        torch.empty(0),
+        vocab_size=10,
     )
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     result = Round(tokens, torch.tensor([3, 2, 0, 3, 3]), torch.full((5,), 3))

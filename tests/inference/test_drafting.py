@@ -68,7 +68,7 @@ def test_a_draft_as_sure_as_asked_for_goes_on():
 def test_tokens_drafted_with_layers_beside_guesses_are_drawn_from_their_own_distribution(model):
     tokens = torch.arange(4 * D).view(4, D) + 20
     found = torch.tensor([False, True, False, True])
-    guesses = Guesses(tokens, found, torch.nn.functional.one_hot(tokens, 61).float())
+    guesses = Guesses(tokens, found, 61)
     q = draft(filled(model, temperature=0.7), E, 1, guesses=guesses).q
     for row in (0, 2):
         h, _ = model.run_layers(model.embed(torch.tensor([PROMPTS[row]])), 0, E)
@@ -98,7 +98,7 @@ class GuessesAreSure:
 def test_rows_with_a_guess_draft_it_beside_rows_that_draft_with_layers(model, stop):
     tokens = torch.arange(4 * D).view(4, D) + 20
     found = torch.tensor([False, True, False, True])
-    guesses = Guesses(tokens, found, torch.nn.functional.one_hot(tokens, 61).float())
+    guesses = Guesses(tokens, found, 61)
     state = filled(model)
     drafted = draft(state, E, D, stop=stop, guesses=guesses)
     ran = D if stop.never else 1
@@ -122,7 +122,7 @@ def test_rows_with_a_guess_draft_it_beside_rows_that_draft_with_layers(model, st
 
 def test_guesses_alone_count_in_the_rows_that_have_one():
     tokens, found = torch.arange(6).view(2, 3), torch.tensor([True, False])
-    drafted = Guesses(tokens, found, torch.nn.functional.one_hot(tokens, 61).float()).alone()
+    drafted = Guesses(tokens, found, 61).alone()
     assert drafted.lengths.tolist() == [3, 0]
     assert not drafted.exits
 

@@ -329,7 +329,7 @@ def test_when_guesses_pay_worked_by_hand(model, monkeypatch):
 def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
     rounds = rounds_that_saw(model, monkeypatch, Dynamic(), [0.0] * 5, 0.5)
     found = torch.tensor([True, True, False, False, False, False, False, True])
-    guesses = Guesses(torch.zeros(8, 2, dtype=torch.int64), found, torch.empty(0))
+    guesses = Guesses(torch.zeros(8, 2, dtype=torch.int64), found, 61)
     assert rounds._who_has_a_guess(guesses) == (5, 3)
     rounds.state.finished[2:] = True
     assert rounds._who_has_a_guess(guesses) == (0, 2)

@@ -282,7 +282,9 @@ def from_three_tokens(weights, generator):
 
 def unsure_guess(state, ngram, d):
     guesses = sure_guess(state, ngram, d)
-    return guesses and drafting.Guesses(guesses.tokens, guesses.found, guesses.q / 2)
+    if guesses is not None:
+        guesses.__dict__["q"] = guesses.q / 2
+    return guesses
 
 
 sure_guess = self_speculative.guess
