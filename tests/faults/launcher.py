@@ -110,8 +110,12 @@ def _wait_for(path, timeout=60.0):
 
 def _serve():
     """Fork a leader for each job that is asked for."""
-    import train.main  # noqa: F401  what takes the seconds
+    import torch._dynamo  # noqa: F401  what torch would import when a run initialises its weights
 
+    import train.main  # noqa: F401  what takes the seconds
+    from train.command_line import parse
+
+    parse([], show=False)  # reads the sources that document the options
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaders are not waited for
     for line in sys.stdin:
         job = json.loads(line)
