@@ -16,6 +16,23 @@ def launcher():
     warm.close()
 
 
+def run_once(launcher, corpus, folder, faults=(), timeout=60, **overrides):  # noqa: F811
+    """Start one job of two ranks in `folder`; return it and how its ranks ended."""
+    training = Training(corpus, folder)
+    arguments = training.arguments(name="run", **overrides)
+    job = launcher.start(folder / "job", folder / "run", arguments, faults=faults)
+    return job, job.wait(timeout)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(launcher, corpus, tmp_path_factory):  # noqa: F811
+    """Return a run left in peace: the state that any disturbed one is to end in."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job, statuses = run_once(launcher, corpus, folder, metrics__interval_steps=1)
+    assert statuses == [0, 0], job.output
+    return job.run
+
+
 @pytest.fixture
 def training(corpus, tmp_path):  # noqa: F811
     """Return the command that trains into a fresh output folder, for torchrun."""

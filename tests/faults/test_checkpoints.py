@@ -10,25 +10,9 @@ import shutil
 import pytest
 
 from models.checkpoint_format import checkpoint_steps, verify
+from tests.faults.conftest import run_once
 from tests.faults.state import fingerprint, records
 from tests.models.test_checkpoint_format import rewrite_metadata
-from tests.train.conftest import Training
-
-
-def run_once(launcher, corpus, folder, faults=(), **overrides):
-    training = Training(corpus, folder)
-    arguments = training.arguments(name="run", **overrides)
-    job = launcher.start(folder / "job", folder / "run", arguments, faults=faults)
-    return job, job.wait()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(launcher, corpus, tmp_path_factory):
-    """Return a run left in peace."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    job, statuses = run_once(launcher, corpus, folder, metrics__interval_steps=1)
-    assert statuses == [0, 0], job.output
-    return job.run
 
 
 @pytest.fixture(scope="module")

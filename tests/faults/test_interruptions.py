@@ -15,14 +15,6 @@ def status(run):
     return json.loads((run / "status.json").read_text())
 
 
-@pytest.fixture
-def undisturbed(launch):
-    """Return the state a run ends in that nobody disturbs."""
-    job = launch(name="undisturbed")
-    assert job.wait() == [0, 0], job.output
-    return fingerprint(job.run)
-
-
 PLACES = {
     "one rank": [("kill", {"rank": 1, "t": 3, "number": signal.SIGUSR1})],
     "the main rank, three times": [
@@ -53,7 +45,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_loses_none(launch, undisturbed
     again = launch()
     assert again.wait() == [0, 0], again.output
     assert f"step {step}\n" in again.output
-    assert fingerprint(job.run) == undisturbed
+    assert fingerprint(job.run) == fingerprint(undisturbed)
     assert status(job.run)["state"] == "finished"
     assert [r["step"] for r in records(job.run) if "train/loss" in r] == [2, 4, 6, 8]
 
@@ -81,9 +73,10 @@ def test_ranks_whose_launcher_has_died_save_and_stop(launch):
     assert fingerprint(job.run)[0] == status(job.run)["step"] > 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("whom", ["torchrun", "the whole group"])
-def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(training, number, whom):
+@pytest.mark.parametrize(
+    ("whom", "number"), [("torchrun", signal.SIGTERM), ("the whole group", signal.SIGUSR1)]
+)
+def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(training, whom, number):
     process = training.start(
         ranks=2, launcher=["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"],
         name="run", steps=100000, validate__interval_steps=0, checkpoint__interval_steps=0,

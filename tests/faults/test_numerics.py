@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.faults.conftest import run_once
 from tests.faults.state import events, fingerprint, records, tensors
 
 LONG = {
@@ -70,34 +71,41 @@ def test_bad_steps_in_a_row_roll_back_past_their_batches(launch):
     assert "error: recovery.max_rollbacks: 3 are used up" in job.output
 
 
-def test_a_spike_rolls_back_and_the_rest_is_as_if_its_batches_had_never_been(launch):
-    job = launch(faults=[POISON], **LONG)
-    assert job.wait(120) == [0, 0], job.output
-    [rollback] = events(job.run, "rollback")
+@pytest.fixture(scope="module")
+def poisoned(launcher, corpus, tmp_path_factory):
+    """Return a run that met the poisoned batches, and went back."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    job, statuses = run_once(launcher, corpus, folder, [POISON], timeout=120, **LONG)
+    assert statuses == [0, 0], job.output
+    return job.run
+
+
+def test_a_spike_rolls_back_and_the_rest_is_as_if_its_batches_had_never_been(
+    launch, training, poisoned
+):
+    [rollback] = events(poisoned, "rollback")
     assert rollback["reason"].startswith("loss spike")
     first, stop = rollback["skipped"]
     assert rollback["to"] == first == 30
     assert stop == 50
-    assert [r["step"] for r in records(job.run) if "train/loss" in r] == list(range(1, 61))
+    assert [r["step"] for r in records(poisoned) if "train/loss" in r] == list(range(1, 61))
     # A run that is told from the start never to read those batches.
-    never = job.run.with_name("never")
-    never.mkdir()
+    never = training.output / "never"
+    never.mkdir(parents=True)
     (never / "events.jsonl").write_text(json.dumps(rollback) + "\n")
     straight = launch(name="never", **LONG)
     assert straight.wait(120) == [0, 0], straight.output
-    assert fingerprint(straight.run) == fingerprint(job.run)
+    assert fingerprint(straight.run) == fingerprint(poisoned)
 
 
-def test_a_rolled_back_run_that_is_killed_remembers_what_it_must_not_read(launch):
-    straight = launch(name="straight", faults=[POISON], **LONG)
-    assert straight.wait(120) == [0, 0], straight.output
+def test_a_rolled_back_run_that_is_killed_remembers_what_it_must_not_read(launch, poisoned):
     killed = launch(faults=[POISON], **LONG)
     killed.wait_for_line("leaving out the batches")
     killed.kill()
     killed.wait()
     again = launch(faults=[POISON], **LONG)
     assert again.wait(120) == [0, 0], again.output
-    assert fingerprint(again.run) == fingerprint(straight.run)
+    assert fingerprint(again.run) == fingerprint(poisoned)
     assert len(events(again.run, "rollback")) == 1
 
 
