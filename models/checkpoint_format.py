@@ -184,12 +184,8 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 def find_checkpoint(run: Path, field: str = "run") -> Path:
     """Return the newest checkpoint of a run folder, or `run` itself if it is a checkpoint.
 
-    Args:
-        run: The folder.
-        field: What the user gave it as, for the error.
-
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none; it names the `field` that the user gave.
     """
     if (run / MANIFEST).is_file():
         return run

@@ -8,7 +8,7 @@ from data.faults import Faults
 from data.preparation import PrepareConfig, prepare
 from data.row_layout import RowLayout
 from data.sources import read_documents
-from tests.data.conftest import make_documents
+from tests.documents import make_documents
 
 datasets = pytest.importorskip("datasets")
 TEXTS = make_documents(30)

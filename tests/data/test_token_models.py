@@ -11,7 +11,7 @@ import data.tokenizer
 from data.hugging_face import prove_same_ids, write_tokenizer
 from data.preparation import PrepareConfig, prepare
 from data.tokenizer import Tokenizer
-from tests.data.conftest import make_documents
+from tests.documents import make_documents
 
 # Llama 3's own pattern.
 LLAMA3 = (

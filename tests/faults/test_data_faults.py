@@ -22,7 +22,7 @@ import data.sources
 from data.dataset import Dataset, open_dataset
 from data.preparation import PrepareConfig, prepare
 from data.tokenizer import Tokenizer
-from tests.data.conftest import make_documents, tokenizer_path  # noqa: F401  a fixture
+from tests.documents import make_documents
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def shards(dataset: Dataset) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer_path: Path) -> Path:  # noqa: F811
+def model(tokenizer_path: Path) -> Path:
     """Return a tokenizer of 320 tokens."""
     return tokenizer_path
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.faults.launcher import ROOT
 from tests.faults.state import events, fingerprint, records
+from tests.training import ROOT
 
 
 def test_a_rank_killed_in_a_step_costs_the_steps_since_the_last_checkpoint(launch, undisturbed):

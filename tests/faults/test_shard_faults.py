@@ -12,13 +12,13 @@ import pytest
 from data.dataset import Dataset, open_dataset, verify_shards, write_description
 from data.preparation import PrepareConfig, prepare
 from data.shards import HEADER_BYTES
-from tests.data.conftest import make_documents, tokenizer_path  # noqa: F401  a fixture
 from tests.data.test_loader import make_loader
+from tests.documents import make_documents
 from tests.faults.test_data_faults import json_lines, prepared
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer_path: Path) -> Path:  # noqa: F811
+def model(tokenizer_path: Path) -> Path:
     """Return a tokenizer of 320 tokens."""
     return tokenizer_path
 
@@ -189,7 +189,7 @@ def test_less_text_than_one_sequence_is_refused(tmp_path: Path, model: Path) -> 
         make_loader(stream, seq_len=128, global_batch_size=4, microbatch_size=1, seed=0)
 
 
-def test_shard_changed_between_save_and_resume_is_refused_by_name(launch, corpus, tmp_path):  # noqa: F811
+def test_shard_changed_between_save_and_resume_is_refused_by_name(launch, corpus, tmp_path):
     copy = shutil.copytree(corpus, tmp_path / "copy")
     job = launch(data__path=copy, faults=[("kill", {"rank": 0, "t": 5})])
     assert -9 in job.wait()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import ROOT, Training, corpus  # noqa: F401  a fixture
+from tests.training import ROOT, Training
 
 TWO_NODES = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0")
 
 
 @pytest.fixture
-def sbatch(slurm, corpus, tmp_path):  # noqa: F811
+def sbatch(slurm, corpus, tmp_path):
     """Return sbatch(options, name=..., **overrides) -> (job number, run folder, log)."""
     training = Training(corpus, tmp_path / "outputs")
     path = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"

@@ -13,7 +13,6 @@ from models.convert import build_parser, convert, main
 from models.hugging_face import hugging_face_name
 from models.rope import RopeScaling
 from models.safetensors_folder import CONFIG, INDEX, read_config
-from tests.data.conftest import tokenizer_path  # noqa: F401
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.models.test_llama import build
 from train.resume import load_initial_weights
@@ -34,7 +33,7 @@ def make_folder(path, *, dtype, shard_size, **changes):
 
 
 @pytest.fixture(scope="module")
-def llama2(tmp_path_factory, tokenizer_path):  # noqa: F811
+def llama2(tmp_path_factory, tokenizer_path):
     path = tmp_path_factory.mktemp("llama2") / "hf"
     make_folder(path, dtype=torch.float32, shard_size="1GB", vocab_size=320)
     shutil.copy(tokenizer_path, path / "tokenizer.model")

@@ -8,7 +8,6 @@ from models.checkpoint_format import load_model
 from models.convert import build_parser, convert
 from models.hugging_face import hugging_face_name
 from models.plain_checkpoint import read_checkpoint, write_checkpoint
-from tests.data.conftest import tokenizer_path  # noqa: F401
 from tests.models.test_exit_parts import EXITS, with_own_exits
 
 
@@ -18,7 +17,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def run_folder(model, tokenizer_path, tmp_path_factory):  # noqa: F811
+def run_folder(model, tokenizer_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "run"
     folder.mkdir()
     write_checkpoint(

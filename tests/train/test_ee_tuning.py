@@ -430,12 +430,12 @@ def test_moments_are_of_what_learns_alone():
 OWN = {"model__own_exits": "1 3", "optim__trains": "exits"}
 
 
-def test_the_command_tunes_the_exits_of_a_plain_run_and_leaves_its_last_layer(training):
-    status, output = training.run(name="plain", ranks=2)
-    assert status == 0, output
+def test_the_command_tunes_the_exits_of_a_plain_run_and_leaves_its_last_layer(launch):
+    before = launch(name="plain")
+    assert before.wait() == [0, 0], before.output
     tuning = OWN | {
         "model__own_exit_mlp": True,
-        "checkpoint__init_from": training.output / "plain",
+        "checkpoint__init_from": before.run,
         "layer_dropout__p_max": 0,
         "curriculum__C": "all",
         "early_exit__exits": "1 3",
@@ -445,27 +445,26 @@ def test_the_command_tunes_the_exits_of_a_plain_run_and_leaves_its_last_layer(tr
         "parallel__dp_replicate": 2,
         "optim__lr": 1e-2,
     }
-    status, output = training.run(name="tuned", ranks=2, **tuning)
-    assert status == 0, output
-    assert "which it has not, begin as copies of its last layer's feed-forward and" in output
+    after = launch(name="tuned", **tuning)
+    assert after.wait() == [0, 0], after.output
+    assert "which it has not, begin as copies of its last layer's feed-forward and" in after.output
     plain, tuned = (
-        [r for r in records(training.output / name) if "validation/loss" in r][-1]
-        for name in ("plain", "tuned")
+        [r for r in records(job.run) if "validation/loss" in r][-1] for job in (before, after)
     )
     assert tuned["validation/loss_exit_03"] == plain["validation/loss_exit_03"]
     assert tuned["validation/loss_exit_01"] == plain["validation/loss_exit_01"]
     for exit_ in ("00", "02"):
         assert tuned[f"validation/loss_exit_{exit_}"] < plain[f"validation/loss_exit_{exit_}"]
-    steps = [r for r in records(training.output / "tuned") if "train/J" in r]
+    steps = [r for r in records(after.run) if "train/J" in r]
     exits = {name for r in steps for name in r if name.startswith("train/loss")}
     assert exits == {"train/loss_exit_00", "train/loss_exit_02"}
-    groups = {n for r in records(training.output / "tuned") for n in r if "adam/update_rms" in n}
+    groups = {n for r in records(after.run) for n in r if "adam/update_rms" in n}
     assert groups == {"adam/update_rms/own_exits_01", "adam/update_rms/own_exits_03"}
-    ours, theirs = (
-        load_model(find_checkpoint(training.output / name), device=torch.device("cpu"),
-                   dtype=torch.float32).state_dict()
-        for name in ("tuned", "plain")
-    )  # fmt: skip
+    models = [
+        load_model(find_checkpoint(job.run), device=torch.device("cpu"), dtype=torch.float32)
+        for job in (after, before)
+    ]
+    ours, theirs = (model.state_dict() for model in models)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 

@@ -37,13 +37,13 @@ def records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(training):
+def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(training, launch):
     # Written at once: the checkpoint of step 3 is there when step 4 is told. Kills while one is
     # written in the background are tests/faults/test_checkpoints.py's.
     often = {"ranks": 2, "metrics__interval_steps": 1, "checkpoint__asynchronous": False}
-    status, output = training.run(**often, name="straight")
-    assert status == 0, output
-    assert "step-00000008" in output
+    job = launch(**often, name="straight")
+    assert job.wait() == [0, 0], job.output
+    assert "step-00000008" in job.output
     killed = training.run_killed_after("step 4/8", **often, name="killed")
     assert "step 6/8" not in killed
     status, output = training.run(**often, name="killed")
@@ -60,9 +60,9 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     events = EventAccumulator(str(resumed / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
     # The same command once more has nothing left to do.
-    status, output = training.run(ranks=2, name="killed")
-    assert status == 0, output
-    assert "has done all its 8 steps" in output
+    job = launch(name="killed")
+    assert job.wait() == [0, 0], job.output
+    assert "has done all its 8 steps" in job.output
 
 
 def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
@@ -84,12 +84,11 @@ def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
     assert "ETA" in output
 
 
-def test_offline_wandb_gets_the_metrics(training, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    status, output = training.run(name="tracked", metrics__wandb=True, steps=2)
-    assert status == 0, output
-    assert list((training.output / "tracked" / "wandb").glob("offline-run-*/*.wandb"))
+def test_offline_wandb_gets_the_metrics(launch):
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    job = launch(environment=offline, metrics__wandb=True, steps=2)
+    assert job.wait() == [0, 0], job.output
+    assert list((job.run / "wandb").glob("offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize(
@@ -150,23 +149,21 @@ def test_a_truncated_shard_is_one_line(training, corpus, tmp_path, capsys, quiet
     assert shard.name in line
 
 
-def test_a_run_folder_of_another_model_size_is_refused(training):
-    assert training.run(name="sized", steps=1)[0] == 0
+def test_a_run_folder_of_another_model_size_is_refused(training, launch):
+    assert launch(name="sized", steps=1).wait() == [0, 0]
     status, output = training.run(name="sized", steps=2, model__n_layers=3, ranks=2)
     assert status == 1  # torchrun's own, after our line
     assert "is of another model, with model.n_layers 4 (asked for: 3)" in output
     assert output.count("error: name:") == 1
 
 
-def test_a_new_run_starts_from_given_weights(training):
-    assert training.run(name="first", steps=1)[0] == 0
-    first = training.output / "first"
-    status, output = training.run(
-        name="second", checkpoint__init_from=first, steps=1, optim__lr=1e-30
-    )
-    assert status == 0, output
-    assert "starting from the weights of" in output
-    assert fingerprint(training.output / "second") == fingerprint(first)
+def test_a_new_run_starts_from_given_weights(launch):
+    first = launch(name="first", steps=1)
+    assert first.wait() == [0, 0], first.output
+    second = launch(name="second", checkpoint__init_from=first.run, steps=1, optim__lr=1e-30)
+    assert second.wait() == [0, 0], second.output
+    assert "starting from the weights of" in second.output
+    assert fingerprint(second.run) == fingerprint(first.run)
 
 
 def test_help_lists_presets_and_documents_every_field(training):
@@ -200,11 +197,10 @@ def test_weights_that_are_not_finite_are_never_saved(training, quiet):
         assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_training_and_inference_measure_the_same_held_out_loss(training, corpus):
-    status, output = training.run(name="both", steps=2, validate__sequences=11)
-    assert status == 0, output
-    run = training.output / "both"
-    model = load_model(find_checkpoint(run), device=torch.device("cpu"), dtype=torch.float32)
+def test_training_and_inference_measure_the_same_held_out_loss(launch, corpus):
+    job = launch(steps=2, validate__sequences=11)
+    assert job.wait() == [0, 0], job.output
+    model = load_model(find_checkpoint(job.run), device=torch.device("cpu"), dtype=torch.float32)
     exits, tokens = evaluate_exits(
         model,
         StreamWindows(open_dataset(corpus).stream("validation"), 16),
@@ -212,7 +208,7 @@ def test_training_and_inference_measure_the_same_held_out_loss(training, corpus)
         max_tokens=11 * 16,
     )
     assert tokens == 11 * 16
-    [record] = [r for r in records(run) if "validation/loss" in r]
+    [record] = [r for r in records(job.run) if "validation/loss" in r]
     for quality in exits:
         assert record[f"validation/loss_exit_{quality.l:02d}"] == pytest.approx(quality.loss, 1e-5)
 

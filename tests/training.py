@@ -1,4 +1,4 @@
-"""A tiny corpus on disk, and the training command on it."""
+"""The training command on a tiny corpus, as a user runs it."""
 
 import os
 import signal
@@ -7,11 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from data.preparation import PrepareConfig, prepare
-
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 TINY = {
     "steps": 8,
@@ -35,15 +31,6 @@ TINY = {
     "checkpoint.interval_steps": 3,
     "metrics.interval_steps": 2,
 }
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """Return a prepared dataset of 400 ids: this repository's own sources."""
-    folder = tmp_path_factory.mktemp("corpus") / "tokens"
-    inputs = tuple(str(ROOT / room) for room in ("models", "loss", "train"))
-    prepare(PrepareConfig(input=inputs, vocab_size=400, validation_fraction=0.2), folder, workers=1)
-    return folder
 
 
 class Training:
@@ -97,9 +84,3 @@ class Training:
             os.kill(pid, signal.SIGKILL)
         process.wait()
         return "".join(seen)
-
-
-@pytest.fixture
-def training(corpus, tmp_path) -> Training:
-    """Return the command that trains into a fresh output folder."""
-    return Training(corpus, tmp_path / "outputs")

@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 KILL_AFTER_SECONDS = 10.0
 AGREED = 2
 """Exit status of an error that all ranks know of, and end with."""

@@ -1,9 +1,6 @@
+"""Small texts for tokenizers and datasets."""
+
 import random
-from pathlib import Path
-
-import pytest
-
-from data.tokenizer import train_tokenizer
 
 WORDS = ["self", "return", "def", "token", "layer", "exit", "draft", "verify", "cache", "12 345"]
 
@@ -19,15 +16,3 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
         ]
         documents.append(f"document {number} caf\u00e9\n" + "\n".join(lines) + "\n")
     return documents
-
-
-@pytest.fixture
-def documents() -> list[str]:
-    return make_documents(60)
-
-
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(make_documents(200), 320, path)
-    return path
