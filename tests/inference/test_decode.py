@@ -268,7 +268,7 @@ def test_prompts_take_the_rows_of_those_that_end(model):
         stops = [alone[0][2], alone[4][7]]
         expected = [decode(model, [p], strategy, stop_tokens=stops).tokens[0] for p in prompts]
         assert len({len(row) for row in expected}) > 1, "rows were to end at different times"
-        for batch_size in (1, 2, 3):
+        for batch_size in (2, 3):
             generation = decode(model, prompts, strategy, batch_size=batch_size, stop_tokens=stops)
             assert generation.tokens == expected
             assert generation.counters.tokens == sum(map(len, expected))

@@ -64,13 +64,14 @@ def counts(generation):
 @pytest.mark.parametrize("strategy", FIXED, ids=describe)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_tokens_and_counts_are_those_without_graphs(model, strategy, batch_size):
-    whole = decode(model, MORE_PROMPTS, strategy).tokens
-    stops = [whole[0][4], whole[2][9], whole[5][7]]
+    prompts = MORE_PROMPTS if batch_size > 1 else MORE_PROMPTS[:4]
+    whole = decode(model, prompts, strategy).tokens
+    stops = [whole[0][4], whole[2][9]]
     graphs, recorders = rerunning()
     for options in ({}, {"stop_tokens": stops}, {"reads_late": True, "stop_tokens": stops}):
         options = {"batch_size": batch_size, **options}
-        plain = decode(model, MORE_PROMPTS, strategy, **options)
-        ours = decode(model, MORE_PROMPTS, strategy, graphs=graphs, **options)
+        plain = decode(model, prompts, strategy, **options)
+        ours = decode(model, prompts, strategy, graphs=graphs, **options)
         assert ours.tokens == plain.tokens
         assert counts(ours) == counts(plain)
     [recorder] = recorders
@@ -80,7 +81,7 @@ def test_tokens_and_counts_are_those_without_graphs(model, strategy, batch_size)
 
 
 @pytest.mark.parametrize("d", [1, 3, 50])
-@pytest.mark.parametrize("longest", [1, 15, 18, 23])
+@pytest.mark.parametrize("longest", [1, 18, 23])
 @pytest.mark.parametrize("late", [False, True])
 def test_rows_fill_the_context_and_end(another_model, d, longest, late):
     model = build(small(n_layers=3, n_kv_heads=2, max_seq_len=24)).eval().requires_grad_(False)
