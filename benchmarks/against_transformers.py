@@ -29,8 +29,8 @@ from inference.decode import Generation
 from inference.packed import can_pack, pack
 from inference.prompts import held_out_prompts
 from inference.run import load_run
-from inference.state import Strategy
 from inference.strategies import describe, parse_strategy
+from inference.strategy import Strategy
 from models.hugging_face import hugging_face_config, hugging_face_state
 from models.llama import Llama
 from models.sizes import SIZES

@@ -6,32 +6,21 @@ l = E - 1 for good: later layers never run, and their part of the KV cache is ne
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
 from inference.sampling import sample
 from inference.state import Decoder, DecodeState, FixedRounds, Round
+from inference.strategy import Strategy
 from models.llama import NOTHING, SkippedParts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Autoregressive:
+class Autoregressive(Strategy):
     """Decode with all layers."""
 
     name: ClassVar[str] = "autoregressive"
-
-    def filled(self, n_layers: int) -> "Autoregressive":
-        """Return itself: nothing is open."""
-        return self
-
-    def problems(self, n_layers: int) -> list[str]:
-        """Return none: it fits every model."""
-        return []
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
@@ -39,14 +28,14 @@ class Autoregressive:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyExit:
+class EarlyExit(Strategy):
     """Decode with the first E layers."""
 
     name: ClassVar[str] = "early_exit"
     E: int | None = None
     """Layers to run, 1 to n_layers; a quarter of the model's if not given."""
 
-    def filled(self, n_layers: int) -> "EarlyExit":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with E set."""
         return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 

@@ -29,8 +29,8 @@ from inference.plot import write_plot
 from inference.prompts import PromptSet, add_prompt_arguments, prompt_set_from
 from inference.run import Run
 from inference.self_speculative import SelfSpeculative
-from inference.state import Strategy
 from inference.strategies import STRATEGIES, parse_strategy
+from inference.strategy import Strategy
 from inference.two_model import check_tokenizer
 from models.llama import Llama
 

@@ -13,7 +13,8 @@ from inference.graphs import GraphedBatch, RoundGraphs
 from inference.host_copy import HostCopy
 from inference.rows import fill_row, fill_rows, open_state
 from inference.sampling import Sampling
-from inference.state import Round, Strategy, Work, moving_on
+from inference.state import Round, Work, moving_on
+from inference.strategy import Strategy
 from models.config import LlamaConfig
 from models.llama import Llama
 

@@ -27,12 +27,13 @@ from inference.drafting import Draft, Guesses, Stop, draft, guess
 from inference.host_copy import HostCopy
 from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
+from inference.strategy import Strategy
 from models.flops import block_params, own_exit_params
-from models.llama import NOTHING, SkippedParts
+from models.llama import NOTHING
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamic:
+class Dynamic(Strategy):
     """Draft up to d tokens with the E layers that promise most, then verify them with the rest."""
 
     name: ClassVar[str] = "dynamic"
@@ -61,10 +62,6 @@ class Dynamic:
     ngram: int = 0
     """As in self_speculative, where guesses have agreed often enough."""
 
-    def filled(self, n_layers: int) -> "Dynamic":
-        """Return itself: the model's costs are known when decoding starts."""
-        return self
-
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the settings."""
         found = []
@@ -85,10 +82,6 @@ class Dynamic:
         if not 0.0 <= self.accept_cost < math.inf:
             found.append(f"accept_cost: {self.accept_cost}, give full steps, at least 0")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers: verification uses them."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""

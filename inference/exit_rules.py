@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from inference.gates import Gate, load_gate
-from inference.idle_settings import idle_problems
 from inference.jump import load_jump
 from inference.row_exits import (
     ExitMap,
@@ -23,13 +22,13 @@ from inference.row_exits import (
     exits_from,
 )
 from inference.state import Decoder, DecodeState
-from models.llama import NOTHING, SkippedParts
+from inference.strategy import Strategy
 
 TRAINED_BY = "give a file that python -m inference.train_gate wrote"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calm:
+class Calm(Strategy):
     """Leave at the first exit whose confidence reaches a threshold.
 
     CALM (arXiv 2207.07061), equation 5 for the threshold of the t-th new token:
@@ -57,10 +56,6 @@ class Calm:
     jump: Path | None = None
     """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
-    def filled(self, n_layers: int) -> "Calm":
-        """Return itself: nothing is open."""
-        return self
-
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the settings."""
         found = exit_problems(self.first, self.interval, n_layers)
@@ -71,15 +66,11 @@ class Calm:
         if self.length < 1:
             found.append(f"length: {self.length}, give at least 1 token")
         elif self.tau is None:
-            found += idle_problems(self, ("length",), without="tau")
+            found += self.idle("length", without="tau")
         if (self.confidence == "gate") != (self.gate is not None):
             remedy = TRAINED_BY if self.gate is None else "it needs confidence=gate"
             found.append(f"gate: {self.gate or 'none'}, {remedy}")
         return found
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
@@ -119,7 +110,7 @@ def softmax_gap(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class Patience(Strategy):
     """Leave when so many exits in a row, after the first, say the same token.
 
     PABEE (arXiv 2006.04152), with the LM head in place of its classifiers.
@@ -135,20 +126,12 @@ class Patience:
     jump: Path | None = None
     """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
-    def filled(self, n_layers: int) -> "Patience":
-        """Return itself: nothing is open."""
-        return self
-
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the settings."""
         found = exit_problems(self.first, self.interval, n_layers)
         if self.patience < 1:
             found.append(f"patience: {self.patience}, give at least 1 exit")
         return found
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
@@ -174,7 +157,7 @@ class _Patient:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gated:
+class Gated(Strategy):
     """Leave at the first exit where a fitted classifier is sure enough.
 
     BERxiT (2021.eacl-main.8), CALM's classifier, the Depth-Adaptive Transformer (arXiv 1910.10073):
@@ -189,20 +172,12 @@ class Gated:
     jump: Path | None = None
     """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
-    def filled(self, n_layers: int) -> "Gated":
-        """Return itself: nothing is open."""
-        return self
-
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the settings."""
         found = [] if self.path is not None else [f"path: none, {TRAINED_BY}"]
         if not self.threshold >= 0.0:
             found.append(f"threshold: {self.threshold}, give at least 0")
         return found
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""

@@ -8,7 +8,7 @@ section 4: KV recomputation) does so with several exits and a bound on how many 
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,14 +17,13 @@ from torch.nn import functional as F
 from inference.autoregressive import a_quarter
 from inference.beta_mixture import RowThresholds
 from inference.exit_rules import softmax_gap
-from inference.idle_settings import idle_problems
 from inference.sampling import accept, sample
 from inference.state import Decoder, DecodeState, Round
-from models.llama import NOTHING, SkippedParts
+from inference.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Free:
+class Free(Strategy):
     """Leave at the first exit that is sure; run the layers left out when a token needs them."""
 
     name: ClassVar[str] = "free"
@@ -49,7 +48,7 @@ class Free:
     rollback_threshold: float = 4.0
     """Cross entropy in nats under the last layer."""
 
-    def filled(self, n_layers: int) -> "Free":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with the exits set."""
         if self.exits is not None:
             return self
@@ -69,18 +68,14 @@ class Free:
         if not 0.0 < self.zeta < 1.0:
             found.append(f"zeta: {self.zeta}, give a number between 0 and 1")
         elif not self.adapt:
-            found += idle_problems(self, ("zeta",), without="adapt=true")
+            found += self.idle("zeta", without="adapt=true")
         if self.max_pending < 1:
             found.append(f"max_pending: {self.max_pending}, give at least 1 token")
         if not self.rollback_threshold >= 0.0:
             found.append(f"rollback_threshold: {self.rollback_threshold}, give nats, at least 0")
         elif self.rollback != "threshold":
-            found += idle_problems(self, ("rollback_threshold",), without="rollback=threshold")
+            found += self.idle("rollback_threshold", without="rollback=threshold")
         return found
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""

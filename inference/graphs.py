@@ -15,7 +15,8 @@ import torch
 from inference.compiled import WINDOW_STEP
 from inference.rows import open_again, open_state
 from inference.sampling import Sampling
-from inference.state import Decoder, DecodeState, FixedRounds, Round, Strategy, Work, moving_on
+from inference.state import Decoder, DecodeState, FixedRounds, Round, Work, moving_on
+from inference.strategy import Strategy
 from models.llama import Llama
 
 T = TypeVar("T")

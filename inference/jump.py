@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from inference.adapters import load_adapter, save_adapter
 from inference.autoregressive import a_quarter
 from inference.sampling import sample
 from inference.state import Decoder, DecodeState, FixedRounds, Round
+from inference.strategy import Strategy
 from models.llama import NOTHING, Llama, SkippedParts
 
 FITTED_BY = "give a file that python -m inference.fit_jump wrote"
@@ -56,7 +57,7 @@ def load_jump(path: Path, model: Llama) -> JumpMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jump:
+class Jump(Strategy):
     """Decode with the first E layers and a linear map in place of the others.
 
     As in `early_exit`, later layers never run and their part of the KV cache is never read.
@@ -68,7 +69,7 @@ class Jump:
     E: int | None = None
     """Layers to run, 1 to n_layers; a quarter of the model's if not given."""
 
-    def filled(self, n_layers: int) -> "Jump":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with E set."""
         return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 

@@ -25,8 +25,8 @@ from inference.cli import (
 from inference.decode import Generation
 from inference.run import Run
 from inference.sampling import Sampling
-from inference.state import Strategy
 from inference.strategies import STRATEGIES, describe, parse_strategy
+from inference.strategy import Strategy
 from inference.two_model import check_tokenizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lm_eval"):

@@ -16,8 +16,9 @@ from inference.peak_memory import peak_since, watch_memory
 from inference.rows import fill_rows, open_state
 from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
-from inference.state import Strategy, Work
+from inference.state import Work
 from inference.strategies import describe
+from inference.strategy import Strategy
 from models.llama import NOTHING, Llama
 
 _TIMINGS = 12

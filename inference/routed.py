@@ -12,27 +12,15 @@ import torch
 
 from inference.sampling import sample
 from inference.state import Decoder, DecodeState, Round
-from models.llama import NOTHING, SkippedParts
+from inference.strategy import Strategy
 from models.router import runs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routed:
+class Routed(Strategy):
     """Run a layer where the router of any row says so: the same tokens as autoregressive."""
 
     name: ClassVar[str] = "routed"
-
-    def filled(self, n_layers: int) -> "Routed":
-        """Return itself: nothing is open."""
-        return self
-
-    def problems(self, n_layers: int) -> list[str]:
-        """Return none: whether there are routers, `start` finds."""
-        return []
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode.

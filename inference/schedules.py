@@ -5,15 +5,15 @@ No layer that was left out for a token is ever read by a later one, so nothing h
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
 from inference.autoregressive import one_by_one
-from inference.idle_settings import idle_problems
 from inference.sampling import sample
 from inference.state import Decoder, DecodeState, Round
-from models.llama import NOTHING, SkippedParts, whole_layers
+from inference.strategy import Strategy
+from models.llama import SkippedParts, whole_layers
 from models.token_depth import FallingBudget, falling_budget, unified_layers
 
 
@@ -26,7 +26,7 @@ def _keep_problems(strategy: "Unified | Pruned", otherwise: str, n_layers: int) 
             f"keep: {layers}, {strategy.name} needs layers from 0 to {n_layers - 1} of this model"
         ]
     if keep != replace(strategy, keep=None).filled(n_layers).keep:
-        return idle_problems(strategy, (otherwise,), without="leaving keep out")
+        return strategy.idle(otherwise, without="leaving keep out")
     return []
 
 
@@ -36,7 +36,7 @@ def _others(keep: tuple[int, ...] | None, n_layers: int) -> SkippedParts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unified:
+class Unified(Strategy):
     """Run the prompt through all layers and every new token through the same evenly spaced ones.
 
     Unified Layer Skipping (arXiv 2404.06954), see `models.token_depth.unified_layers`.
@@ -48,7 +48,7 @@ class Unified:
     keep: tuple[int, ...] | None = None
     """Layers l to run; from the speedup if not given."""
 
-    def filled(self, n_layers: int) -> "Unified":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with `keep` set."""
         if self.keep is not None or not self.speedup >= 1.0:
             return self
@@ -60,10 +60,6 @@ class Unified:
             return [f"speedup: {self.speedup}, unified needs at least 1"]
         return _keep_problems(self, "speedup", n_layers)
 
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
-
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         n_layers = state.model.config.n_layers
@@ -71,7 +67,7 @@ class Unified:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruned:
+class Pruned(Strategy):
     """Run prompt and new tokens through some layers alone, as a model without the others would.
 
     LayerDrop (arXiv 1909.11556), *Every Other*: for a pruning rate 1 / N every N-th layer goes. The
@@ -85,7 +81,7 @@ class Pruned:
     keep: tuple[int, ...] | None = None
     """Layers l to run; from `every` if not given."""
 
-    def filled(self, n_layers: int) -> "Pruned":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with `keep` set."""
         if self.keep is not None or self.every < 2:
             return self
@@ -109,7 +105,7 @@ class Pruned:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipDecode:
+class SkipDecode(Strategy):
     """Give later tokens fewer layers: the first few, and the topmost of what their budget leaves.
 
     SkipDecode (arXiv 2307.02628), see `models.token_depth.FallingBudget`.
@@ -125,7 +121,7 @@ class SkipDecode:
     length: int = 128
     """New tokens over which the budget falls; later ones stay at min_layers."""
 
-    def filled(self, n_layers: int) -> "SkipDecode":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with both budgets set."""
         budget = falling_budget(
             n_layers, self.warmup, self.max_layers, self.min_layers, self.length

@@ -8,7 +8,7 @@ verification runs only layers E, ..., L - 1 on them.
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from inference.drafting import Draft, Stop, draft, guess
 from inference.part_of_head import COUNT_THEM, PartOfHead, load_part_of_head
 from inference.sampling import accept
 from inference.state import Decoder, DecodeState, FixedRounds, Round
-from models.llama import NOTHING, SkippedParts
+from inference.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfSpeculative:
+class SelfSpeculative(Strategy):
     """Draft up to d tokens with the first E layers, then verify them with the rest."""
 
     name: ClassVar[str] = "self_speculative"
@@ -44,7 +44,7 @@ class SelfSpeculative:
     token_counts: Path | None = None
     """Which tokens are frequent: the file `python -m inference.frequent_tokens` makes."""
 
-    def filled(self, n_layers: int) -> "SelfSpeculative":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with E set."""
         return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 
@@ -70,10 +70,6 @@ class SelfSpeculative:
         """Whether each round drafts d tokens with E layers, as the bound of speedup has it."""
         plain = not self.ngram and not self.draft_vocab
         return plain and Stop(self.stop, self.stop_entropy).never
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers: verification uses them."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode.

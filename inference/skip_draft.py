@@ -6,20 +6,20 @@ all layers on every drafted token and overwrites them.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from inference.drafting import NEVER, StopRule, draft
-from inference.idle_settings import idle_problems
 from inference.self_speculative import settle, verify
 from inference.state import Decoder, DecodeState, FixedRounds, Round
-from models.llama import NOTHING, SkippedParts
+from inference.strategy import Strategy
+from models.llama import SkippedParts
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipDraft:
+class SkipDraft(Strategy):
     """Draft up to d tokens without some parts of the layers, then verify them with all.
 
     Section 3.3: with gamma the probability below which a draft ends, AR the running acceptance
@@ -49,7 +49,7 @@ class SkipDraft:
     beta2: float = 0.9
     """Memory of gamma."""
 
-    def filled(self, n_layers: int) -> "SkipDraft":
+    def filled(self, n_layers: int) -> Self:
         """Return a copy with the parts set."""
         attention, feed_forward = self.attention, self.feed_forward
         if attention is None:
@@ -74,18 +74,13 @@ class SkipDraft:
             if not 0.0 <= getattr(self, what) <= 1.0:
                 found.append(f"{what}: {getattr(self, what)}, give a number from 0 to 1")
         if self.gamma == 0.0:
-            learnt = ("alpha", "eps", "beta1", "beta2")
-            found += idle_problems(self, learnt, without="gamma above 0")
+            found += self.idle("alpha", "eps", "beta1", "beta2", without="gamma above 0")
         return found
 
     @property
     def skipped(self) -> SkippedParts:
         """The parts drafts leave out."""
         return SkippedParts(frozenset(self.attention or ()), frozenset(self.feed_forward or ()))
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""

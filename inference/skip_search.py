@@ -28,8 +28,8 @@ from inference.prompts import add_prompt_arguments, prompts_from
 from inference.run import Run
 from inference.sampling import Sampling
 from inference.skip_draft import SkipDraft
-from inference.state import Strategy
 from inference.strategies import describe
+from inference.strategy import Strategy
 from models.config import LlamaConfig
 from models.flops import block_params
 from models.llama import Llama, SkippedParts

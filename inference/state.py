@@ -8,7 +8,7 @@ strategy turns the pending tokens into a `Round`, using `run`, `write_keys_and_v
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -267,29 +267,3 @@ def moving_on(state: DecodeState, decoder: Decoder) -> Decoder:
         return result
 
     return run
-
-
-class Strategy(Protocol):
-    """A way to continue rows: a frozen dataclass of its settings."""
-
-    name: ClassVar[str]
-
-    def filled(self, n_layers: int) -> Self:
-        """Return a copy with every setting that was left open set for such a model."""
-        ...
-
-    def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with its settings, filled in, for such a model, one line each."""
-        ...
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return the layers prompts are run through: the first so many, less those skipped."""
-        ...
-
-    def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode.
-
-        Raises:
-            ValueError: what it needs besides the model is missing or does not fit.
-        """
-        ...

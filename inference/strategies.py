@@ -16,7 +16,7 @@ from inference.routed import Routed
 from inference.schedules import Pruned, SkipDecode, Unified
 from inference.self_speculative import SelfSpeculative
 from inference.skip_draft import SkipDraft
-from inference.state import Strategy
+from inference.strategy import Strategy
 from inference.two_model import Speculative
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
@@ -78,7 +78,7 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
 def setting_types(kind: type[Strategy]) -> dict[str, Any]:
     """Return the settings of a strategy and their types."""
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def has_threshold(kind: type[Strategy]) -> bool:
@@ -89,7 +89,7 @@ def has_threshold(kind: type[Strategy]) -> bool:
 def describe(strategy: Strategy) -> str:
     """Return the text `parse_strategy` reads back, every setting named that is not at default."""
     parts = [strategy.name]
-    for field in fields(strategy):  # type: ignore[arg-type]
+    for field in fields(strategy):
         value = getattr(strategy, field.name)
         if value != field.default:
             parts.append(f"{field.name}={_write(value)}")

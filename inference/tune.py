@@ -29,8 +29,8 @@ from inference.prompts import add_prompt_arguments, prompts_from
 from inference.run import Run
 from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
-from inference.state import Strategy
 from inference.strategies import has_threshold, parse_strategy
+from inference.strategy import Strategy
 from inference.tuned import Tuned, conditions_of, write_tuned
 
 _COST_LEGEND = """In full steps: draft: single tokens in the first layers; verify: other passes of

@@ -19,13 +19,14 @@ from inference.rows import open_state
 from inference.run import Run, load_run
 from inference.sampling import sample
 from inference.self_speculative import settle, verify
-from inference.state import Decoder, DecodeState, FixedRounds, Round, Strategy
+from inference.state import Decoder, DecodeState, FixedRounds, Round
+from inference.strategy import Strategy
 from models.checkpoint_format import find_checkpoint, read_manifest
-from models.llama import NOTHING, Llama, SkippedParts
+from models.llama import Llama
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speculative:
+class Speculative(Strategy):
     """Draft d tokens with another model, then verify them."""
 
     name: ClassVar[str] = "speculative"
@@ -33,10 +34,6 @@ class Speculative:
     """Run or checkpoint folder of the draft model, which must have the same tokenizer."""
     d: int = 4
     """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
-
-    def filled(self, n_layers: int) -> "Speculative":
-        """Return itself: nothing is open."""
-        return self
 
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the settings."""
@@ -48,10 +45,6 @@ class Speculative:
         if self.d < 1:
             found.append(f"d: {self.d}, give at least 1 drafted token")
         return found
-
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return all layers."""
-        return n_layers, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
         """Load the draft model, compiled and quantised as the other is, and begin to decode.
