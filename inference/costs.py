@@ -3,17 +3,18 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from inference.autoregressive import EarlyExit
 from inference.decode import wait_for
+from inference.drafting import Guesses
 from inference.graphs import RoundGraphs
 from inference.rows import fill_rows, open_state
 from inference.sampling import Sampling
-from inference.self_speculative import SelfSpeculative
+from inference.self_speculative import SelfSpeculative, settle, verify
 from inference.state import DecodeState
 from models.llama import NOTHING, Llama
 
@@ -34,24 +35,10 @@ class Costs:
     """For n = 1, 2, ... tokens, the final norm, head and choice."""
     many_heads: float
     """The same for what all exits but the last give for the most of these tokens."""
-    overhead: float
-    """What a round of drafts takes beyond these: to accept them, and to put tensors together."""
-
-    @property
-    def fixed_cost(self) -> float:
-        """What a step costs besides its layers, in layers: b of c_E = (E + b) / (L + b).
-
-        By least squares, each E's distance from the line E - c_E L = b (c_E - 1).
-        """
-        L = len(self.draft) + 1
-        steps = [(E - c * L, c - 1) for E, c in enumerate(self.draft, start=1)]
-        return max(0.0, sum(y * x for y, x in steps) / sum(x * x for _, x in steps))
-
-    @property
-    def verify_cost(self) -> float:
-        """Several tokens through all layers and the head: the mean over how many."""
-        passes = zip(self.layers[1:], self.head[1:], strict=True)
-        return statistics.mean(layers + head for layers, head in passes)
+    rounds: list[tuple[float, float]]
+    """For E = 1, 2, ..., L - 1, what a round costs: for each drafted token, and beside them."""
+    guesses: float
+    """A round of guesses: as many tokens as are drafted at most, verified by all layers."""
 
     def of_layers(self, start: int, stop: int, n: int) -> float:
         """Return what layers start, ..., stop - 1 cost for n tokens of each row."""
@@ -68,15 +55,17 @@ class Costs:
         beyond = (n - most) / (most * max(1, len(self.draft) - 1))
         return self.head[-1] + beyond * (self.many_heads - self.head[-1])
 
-    def of_round(self, E: int, d: int) -> tuple[float, float, float]:
-        """Return what the passes of a round cost: the layers that draft and verify, and the head.
+    def of_round(self, E: int, d: int) -> tuple[float, float, float, float]:
+        """Return what a round costs: the layers that draft and verify, the head, and the rest.
 
         The pending token and the d drafted ones go through E layers one by one, then through the
-        others and the head together.
+        others and the head together. The rest is what whole rounds take beyond these passes.
         """
         draft = (d + 1) * self.of_layers(0, E, 1)
         verify = self.of_layers(E, len(self.draft) + 1, d + 1)
-        return draft, verify, d * self.of_head(1) + self.of_head(d + 1)
+        head = d * self.of_head(1) + self.of_head(d + 1)
+        each, beside = self.rounds[E - 1]
+        return draft, verify, head, beside + d * each - draft - verify - head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +84,8 @@ class Prediction:
     head: float
     """Spent on the head, for drafts and verification."""
     overhead: float
-    """Spent on the rest."""
+    """Spent on the rest: to accept drafts, and to put tensors together; less what passes gain in a
+    round on what they take alone."""
 
     @property
     def round(self) -> float:
@@ -127,7 +117,9 @@ def measure_costs(
         passes["layers", n] = _layers(state, n)
         passes["head", n] = _head(state, n)
     for E in range(1, L):
-        passes["round", E] = _round(state, E)
+        passes["round of one", E] = _round(state, E, 1)
+        passes["round", E] = _round(state, E, max_d)
+    passes["guesses", max_d] = _guesses(state, max_d)
     passes["head", (L - 1) * (max_d + 1)] = _head(state, (L - 1) * (max_d + 1))
     if graphs is not None:
         recorder = graphs.new_recorder()
@@ -144,16 +136,31 @@ def measure_costs(
             seconds[key].append((time.perf_counter() - start) / _PASSES_PER_TIMING)
     full = statistics.median(seconds["step", L])
     steps = {key: statistics.median(times) / full for key, times in seconds.items()}
-    costs = Costs(
+    return Costs(
         full_step_seconds=full,
         draft=[steps["step", E] for E in range(1, L)],
         layers=[steps["layers", n] for n in range(1, max_d + 2)],
         head=[steps["head", n] for n in range(1, max_d + 2)],
         many_heads=steps["head", (L - 1) * (max_d + 1)],
-        overhead=0.0,
+        rounds=[
+            _line(steps["round of one", E], steps["round", E], max_d, steps["step", E])
+            for E in range(1, L)
+        ],
+        guesses=steps["guesses", max_d],
     )
-    beyond = [steps["round", E] - sum(costs.of_round(E, 1)) for E in range(1, L)]
-    return replace(costs, overhead=statistics.median(beyond))
+
+
+def _line(one: float, most: float, max_d: int, step: float) -> tuple[float, float]:
+    """Return what a round costs for each drafted token, and beside them.
+
+    Args:
+        one: A round of one drafted token.
+        most: One of max_d.
+        max_d: The most.
+        step: A step of the layers that draft, where max_d is 1.
+    """
+    each = (most - one) / (max_d - 1) if max_d > 1 else step
+    return each, one - each
 
 
 def _step(state: DecodeState, E: int) -> Callable[[], object]:
@@ -161,9 +168,15 @@ def _step(state: DecodeState, E: int) -> Callable[[], object]:
     return lambda: decoder(1)
 
 
-def _round(state: DecodeState, E: int) -> Callable[[], object]:
-    decoder = SelfSpeculative(E=E, d=1).start(state)
-    return lambda: decoder(2)
+def _round(state: DecodeState, E: int, d: int) -> Callable[[], object]:
+    decoder = SelfSpeculative(E=E, d=d).start(state)
+    return lambda: decoder(d + 1)
+
+
+def _guesses(state: DecodeState, d: int) -> Callable[[], object]:
+    tokens = state.pending[:, None].expand(-1, d).contiguous()
+    drafted = Guesses(tokens, ~state.finished, state.model.config.vocab_size).alone()
+    return lambda: settle(state, drafted, verify(state, 0, drafted))
 
 
 def _layers(state: DecodeState, n: int) -> Callable[[], object]:
@@ -207,7 +220,7 @@ def predict(traces: Sequence[Tensor], costs: Costs, max_d: int) -> list[Predicti
     found = []
     for E in range(1, L):
         for d in range(1, max_d + 1):
-            draft, verify, head = costs.of_round(E, d)
+            draft, verify, head, overhead = costs.of_round(E, d)
             found.append(
                 Prediction(
                     E=E,
@@ -217,7 +230,7 @@ def predict(traces: Sequence[Tensor], costs: Costs, max_d: int) -> list[Predicti
                     draft=draft,
                     verify=verify,
                     head=head,
-                    overhead=costs.overhead,
+                    overhead=overhead,
                 )
             )
     return sorted(found, key=lambda prediction: -prediction.speedup)

@@ -4,16 +4,15 @@ DEL (arXiv 2504.05598). With a_E the probability that the exit after E layers ag
 layer, a round that drafts d tokens with E layers gives 1 + a_E + ... + a_E^d tokens on average
 (Leviathan et al., arXiv 2211.17192, eq. 1) and costs d c_E + v_E full steps. The best pair of
   (1 + a_E + ... + a_E^d) / (d c_E + v_E)      (TPL, with costs instead of layers)
-is taken. How far the exit that drafts agrees, every round tells. What agreement every exit would
-have had is seen when a round is verified: all layers' outputs of its tokens are at hand, and the
-head is put on them ("shadow tokens"). For sampled tokens
-agreement is the chance that a draft is accepted, sum_x min(p(x), q(x)) (Leviathan et al., corollary
-3.6). Guesses from a row's own past cost nothing: they come first
-where their own agreement promises more, and the exits' agreement is then that of the tokens after
-which there was no guess, as exits draft no others.
+is taken; `tune` measures what rounds cost and which exits are worth a look. How far the exit that
+drafts agrees, every round tells. What agreement every exit would have had is seen when a round is
+verified: the layers' outputs of its tokens are at hand, and the head is put on them ("shadow
+tokens"). For sampled tokens agreement is the chance that a draft is accepted, sum_x min(p(x), q(x))
+(Leviathan et al., corollary 3.6). Guesses from a row's own past cost nothing: they come first where
+their own agreement promises more, and the exits' agreement is then that of the tokens after which
+there was no guess, as exits draft no others.
 """
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -23,12 +22,13 @@ from torch import Tensor
 
 from inference.agreement import Agreement, drafts_that_agreed, guesses_that_agreed
 from inference.autoregressive import decode_one
+from inference.best_pair import best_pair, by_parameters, cost_problems
 from inference.drafting import Draft, Guesses, Stop, draft, guess
 from inference.host_copy import HostCopy
 from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
 from inference.strategy import Strategy
-from models.flops import block_params, own_exit_params
+from models.config import LlamaConfig
 from models.llama import NOTHING
 
 
@@ -46,15 +46,16 @@ class Dynamic(Strategy):
     """Rounds of the longest gap: a look costs the head of every exit."""
     memory: float = 0.95
     """What weight an observation keeps when the next comes."""
-    fixed_cost: float | None = None
-    """What a step costs besides its layers, in layers; if not given, the LM head, by its number of
-    parameters."""
-    verify_cost: float = 1.0
-    """Cost of several tokens through all layers and the head, in full steps of one. The first E
-    layers see a round's tokens one by one, the others and the head see all of them at once: with
-    h = b / (L + b), b the fixed cost, v_E = c_E + (1 - E / L) (verify_cost - h) + accept_cost."""
-    accept_cost: float = 0.0
-    """Cost of accepting a draft, in full steps."""
+    exits: tuple[int, ...] | None = None
+    """The E to choose among, ascending; all if not given."""
+    draft_costs: tuple[float, ...] | None = None
+    """c_E of each of these exits, what a drafted token costs, in full steps of one token; by the
+    number of parameters, the LM head's included, if not given."""
+    verify_costs: tuple[float, ...] = (1.0,)
+    """v_E of each of these exits, the rest of a round: the pending token, verifying, accepting;
+    or one for all."""
+    guess_cost: float = 1.0
+    """Cost of a round of guesses, in full steps."""
     stop: float = 0.0
     """As in self_speculative."""
     stop_entropy: float = float("inf")
@@ -75,42 +76,31 @@ class Dynamic(Strategy):
             found.append(f"longest_probe: {self.longest_probe}, give at least 1 round")
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
-        if self.fixed_cost is not None and not 0.0 <= self.fixed_cost < math.inf:
-            found.append(f"fixed_cost: {self.fixed_cost}, give layers, at least 0")
-        if not 0.0 < self.verify_cost < math.inf:
-            found.append(f"verify_cost: {self.verify_cost}, give full steps, more than 0")
-        if not 0.0 <= self.accept_cost < math.inf:
-            found.append(f"accept_cost: {self.accept_cost}, give full steps, at least 0")
+        exits = self._exits(n_layers)
+        in_order = list(exits) == sorted({E for E in exits if 1 <= E < n_layers})
+        if n_layers > 1 and not (exits and in_order):
+            found.append(
+                f"exits: {'+'.join(map(str, exits)) or 'none'}, dynamic needs ascending layers "
+                f"from 1 to {n_layers - 1} for this model"
+            )
+        found += cost_problems("draft_costs", self.draft_costs, (len(exits),))
+        found += cost_problems("verify_costs", self.verify_costs, (1, len(exits)))
+        found += cost_problems("guess_cost", (self.guess_cost,), (1,))
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
+
+    def _exits(self, n_layers: int) -> tuple[int, ...]:
+        return tuple(range(1, n_layers)) if self.exits is None else self.exits
+
+    def costs(self, config: LlamaConfig) -> tuple[dict[int, float], dict[int, float]]:
+        """Return c_E and v_E by E."""
+        exits = self._exits(config.n_layers)
+        draft = self.draft_costs or [by_parameters(config, E) for E in exits]
+        verify = self.verify_costs * (len(exits) // len(self.verify_costs))
+        return dict(zip(exits, draft, strict=True)), dict(zip(exits, verify, strict=True))
 
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         return _Rounds(self, state)
-
-
-def best_pair(
-    agreement: list[float], draft_costs: list[float], verify_costs: list[float], most: int
-) -> tuple[int, int, float]:
-    """Return E, d and their tokens per full step, the most of all.
-
-    Args:
-        agreement: a_E for E = 1, 2, ...
-        draft_costs: c_E, one draft step over one full step, for the same E.
-        verify_costs: v_E, a verification of such drafts over one full step.
-        most: Largest d.
-
-    Returns:
-        E, d and the tokens; d = 0, plain decoding of 1 token per step, where no pair gives more.
-    """
-    best, E_best, d_best = 1.0, 1, 0
-    exits = zip(agreement, draft_costs, verify_costs, strict=True)
-    for E, (a, c, v) in enumerate(exits, start=1):
-        tokens = 1.0
-        for d in range(1, most + 1):
-            tokens += a**d
-            if tokens / (d * c + v) > best:
-                best, E_best, d_best = tokens / (d * c + v), E, d
-    return E_best, d_best, best
 
 
 @dataclass
@@ -125,33 +115,23 @@ class _Rounds:
     """Looks so far."""
     next_look: int = 1
     """Rounds to go until all exits are looked at."""
-    exits: list[Agreement] = field(init=False)
-    """By E - 1."""
+    exits: dict[int, Agreement] = field(init=False)
+    """By E."""
     guesses: Agreement = field(init=False)
     rounds: int = 0
     """Rounds so far."""
     told: deque[tuple[int, list[Agreement], HostCopy]] = field(default_factory=deque)
     """What the host has not read: a round, and of whom it told (agreed, seen)."""
-    draft_costs: list[float] = field(init=False)
-    verify_costs: list[float] = field(init=False)
+    draft_costs: dict[int, float] = field(init=False)
+    verify_costs: dict[int, float] = field(init=False)
     pairs: dict[int, tuple[int, int, float]] = field(default_factory=dict)
     """The best pair by the most that may be drafted, since something was read."""
 
     def __post_init__(self) -> None:
-        """Work out what drafts cost."""
-        config, settings = self.state.model.config, self.settings
-        beside, L = settings.fixed_cost, config.n_layers
-        if beside is None:
-            beside = config.dim * config.vocab_size / block_params(config)
-        own = {E: own_exit_params(config) / len(config.own_exits) for E in config.own_exits}
-        layers = [E + own.get(E, 0) / block_params(config) for E in range(1, L)]
-        self.draft_costs = [(E + beside) / (L + beside) for E in layers]
-        at_once = max(0.0, settings.verify_cost - beside / (L + beside))
-        self.verify_costs = [
-            (E + beside) / (L + beside) + (1 - E / L) * at_once + settings.accept_cost
-            for E in range(1, L)
-        ]
-        self.exits = [Agreement(settings.memory) for _ in range(1, L)]
+        """Begin with what drafts cost, and nothing seen."""
+        settings = self.settings
+        self.draft_costs, self.verify_costs = settings.costs(self.state.model.config)
+        self.exits = {E: Agreement(settings.memory) for E in self.draft_costs}
         self.guesses = Agreement(settings.memory)
 
     def __call__(self, room: int) -> Round:
@@ -205,10 +185,10 @@ class _Rounds:
         """
         a = self.guesses.at_least()
         if without and d:
-            return a > self.exits[E - 1].at_least()
+            return a > self.exits[E].at_least()
         tokens = having * sum(a**i for i in range(most + 1)) + without
-        cost = self.settings.verify_cost + self.settings.accept_cost
-        return tokens / ((having + without) * cost) > self._pair(most)[2]
+        cost = (having + without) * self.settings.guess_cost
+        return tokens / cost > self._pair(most)[2]
 
     def _draft_and_verify(self, E: int, d: int, guesses: Guesses | None, room: int) -> Round:
         """Draft where there is no guess, and verify."""
@@ -220,14 +200,14 @@ class _Rounds:
             drafted = guesses.alone()
         else:
             stop = Stop(self.settings.stop, self.settings.stop_entropy)
-            tapped = tuple(range(E - 1)) if looking else ()
+            tapped = tuple(other - 1 for other in self.exits if other < E) if looking else ()
             drafted = draft(state, E, d, stop=stop, tapped=tapped, guesses=guesses)
         rows = ~state.finished if guesses is None else ~(state.finished | guesses.found)
         if looking:
             return self._verify_and_look(E, drafted, rows)
         result = self._verify(drafted, E)
         if drafted.exits:
-            self._tell([self.exits[E - 1]], drafts_that_agreed(result, rows)[None])
+            self._tell([self.exits[E]], drafts_that_agreed(result, rows)[None])
         return result
 
     def _verify(self, drafted: Draft, E: int = 0) -> Round:
@@ -237,7 +217,7 @@ class _Rounds:
     def _pair(self, most: int) -> tuple[int, int, float]:
         """Return the best E and d, and their tokens per full step, by what was seen."""
         if most not in self.pairs:
-            agreement = [exit_.at_least() for exit_ in self.exits]
+            agreement = {E: exit_.at_least() for E, exit_ in self.exits.items()}
             self.pairs[most] = best_pair(agreement, self.draft_costs, self.verify_costs, most)
         return self.pairs[most]
 
@@ -253,25 +233,27 @@ class _Rounds:
         return True
 
     def _verify_and_look(self, E: int, drafted: Draft, rows: Tensor) -> Round:
-        """Verify a draft, and put the head on the outputs of all layers.
+        """Verify a draft, and put the head on the outputs at all exits.
 
         Args:
             E: Layers that drafted, if any did.
-            drafted: With the outputs of the layers below those.
+            drafted: With the outputs at the exits below that.
             rows: (batch,) bool, which are looked at.
         """
-        state, L = self.state, self.state.model.config.n_layers
+        state = self.state
         first = E if drafted.exits else 0
-        x_L, deep = run_the_rest(state, first, drafted, tuple(range(first, L - 1)))
+        above = [other for other in self.exits if other > first]
+        x_L, deep = run_the_rest(state, first, drafted, tuple(other - 1 for other in above))
         p = state.filtered(state.logits(x_L))
         result = settle(state, drafted, p)
-        exits = [deep[l] for l in range(first, L - 1)]
+        exits = {other: deep[other - 1] for other in above}
         places = drafted.tokens.shape[1] + 1
         if drafted.exits:
             places = len(drafted.exits)
-            below = [[taps[l] for taps in drafted.shallow] for l in range(first - 1)]
-            exits = [torch.cat(xs, dim=1) for xs in (*below, drafted.exits)] + exits
-        read = [state.before_head(x[:, :places], E) for E, x in enumerate(exits, start=1)]
+            below = {l + 1: [taps[l] for taps in drafted.shallow] for l in drafted.shallow[0]}
+            seen = {**below, E: drafted.exits}
+            exits = {other: torch.cat(xs, dim=1) for other, xs in seen.items()} | exits
+        read = [state.before_head(exits[other][:, :places], other) for other in self.exits]
         true = (torch.arange(places, device=x_L.device) <= result.accepted[:, None]) & rows[:, None]
         self._look(torch.stack(read), p[:, :places], true)
         return result
@@ -280,11 +262,13 @@ class _Rounds:
         """Add up how far each exit agrees with the last layer.
 
         Args:
-            exits: (L - 1, batch, n, dim), what the head reads of x_E for E = 1, ..., L - 1.
+            exits: (exits, batch, n, dim), what the head reads of x_E for each E.
             p: (batch, n, vocab), the last layer's distributions.
             true: (batch, n) bool, places after tokens that were accepted.
         """
         q = self.state.filtered(self.state.head(exits.flatten(0, 1)))
-        overlap = torch.minimum(p, q.unflatten(0, exits.shape[:2])).sum(-1)  # (L - 1, batch, n)
+        overlap = torch.minimum(p, q.unflatten(0, exits.shape[:2])).sum(-1)  # (exits, batch, n)
         agreed = (overlap * true).flatten(1).sum(1)
-        self._tell(self.exits, torch.stack((agreed, true.sum().expand_as(agreed)), dim=1))
+        self._tell(
+            [*self.exits.values()], torch.stack((agreed, true.sum().expand_as(agreed)), dim=1)
+        )

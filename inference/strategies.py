@@ -50,7 +50,7 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
 
     Args:
         text: `name`, or `name:setting=value:...`. Numbers as Python writes them; true or false;
-            integers of a list joined by "+", as in 0+3+7; none for what is to be left open.
+            the numbers of a list joined by "+", as in 0+3+7; none for what is to be left open.
         settings: Further settings, as text; None, and what the strategy does not have, is left
             out.
 
@@ -118,7 +118,8 @@ def _read(what: str, text: str, kind: Any) -> object:
                 raise ValueError
             return text
         if get_origin(kind) is tuple:
-            return tuple(int(part) for part in text.split("+") if part)
+            item = get_args(kind)[0]
+            return tuple(_number(part, item) for part in text.split("+") if part)
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return _number(text, kind) if kind in (int, float) else Path(text)
@@ -143,7 +144,7 @@ def _kind_in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return "integers joined by +"
+        return f"{_kind_in_words(get_args(kind)[0])}; several are joined by +"
     words = {
         int: "an integer of at most 64 bits",
         float: f"a number up to {_LARGEST_FLOAT}, or inf",

@@ -8,10 +8,11 @@ threshold, thresholds are measured that keep to what the full model would have c
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from inference.benchmark import LEGEND, check_draft_fits, machine, table
+from inference.candidates import candidates, with_thresholds
 from inference.cli import (
     Parser,
     add_compile_argument,
@@ -22,14 +23,12 @@ from inference.cli import (
     write_json,
 )
 from inference.costs import Costs, Prediction, measure_costs, predict
-from inference.dynamic import Dynamic
 from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
 from inference.oracle import record_continuations
 from inference.prompts import add_prompt_arguments, prompts_from
 from inference.run import Run
 from inference.sampling import Sampling
 from inference.self_speculative import SelfSpeculative
-from inference.strategies import has_threshold, parse_strategy
 from inference.strategy import Strategy
 from inference.tuned import Tuned, conditions_of, write_tuned
 
@@ -84,39 +83,6 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, give numbers, as in 0.5,0.9") from None
-
-
-def candidates(best: Sequence[Prediction], costs: Costs, max_d: int) -> list[Strategy]:
-    """Return what is to be confirmed: the best pairs, plain and with drafts that cost less."""
-    arms: list[Strategy] = [AUTOREGRESSIVE]
-    for prediction in best:
-        E, d = prediction.E, prediction.d
-        arms += [SelfSpeculative(E=E, d=d), SelfSpeculative(E=E, d=max_d, stop=0.5)]
-        arms += [SelfSpeculative(E=E, d=max_d, stop=0.5, ngram=n) for n in (2, 3)]
-    dynamic = Dynamic(
-        d=max_d,
-        fixed_cost=round(costs.fixed_cost, 2),
-        verify_cost=round(costs.verify_cost, 2),
-        accept_cost=max(0.0, round(costs.overhead, 2)),
-    )
-    arms += [replace(dynamic, ngram=n) for n in (0, 2, 3)]
-    return [*dict.fromkeys(arms)]
-
-
-def with_thresholds(text: str, thresholds: Sequence[float], n_layers: int) -> list[Strategy]:
-    """Return autoregressive decoding and a strategy with each of some thresholds.
-
-    Raises:
-        ValueError: the strategy has no threshold, or its settings do not fit the model.
-    """
-    if not has_threshold(type(parse_strategy(text))):
-        raise ValueError(
-            f"strategy: {text} has nothing to tune, give self_speculative or one with a threshold"
-        )
-    arms = [parse_strategy(f"{text}:threshold={t}").filled(n_layers) for t in thresholds]
-    if problems := {problem for arm in arms for problem in arm.problems(n_layers)}:
-        raise ValueError("; ".join(sorted(problems)))
-    return [AUTOREGRESSIVE, *arms]
 
 
 def fastest(results: Sequence[ArmResult], min_agreement: float) -> ArmResult | None:
@@ -217,7 +183,7 @@ def _tune_drafts(run: Run, args: argparse.Namespace) -> _Outcome:
     check_draft_fits("max_d", args.max_d, run)
     workload = _workload(run, args)
     costs, predictions = _predict(run, workload, args.max_d)
-    arms = candidates(predictions[: args.top], costs, args.max_d)
+    arms = candidates(predictions, costs, args.max_d, args.top)
     results = _measure(run, arms, workload, args.repeats)
     rounds = round_terms(results, costs)
     print(f"\nrounds, in full steps:\n{round_table(rounds)}\n\n{_ROUND_LEGEND}")

@@ -1,7 +1,5 @@
 """What rounds cost follows from what passes cost, and that from a clock."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -20,7 +18,8 @@ OF_THREE_LAYERS = Costs(
     layers=[0.9, 1.0, 1.2],
     head=[0.1, 0.2, 0.3],
     many_heads=0.5,
-    overhead=0.2,
+    rounds=[(0.55, 1.4), (0.75, 1.25)],
+    guesses=1.4,
 )
 OF_FOUR_LAYERS = Costs(
     full_step_seconds=1.0,
@@ -28,7 +27,8 @@ OF_FOUR_LAYERS = Costs(
     layers=[0.9, 1.0, 1.2],
     head=[0.1, 0.2, 0.3],
     many_heads=0.5,
-    overhead=0.0,
+    rounds=[(0.5, 1.5), (0.7, 1.4), (0.9, 1.3)],
+    guesses=1.5,
 )
 
 
@@ -45,20 +45,17 @@ def test_predictions_worked_by_hand():
     assert found[1, 1].draft == pytest.approx(2 * 0.4)
     assert found[1, 1].verify == pytest.approx(1.0 * 2 / 3)
     assert found[1, 1].head == pytest.approx(0.1 + 0.2)
-    assert found[1, 1].speedup == pytest.approx(1.5 / (0.8 + 2 / 3 + 0.3 + 0.2))
-    assert found[2, 2].speedup == pytest.approx(3 / (3 * 0.6 + 1.2 / 3 + 2 * 0.1 + 0.3 + 0.2))
+    # Whole rounds take 1.4 + 0.55 d and 1.25 + 0.75 d.
+    assert found[1, 1].overhead == pytest.approx(1.95 - (0.8 + 2 / 3 + 0.3))
+    assert found[1, 1].speedup == pytest.approx(1.5 / 1.95)
+    assert found[2, 2].overhead == pytest.approx(2.75 - (3 * 0.6 + 1.2 / 3 + 2 * 0.1 + 0.3))
+    assert found[2, 2].speedup == pytest.approx(3 / 2.75)
     ordered = [p.speedup for p in predict([trace], OF_THREE_LAYERS, 2)]
     assert ordered == sorted(ordered, reverse=True)
 
 
-def test_costs_that_dynamic_is_told_worked_by_hand():
+def test_costs_of_passes_worked_by_hand():
     costs = OF_FOUR_LAYERS
-    assert costs.fixed_cost == pytest.approx(2.0)
-    assert replace(costs, draft=[0.2, 0.5, 0.7]).fixed_cost == 0.0
-    # sum (E - 4 c)(c - 1) / sum (c - 1)^2 = (0.2 * 0.7 + 0.4 * 0.4) / (0.7^2 + 0.4^2 + 0.25^2)
-    uneven = replace(costs, draft=[0.3, 0.6, 0.75])
-    assert uneven.fixed_cost == pytest.approx((0.2 * 0.7 + 0.4 * 0.4) / (0.49 + 0.16 + 0.0625))
-    assert costs.verify_cost == pytest.approx((1.2 + 1.5) / 2)
     assert costs.of_layers(0, 2, 1) == pytest.approx(4 / 6 - 0.1)
     assert costs.of_layers(0, 4, 1) == pytest.approx(0.9)
     assert costs.of_layers(1, 4, 3) == pytest.approx(1.2 * 3 / 4)
@@ -87,7 +84,10 @@ def test_costs_are_measured_in_full_steps():
     assert len(costs.layers) == len(costs.head) == 3
     assert 0 < costs.head[0] < costs.layers[0]
     assert costs.full_step_seconds > 0
-    assert 0 < costs.overhead < 3, "a small model, so what is not layers weighs much"
+    assert all(0 < each < 3 and 0 < beside < 5 for each, beside in costs.rounds)
+    assert costs.guesses > 0
+    [(each, beside)] = measure_costs(make_model(2), [[1, 2, 3, 4]], 1).rounds
+    assert 0 < each < 2, "of one drafted token, what a step costs"
 
 
 def test_what_is_timed_is_told_apart(monkeypatch):
@@ -110,6 +110,7 @@ def test_what_is_timed_is_told_apart(monkeypatch):
     monkeypatch.setattr(DecodeState, "run_and_tap", slow_run)
     monkeypatch.setattr(DecodeState, "head", slow_head)
     monkeypatch.setattr(self_speculative, "settle", slow_settle)
+    monkeypatch.setattr(inference.costs, "settle", slow_settle)
     monkeypatch.setattr(inference.costs.time, "perf_counter", lambda: clock[0])
     costs = measure_costs(model, [[1, 2, 3, 4]], 2)
     assert costs.full_step_seconds == pytest.approx(13)
@@ -117,4 +118,8 @@ def test_what_is_timed_is_told_apart(monkeypatch):
     assert costs.layers == pytest.approx([3 / 13] * 3)
     assert costs.head == pytest.approx([10 / 13] * 3)
     assert costs.many_heads == pytest.approx(10 / 13)
-    assert costs.overhead == pytest.approx(2 / 13)
+    # For each token E layers and the head; beside them E layers, 3 - E, the head and 2 to accept.
+    assert costs.rounds == [
+        (pytest.approx((E + 10) / 13), pytest.approx((3 + 10 + 2) / 13)) for E in (1, 2)
+    ]
+    assert costs.guesses == pytest.approx((3 + 10 + 2) / 13)

@@ -66,8 +66,8 @@ def test_early_exit_decodes_what_a_slow_forward_through_its_own_parts_does(model
 LOSSLESS = [
     *(SelfSpeculative(E=E, d=3) for E in range(1, L)),
     SelfSpeculative(E=2, d=4, stop=0.05, ngram=2),
-    Dynamic(verify_cost=0.1, probe=2),
-    Dynamic(verify_cost=0.1, probe=1, ngram=1),
+    Dynamic(verify_costs=(0.1,), probe=2),
+    Dynamic(verify_costs=(0.1,), guess_cost=0.1, probe=1, ngram=1),
     SkipDraft(d=3),
     Free(exits=EXITS, threshold=0.1, rollback="exact", max_pending=4),
     Calm(threshold=1.1),
@@ -147,14 +147,14 @@ def test_maps_are_measured_against_what_own_parts_say(model):
 
 
 def test_agreement_that_dynamic_sees_is_what_a_full_forward_finds(model, started):
-    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_cost=100.0)
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_costs=(100.0,))
     generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30)
     ids = [7, 8, 7] + generation.tokens[0]
     said = slow_choices(model, ids)[:, 2:-1]
     started[0].learn(started[0].rounds + 1)
     for E in range(1, L):
         agreed = (said[E - 1] == said[L - 1]).sum().item()
-        assert started[0].exits[E - 1].agreed == pytest.approx(1.0 + agreed, abs=0.01)
+        assert started[0].exits[E].agreed == pytest.approx(1.0 + agreed, abs=0.01)
 
 
 def slow_choices(model, ids):
@@ -163,10 +163,11 @@ def slow_choices(model, ids):
 
 
 def test_drafting_with_own_parts_costs_what_it_reads(model, started):
-    decode(model, PROMPTS, Dynamic(fixed_cost=1.0), max_new_tokens=1)
+    decode(model, PROMPTS, Dynamic(), max_new_tokens=1)
     block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 + 2 * 32
     own = (32 + (3 * 32 * 48 + 32 if model.config.own_exit_mlp else 0)) / block
-    expected = [(E + own * (E in EXITS) + 1) / (L + 1) for E in range(1, L)]
+    head = 32 * 61 / block
+    expected = {E: (E + own * (E in EXITS) + head) / (L + head) for E in range(1, L)}
     assert started[0].draft_costs == pytest.approx(expected)
 
 

@@ -20,7 +20,7 @@ LOSSLESS = [
     "routed",
     "self_speculative:E=1:d=4",
     "self_speculative:E=3:d=4:stop=0.1:ngram=1",
-    "dynamic:d=3:verify_cost=0.2:probe=2",
+    "dynamic:d=3:verify_costs=0.2:probe=2",
     "skip_draft:attention=1+2:feed_forward=2:d=3:gamma=0.1",
     "skip_draft:attention=1+4:feed_forward=1+4:d=3",
     "free:exits=2:threshold=0.08:max_pending=4:rollback=exact",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inference import generate, tune
+from inference.candidates import candidates
 from inference.costs import predict
 from inference.dynamic import Dynamic
 from inference.measurement import AUTOREGRESSIVE, Workload, measure
@@ -29,26 +30,32 @@ def test_the_table_of_predictions():
     of = dict(zip(table[0].split(), table[2].split(), strict=True))
     assert of == {
         "E": "2", "d": "2", "agrees": "1.000", "tokens/round": "3.00", "draft": "1.80",
-        "verify": "0.40", "head": "0.50", "overhead": "0.20", "speedup": "1.03x",
-        "without_draft": "2.73x", "without_head": "1.25x",
+        "verify": "0.40", "head": "0.50", "overhead": "0.05", "speedup": "1.09x",
+        "without_draft": "3.16x", "without_head": "1.33x",
     }  # fmt: skip
 
 
 def test_dynamic_is_told_the_costs_that_were_measured():
-    costs = replace(OF_FOUR_LAYERS, overhead=0.17)
-    last = [5, 6, 7, 8]
-    best = predict([torch.tensor([last] * 4)], costs, 2)[:1]
-    arms = tune.candidates(best, costs, 5)
-    told = Dynamic(d=5, fixed_cost=2.0, verify_cost=1.35, accept_cost=0.17)
+    rounds = [(0.1234, 1.7), (0.3, 1.5), (0.5, 1.45), (0.7, -0.1), (2.0, 2.0)]
+    costs = replace(OF_FOUR_LAYERS, draft=[0.2, 0.3, 0.5, 0.7, 1.0], rounds=rounds, guesses=1.234)
+    predictions = predict([torch.tensor([[5, 6, 7, 8]] * 6)], costs, 2)
+    # By prediction E = 4, 2, 1, 3, 5 in this order, as all agree.
+    arms = candidates(predictions, costs, 5, 1)
+    told = Dynamic(
+        d=5,
+        exits=(1, 2, 4),
+        draft_costs=(0.12, 0.3, 0.7),
+        verify_costs=(1.7, 1.5, 0.01),
+        guess_cost=1.23,
+    )
     assert [arm for arm in arms if arm.name == "dynamic"] == [
         replace(told, ngram=n) for n in (0, 2, 3)
     ]
-    arms = tune.candidates(best, replace(costs, overhead=-0.1), 5)
-    assert arms[-1].accept_cost == 0.0
+    assert {arm.E for arm in arms if arm.name == "self_speculative"} == {4}
 
 
 def test_every_arm_has_a_row_of_where_its_time_went():
-    model, costs = make_model(3), replace(OF_THREE_LAYERS, layers=[0.8, 1.0, 1.2], overhead=0.0)
+    model, costs = make_model(3), replace(OF_THREE_LAYERS, layers=[0.8, 1.0, 1.2])
     workload = Workload(
         prompts=PROMPTS[:1], max_new_tokens=12, batch_size=1, sampling=Sampling(), seed=0
     )
@@ -56,7 +63,7 @@ def test_every_arm_has_a_row_of_where_its_time_went():
         AUTOREGRESSIVE,
         SelfSpeculative(E=1, d=2),
         SelfSpeculative(E=2, d=2, stop=0.05, ngram=1),
-        Dynamic(d=2, probe=1, verify_cost=0.2, ngram=1),
+        Dynamic(d=2, probe=1, verify_costs=(0.2,), guess_cost=0.2, ngram=1),
     ]
     results = measure(model, arms, workload, repeats=1, report=lambda line: None)
     plain, drafted, *_ = map(tune.terms_of_a_round, results, [costs] * 4)
