@@ -23,7 +23,7 @@ from inference.decode import Emission, Generation
 from inference.run import Run
 from inference.strategies import STRATEGIES, describe, has_threshold, parse_strategy
 from inference.text_stream import TextStream
-from inference.tuned import conditions_of, read_tuned
+from inference.tuned import conditions_of, read_tuned, tuned_path
 from inference.two_model import check_tokenizer
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
@@ -119,7 +119,11 @@ def stream(
 
 
 def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
-    """Return the tuned strategy the arguments ask for, None if there is none, and a note on it."""
+    """Return the tuned strategy the arguments ask for, None if there is none, and a note on it.
+
+    Raises:
+        ValueError: what was tuned cannot be used.
+    """
     tuned = None
     if args.strategy is None and args.E is None and args.d is None:
         tuned = read_tuned(run, None)
@@ -127,6 +131,11 @@ def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
         tuned = read_tuned(run, args.strategy)
     if tuned is None or tuned.strategy is None:
         return None, ""
+    try:
+        parse_strategy(tuned.strategy)
+    except ValueError as error:  # by another version
+        remedy = f"delete {tuned_path(run)} or run inference.tune"
+        raise ValueError(f"tuned: {tuned.strategy} cannot be read ({error}), {remedy}") from None
     note = f"strategy, tuned for this checkpoint: {tuned.strategy}"
     now = conditions_of(run, batch_size=1, quantize=args.quantize)
     if others := tuned.conditions.differences(now):

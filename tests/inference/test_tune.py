@@ -167,6 +167,16 @@ def test_a_threshold_never_becomes_what_generate_uses_by_default(folder, monkeyp
             )
 
 
+def test_what_another_version_tuned_is_refused_with_the_remedy(folder, monkeypatch, capsys):
+    run = load_run(folder)
+    write_tuned(run, None, tuned_under(run, "dynamic:fixed_cost=0.5"), {})
+    with pytest.raises(SystemExit):
+        generate_a_little(monkeypatch, capsys, folder)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: tuned: dynamic:fixed_cost=0.5 cannot be read (strategy: dynamic")
+    assert line.endswith(f"delete {tuned_path(run)} or run inference.tune")
+
+
 def with_speedups(speedups):
     """Return `measure` with other speedups, by the strategy's name."""
 
