@@ -32,9 +32,9 @@ def candidates(
         exits=tuple(exits),
         draft_costs=tuple(_rounded(costs.rounds[E - 1][0]) for E in exits),
         verify_costs=tuple(_rounded(costs.rounds[E - 1][1]) for E in exits),
-        guess_cost=_rounded(costs.guesses),
     )
-    arms += [replace(dynamic, ngram=n) for n in (0, 2, 3)]
+    arms.append(dynamic)
+    arms += [replace(dynamic, guess_cost=_rounded(costs.guesses), ngram=n) for n in (2, 3)]
     return [*dict.fromkeys(arms)]
 
 

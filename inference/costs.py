@@ -214,7 +214,7 @@ def tokens_per_round(traces: Sequence[Tensor], E: int, d: int) -> float:
 def predict(traces: Sequence[Tensor], costs: Costs, max_d: int) -> list[Prediction]:
     """Return what every E and d up to `max_d` promise, the best first.
 
-    speedup = tokens_per_round / (d c_E + v_{E,d}), where v_{E,d} is all that is not drafting.
+    speedup = tokens_per_round / (d c_E + v_E), by the costs of whole rounds.
     """
     said, L = torch.cat(list(traces), dim=1), len(costs.draft) + 1
     found = []

@@ -86,6 +86,8 @@ class Dynamic(Strategy):
         found += cost_problems("draft_costs", self.draft_costs, (len(exits),))
         found += cost_problems("verify_costs", self.verify_costs, (1, len(exits)))
         found += cost_problems("guess_cost", (self.guess_cost,), (1,))
+        if not self.ngram:
+            found += self.idle("guess_cost", without="ngram")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
 
     def _exits(self, n_layers: int) -> tuple[int, ...]:

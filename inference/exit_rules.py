@@ -65,8 +65,8 @@ class Calm(Strategy):
             found.append(f"tau: {self.tau}, give at least 0")
         if self.length < 1:
             found.append(f"length: {self.length}, give at least 1 token")
-        elif self.tau is None:
-            found += self.idle("length", without="tau")
+        elif not self.tau:
+            found += self.idle("length", without="tau above 0")
         if (self.confidence == "gate") != (self.gate is not None):
             remedy = TRAINED_BY if self.gate is None else "it needs confidence=gate"
             found.append(f"gate: {self.gate or 'none'}, {remedy}")

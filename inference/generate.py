@@ -132,10 +132,12 @@ def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
     if tuned is None or tuned.strategy is None:
         return None, ""
     try:
-        parse_strategy(tuned.strategy)
-    except ValueError as error:  # by another version
+        n_layers = run.model.config.n_layers
+        if problems := parse_strategy(tuned.strategy).filled(n_layers).problems(n_layers):
+            raise ValueError("; ".join(problems))
+    except ValueError as error:  # it is of another version
         remedy = f"delete {tuned_path(run)} or run inference.tune"
-        raise ValueError(f"tuned: {tuned.strategy} cannot be read ({error}), {remedy}") from None
+        raise ValueError(f"tuned: {tuned.strategy} cannot be used ({error}), {remedy}") from None
     note = f"strategy, tuned for this checkpoint: {tuned.strategy}"
     now = conditions_of(run, batch_size=1, quantize=args.quantize)
     if others := tuned.conditions.differences(now):

@@ -68,7 +68,7 @@ def load_run(
         path: A run folder or a checkpoint folder.
         device: "auto" (CUDA if there is a device, else CPU) or a name torch knows.
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
-        quantize: Hold the layers' matrices in so few bits.
+        quantize: Hold the matrices of layers, and of exits of their own, in so few bits.
         packed: Pack the weights for decoding, where that can be.
 
     Raises:

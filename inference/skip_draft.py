@@ -75,6 +75,8 @@ class SkipDraft(Strategy):
                 found.append(f"{what}: {getattr(self, what)}, give a number from 0 to 1")
         if self.gamma == 0.0:
             found += self.idle("alpha", "eps", "beta1", "beta2", without="gamma above 0")
+        elif self.eps == 0.0:
+            found += self.idle("alpha", "beta1", "beta2", without="eps above 0")
         return found
 
     @property

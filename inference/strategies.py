@@ -98,7 +98,7 @@ def describe(strategy: Strategy) -> str:
 
 def _write(value: object) -> str:
     if isinstance(value, tuple):
-        return "+".join(map(str, value))
+        return "+".join(str(number).replace("e+", "e") for number in value)
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 

@@ -1,6 +1,6 @@
 """Find the fastest strategy for a checkpoint on this machine: `python -m inference.tune --run DIR`.
 
-For lossless drafts, what layers and head cost is measured, what each exit says is recorded along
+For lossless drafts, what rounds and passes cost is measured, what each exit says is recorded along
 greedy continuations, the speedups of all E and d are worked out of the two, and the best of them,
 with and without n-gram drafts and a stop rule, are confirmed by measurement. For a strategy with a
 threshold, thresholds are measured that keep to what the full model would have chosen.
@@ -103,10 +103,14 @@ def cost_table(predictions: Sequence[Prediction], L: int) -> str:
             [str(E), str(p.d), f"{p.agreement:.3f}", f"{p.tokens_per_round:.2f}"]
             + [f"{p.draft:.2f}", f"{p.verify:.2f}", f"{p.head:.2f}", f"{p.overhead:.2f}"]
             + [f"{p.speedup:.2f}x"]
-            + [f"{p.tokens_per_round / (p.round - p.draft):.2f}x"]
-            + [f"{p.tokens_per_round / (p.round - p.head):.2f}x"]
+            + [_speedup(p, p.round - p.draft), _speedup(p, p.round - p.head)]
         )
     return format_table(header.split(), rows)
+
+
+def _speedup(p: Prediction, steps: float) -> str:
+    """Return the speedup if a round took so many steps; "-" where a term alone takes longer."""
+    return f"{p.tokens_per_round / steps:.2f}x" if steps > 0 else "-"
 
 
 def terms_of_a_round(result: ArmResult, costs: Costs) -> dict[str, float]:

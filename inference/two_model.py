@@ -73,7 +73,10 @@ class Speculative(Strategy):
 
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
 def _load(path: Path, device: str, dtype: str, bits: Bits | None, compiled: bool) -> Run:
-    run = load_run(path, device=device, dtype=dtype, quantize=bits)
+    try:
+        run = load_run(path, device=device, dtype=dtype, quantize=bits)
+    except ValueError as error:
+        raise ValueError(f"draft: {error}") from None
     if compiled:
         compile_layers(run.model)
     return run

@@ -190,7 +190,7 @@ def find_checkpoint(run: Path, field: str = "run") -> Path:
     if (run / MANIFEST).is_file():
         return run
     steps = checkpoint_steps(run / "checkpoints")
-    if not steps and any(run.glob("*.safetensors")):
+    if not steps and (run / "config.json").exists() and any(run.glob("*.safetensors")):
         raise ValueError(
             f"{field}: {run} is a Hugging Face folder, make a checkpoint of it: "
             f"python -m models.convert --from hf --to skipstone {run} OUTPUT"

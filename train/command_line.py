@@ -99,8 +99,8 @@ def _read(preset: str, words: Sequence[str], *, show: bool) -> tuple[_CommandLin
 
 def _first_part(box: str) -> str:
     """Return the error in one line from the box that tyro draws around it and the help."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    error = " ".join(takewhile(lambda line: not line.startswith("─"), lines))
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    error = " ".join(takewhile(lambda line: line.strip("─-"), lines))
     return error.removeprefix("Error parsing ").rstrip(".") + ", see --help"
 
 

@@ -74,7 +74,13 @@ def test_ranks_whose_launcher_has_died_save_and_stop(launch):
 
 
 @pytest.mark.parametrize(
-    ("whom", "number"), [("torchrun", signal.SIGTERM), ("the whole group", signal.SIGUSR1)]
+    ("whom", "number"),
+    [
+        ("torchrun", signal.SIGTERM),
+        ("the whole group", signal.SIGUSR1),
+        pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("the whole group", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_torchrun_passes_the_signal_on_and_waits_for_the_checkpoint(training, whom, number):
     process = training.start(

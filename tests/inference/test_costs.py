@@ -86,17 +86,16 @@ def test_costs_are_measured_in_full_steps():
     assert costs.full_step_seconds > 0
     assert all(0 < each < 3 and 0 < beside < 5 for each, beside in costs.rounds)
     assert costs.guesses > 0
-    [(each, beside)] = measure_costs(make_model(2), [[1, 2, 3, 4]], 1).rounds
-    assert 0 < each < 2, "of one drafted token, what a step costs"
 
 
 def test_what_is_timed_is_told_apart(monkeypatch):
-    """With a clock that counts: 1 for each layer of a pass, 10 for each call of the head."""
+    """With a clock that counts: 1 for each layer of a pass, 0.5 for each of its tokens but one, 10
+    for each call of the head, 2 to accept."""
     model, clock = make_model(3), [0.0]
     run, head = DecodeState.run_and_tap, DecodeState.head
 
     def slow_run(state, h, start, stop, **options):
-        clock[0] += stop - start
+        clock[0] += stop - start + 0.5 * (h.shape[1] - 1)
         return run(state, h, start, stop, **options)
 
     def slow_head(state, x, part=None):
@@ -112,14 +111,20 @@ def test_what_is_timed_is_told_apart(monkeypatch):
     monkeypatch.setattr(self_speculative, "settle", slow_settle)
     monkeypatch.setattr(inference.costs, "settle", slow_settle)
     monkeypatch.setattr(inference.costs.time, "perf_counter", lambda: clock[0])
-    costs = measure_costs(model, [[1, 2, 3, 4]], 2)
+    costs = measure_costs(model, [[1, 2, 3, 4]], 3)
     assert costs.full_step_seconds == pytest.approx(13)
     assert costs.draft == pytest.approx([11 / 13, 12 / 13])
-    assert costs.layers == pytest.approx([3 / 13] * 3)
-    assert costs.head == pytest.approx([10 / 13] * 3)
+    assert costs.layers == pytest.approx([3 / 13, 3.5 / 13, 4 / 13, 4.5 / 13])
+    assert costs.head == pytest.approx([10 / 13] * 4)
     assert costs.many_heads == pytest.approx(10 / 13)
-    # For each token E layers and the head; beside them E layers, 3 - E, the head and 2 to accept.
+    # For each token E layers, the head and its part of verifying; beside them E layers, 3 - E, the
+    # head and 2 to accept.
     assert costs.rounds == [
-        (pytest.approx((E + 10) / 13), pytest.approx((3 + 10 + 2) / 13)) for E in (1, 2)
+        (pytest.approx((E + 10 + 0.5) / 13), pytest.approx((3 + 10 + 2) / 13)) for E in (1, 2)
     ]
-    assert costs.guesses == pytest.approx((3 + 10 + 2) / 13)
+    assert costs.guesses == pytest.approx((3 + 3 * 0.5 + 10 + 2) / 13)
+    # Of one drafted token, what a step costs.
+    of_one = measure_costs(model, [[1, 2, 3, 4]], 1).rounds
+    assert of_one == [
+        (pytest.approx((E + 10) / 13), pytest.approx((3 + 0.5 + 10 + 2) / 13)) for E in (1, 2)
+    ]

@@ -247,7 +247,9 @@ def test_what_does_not_fit_is_refused(model, prompts, options, message):
         ("early_exit:E=-1", "E: -1, early_exit needs 1 to 4"),
         ("unified:speedup=3:keep=0+1", "speedup: 3.0, has no effect without leaving keep out"),
         ("pruned:every=4:keep=0+1", "every: 4, has no effect without leaving keep out"),
-        ("calm:length=9", "length: 9, has no effect without tau"),
+        ("calm:length=9", "length: 9, has no effect without tau above 0"),
+        ("dynamic:guess_cost=2", "guess_cost: 2.0, has no effect without ngram"),
+        ("skip_draft:eps=0:beta1=0.1", "beta1: 0.1, has no effect without eps above 0"),
         ("free:zeta=0.3", "zeta: 0.3, has no effect without adapt=true"),
         (
             "free:rollback=exact:rollback_threshold=1",

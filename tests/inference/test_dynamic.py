@@ -149,7 +149,8 @@ def drawn_from(logits, sampling):
 )
 @pytest.mark.usefixtures("no_layer_drafts")
 def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram, sampling):
-    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, guess_cost=0.01, ngram=ngram)
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
+    settings = replace(settings, guess_cost=0.01, ngram=1) if ngram else settings
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
     tokens, places = [7, 8, 7], []
     for [emission] in generation:
@@ -338,6 +339,8 @@ def test_when_guesses_pay_worked_by_hand(model, monkeypatch):
     assert gain > 1.248 / 1.25
     assert not rounds._guesses_pay(0, 1, E, d, 3)
     assert not rounds._guesses_pay(1, 1, E, d, 3)
+    rounds.guesses.agreed = 0.9
+    assert not rounds._guesses_pay(1, 1, E, d, 3)
     rounds.guesses.agreed = 0.995
     assert rounds._guesses_pay(1, 1, E, d, 3)
     assert rounds._guesses_pay(0, 1, E, d, 3)
@@ -439,7 +442,7 @@ def test_guesses_are_verified_where_layers_do_not_pay(model):
     settings = Dynamic(verify_costs=(1000.0,), guess_cost=0.95, ngram=1, d=3)
     alone = decode(model, [[7, 8, 7]], settings).counters
     assert alone.drafted > 0
-    assert decode(model, [[7, 8, 7]], replace(settings, ngram=0)).counters.drafted == 0
+    assert decode(model, [[7, 8, 7]], Dynamic(verify_costs=(1000.0,), d=3)).counters.drafted == 0
 
 
 @pytest.mark.parametrize(("agreed", "used"), [(0, False), (1, True)])

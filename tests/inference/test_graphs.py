@@ -224,7 +224,7 @@ def test_measurements_take_graphs(model):
     assert min(r.peak_bytes for r in ours) >= recorders[0].idle_bytes()
     costs = measure_costs(model, [[1, 2, 3], [4, 5, 6]], 2, graphs)
     assert (len(costs.draft), len(costs.layers)) == (3, 3)
-    assert recorders[2].recorded == 4 + 2 * 3 + 3 + 1, "steps, passes, rounds, a look"
+    assert recorders[2].recorded == 4 + 2 * 3 + 2 * 3 + 1 + 1, "step, pass, round, guess, look"
 
 
 def test_a_copy_is_of_the_numbers_as_they_were():

@@ -73,6 +73,17 @@ def test_a_draft_model_is_quantised_as_the_model_is(run_folder, monkeypatch, bit
     assert counters.accepted == counters.drafted > 0, "the very same model was to draft"
 
 
+def test_a_draft_model_that_does_not_fit_is_named(run_folder, monkeypatch):
+    def load(path, **options):
+        raise ValueError("quantize: int4 needs widths that 32 divides")
+
+    monkeypatch.setattr(two_model, "load_run", load)
+    two_model._load.cache_clear()
+    rounded = model()
+    with pytest.raises(ValueError, match="^draft: quantize: int4 needs widths"):
+        Generation(rounded, [[1, 2]], Speculative(draft=run_folder, d=2), max_new_tokens=9)
+
+
 def test_a_width_that_no_group_divides_is_refused():
     with pytest.raises(ValueError, match=r"^quantize: int4 needs widths that 32 divides, .*int8$"):
         quantize_layers(model(dim=48), "int4")

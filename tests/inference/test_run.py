@@ -74,6 +74,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 
 def test_of_a_hugging_face_folder_a_checkpoint_is_to_be_made(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "config.json").touch()
     remedy = f"models.convert --from hf --to skipstone {tmp_path} OUTPUT$"
     with pytest.raises(ValueError, match=rf"^run: {tmp_path} is a Hugging Face folder.*{remedy}"):
         load_run(tmp_path)

@@ -23,6 +23,14 @@ def test_settings_not_given_are_a_quarter_of_the_layers_and_four_tokens():
     assert parse_strategy("early_exit").filled(2) == EarlyExit(E=1)
 
 
+def test_lists_of_numbers_are_read_back():
+    strategy = parse_strategy("dynamic:exits=2+5:draft_costs=0.25+1e-7:verify_costs=1e17+2")
+    assert strategy.exits == (2, 5)
+    assert strategy.draft_costs == (0.25, 1e-7)
+    assert strategy.verify_costs == (1e17, 2.0)
+    assert parse_strategy(describe(strategy)) == strategy
+
+
 def test_the_largest_numbers_are_read():
     assert parse_strategy(f"patience:patience={2**63 - 1}").patience == 2**63 - 1
     assert parse_strategy("calm:threshold=inf").threshold == float("inf")

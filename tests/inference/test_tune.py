@@ -35,6 +35,13 @@ def test_the_table_of_predictions():
     }  # fmt: skip
 
 
+def test_a_round_shorter_than_one_of_its_terms_is_no_negative_speedup():
+    costs = replace(OF_THREE_LAYERS, rounds=[(0.1, 0.2), (0.1, 0.2)])
+    table = cost_table(predict([torch.tensor([[5, 6, 7]] * 3)], costs, 2), 3).splitlines()
+    assert table[1].split()[-2] == "-"
+    assert "x" in table[1].split()[-3]
+
+
 def test_dynamic_is_told_the_costs_that_were_measured():
     rounds = [(0.1234, 1.7), (0.3, 1.5), (0.5, 1.45), (0.7, -0.1), (2.0, 2.0)]
     costs = replace(OF_FOUR_LAYERS, draft=[0.2, 0.3, 0.5, 0.7, 1.0], rounds=rounds, guesses=1.234)
@@ -46,10 +53,10 @@ def test_dynamic_is_told_the_costs_that_were_measured():
         exits=(1, 2, 4),
         draft_costs=(0.12, 0.3, 0.7),
         verify_costs=(1.7, 1.5, 0.01),
-        guess_cost=1.23,
     )
     assert [arm for arm in arms if arm.name == "dynamic"] == [
-        replace(told, ngram=n) for n in (0, 2, 3)
+        told,
+        *(replace(told, guess_cost=1.23, ngram=n) for n in (2, 3)),
     ]
     assert {arm.E for arm in arms if arm.name == "self_speculative"} == {4}
 
@@ -167,13 +174,16 @@ def test_a_threshold_never_becomes_what_generate_uses_by_default(folder, monkeyp
             )
 
 
-def test_what_another_version_tuned_is_refused_with_the_remedy(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("strategy", ["dynamic:fixed_cost=0.5", "unified:speedup=3:keep=1"])
+def test_what_another_version_tuned_is_refused_with_the_remedy(
+    folder, monkeypatch, capsys, strategy
+):
     run = load_run(folder)
-    write_tuned(run, None, tuned_under(run, "dynamic:fixed_cost=0.5"), {})
+    write_tuned(run, None, tuned_under(run, strategy), {})
     with pytest.raises(SystemExit):
         generate_a_little(monkeypatch, capsys, folder)
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: tuned: dynamic:fixed_cost=0.5 cannot be read (strategy: dynamic")
+    assert line.startswith(f"error: tuned: {strategy} cannot be used (")
     assert line.endswith(f"delete {tuned_path(run)} or run inference.tune")
 
 

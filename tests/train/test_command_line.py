@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from train.command_line import parse
+from train.command_line import _first_part, parse
 from train.dry_run import DryRun
 from train.presets import PRESETS
 
@@ -119,6 +119,16 @@ def test_a_value_that_does_not_parse_is_refused_in_one_line(words, message, capf
     with pytest.raises(SystemExit):  # one of the ranks speaks, the others end with it
         parse(["demo", *words.split()], show=False)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_error_is_found_in_a_box_of_plain_characters_too():
+    box = """------ Value error ------
+| Error parsing --steps:  |
+| invalid 'abc'.          |
+| ----------------------- |
+| Argument helptext:      |
+---------------------------"""
+    assert _first_part(box) == "--steps: invalid 'abc', see --help"
 
 
 def test_help_documents_the_plan_with_units_and_defaults(capsys):

@@ -68,6 +68,10 @@ def test_a_rank_frozen_for_the_time_of_a_step_has_left_the_longer_section_it_was
         "ranks 0, 3 are frozen, without a heartbeat, last seen in setup of step 0 for 0 s", (0, 3)
     )
     # One that has been quiet for a moment alone is not named with it.
+    found = verdict((7, "checkpoint", 5), (6, "data", 11), (8, "step", 30), counts=[4, 4, 7])
+    assert found == Verdict(
+        "rank 1 is frozen, without a heartbeat, last seen in data of step 6 for 11 s", (0, 1)
+    )
     found = verdict((6, "data", 11), (7, "checkpoint", 5), (8, "step", 30), counts=[4, 4, 7])
     assert found == Verdict(
         "rank 0 is frozen, without a heartbeat, last seen in data of step 6 for 11 s", (0, 1)
