@@ -84,6 +84,7 @@ class Guesses:
     found: Tensor
     """(batch,) bool, which rows do."""
     vocab_size: int
+    """Ids there are."""
 
     @cached_property
     def q(self) -> Tensor:

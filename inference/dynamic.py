@@ -27,7 +27,7 @@ from inference.drafting import Draft, Guesses, Stop, draft, guess
 from inference.host_copy import HostCopy
 from inference.self_speculative import draft_problems, run_the_rest, settle, verify
 from inference.state import Decoder, DecodeState, Round
-from inference.strategy import Strategy
+from inference.strategy import Strategy, exits_problems
 from models.config import LlamaConfig
 from models.llama import NOTHING
 
@@ -77,12 +77,8 @@ class Dynamic(Strategy):
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
         exits = self._exits(n_layers)
-        in_order = list(exits) == sorted({E for E in exits if 1 <= E < n_layers})
-        if n_layers > 1 and not (exits and in_order):
-            found.append(
-                f"exits: {'+'.join(map(str, exits)) or 'none'}, dynamic needs ascending layers "
-                f"from 1 to {n_layers - 1} for this model"
-            )
+        if n_layers > 1:
+            found += exits_problems(self.name, exits, n_layers)
         found += cost_problems("draft_costs", self.draft_costs, (len(exits),))
         found += cost_problems("verify_costs", self.verify_costs, (1, len(exits)))
         found += cost_problems("guess_cost", (self.guess_cost,), (1,))

@@ -19,7 +19,7 @@ from inference.beta_mixture import RowThresholds
 from inference.exit_rules import softmax_gap
 from inference.sampling import accept, sample
 from inference.state import Decoder, DecodeState, Round
-from inference.strategy import Strategy
+from inference.strategy import Strategy, exits_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,7 @@ class Free(Strategy):
 
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the settings."""
-        exits, found = self.exits or (), []
-        in_order = list(exits) == sorted(set(exits))
-        if not exits or not in_order or exits[0] < 1 or exits[-1] >= n_layers:
-            found.append(
-                f"exits: {'+'.join(map(str, exits)) or 'none'}, free needs ascending layers from 1 "
-                f"to {n_layers - 1} for this model"
-            )
+        found = exits_problems(self.name, self.exits or (), n_layers)
         if not self.threshold >= 0.0:
             found.append(f"threshold: {self.threshold}, give at least 0")
         if not 0.0 < self.zeta < 1.0:

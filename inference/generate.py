@@ -132,9 +132,7 @@ def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
     if tuned is None or tuned.strategy is None:
         return None, ""
     try:
-        n_layers = run.model.config.n_layers
-        if problems := parse_strategy(tuned.strategy).filled(n_layers).problems(n_layers):
-            raise ValueError("; ".join(problems))
+        parse_strategy(tuned.strategy).fitted(run.model.config.n_layers)
     except ValueError as error:  # it is of another version
         remedy = f"delete {tuned_path(run)} or run inference.tune"
         raise ValueError(f"tuned: {tuned.strategy} cannot be used ({error}), {remedy}") from None
