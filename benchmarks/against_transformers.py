@@ -22,16 +22,16 @@ import torch
 import transformers
 
 from data.dataset import VALIDATION
-from inference.autoregressive import Autoregressive
 from inference.benchmark import machine
-from inference.compiled import compile_layers
-from inference.decode import Generation
-from inference.packed import can_pack, pack
-from inference.prompts import held_out_prompts
-from inference.run import load_run
-from inference.strategies import describe, parse_strategy
-from inference.strategy import Strategy
-from models.hugging_face import hugging_face_config, hugging_face_state
+from inference.engine.compiled import compile_layers
+from inference.engine.generation import Generation
+from inference.engine.strategy import Strategy
+from inference.evaluation.prompts import held_out_prompts
+from inference.loading.packed import can_pack, pack
+from inference.loading.run import load_run
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.registry import describe, parse_strategy
+from models.conversion.hugging_face import hugging_face_config, hugging_face_state
 from models.llama import Llama
 from models.sizes import SIZES
 

@@ -21,11 +21,11 @@ import torch
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.flops import total_params
-from train.checkpoint_content import RunIdentity
-from train.checkpointer import CheckpointConfig, CheckpointWriter
-from train.optim import OptimConfig, build_optimizer
-from train.parallelize import ParallelConfig, build_model
-from train.runtime import Runtime, RuntimeConfig, start_runtime
+from train.checkpoints.checkpointer import CheckpointConfig, CheckpointWriter
+from train.checkpoints.content import RunIdentity
+from train.optimizer.optim import OptimConfig, build_optimizer
+from train.parallel.parallelize import ParallelConfig, build_model
+from train.parallel.runtime import Runtime, RuntimeConfig, start_runtime
 
 SEQ_LEN = 64
 MODES = ("none", "synchronous", "asynchronous")

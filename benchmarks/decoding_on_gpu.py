@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from inference.benchmark import LEGEND, expand_arms, machine, names, table
-from inference.compiled import compile_layers
-from inference.decode import wait_for
-from inference.graphs import round_graphs
-from inference.measurement import ArmResult, Workload, measure
-from inference.run import DTYPES
-from inference.sampling import Sampling
+from inference.engine.compiled import compile_layers
+from inference.engine.cuda_graphs import round_graphs
+from inference.engine.generation import wait_for
+from inference.engine.sampling import Sampling
+from inference.evaluation.measurement import ArmResult, Workload, measure
+from inference.loading.run import DTYPES
 from models.config import LlamaConfig
 from models.flops import block_params
 from models.llama import Llama

@@ -1,4 +1,4 @@
-"""Train every recipe of `train/demos.py` on the same tokens and compare the exits.
+"""Train every recipe of `train/config/demos.py` on the same tokens and compare the exits.
 
     PYTHONPATH=. python benchmarks/recipes.py --steps 200 --json benchmarks/recipes.json
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from inference.benchmark import machine
-from train.demos import DEMOS
+from train.config.demos import DEMOS
 from train.sweep import last_validation
 
 

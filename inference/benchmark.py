@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     add_compile_argument,
     add_sampling_arguments,
@@ -23,15 +23,15 @@ from inference.cli import (
     sampling_from,
     write_json,
 )
-from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
+from inference.engine.strategy import Strategy
+from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
+from inference.evaluation.plot import write_plot
+from inference.evaluation.prompts import PromptSet, add_prompt_arguments, prompt_set_from
+from inference.loading.run import Run
 from inference.oracle import find_oracle, record_continuations
-from inference.plot import write_plot
-from inference.prompts import PromptSet, add_prompt_arguments, prompt_set_from
-from inference.run import Run
-from inference.self_speculative import SelfSpeculative
-from inference.strategies import STRATEGIES, parse_strategy
-from inference.strategy import Strategy
-from inference.two_model import check_tokenizer
+from inference.strategies.registry import STRATEGIES, parse_strategy
+from inference.strategies.self_speculative import SelfSpeculative
+from inference.strategies.two_model import check_tokenizer
 from models.llama import Llama
 
 LEGEND = """speedup: over autoregressive in the same repeat. layers, heads: computed per new

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from inference.autoregressive import Autoregressive
-from inference.cli import Parser, format_table, run_command, run_from, write_json
-from inference.decode import Generation
-from inference.exit_rules import Calm
-from inference.learn_then_test import certify
-from inference.prompts import add_prompt_arguments, prompts_from
-from inference.strategies import describe, parse_strategy
+from inference.cli.arguments import Parser, format_table, run_command, run_from, write_json
+from inference.engine.generation import Generation
+from inference.evaluation.prompts import add_prompt_arguments, prompts_from
+from inference.fitting.learn_then_test import certify
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.exit_rules import Calm
+from inference.strategies.registry import describe, parse_strategy
 from models.llama import Llama
 
 

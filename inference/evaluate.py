@@ -18,8 +18,7 @@ from data.dataset import VALIDATION
 from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS, TokenStream
 from data.windows import Windows, open_windows, spread
-from inference.calibration import bin_confidence, mean_confidence
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     format_table,
     picture_file,
@@ -28,9 +27,10 @@ from inference.cli import (
     with_progress,
     write_json,
 )
-from inference.plot import write_exit_plot
-from inference.rule_quality import BINS, calibration_error
-from inference.run import Run
+from inference.evaluation.calibration import bin_confidence, mean_confidence
+from inference.evaluation.plot import write_exit_plot
+from inference.evaluation.rule_quality import BINS, calibration_error
+from inference.loading.run import Run
 from models.document_mask import document_mask
 from models.llama import Llama
 

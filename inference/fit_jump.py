@@ -4,8 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from data.dataset import TRAIN, VALIDATION
-from inference.adapters import decode_folder
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     add_fit_arguments,
     format_table,
@@ -13,9 +12,10 @@ from inference.cli import (
     run_from,
     write_json,
 )
-from inference.jump import save_jump
-from inference.jump_fitting import fit_jump, measure_jump
-from inference.traces import read_windows
+from inference.fitting.jump_fitting import fit_jump, measure_jump
+from inference.fitting.traces import read_windows
+from inference.loading.adapters import decode_folder
+from inference.strategies.jump import save_jump
 
 
 def rank_of(text: str) -> int | None:

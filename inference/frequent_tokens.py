@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from data.dataset import TRAIN
 from data.shards import TokenStream
-from inference.adapters import decode_folder
-from inference.cli import Parser, run_command, run_from, with_progress, write_json
-from inference.part_of_head import most_frequent
+from inference.cli.arguments import Parser, run_command, run_from, with_progress, write_json
+from inference.loading.adapters import decode_folder
+from inference.strategies.part_of_head import most_frequent
 
 _BLOCK_TOKENS = 2**20
 

@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from dataclasses import asdict
 
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     add_compile_argument,
     add_sampling_arguments,
@@ -18,13 +18,13 @@ from inference.cli import (
     sampling_from,
     write_json,
 )
-from inference.counters import Counters
-from inference.decode import Emission, Generation
-from inference.run import Run
-from inference.strategies import STRATEGIES, describe, has_threshold, parse_strategy
-from inference.text_stream import TextStream
-from inference.tuned import conditions_of, read_tuned, tuned_path
-from inference.two_model import check_tokenizer
+from inference.cli.text_stream import TextStream
+from inference.engine.counters import Counters
+from inference.engine.generation import Emission, Generation
+from inference.loading.run import Run
+from inference.loading.tuned import conditions_of, read_tuned, tuned_path
+from inference.strategies.registry import STRATEGIES, describe, has_threshold, parse_strategy
+from inference.strategies.two_model import check_tokenizer
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
 _COLORS = {ACCEPTED: "\033[32m", CORRECTED: "\033[33m", PLAIN: ""}

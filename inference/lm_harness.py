@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from inference.autoregressive import EarlyExit
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     add_compile_argument,
     decoding_run_from,
@@ -22,12 +21,13 @@ from inference.cli import (
     with_progress,
     write_json,
 )
-from inference.decode import Generation
-from inference.run import Run
-from inference.sampling import Sampling
-from inference.strategies import STRATEGIES, describe, parse_strategy
-from inference.strategy import Strategy
-from inference.two_model import check_tokenizer
+from inference.engine.generation import Generation
+from inference.engine.sampling import Sampling
+from inference.engine.strategy import Strategy
+from inference.loading.run import Run
+from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.registry import STRATEGIES, describe, parse_strategy
+from inference.strategies.two_model import check_tokenizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lm_eval"):
     from lm_eval.api.instance import Instance

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from inference.autoregressive import Autoregressive
-from inference.cli import Parser, format_table, run_command, run_from, write_json
-from inference.decode import Generation
-from inference.prompts import add_prompt_arguments, prompts_from
+from inference.cli.arguments import Parser, format_table, run_command, run_from, write_json
+from inference.engine.generation import Generation
+from inference.evaluation.prompts import add_prompt_arguments, prompts_from
+from inference.strategies.autoregressive import Autoregressive
 from models.llama import Llama
 
 

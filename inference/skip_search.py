@@ -10,9 +10,7 @@ measures one choice many times.
 import argparse
 from dataclasses import asdict, dataclass, replace
 
-from inference.autoregressive import Autoregressive
-from inference.bayesian_search import Choice, search
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     add_sampling_arguments,
     format_table,
@@ -22,14 +20,16 @@ from inference.cli import (
     sampling_from,
     write_json,
 )
-from inference.counters import Counters, speedup_bound
-from inference.decode import Generation
-from inference.prompts import add_prompt_arguments, prompts_from
-from inference.run import Run
-from inference.sampling import Sampling
-from inference.skip_draft import SkipDraft
-from inference.strategies import describe
-from inference.strategy import Strategy
+from inference.engine.counters import Counters, speedup_bound
+from inference.engine.generation import Generation
+from inference.engine.sampling import Sampling
+from inference.engine.strategy import Strategy
+from inference.evaluation.prompts import add_prompt_arguments, prompts_from
+from inference.fitting.bayesian_search import Choice, search
+from inference.loading.run import Run
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.registry import describe
+from inference.strategies.skip_draft import SkipDraft
 from models.config import LlamaConfig
 from models.flops import block_params
 from models.llama import Llama, SkippedParts

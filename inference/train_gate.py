@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from data.dataset import TRAIN, VALIDATION
-from inference.adapters import decode_folder
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     add_fit_arguments,
     format_table,
@@ -20,10 +19,7 @@ from inference.cli import (
     seed_number,
     write_json,
 )
-from inference.gate_training import all_scores, fit_gate
-from inference.gates import FORMS, save_gate
-from inference.row_exits import exit_problems, exits_from
-from inference.rule_quality import (
+from inference.evaluation.rule_quality import (
     agreement_at_depth,
     area_under_roc,
     best_agreement,
@@ -31,7 +27,11 @@ from inference.rule_quality import (
     calibration_error,
     curve,
 )
-from inference.traces import Trace, read_windows, record
+from inference.fitting.gate_training import all_scores, fit_gate
+from inference.fitting.traces import Trace, read_windows, record
+from inference.loading.adapters import decode_folder
+from inference.strategies.gates import FORMS, save_gate
+from inference.strategies.row_exits import exit_problems, exits_from
 
 LEGEND = """
 Agreement with the last layer at equal mean depth: of static exit after E layers, of the softmax gap

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from inference.benchmark import LEGEND, check_draft_fits, machine, table
-from inference.candidates import candidates, with_thresholds
-from inference.cli import (
+from inference.cli.arguments import (
     Parser,
     add_compile_argument,
     decoding_run_from,
@@ -22,15 +21,16 @@ from inference.cli import (
     run_command,
     write_json,
 )
-from inference.costs import Costs, Prediction, measure_costs, predict
-from inference.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
+from inference.engine.sampling import Sampling
+from inference.engine.strategy import Strategy
+from inference.evaluation.candidates import candidates, with_thresholds
+from inference.evaluation.costs import Costs, Prediction, measure_costs, predict
+from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
+from inference.evaluation.prompts import add_prompt_arguments, prompts_from
+from inference.loading.run import Run
+from inference.loading.tuned import Tuned, conditions_of, write_tuned
 from inference.oracle import record_continuations
-from inference.prompts import add_prompt_arguments, prompts_from
-from inference.run import Run
-from inference.sampling import Sampling
-from inference.self_speculative import SelfSpeculative
-from inference.strategy import Strategy
-from inference.tuned import Tuned, conditions_of, write_tuned
+from inference.strategies.self_speculative import SelfSpeculative
 
 _COST_LEGEND = """In full steps: draft: single tokens in the first layers; verify: other passes of
 layers; head: of drafts and verification; overhead: the rest of a round, as accepting. without_x:

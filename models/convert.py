@@ -17,13 +17,24 @@ from data.hugging_face import find_tokenizer, has_chat_template, prove_same_ids,
 from data.tokenizer import Tokenizer
 from models.checkpoint_format import TOKENIZER, find_checkpoint
 from models.config import LlamaConfig
-from models.convert_options import DTYPES, HUGGING_FACE, build_parser
-from models.model_card import write_model_card
-from models.plain_checkpoint import read_checkpoint, write_checkpoint
-from models.proof import our_logits, probe, prove_same_bits, prove_same_logits, transformers_logits
-from models.pruning import drop_own_exits, layers_to_keep, prune
-from models.publishing import published
-from models.safetensors_folder import read_config, read_eos_ids, read_weights, write_model
+from models.conversion.model_card import write_model_card
+from models.conversion.options import DTYPES, HUGGING_FACE, build_parser
+from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
+from models.conversion.proof import (
+    our_logits,
+    probe,
+    prove_same_bits,
+    prove_same_logits,
+    transformers_logits,
+)
+from models.conversion.pruning import drop_own_exits, layers_to_keep, prune
+from models.conversion.publishing import published
+from models.conversion.safetensors_folder import (
+    read_config,
+    read_eos_ids,
+    read_weights,
+    write_model,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +162,7 @@ def change(source: Source, args: argparse.Namespace) -> Source:
 
 
 def keep_layers(source: Source, keep: list[int]) -> Source:
-    """Return the model that has the layers `keep` alone, see `models.pruning`."""
+    """Return the model that has the layers `keep` alone, see `models.conversion.pruning`."""
     config, state = prune(source.config, source.state, keep)
     note = f"It has layers {', '.join(map(str, keep))} of a model of {source.config.n_layers}."
     note = f"{source.note} {note}".lstrip()
@@ -159,7 +170,7 @@ def keep_layers(source: Source, keep: list[int]) -> Source:
 
 
 def leave_own_exits(source: Source) -> Source:
-    """Return the model without what exits have of their own, see `models.pruning`."""
+    """Return the model without what exits have of their own, see `models.conversion.pruning`."""
     exits = ", ".join(map(str, source.config.own_exits))
     config, state = drop_own_exits(source.config, source.state)
     note = f"Its exits after {exits} layers had parts of their own, which are left out here."

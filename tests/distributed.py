@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from train.runtime import RuntimeConfig, start_runtime
+from train.parallel.runtime import RuntimeConfig, start_runtime
 
 ROOT = Path(__file__).parent.parent
-SLOW_TO_IMPORT = ("train.parallelize", "train.resume", "torch._dynamo")
+SLOW_TO_IMPORT = ("train.parallel.parallelize", "train.checkpoints.resume", "torch._dynamo")
 
 
 def run_distributed(function, world_size, *arguments):

@@ -113,7 +113,7 @@ def _serve():
     import torch._dynamo  # noqa: F401  what torch would import when a run initialises its weights
 
     import train.main  # noqa: F401  what takes the seconds
-    from train.command_line import parse
+    from train.config.command_line import parse
 
     parse([], show=False)  # reads the sources that document the options
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaders are not waited for

@@ -18,7 +18,7 @@ ALLOWED = {
 }
 # A model comes and goes with its tokenizer, so the command that converts both names both.
 ALSO_ALLOWED = {"models/convert.py": {"data.hugging_face", "data.tokenizer"}}
-CHECKPOINT_FILES = {"models/checkpoint_format.py", "models/plain_checkpoint.py"}
+CHECKPOINT_FILES = {"models/checkpoint_format.py", "models/conversion/plain_checkpoint.py"}
 ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb", "tyro"}
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -55,7 +55,7 @@ def test_torchtitan_is_imported_in_one_file():
     users = {
         name_of(path) for path in FILES for name in imports(path) if name.startswith("torchtitan")
     }
-    assert users == {"train/titan.py"}
+    assert users == {"train/parallel/titan.py"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -91,7 +91,7 @@ def test_files_and_functions_stay_short(path):
 def test_environment_is_read_in_one_file():
     readers = {name_of(path) for path in FILES if "os.environ" in path.read_text()}
     # generate.py asks for NO_COLOR, the terminal's own convention, and nothing else.
-    assert readers <= {"train/runtime.py", "inference/generate.py"}
+    assert readers <= {"train/parallel/runtime.py", "inference/generate.py"}
     assert (ROOT / "inference" / "generate.py").read_text().count("os.environ") == 1
 
 

@@ -4,15 +4,15 @@ import logging
 from collections.abc import Sequence
 
 from data.loader import batch_number
-from train.adam_monitor import alarms
 from train.job import Job
-from train.metrics import Histogram, Metrics
-from train.optim import lr
-from train.outcome import Outcome
-from train.recovery import RunState, Trouble
-from train.report import StepReport, step_line
-from train.stragglers import StragglerWatch
-from train.throughput import Throughput
+from train.loop.outcome import Outcome
+from train.loop.recovery import RunState, Trouble
+from train.loop.report import StepReport, step_line
+from train.loop.throughput import Throughput
+from train.monitoring.adam_monitor import alarms
+from train.monitoring.stragglers import StragglerWatch
+from train.optimizer.optim import lr
+from train.run_folder.metrics import Histogram, Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -13,26 +13,26 @@ from data.dataset import VALIDATION, verify_shards
 from data.loader import Microbatch, TokenLoader
 from models.flops import total_params
 from models.llama import Llama
-from train.adam_monitor import AdamMonitor
-from train.checkpoint_content import RunIdentity, checkpoint_bytes
-from train.checkpointer import CheckpointWriter
-from train.config import TrainConfig
-from train.corpus import Corpus, open_corpus, train_loader
-from train.events import EventLog, State, append_event, goodput, starts, write_status
-from train.hang_watchdog import Watchdog
-from train.interruption import Interruption
-from train.layerskip import LayerSkipSchedule
-from train.optim import build_optimizer
-from train.parallelize import build_model
-from train.preflight import check_run_folder, check_space
-from train.recovery import Ranges, RunState, run_state_from_dict
-from train.replica_check import ReplicaCheck
-from train.resume import Resumed, load_initial_weights, resume
-from train.run_lock import RunLock, lock_run
-from train.runtime import Runtime, connect_store
-from train.sections import Sections
-from train.titan import OptimizersContainer
-from train.validate import HeldOut
+from train.checkpoints.checkpointer import CheckpointWriter
+from train.checkpoints.content import RunIdentity, checkpoint_bytes
+from train.checkpoints.resume import Resumed, load_initial_weights, resume
+from train.config.config import TrainConfig
+from train.loop.corpus import Corpus, open_corpus, train_loader
+from train.loop.layerskip import LayerSkipSchedule
+from train.loop.recovery import Ranges, RunState, run_state_from_dict
+from train.loop.validate import HeldOut
+from train.monitoring.adam_monitor import AdamMonitor
+from train.monitoring.hang_watchdog import Watchdog
+from train.monitoring.interruption import Interruption
+from train.monitoring.replica_check import ReplicaCheck
+from train.monitoring.sections import Sections
+from train.optimizer.optim import build_optimizer
+from train.parallel.parallelize import build_model
+from train.parallel.runtime import Runtime, connect_store
+from train.parallel.titan import OptimizersContainer
+from train.run_folder.events import EventLog, State, append_event, goodput, starts, write_status
+from train.run_folder.preflight import check_run_folder, check_space
+from train.run_folder.run_lock import RunLock, lock_run
 
 logger = logging.getLogger(__name__)
 

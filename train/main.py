@@ -7,19 +7,18 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from train.command_line import parse
-from train.config import TrainConfig
-from train.dry_run import plan
+from train.config.command_line import parse
+from train.config.config import TrainConfig
 from train.follow import Follower
-from train.interruption import Interruption
 from train.job import Job, open_job
-from train.metrics import Metrics, open_metrics
-from train.outcome import LateReader
-from train.recovery import RunState
-from train.replica_check import ReplicasDifferError
-from train.report import exit_metrics, validation_line
-from train.rollback import roll_back
-from train.runtime import (
+from train.loop.outcome import LateReader
+from train.loop.recovery import RunState
+from train.loop.report import exit_metrics, validation_line
+from train.loop.step import train_step
+from train.loop.validate import validate
+from train.monitoring.interruption import Interruption
+from train.monitoring.replica_check import ReplicasDifferError
+from train.parallel.runtime import (
     Runtime,
     end_process,
     is_main_process,
@@ -27,9 +26,10 @@ from train.runtime import (
     start_logging,
     start_runtime,
 )
-from train.step import train_step
-from train.titan import GarbageCollection
-from train.validate import validate
+from train.parallel.titan import GarbageCollection
+from train.planning.dry_run import plan
+from train.rollback import roll_back
+from train.run_folder.metrics import Metrics, open_metrics
 
 logger = logging.getLogger(__name__)
 

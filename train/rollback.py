@@ -3,15 +3,15 @@
 import logging
 
 from models.checkpoint_format import checkpoint_steps
+from train.checkpoints.resume import rollback
 from train.job import Job
-from train.recovery import (
+from train.loop.recovery import (
     RunState,
     Trouble,
     rollback_step,
     run_state_from_dict,
     skip_after_rollback,
 )
-from train.resume import rollback
 
 logger = logging.getLogger(__name__)
 

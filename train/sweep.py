@@ -17,8 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
-from train.command_line import parse
-from train.config import TrainConfig
+from train.config.command_line import parse
+from train.config.config import TrainConfig
 
 _EXAMPLE = """\
 example:

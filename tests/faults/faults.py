@@ -12,13 +12,13 @@ import time
 import torch
 import torch.distributed.checkpoint.filesystem as torch_files
 
-import train.checkpointer
+import train.checkpoints.checkpointer
 import train.job
+import train.loop.step
 import train.main
-import train.step
 from data.loader import Microbatch, TokenLoader
 from models.checkpoint_format import Manifest
-from train.checkpointer import CheckpointWriter
+from train.checkpoints.checkpointer import CheckpointWriter
 
 
 def _before_step(t_hit, action):
@@ -90,7 +90,7 @@ def nan_in_exit(on_rank, rank, steps, l):
     now = []
     for t in steps:
         _before_step(t, lambda model: now.append(True))
-    loss = train.step.early_exit_loss
+    loss = train.loop.step.early_exit_loss
 
     def broken(hidden, *arguments, **keywords):
         if now:
@@ -98,7 +98,7 @@ def nan_in_exit(on_rank, rank, steps, l):
             hidden = hidden | {l: hidden[l] * float("nan")}
         return loss(hidden, *arguments, **keywords)
 
-    train.step.early_exit_loss = broken
+    train.loop.step.early_exit_loss = broken
 
 
 def infinite_gradient(on_rank, rank, t):
@@ -107,7 +107,7 @@ def infinite_gradient(on_rank, rank, t):
         return
     now = []
     _before_step(t, lambda model: now.append(True))
-    clip = train.step.clip_grad_norm_
+    clip = train.loop.step.clip_grad_norm_
 
     def broken(parameters, *arguments):
         parameters = list(parameters)
@@ -116,7 +116,7 @@ def infinite_gradient(on_rank, rank, t):
             parameters[0].grad.to_local().flatten()[0] = float("inf")
         return clip(parameters, *arguments)
 
-    train.step.clip_grad_norm_ = broken
+    train.loop.step.clip_grad_norm_ = broken
 
 
 def poison(on_rank, first, stop, label):
@@ -190,8 +190,8 @@ def kill_in_checkpoint(on_rank, rank, step, point):
         write = Manifest.write
         Manifest.write = lambda self, folder: die_if(self.step == step) or write(self, folder)
     else:
-        publish = train.checkpointer.publish
-        train.checkpointer.publish = lambda aside, path: (
+        publish = train.checkpoints.checkpointer.publish
+        train.checkpoints.checkpointer.publish = lambda aside, path: (
             die_if(path.name == name) or publish(aside, path)
         )
 
@@ -200,7 +200,7 @@ def full_disk(on_rank, rank, steps):
     """Let rank `rank` write no file of more than 10 kB in the checkpoints of some steps."""
     if on_rank != rank:
         return
-    save = train.checkpointer.save
+    save = train.checkpoints.checkpointer.save
     names = {f"step-{step:08d}.tmp" for step in steps}
 
     def limited(tensors, *, storage_writer, **rest):
@@ -212,4 +212,4 @@ def full_disk(on_rank, rank, steps):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    train.checkpointer.save = limited
+    train.checkpoints.checkpointer.save = limited

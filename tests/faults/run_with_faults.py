@@ -6,7 +6,7 @@ import sys
 
 from tests.faults import faults
 from train.main import main
-from train.runtime import end_process
+from train.parallel.runtime import end_process
 
 if __name__ == "__main__":
     for name, arguments in json.loads(os.environ["FAULTS"]):

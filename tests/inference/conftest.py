@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from data.preparation import PrepareConfig, prepare
-from inference.dynamic import Dynamic
+from inference.strategies.dynamic import Dynamic
 from models.checkpoint_format import MANIFEST, TOKENIZER, Manifest, file_entry
 from tests.models.test_llama import build, small
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from inference.decode import Generation
+from inference.engine.generation import Generation
 from models.llama import NOTHING
 from tests.models.test_llama import build, small
 

@@ -9,8 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.graphs import RoundGraphs
-from inference.state import Round
+from inference.engine.cuda_graphs import RoundGraphs
+from inference.engine.state import Round
 
 pytree.register_dataclass(Round)
 DRAWS = (torch.ops.aten.exponential_.default, torch.ops.aten.uniform_.default)

@@ -8,10 +8,10 @@ import pytest
 
 from data.shards import TokenStream
 from inference import benchmark
-from inference.autoregressive import Autoregressive, EarlyExit
 from inference.benchmark import LEGEND, expand_arms
-from inference.prompts import held_out_prompts
-from inference.self_speculative import SelfSpeculative
+from inference.evaluation.prompts import held_out_prompts
+from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.self_speculative import SelfSpeculative
 
 
 def run_command(monkeypatch, *arguments):

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from inference import calibrate
-from inference.autoregressive import Autoregressive
 from inference.calibrate import token_losses
-from inference.exit_rules import Calm
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.exit_rules import Calm
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 
 

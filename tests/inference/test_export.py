@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from inference.decode import Generation
+from inference.engine.generation import Generation
 from inference.evaluate import main as evaluate
-from inference.run import load_run
-from inference.strategies import parse_strategy
+from inference.loading.run import load_run
+from inference.strategies.registry import parse_strategy
 from models.convert import build_parser, convert
 
 transformers = pytest.importorskip("transformers")

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from inference import fit_jump, generate, train_gate
-from inference.decode import Emission
-from inference.strategies import STRATEGIES
+from inference.engine.generation import Emission
+from inference.strategies.registry import STRATEGIES
 
 PROMPT = "the cat sat"
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from inference.autoregressive import Autoregressive
-from inference.run import load_run
-from inference.self_speculative import SelfSpeculative
+from inference.loading.run import load_run
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.self_speculative import SelfSpeculative
 
 pytest.importorskip("lm_eval", reason="pip install -e .[lm_eval]")
 from lm_eval.api.instance import Instance

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from inference import oracle
-from inference.autoregressive import Autoregressive
-from inference.exit_rules import Calm, Patience
 from inference.oracle import find_oracle, record_exits, speed_model
-from inference.self_speculative import SelfSpeculative
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.exit_rules import Calm, Patience
+from inference.strategies.self_speculative import SelfSpeculative
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 
 TRACE = torch.tensor([[1, 5, 3, 9], [2, 5, 4, 4], [1, 5, 3, 4], [1, 5, 4, 4]])

@@ -8,27 +8,27 @@ import torch
 
 from data.shards import TokenStream
 from data.windows import StreamWindows
-from inference.autoregressive import Autoregressive, EarlyExit
-from inference.drafting import draft
-from inference.dynamic import Dynamic
+from inference.engine.prefill import fill_rows, open_state
+from inference.engine.sampling import Sampling
 from inference.evaluate import evaluate_exits
-from inference.exit_rules import Calm, Gated
-from inference.free import Free
-from inference.gates import save_gate
-from inference.jump import Jump, JumpMap, save_jump
-from inference.jump_fitting import measure_jump
+from inference.fitting.jump_fitting import measure_jump
+from inference.fitting.traces import record
+from inference.loading.packed import pack
 from inference.oracle import record_exits
-from inference.packed import pack
-from inference.part_of_head import part_of_head
-from inference.rows import fill_rows, open_state
-from inference.sampling import Sampling
-from inference.self_speculative import SelfSpeculative
-from inference.skip_draft import SkipDraft
-from inference.traces import record
+from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.drafting import draft
+from inference.strategies.dynamic import Dynamic
+from inference.strategies.exit_rules import Calm, Gated
+from inference.strategies.free import Free
+from inference.strategies.gates import save_gate
+from inference.strategies.jump import Jump, JumpMap, save_jump
+from inference.strategies.part_of_head import part_of_head
+from inference.strategies.self_speculative import SelfSpeculative
+from inference.strategies.skip_draft import SkipDraft
 from models.llama import NOTHING
 from tests.inference import test_exit_rules, test_free
 from tests.inference.every_strategy import PROMPTS, decode, make_model
-from tests.inference.test_gates import random_gate
+from tests.inference.strategies.test_gates import random_gate
 from tests.models.test_exit_parts import shake, slow_reading
 
 L, EXITS = 6, (2, 4)
@@ -202,7 +202,7 @@ def test_evaluates_table_equals_a_slow_one(model):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_a_packed_model_decodes_the_same(monkeypatch):
-    monkeypatch.setattr("inference.packed.PACKED_ELEMENTS", 1000)
+    monkeypatch.setattr("inference.loading.packed.PACKED_ELEMENTS", 1000)
     packed, plain = (make_model(L, own_exits=EXITS, own_exit_mlp=True) for _ in range(2))
     for each in (packed, plain):
         shake(each)

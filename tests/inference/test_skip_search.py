@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from inference import skip_search
-from inference.autoregressive import Autoregressive
-from inference.decode import Generation
-from inference.run import load_run
-from inference.sampling import Sampling
+from inference.engine.generation import Generation
+from inference.engine.sampling import Sampling
+from inference.loading.run import load_run
 from inference.skip_search import Measurement, draft_cost, find, starting_points, strategy_of
-from inference.strategies import parse_strategy
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.registry import parse_strategy
 from models.llama import NOTHING, SkippedParts, whole_layers
 from tests.inference.every_strategy import PROMPTS, make_model
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from inference.row_exits import decode_until_sure
-from inference.rows import fill_rows, open_state
-from inference.sampling import Sampling
-from inference.schedules import SkipDecode, Unified
+from inference.engine.prefill import fill_rows, open_state
+from inference.engine.sampling import Sampling
+from inference.strategies.row_exits import decode_until_sure
+from inference.strategies.schedules import SkipDecode, Unified
 from models.llama import NOTHING
 from models.token_depth import TokenDepthConfig, draw_exits, token_layers
 from tests.inference.every_strategy import PROMPTS, make_model

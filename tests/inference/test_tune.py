@@ -9,17 +9,24 @@ import pytest
 import torch
 
 from inference import generate, tune
-from inference.candidates import candidates
-from inference.costs import predict
-from inference.dynamic import Dynamic
-from inference.measurement import AUTOREGRESSIVE, Workload, measure
-from inference.run import load_run
-from inference.sampling import Sampling
-from inference.self_speculative import SelfSpeculative
+from inference.engine.sampling import Sampling
+from inference.evaluation.candidates import candidates
+from inference.evaluation.costs import predict
+from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
+from inference.loading.run import load_run
+from inference.loading.tuned import (
+    Conditions,
+    Tuned,
+    conditions_of,
+    read_tuned,
+    tuned_path,
+    write_tuned,
+)
+from inference.strategies.dynamic import Dynamic
+from inference.strategies.self_speculative import SelfSpeculative
 from inference.tune import cost_table
-from inference.tuned import Conditions, Tuned, conditions_of, read_tuned, tuned_path, write_tuned
+from tests.inference.evaluation.test_costs import OF_FOUR_LAYERS, OF_THREE_LAYERS
 from tests.inference.every_strategy import PROMPTS, make_model
-from tests.inference.test_costs import OF_FOUR_LAYERS, OF_THREE_LAYERS
 
 
 def test_the_table_of_predictions():

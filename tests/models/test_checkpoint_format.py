@@ -21,7 +21,7 @@ from models.checkpoint_format import (
     verify,
 )
 from tests.train import tiny
-from train.runtime import RuntimeConfig, start_runtime
+from train.parallel.runtime import RuntimeConfig, start_runtime
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 
 import models.convert
 from models.checkpoint_format import load_model, read_manifest
+from models.conversion.hugging_face import hugging_face_name
+from models.conversion.safetensors_folder import CONFIG, INDEX, read_config
 from models.convert import build_parser, convert, main
-from models.hugging_face import hugging_face_name
 from models.rope import RopeScaling
-from models.safetensors_folder import CONFIG, INDEX, read_config
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.models.test_llama import build
-from train.resume import load_initial_weights
-from train.runtime import RuntimeConfig, start_runtime
+from train.checkpoints.resume import load_initial_weights
+from train.parallel.runtime import RuntimeConfig, start_runtime
 
 transformers = pytest.importorskip("transformers")
 

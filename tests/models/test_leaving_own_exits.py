@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from models.checkpoint_format import load_model
+from models.conversion.hugging_face import hugging_face_name
+from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
 from models.convert import build_parser, convert
-from models.hugging_face import hugging_face_name
-from models.plain_checkpoint import read_checkpoint, write_checkpoint
 from tests.models.test_exit_parts import EXITS, with_own_exits
 
 

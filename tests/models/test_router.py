@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from models.config import config_from_dict
+from models.conversion.hugging_face import hugging_face_config
+from models.conversion.pruning import prune
 from models.document_mask import attend, document_mask, query_mask
-from models.hugging_face import hugging_face_config
 from models.layer_dropout import draw_kept_rows
 from models.llama import Llama
-from models.pruning import prune
 from models.router import RouterConfig, Routing, most_probable, route
 from tests.models.test_llama import build, small
 from tests.models.token_by_token import token_by_token

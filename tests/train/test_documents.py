@@ -12,14 +12,14 @@ from data.shards import NO_LOSS
 from loss.cross_entropy import IGNORE_INDEX
 from models.layer_dropout import LayerDropoutConfig
 from tests.distributed import run_distributed
-from tests.train.test_step import STEP, make_config, plan_of
-from train.corpus import DataConfig, open_corpus, train_loader
-from train.interruption import Interruption
+from tests.train.loop.test_step import STEP, make_config, plan_of
 from train.job import open_job
-from train.parallelize import build_model
-from train.runtime import Runtime
-from train.step import accumulate_gradients
-from train.validate import ValidateConfig, validate
+from train.loop.corpus import DataConfig, open_corpus, train_loader
+from train.loop.step import accumulate_gradients
+from train.loop.validate import ValidateConfig, validate
+from train.monitoring.interruption import Interruption
+from train.parallel.parallelize import build_model
+from train.parallel.runtime import Runtime
 
 BOS, SEQ = 1, 12
 LENGTHS = ((5, 4, 3), (2, 10), (12,), (1, 6, 5))

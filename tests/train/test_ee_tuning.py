@@ -17,19 +17,19 @@ from models.llama import Llama
 from tests.distributed import run_distributed
 from tests.models.test_exit_parts import shake
 from tests.train import tiny
+from tests.train.loop.test_step import make_config, make_loader
+from tests.train.planning.test_memory import MODEL as MEMORY_MODEL
+from tests.train.planning.test_memory import local_bytes, make_work
 from tests.train.test_main import records
-from tests.train.test_memory import MODEL as MEMORY_MODEL
-from tests.train.test_memory import local_bytes, make_work
-from tests.train.test_step import make_config, make_loader
-from train.checkpoint_content import RunIdentity, checkpoint_bytes
-from train.checkpointer import CheckpointConfig, CheckpointWriter
-from train.layerskip import StepPlan
-from train.memory import measure
-from train.optim import OptimConfig, build_optimizer, lr
-from train.parallelize import ParallelConfig, build_model, freeze
-from train.resume import load_initial_weights, resume
-from train.runtime import RuntimeConfig, start_runtime
-from train.step import accumulate_gradients, train_step
+from train.checkpoints.checkpointer import CheckpointConfig, CheckpointWriter
+from train.checkpoints.content import RunIdentity, checkpoint_bytes
+from train.checkpoints.resume import load_initial_weights, resume
+from train.loop.layerskip import StepPlan
+from train.loop.step import accumulate_gradients, train_step
+from train.optimizer.optim import OptimConfig, build_optimizer, lr
+from train.parallel.parallelize import ParallelConfig, build_model, freeze
+from train.parallel.runtime import RuntimeConfig, start_runtime
+from train.planning.memory import measure
 
 EXITS, WEIGHTS = (2, 3), (0.5, 0.75)
 STEPS = (2, 3, 4, 5)

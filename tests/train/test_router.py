@@ -16,16 +16,16 @@ from models.router import RouterConfig
 from tests.distributed import run_distributed
 from tests.models.test_router import scramble, straight_through
 from tests.models.token_by_token import token_by_token
-from tests.train.test_memory import make_work
-from tests.train.test_parallelize import compile_with
-from tests.train.test_step import STEP, make_config, plan_of
+from tests.train.loop.test_step import STEP, make_config, plan_of
+from tests.train.parallel.test_parallelize import compile_with
+from tests.train.planning.test_memory import make_work
 from tests.train.test_token_depth import PROMPTS, ROWS, SEQ, global_batch, microbatches_of
-from train.memory import measure
-from train.optim import build_optimizer
-from train.outcome import LateReader
-from train.parallelize import ParallelConfig, _write_shard, build_model
-from train.report import StepReport
-from train.step import accumulate_gradients, train_step
+from train.loop.outcome import LateReader
+from train.loop.report import StepReport
+from train.loop.step import accumulate_gradients, train_step
+from train.optimizer.optim import build_optimizer
+from train.parallel.parallelize import ParallelConfig, _write_shard, build_model
+from train.planning.memory import measure
 
 HALF = LayerDropoutConfig(p_max=0.5, S="constant", scale_kept=True)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from train import sweep as module
-from train.command_line import parse
-from train.events import write_status
+from train.config.command_line import parse
+from train.run_folder.events import write_status
 from train.sweep import expand, read_grid, sweep
 
 GRID = ["optim.lr=1e-3,4e-3", "early_exit.e_scale=0.2,1.0"]

@@ -14,12 +14,12 @@ from models.llama import Llama
 from models.token_depth import TokenDepthConfig, draw_exits
 from tests.distributed import run_distributed
 from tests.models.token_by_token import token_by_token
-from tests.train.test_memory import make_work
-from tests.train.test_step import STEP, make_config, plan_of
-from train.memory import measure
-from train.parallelize import ParallelConfig, build_model
-from train.step import accumulate_gradients
-from train.validate import HeldOut, ValidateConfig, validate
+from tests.train.loop.test_step import STEP, make_config, plan_of
+from tests.train.planning.test_memory import make_work
+from train.loop.step import accumulate_gradients
+from train.loop.validate import HeldOut, ValidateConfig, validate
+from train.parallel.parallelize import ParallelConfig, build_model
+from train.planning.memory import measure
 
 ROWS, SEQ = 8, 12
 PROMPTS = (0, 3, 0, 5, 1, 0, 11, 2)

@@ -10,11 +10,11 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.config import LlamaConfig
-from train.checkpoint_content import RunIdentity, training_tensors
-from train.checkpointer import CheckpointConfig, CheckpointWriter
-from train.optim import OptimConfig, build_optimizer
-from train.parallelize import ParallelConfig, build_model
-from train.resume import resume
+from train.checkpoints.checkpointer import CheckpointConfig, CheckpointWriter
+from train.checkpoints.content import RunIdentity, training_tensors
+from train.checkpoints.resume import resume
+from train.optimizer.optim import OptimConfig, build_optimizer
+from train.parallel.parallelize import ParallelConfig, build_model
 
 MODEL = LlamaConfig(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=24, vocab_size=50, max_seq_len=16

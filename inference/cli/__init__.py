@@ -1,0 +1,1 @@
+"""Terminal and command line: arguments, one-line errors, tables, progress."""

@@ -1,0 +1,1 @@
+"""Decode prompts round by round: batch, KV cache, sampling. Imports no strategy."""

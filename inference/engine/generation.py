@@ -1,0 +1,285 @@
+"""The driver: prompts in, rounds of tokens out, for any strategy. Knows nothing of text."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from inference.engine.counters import Counters
+from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
+from inference.engine.host_copy import HostCopy
+from inference.engine.prefill import fill_row, fill_rows, open_state
+from inference.engine.sampling import Sampling
+from inference.engine.state import Round, Work, moving_on
+from inference.engine.strategy import Strategy
+from models.config import LlamaConfig
+from models.llama import Llama
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What one round gave one row."""
+
+    row: int
+    """Index of the prompt."""
+    tokens: list[int]
+    """At least one; none after a stop token or beyond the row's limit."""
+    accepted: int
+    """How many of them, from the first, were drafted and accepted."""
+    drafted: int
+    """Tokens drafted in this round. 0: the tokens are plain. Otherwise a token after the accepted
+    ones corrects the draft, or follows a draft that was accepted whole."""
+
+
+class Generation:
+    """Continues prompts; iterate over it for the tokens of each round.
+
+    Args:
+        model: In eval mode, on its device.
+        prompts: One list of token ids for each; lengths may differ.
+        strategy: How to decode.
+        max_new_tokens: Most tokens to add to a prompt; one also ends when it is as long as the
+            model's context.
+        batch_size: Prompts decoded at once; the next takes the row of the first that ends. All
+            of them if not given.
+        stop_tokens: Ids that end a prompt's continuation; the id itself is its last token.
+        sampling: Greedy by default.
+        seed: Of every random draw.
+        reads_late: Start each round before the tokens of the one before are read, so that a
+            device need not wait for the host; the default on CUDA.
+        graphs: Where rounds are kept as graphs, for this generation and later ones; none are made
+            if not given.
+
+    Raises:
+        ValueError: a prompt, the strategy's settings or max_new_tokens do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        prompts: Sequence[Sequence[int]],
+        strategy: Strategy,
+        *,
+        max_new_tokens: int,
+        batch_size: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        reads_late: bool | None = None,
+        graphs: RoundGraphs | None = None,
+    ) -> None:
+        """Check everything and compute nothing yet; see the class."""
+        config = model.config
+        strategy = strategy.filled(config.n_layers)
+        problems = strategy.problems(config.n_layers) + _problems(prompts, max_new_tokens, config)
+        if batch_size is not None and batch_size < 1:
+            problems.append(f"batch_size: {batch_size}, give at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        """New tokens of each prompt so far."""
+        self.counters = Counters()
+        self._prompt_parts = strategy.prompt_parts(config.n_layers)
+        self._stop_tokens = frozenset(stop_tokens)
+        self._ends = [min(len(p) + max_new_tokens, config.max_seq_len) for p in self.prompts]
+        rows = min(batch_size or len(prompts), len(prompts))
+        self._rows: list[int | None] = [*range(rows)]
+        """The prompt in each row; None: the row is free for good."""
+        self._next_prompt = rows
+        device = model.norm.weight.device
+        self._reads_late = device.type == "cuda" if reads_late is None else reads_late
+        self._unread: deque[_Unread] = deque()
+        sampling, slots = sampling or Sampling(), max(self._ends)
+        self._graphs = graphs
+        self._batch: GraphedBatch | None = None
+        if graphs is None:
+            self._state = open_state(model, rows, slots=slots, sampling=sampling, seed=seed)
+            self._run_round = moving_on(self._state, strategy.start(self._state))
+        else:
+            self._batch = graphs.take(model, rows, slots=slots, sampling=sampling, seed=seed)
+            self._state, self._run_round = self._batch.state, self._batch.start(strategy)
+
+    def __iter__(self) -> Iterator[list[Emission]]:
+        """Return itself: a loop that was left goes on where it was."""
+        return self
+
+    @torch.inference_mode()
+    def __next__(self) -> list[Emission]:
+        """Run one round, after the prompts before the first; return what each prompt was given."""
+        if not any(prompt is not None for prompt in self._rows):
+            self._give_back()
+            raise StopIteration
+        if self.counters.rounds == 0:
+            with self._timing_prefill():
+                fill_rows(self._state, self.prompts[: len(self._rows)], self._prompt_parts)
+        start, prefill_seconds = time.perf_counter(), self.counters.prefill_seconds
+        if not self._unread:
+            self._launch()
+        if self._reads_late and self._room() > 0:
+            self._launch()
+        emissions = self._read()
+        work, counters = self.work, self.counters
+        counters.token_layers = work.token_layers
+        counters.head_evaluations = work.head_evaluations
+        counters.projected, counters.syncs = work.projected, work.syncs
+        counters.draft_token_layers = work.draft_token_layers
+        counters.draft_head_evaluations = work.draft_head_evaluations
+        admitting = counters.prefill_seconds - prefill_seconds
+        counters.decode_seconds += time.perf_counter() - start - admitting
+        return emissions
+
+    @property
+    def work(self) -> Work:
+        """What the rounds so far computed, prompts left out."""
+        return self._state.work
+
+    def finish(self) -> "Generation":
+        """Run to the end and return itself."""
+        for _ in self:
+            pass
+        return self
+
+    def _give_back(self) -> None:
+        """Let another generation have the batch with its graphs."""
+        if self._graphs is not None and self._batch is not None:
+            self._graphs.give_back(self._batch)
+            self._batch = None
+
+    def _launch(self) -> None:
+        """Start a round, which moves the rows on; nothing is read."""
+        result = self._run_round(self._room())
+        self._unread.append(_Unread(result, list(self._rows)))
+
+    def _room(self) -> int:
+        """Return the most tokens a round may give: 0 if every prompt may be done."""
+        sure = len(self._unread)  # each unread round gave every row a token at least
+        left = max(self._left(p) for p in self._rows if p is not None) - sure
+        return max(0, min(left, self._state.cache.slots - self._state.longest))
+
+    def _read(self) -> list[Emission]:
+        """Take in the oldest unread round; rows whose prompts are done get the next ones."""
+        unread, counters = self._unread.popleft(), self.counters
+        tokens, accepted, drafted, depths = unread.read()
+        emissions = []
+        for row, prompt in enumerate(unread.rows):
+            if prompt is None or prompt != self._rows[row]:
+                continue  # it was done before this round
+            new = self._cut(prompt, tokens[row][: accepted[row] + 1])
+            self.tokens[prompt] += new
+            emissions.append(Emission(prompt, new, min(accepted[row], len(new)), drafted[row]))
+            counters.tokens += len(new)
+            counters.rounds += 1
+            counters.drafted += drafted[row]
+            counters.accepted += accepted[row]
+            counters.rejections += accepted[row] < drafted[row]
+            if depths is not None:
+                counters.depths.update(depths[row][: len(new)])
+        self._replace_finished()
+        return emissions
+
+    def _left(self, prompt: int) -> int:
+        """Return how many tokens a prompt may still get."""
+        return self._ends[prompt] - len(self.prompts[prompt]) - len(self.tokens[prompt])
+
+    def _cut(self, prompt: int, new: list[int]) -> list[int]:
+        """Return `new` up to the limit and up to and with the first stop token."""
+        new = new[: self._left(prompt)]
+        stops = [i for i, token in enumerate(new) if token in self._stop_tokens]
+        return new[: stops[0] + 1] if stops else new
+
+    def _replace_finished(self) -> None:
+        """Give the rows of finished prompts to waiting ones, or park them; find the longest."""
+        state = self._state
+        for row, prompt in enumerate(self._rows):
+            if prompt is None:
+                continue
+            if self._left(prompt) and not self._stop_tokens.intersection(self.tokens[prompt][-1:]):
+                continue
+            self._rows[row] = None
+            if self._next_prompt < len(self.prompts):
+                self._rows[row] = self._next_prompt
+                with self._timing_prefill():
+                    fill_row(state, row, self.prompts[self._next_prompt], self._prompt_parts)
+                self._next_prompt += 1
+            else:
+                state.finished[row] = True
+                state.positions[row] = 0
+        unread = sum(round.n for round in self._unread)
+        places = [
+            len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1
+            for prompt in self._rows
+            if prompt is not None
+        ]
+        state.longest = max(places, default=0) + unread
+
+    @contextmanager
+    def _timing_prefill(self) -> Iterator[None]:
+        state, start = self._state, time.perf_counter()
+        rounds, state.work = state.work, Work()
+        yield
+        wait_for(state.pending.device)
+        self.counters.prompt_token_layers += state.work.token_layers
+        state.work = rounds
+        self.counters.prefill_seconds += time.perf_counter() - start
+
+
+class _Unread:
+    """A round whose tokens the host has not seen; the round's own tensors may be written again.
+
+    Args:
+        result: The round.
+        rows: The prompt that was in each row.
+    """
+
+    def __init__(self, result: Round, rows: list[int | None]) -> None:
+        """Send for its numbers; see the class."""
+        self.rows, self.n = rows, result.tokens.shape[1]
+        parts = [result.tokens, result.accepted[:, None], result.drafted[:, None]]
+        if result.depths is not None:
+            parts.append(result.depths)
+        self._numbers = HostCopy(torch.cat(parts, dim=1))
+
+    def read(self) -> tuple[list[list[int]], list[int], list[int], list[list[int]] | None]:
+        """Return tokens, accepted, drafted and depths of all rows, as in `Round`."""
+        numbers, n = self._numbers.read(), self.n
+        depths = [row[n + 2 :] for row in numbers]
+        return (
+            [row[:n] for row in numbers],
+            [row[n] for row in numbers],
+            [row[n + 1] for row in numbers],
+            depths if depths[0] else None,
+        )
+
+
+def wait_for(device: torch.device) -> None:
+    """Let the device finish, so that a clock read on the host means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _problems(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig
+) -> list[str]:
+    found = [] if prompts else ["prompts: none, give at least one"]
+    if max_new_tokens < 1:
+        found.append(f"max_new_tokens: {max_new_tokens}, give at least 1")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            found.append(f"prompt {row}: empty, give at least one token, for example BOS")
+            continue
+        if len(prompt) >= config.max_seq_len:
+            found.append(
+                f"prompt {row}: {len(prompt)} tokens leave no room in the model's context of "
+                f"{config.max_seq_len}, shorten it to at most {config.max_seq_len - 1}"
+            )
+        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if outside:
+            found.append(
+                f"prompt {row}: token {outside[0]} is outside the model's vocabulary of "
+                f"{config.vocab_size}, encode it with the model's own tokenizer"
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Measure exits and strategies: traces, costs, quality, tables and plots."""

@@ -1,0 +1,298 @@
+"""Strategies measured side by side: the same prompts, the same weights, interleaved in time."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from inference.engine.counters import Counters, speedup_bound
+from inference.engine.cuda_graphs import RoundGraphs, graphed
+from inference.engine.generation import Generation, wait_for
+from inference.engine.prefill import fill_rows, open_state
+from inference.engine.sampling import Sampling
+from inference.engine.state import Work
+from inference.engine.strategy import Strategy
+from inference.evaluation.calibration import read_continuation
+from inference.evaluation.peak_memory import peak_since, watch_memory
+from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.registry import describe
+from inference.strategies.self_speculative import SelfSpeculative
+from models.llama import NOTHING, Llama
+
+_TIMINGS = 12
+_ROUNDS_PER_TIMING = 4
+
+AUTOREGRESSIVE: Strategy = Autoregressive()
+
+Score = Callable[[list[list[int]]], Mapping[str, float]]
+"""Rates the continuations of all prompts, by the names of the measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every arm decodes."""
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    batch_size: int
+    """Prompts decoded at once."""
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """One strategy's measurements; medians over repeats where time is involved."""
+
+    strategy: str
+    settings: str
+    """The strategy as a user writes it."""
+    E: int | None
+    """Layers run before the exit."""
+    d: int | None
+    """Tokens drafted per round."""
+    batch_size: int
+    """Prompts decoded at once."""
+    tokens_per_second: float
+    """New tokens per second of decoding, prompts not counted, all rows of a batch together."""
+    speedup: float
+    """Median over repeats of this arm's tokens/s over autoregressive's in the same repeat."""
+    acceptance_rate: float | None
+    """Accepted over drafted tokens."""
+    tokens_per_verify: float | None
+    """New tokens per round, where anything is drafted."""
+    layers_per_token: float
+    heads_per_token: float
+    syncs_per_token: float
+    """Times the host waited inside a round."""
+    mean_depth: float | None
+    """Layers behind a new token, where a strategy may take fewer than all."""
+    prefill_seconds: float
+    """Of all prompts together."""
+    agreement: float | None
+    """a: see `Counters.agreement`."""
+    draft_cost: float | None
+    """c: seconds of one draft step over seconds of one full step."""
+    verify_cost: float | None
+    """Seconds of one verification over seconds of one full step; the bound takes it as 1."""
+    bound: float | None
+    """The best speedup for this a, d and c: see `speedup_bound`."""
+    share_of_bound: float | None
+    """speedup / bound."""
+    same_tokens: float | None
+    """Share of tokens equal to autoregressive's, place by place; None when sampling."""
+    full_choice: float
+    """Share of tokens that the full model finds most probable after those before them."""
+    log_likelihood: float
+    """Of the continuations under the full model, in nats per token."""
+    scores: dict[str, float]
+    """Of a task; empty for plain prompts."""
+    passes: list[tuple[int, int, int, int]]
+    """Of layers, in all rounds: start, stop, tokens of each row, and times; see `Work.passes`."""
+    head_passes: list[tuple[int, int]]
+    """Of the head, in all rounds: tokens of each row, and times."""
+    peak_bytes: int | None
+    """CUDA: most memory allocated while decoding, weights included. CPU: growth of the process's
+    peak resident set, what earlier arms left to it not counted; None where Linux does not tell.
+    Graphs share their memory: it counts for every arm what the arm that needs most needs."""
+
+
+@dataclass(frozen=True)
+class _Repeat:
+    counters: Counters
+    work: Work
+    tokens: list[list[int]]
+    peak_bytes: int | None
+
+
+def measure(
+    model: Llama,
+    arms: Sequence[Strategy],
+    workload: Workload,
+    *,
+    repeats: int,
+    report: Callable[[str], None],
+    with_static: bool = False,
+    score: Score | None = None,
+    graphs: RoundGraphs | None = None,
+) -> list[ArmResult]:
+    """Decode the workload with every arm, `repeats` times, the arms taking turns.
+
+    Rows never stop early, so every arm decodes the same number of tokens.
+
+    Args:
+        model: In eval mode.
+        arms: Strategies to compare, autoregressive decoding among them, E and d filled in.
+        workload: What to decode.
+        repeats: Number of times, at least 1.
+        report: Called with a line of progress after every repeat.
+        with_static: Measure early exit at the mean depth of every arm as well.
+        score: Rates what an arm wrote.
+        graphs: Where rounds are kept as graphs, if they are to be any.
+    """
+    arms, start = list(arms), time.perf_counter()
+    # Warm-up: the first call of a shape is slow.
+    first = {arm: _decode(model, arm, workload, graphs) for arm in arms}
+    if with_static:
+        arms = [*dict.fromkeys([*arms, *_static_arms(first, model.config.n_layers)])]
+        first = {arm: first.get(arm) or _decode(model, arm, workload, graphs) for arm in arms}
+    report(f"warm-up: {time.perf_counter() - start:.1f} s")
+    results: dict[Strategy, list[_Repeat]] = {arm: [] for arm in arms}
+    for repeat in range(repeats):
+        for arm in arms:
+            results[arm].append(_decode(model, arm, workload, graphs))
+        report(f"repeat {repeat + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
+    reference = results[AUTOREGRESSIVE]
+    middle = [
+        prompt + tokens[: workload.max_new_tokens // 2]
+        for prompt, tokens in zip(workload.prompts, reference[0].tokens, strict=True)
+    ]
+    rows = middle[: workload.batch_size]
+    seconds = _round_seconds(model, arms, rows, workload.sampling, graphs)
+    return [
+        _summarise(arm, results[arm], reference, seconds, workload, model=model, score=score)
+        for arm in arms
+    ]
+
+
+def _static_arms(decoded: Mapping[Strategy, "_Repeat"], n_layers: int) -> list[Strategy]:
+    """Return early exit at the mean depth of every arm that saves layers, rounded.
+
+    Where a strategy does not tell depths, and drafts nothing, they are the layers per token.
+    """
+    found: list[Strategy] = []
+    for repeat in decoded.values():
+        counters = repeat.counters
+        depth = counters.mean_depth
+        if depth is None:
+            depth = n_layers if counters.drafted else counters.layers_per_token
+        if (E := max(1, round(depth))) < n_layers:
+            found.append(EarlyExit(E=E))
+    return found
+
+
+def _decode(
+    model: Llama, strategy: Strategy, workload: Workload, graphs: RoundGraphs | None
+) -> _Repeat:
+    device = model.norm.weight.device
+    before = watch_memory(device)
+    generation = Generation(
+        model,
+        workload.prompts,
+        strategy,
+        max_new_tokens=workload.max_new_tokens,
+        batch_size=workload.batch_size,
+        sampling=workload.sampling,
+        seed=workload.seed,
+        graphs=graphs,
+    ).finish()
+    peak = peak_since(before, device)
+    if peak is not None and graphs is not None:
+        peak += graphs.idle_bytes()
+    return _Repeat(generation.counters, generation.work, generation.tokens, peak)
+
+
+@torch.inference_mode()
+def _round_seconds(
+    model: Llama,
+    arms: Sequence[Strategy],
+    rows: list[list[int]],
+    sampling: Sampling,
+    graphs: RoundGraphs | None,
+) -> dict[Strategy, float]:
+    """Time rounds of the arms that always draft d tokens with E layers, and what bounds them.
+
+    That is full steps, and early exit at E, all on the same rows. A few rounds of an arm are timed
+    together: a draft step that follows another finds its weights in the processor's cache.
+    """
+    speculative = [arm for arm in arms if isinstance(arm, SelfSpeculative) and arm.always_drafts]
+    steps = [EarlyExit(E=arm.E) for arm in speculative]
+    configs: list[Strategy] = [*dict.fromkeys([AUTOREGRESSIVE, *speculative, *steps])]
+    deepest = max((arm.d for arm in speculative), default=0)
+    rows = [row[: model.config.max_seq_len - deepest - 1] for row in rows]
+    slots = max(map(len, rows)) + deepest + 1
+    state = open_state(model, len(rows), slots=slots, sampling=sampling, seed=0)
+    fill_rows(state, rows, (model.config.n_layers, NOTHING))
+    decoders = {config: config.start(state) for config in configs}
+    if graphs is not None:
+        recorder = graphs.new_recorder()
+        decoders = {config: graphed(state, d, recorder) for config, d in decoders.items()}
+    samples: dict[Strategy, list[float]] = {config: [] for config in configs}
+    for _ in range(_TIMINGS):
+        for config, decoder in decoders.items():
+            start = time.perf_counter()
+            for _ in range(_ROUNDS_PER_TIMING):
+                decoder(deepest + 1)
+            wait_for(state.pending.device)
+            samples[config].append((time.perf_counter() - start) / _ROUNDS_PER_TIMING)
+    return {config: statistics.median(times) for config, times in samples.items()}
+
+
+def _summarise(
+    arm: Strategy,
+    repeats: list[_Repeat],
+    reference: list[_Repeat],
+    seconds: dict[Strategy, float],
+    workload: Workload,
+    *,
+    model: Llama,
+    score: Score | None,
+) -> ArmResult:
+    speeds = [repeat.counters.tokens_per_second for repeat in repeats]
+    baseline = [repeat.counters.tokens_per_second for repeat in reference]
+    speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
+    counters, work, tokens = repeats[0].counters, repeats[0].work, repeats[0].tokens
+    peaks = [repeat.peak_bytes for repeat in repeats if repeat.peak_bytes is not None]
+    read = [read_continuation(model, *pair) for pair in zip(workload.prompts, tokens, strict=True)]
+    greedy = workload.sampling.temperature == 0.0
+    draft_cost, verify_cost, bound = _costs_and_bound(arm, seconds, counters)
+    return ArmResult(
+        strategy=arm.name,
+        settings=describe(arm),
+        E=getattr(arm, "E", None),
+        d=getattr(arm, "d", None),
+        batch_size=workload.batch_size,
+        tokens_per_second=statistics.median(speeds),
+        speedup=speedup,
+        acceptance_rate=counters.acceptance_rate,
+        tokens_per_verify=counters.tokens_per_round if counters.drafted else None,
+        layers_per_token=counters.layers_per_token,
+        heads_per_token=counters.heads_per_token,
+        syncs_per_token=counters.syncs / counters.tokens,
+        mean_depth=counters.mean_depth,
+        prefill_seconds=statistics.median(r.counters.prefill_seconds for r in repeats),
+        agreement=counters.agreement,
+        draft_cost=draft_cost,
+        verify_cost=verify_cost,
+        bound=bound,
+        share_of_bound=None if bound is None else speedup / bound,
+        same_tokens=_same_share(tokens, reference[0].tokens) if greedy else None,
+        full_choice=sum(chosen for _, chosen in read) / counters.tokens,
+        log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
+        scores=dict(score(tokens)) if score is not None else {},
+        passes=[(*key, times) for key, times in sorted(work.passes.items())],
+        head_passes=sorted(work.head_passes.items()),
+        peak_bytes=max(peaks, default=None),
+    )
+
+
+def _costs_and_bound(
+    arm: Strategy, seconds: dict[Strategy, float], counters: Counters
+) -> tuple[float | None, float | None, float | None]:
+    """Return c, the cost of a verification and the bound, where every round drafts d tokens."""
+    if not isinstance(arm, SelfSpeculative) or not arm.always_drafts:
+        return None, None, None
+    full_step, draft_step = seconds[AUTOREGRESSIVE], seconds[EarlyExit(E=arm.E)]
+    draft_cost = draft_step / full_step
+    verify_cost = (seconds[arm] - arm.d * draft_step) / full_step
+    bound = None
+    if counters.agreement is not None:
+        bound = speedup_bound(counters.agreement, arm.d, draft_cost)
+    return draft_cost, verify_cost, bound
+
+
+def _same_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)

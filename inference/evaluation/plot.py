@@ -1,0 +1,141 @@
+"""The pictures: loss at every exit; speed, agreement and quality of the arms of a benchmark."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from inference.evaluation.measurement import ArmResult
+
+_COLORS = {"autoregressive": "0.6", "early_exit": "tab:orange", "self_speculative": "tab:blue"}
+_OTHER_COLORS = [f"tab:{color}" for color in ("green", "red", "purple", "brown", "pink", "olive")]
+
+
+def write_exit_plot(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
+    """Draw one curve of held-out loss by exit for each run, and write the picture to `path`.
+
+    Args:
+        path: A PNG file.
+        curves: By run name, the loss in nats per token of the exits l = 0, 1, ...
+    """
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name, losses in curves.items():
+        axes.plot(range(1, len(losses) + 1), losses, marker="o", label=name)
+    axes.set_xlabel("E, layers run before the exit")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _write(figure, path)
+
+
+def write_plot(
+    path: Path, results: Sequence[ArmResult], agreement: Sequence[float], title: str
+) -> None:
+    """Draw a benchmark, in as many panels as there are data for, and write the picture to `path`.
+
+    Args:
+        path: A PNG file.
+        results: The arms, of all batch sizes.
+        agreement: By E - 1, how often the exit says what the last layer says.
+        title: Of the whole.
+    """
+    panels: list[Callable[[Axes], None]] = [
+        lambda axes: _draw_speedups(axes, results),
+        lambda axes: _draw_agreement(axes, agreement),
+        lambda axes: _draw_quality(axes, results),
+    ]
+    grid = [r for r in results if r.strategy == "self_speculative" and r.bound is not None]
+    if len({r.E for r in grid}) > 1 and len({r.d for r in grid}) > 1:
+        panels.append(lambda axes: _draw_grid(axes, grid))
+    rows = len(panels) // 2  # below the speedups, two panels in each
+    figure = Figure(figsize=(max(8.0, 1.5 + 0.9 * len(results)), 4.0 + 3.5 * rows))
+    figure.set_layout_engine("constrained")
+    grid_spec = figure.add_gridspec(1 + rows, 2)
+    panels[0](figure.add_subplot(grid_spec[0, :]))
+    for place, draw in enumerate(panels[1:]):
+        draw(figure.add_subplot(grid_spec[1 + place // 2, place % 2]))
+    figure.suptitle(title, fontsize="medium")
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_speedups(axes: Axes, results: Sequence[ArmResult]) -> None:
+    """Draw one bar for each arm and a mark at its bound.
+
+    A lossy arm's tokens are other tokens: its bar says how fast they come, not how good they are.
+    """
+    colors = _colors(results)
+    for x, result in enumerate(results):
+        bar = axes.bar(x, result.speedup, color=colors[result.strategy])
+        axes.bar_label(bar, fmt="%.2f", label_type="center")
+        if result.bound is not None:
+            axes.plot([x - 0.4, x + 0.4], [result.bound] * 2, color="black", linestyle="--")
+    if any(result.bound is not None for result in results):
+        axes.plot([], [], color="black", linestyle="--", label="bound for its acceptance")
+        axes.legend()
+    batches = len({result.batch_size for result in results}) > 1
+    labels = [_label(r) + (f"\nbatch {r.batch_size}" if batches else "") for r in results]
+    axes.set_xticks(range(len(results)), labels, fontsize="small")
+    axes.set_ylabel("speedup over autoregressive")
+    axes.margins(y=0.15)
+
+
+def _draw_grid(axes: Axes, results: Sequence[ArmResult]) -> None:
+    """Draw the speedup of self-speculation over E, one line for each d and batch size."""
+    for d, batch_size in sorted({(r.d or 0, r.batch_size) for r in results}):
+        line = [r for r in results if (r.d, r.batch_size) == (d, batch_size)]
+        line.sort(key=lambda r: r.E or 0)
+        label = f"d={d}, batch {batch_size}"
+        axes.plot([r.E or 0 for r in line], [r.speedup for r in line], marker="o", label=label)
+    axes.axhline(1.0, color="0.6")
+    axes.set_xlabel("E, layers that draft")
+    axes.set_ylabel("speedup of self_speculative")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize="small")
+
+
+def _draw_agreement(axes: Axes, agreement: Sequence[float]) -> None:
+    axes.plot(range(1, len(agreement) + 1), agreement, marker="o")
+    axes.set_xlabel("E, layers run before the exit")
+    axes.set_ylabel("agrees with the last layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0.0, 1.05)
+    axes.grid(alpha=0.3)
+
+
+def _draw_quality(axes: Axes, results: Sequence[ArmResult]) -> None:
+    """Draw a task's first measure, or the likelihood of what was written, over layers per token."""
+    measure = next(iter(results[0].scores), None)
+    colors = _colors(results)
+    for name, color in colors.items():
+        arms = [r for r in results if r.strategy == name]
+        quality = [r.log_likelihood if measure is None else r.scores[measure] for r in arms]
+        axes.scatter([r.layers_per_token for r in arms], quality, color=color, label=name)
+    axes.set_xlabel("layers computed per token")
+    axes.set_ylabel(measure or "log likelihood under the full\nmodel (nats per token)")
+    axes.margins(0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _colors(results: Sequence[ArmResult]) -> dict[str, str]:
+    names = dict.fromkeys(result.strategy for result in results)
+    others = [name for name in names if name not in _COLORS]
+    colors = _COLORS | dict(zip(others, cycle(_OTHER_COLORS), strict=False))
+    return {name: colors[name] for name in names}
+
+
+def _label(result: ArmResult) -> str:
+    settings = [f"{name}={value}" for name, value in (("E", result.E), ("d", result.d)) if value]
+    return "\n".join([result.strategy.replace("_", "\n"), *settings])

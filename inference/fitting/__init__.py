@@ -1,0 +1,1 @@
+"""Fit gates, linear maps and thresholds to a frozen model."""

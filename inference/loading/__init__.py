@@ -1,0 +1,1 @@
+"""Open a checkpoint for decoding: weights, packing, quantization, fitted files."""

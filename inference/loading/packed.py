@@ -1,0 +1,86 @@
+"""Matrix products of few tokens on a CPU, at the price of one.
+
+torch hands a float32 product of 2 to 16 rows to MKL, which on many processors takes 2 to 5 times
+as long as one row: verifying a draft would cost several steps. oneDNN, given the weight in its
+own layout, reads it once for all rows. Both compute in full float32.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inference.loading.quantized import is_quantized
+from models.llama import Llama
+
+PACKED_ELEMENTS = 2**17
+"""Weights with fewer elements stay as they are: oneDNN's call costs more than it saves."""
+PACKED_ONLY_ELEMENTS = 2**20
+"""From so many elements on, one row is no faster unpacked, and the packed weight is kept alone."""
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T with W also, or only, in oneDNN's layout.
+
+    Args:
+        weight: (out, in), float32 or bfloat16, on a CPU.
+        keep: Keep `weight` itself in any case.
+    """
+
+    def __init__(self, weight: Tensor, *, keep: bool = False) -> None:
+        """Pack the weight; see the class."""
+        super().__init__()
+        weight = weight.detach()
+        self.width = len(weight)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 4)
+        small = weight.numel() < PACKED_ONLY_ELEMENTS
+        self.plain_for_one = small and weight.dtype == torch.float32
+        self.weight = weight if keep or self.plain_for_one else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T, (..., out), for x: (..., in)."""
+        if self.plain_for_one and x.numel() == x.shape[-1]:
+            assert self.weight is not None
+            return F.linear(x, self.weight)
+        if torch.compiler.is_compiling():
+            return _product(x, self.packed, self.width)
+        return _packed_product(x, self.packed)
+
+
+def _packed_product(x: Tensor, packed: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out
+
+
+@torch.library.custom_op("skipstone::packed_linear", mutates_args=())
+def _product(x: Tensor, packed: Tensor, width: int) -> Tensor:
+    """Be one call to compiled code: torch 2.13's compiler takes no weight in oneDNN's layout."""
+    return _packed_product(x, packed)
+
+
+@_product.register_fake
+def _(x: Tensor, packed: Tensor, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
+def can_pack(model: Llama) -> bool:
+    """Whether this machine and the model's place and dtype have packed products."""
+    weight = model.norm.weight
+    dtypes = (torch.float32, torch.bfloat16)
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return weight.device.type == "cpu" and weight.dtype in dtypes and there
+
+
+def pack(model: Llama) -> None:
+    """Pack the large matrices of a model that is only to be run, in place.
+
+    The head keeps its plain weight too, which `Llama.head_weight` gives out; a large matrix of a
+    layer, or of an exit's own, is freed.
+    """
+    for part in (*model.layers.modules(), *model.own_exits.modules()):
+        for name, linear in list(part.named_children()):
+            if not isinstance(linear, nn.Linear) or is_quantized(linear):
+                continue
+            if linear.weight.numel() >= PACKED_ELEMENTS:
+                setattr(part, name, PackedLinear(linear.weight))
+    if model.head_weight.numel() >= PACKED_ELEMENTS:
+        model.lm_head = PackedLinear(model.head_weight, keep=True)

@@ -1,0 +1,113 @@
+"""A trained run, opened for decoding: model, tokenizer, manifest and held-out text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.dataset import Dataset, open_dataset
+from data.tokenizer import Tokenizer
+from inference.engine.cuda_graphs import RoundGraphs
+from inference.loading.packed import can_pack, pack
+from inference.loading.quantized import Bits, quantize_layers
+from models.checkpoint_format import (
+    TOKENIZER,
+    Manifest,
+    file_entry,
+    find_checkpoint,
+    load_model,
+    read_manifest,
+)
+from models.llama import Llama
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One checkpoint of a run, in memory."""
+
+    checkpoint: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    model: Llama
+    graphs: RoundGraphs | None = None
+    """Where generations keep their rounds, if as graphs."""
+
+    def open_data(self, path: Path | None) -> Dataset:
+        """Open the dataset at `path`, or the one the run was trained on.
+
+        Raises:
+            ValueError: it is no dataset, or made with another tokenizer; or none is known.
+        """
+        known = self.manifest.config.get("data", {}).get("path")
+        if path is None and known is None:
+            raise ValueError(f"data: {self.checkpoint} names none, give --data")
+        folder = Path(known) if path is None else path
+        dataset = open_dataset(folder)
+        if dataset.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"data: {folder} was made with tokenizer {dataset.tokenizer_fingerprint[:12]} but "
+                f"{self.checkpoint} has {self.tokenizer.fingerprint[:12]}, give --data made with "
+                f"--tokenizer {self.tokenizer.path}"
+            )
+        return dataset
+
+
+def load_run(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    quantize: Bits | None = None,
+    packed: bool = True,
+) -> Run:
+    """Load the newest checkpoint of a run folder, or the checkpoint folder `path`.
+
+    Args:
+        path: A run folder or a checkpoint folder.
+        device: "auto" (CUDA if there is a device, else CPU) or a name torch knows.
+        dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
+        quantize: Hold the matrices of layers, and of exits of their own, in so few bits.
+        packed: Pack the weights for decoding, where that can be.
+
+    Raises:
+        ValueError: nothing there, damaged, or with another tokenizer than the manifest names.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    file = checkpoint / TOKENIZER
+    fingerprint = file_entry(file)["sha256"] if file.is_file() else "missing"
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"tokenizer: {file} is {str(fingerprint)[:12]} but the checkpoint was trained with "
+            f"{manifest.tokenizer_fingerprint[:12]}, put that tokenizer.model back"
+        )
+    place = choose_device(device)
+    if dtype is None:
+        dtype = "bfloat16" if place.type == "cuda" else "float32"
+    model = load_model(checkpoint, device=place, dtype=DTYPES[dtype])
+    if quantize is not None:
+        quantize_layers(model, quantize)
+    if packed and can_pack(model):
+        pack(model)
+    tokenizer = Tokenizer(file)
+    return Run(checkpoint, manifest, tokenizer, model)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`, or for "auto" the best there is.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: {name} is not available, give auto or cpu") from None
+    return device

@@ -1,0 +1,126 @@
+"""What the tuner found for a checkpoint, kept beside it, where `generate` finds it.
+
+The fastest lossless strategy is what `generate` uses by default; a tuned threshold is used where
+its strategy is asked for.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from inference.engine.compiled import is_compiled
+from inference.loading.adapters import decode_folder
+from inference.loading.run import Run
+from models.fingerprint import weights_fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a measurement depends on, besides checkpoint and machine."""
+
+    batch_size: int
+    compiled: bool
+    quantize: str | None
+    dtype: str
+    device: str
+    """Its kind: cpu or cuda."""
+
+    def differences(self, now: "Conditions") -> list[str]:
+        """Return what is other now, one text each."""
+        values = asdict(now)
+        return [
+            f"{name} {value} (now {values[name]})"
+            for name, value in asdict(self).items()
+            if value != values[name]
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What was found, and how."""
+
+    strategy: str | None
+    """As a user writes it; None: no threshold is of use."""
+    conditions: Conditions
+
+
+def conditions_of(run: Run, *, batch_size: int, quantize: str | None) -> Conditions:
+    """Return the conditions under which a run decodes."""
+    weight = run.model.norm.weight
+    return Conditions(
+        batch_size=batch_size,
+        compiled=is_compiled(run.model),
+        quantize=quantize,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=weight.device.type,
+    )
+
+
+def tuned_path(run: Run) -> Path:
+    """Return where what was tuned for a checkpoint is kept."""
+    return decode_folder(run.checkpoint) / "tuned.json"
+
+
+def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any]) -> Path:
+    """Write what was found and what led to it; what other tuning found stays.
+
+    Args:
+        run: The checkpoint.
+        name: The strategy whose threshold was tuned; None: the fastest lossless one was looked for.
+        tuned: What was found.
+        found: What led to it.
+    """
+    path = tuned_path(run)
+    try:
+        content = _read(run)
+    except ValueError:  # damaged, or of other weights
+        content = None
+    content = content or {"lossless": None, "thresholds": {}}
+    record = {**asdict(tuned), **found}
+    if name is None:
+        content["lossless"] = record
+    else:
+        content["thresholds"][name] = record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content["weights"] = weights_fingerprint(run.model)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def read_tuned(run: Run, name: str | None) -> Tuned | None:
+    """Return what was tuned for a checkpoint, `name` as in `write_tuned`; None if nothing was.
+
+    Raises:
+        ValueError: the file is damaged or belongs to other weights.
+    """
+    content = _read(run)
+    if content is None:
+        return None
+    try:
+        record = content["lossless"] if name is None else content["thresholds"].get(name)
+        if record is None:
+            return None
+        return Tuned(strategy=record["strategy"], conditions=Conditions(**record["conditions"]))
+    except (KeyError, TypeError, AttributeError):
+        raise _damaged(run) from None
+
+
+def _read(run: Run) -> dict[str, Any] | None:
+    path = tuned_path(run)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        weights, _, _ = content["weights"], content["lossless"], content["thresholds"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(run) from None
+    if weights != weights_fingerprint(run.model):
+        raise ValueError(
+            f"tuned: {path} belongs to another checkpoint, delete it or run inference.tune"
+        )
+    return dict(content)
+
+
+def _damaged(run: Run) -> ValueError:
+    return ValueError(f"tuned: {tuned_path(run)} is damaged, delete it or run inference.tune")

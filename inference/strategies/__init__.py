@@ -1,0 +1,1 @@
+"""The decoding strategies, by name in `registry`."""

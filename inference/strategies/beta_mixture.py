@@ -1,0 +1,177 @@
+"""A threshold of confidence for each row, fitted to what its past tokens turned out to be.
+
+FREE (arXiv 2310.05424), section 4.3: confidences are a mixture of two Beta distributions. Ours is
+fitted by expectation maximisation, weights included, where the authors' code has each token's group
+fixed by its label; it keeps a row's last tokens only, all of them, and lets a threshold be while
+there is too little to go by. Knows nothing of models.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.engine.state import DecodeState
+
+_FEWEST = 4
+"""Tokens of either kind, right and wrong, that a threshold is fitted to at least."""
+_WINDOW = 256
+"""Tokens it is fitted to at most."""
+_EDGE = 1e-3
+"""Confidences nearer to 0 or 1 than this are taken to be there, where a density is finite."""
+
+
+@dataclass(frozen=True)
+class BetaMixture:
+    """Two groups k of tokens, for each row; tensors are (rows, 2).
+
+    p(c, y) = sum_k weight_k Beta(c; a_k, b_k) right_k^y (1 - right_k)^(1 - y), where c is the
+    confidence and y = 1 if the exit was right.
+    """
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    right: Tensor
+
+    def joint(self, c: Tensor) -> Tensor:
+        """Return log(weight_k Beta(c; a_k, b_k)), (rows, n, 2), for c: (rows, n) in (0, 1)."""
+        a, b = self.a[:, None], self.b[:, None]
+        scale = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
+        c = c.unsqueeze(-1)
+        return self.weight[:, None].log() + scale + (a - 1) * c.log() + (b - 1) * (1 - c).log()
+
+    def chance_right(self, c: Tensor) -> Tensor:
+        """Return p(y = 1 | c), (rows, n), for c: (rows, n)."""
+        return (self.joint(c).softmax(-1) * self.right[:, None]).sum(-1)
+
+
+def fit(c: Tensor, y: Tensor, counts: Tensor, iterations: int = 25) -> BetaMixture:
+    """Fit a mixture to each row by expectation maximisation, from y as a first guess of the groups.
+
+    Beta's parameters are found from mean m and variance s^2 of a group, a = m (m (1 - m) / s^2 - 1)
+    and b = (1 - m) (m (1 - m) / s^2 - 1), as the authors do, in place of the likelihood's maximum.
+
+    Args:
+        c: (rows, n), confidences in [0, 1].
+        y: (rows, n) bool, whether the exit was right.
+        counts: (rows, n) bool, which to look at.
+        iterations: More than these change little for a few hundred tokens.
+    """
+    c = c.clamp(_EDGE, 1 - _EDGE)
+    belongs = torch.where(y, 0.9, 0.1)
+    r = torch.stack((belongs, 1 - belongs), dim=-1) * counts.unsqueeze(-1)  # (rows, n, 2)
+    mixture = _maximise(c, y, r)
+    for _ in range(iterations):
+        right = mixture.right[:, None].clamp(_EDGE, 1 - _EDGE)
+        outcome = torch.where(y.unsqueeze(-1), right.log(), (1 - right).log())
+        r = (mixture.joint(c) + outcome).softmax(-1) * counts.unsqueeze(-1)
+        mixture = _maximise(c, y, r)
+    return mixture
+
+
+def _maximise(c: Tensor, y: Tensor, r: Tensor) -> BetaMixture:
+    """Return the mixture for which r: (rows, n, 2) says how far each token belongs to a group."""
+    mass = r.sum(1).clamp(min=_EDGE)  # (rows, 2)
+    m = ((r * c.unsqueeze(-1)).sum(1) / mass).clamp(_EDGE, 1 - _EDGE)
+    s2 = (r * (c.unsqueeze(-1) - m[:, None]) ** 2).sum(1) / mass
+    spread = m * (1 - m)
+    size = spread / s2.clamp(min=1e-4).minimum(0.9 * spread) - 1
+    return BetaMixture(
+        weight=mass / mass.sum(-1, keepdim=True),
+        a=m * size,
+        b=(1 - m) * size,
+        right=(r * y.unsqueeze(-1)).sum(1) / mass,
+    )
+
+
+def fitted_threshold(c: Tensor, y: Tensor, counts: Tensor, zeta: float, old: Tensor) -> Tensor:
+    """Return the least confidence from which on an exit is right with a chance above zeta.
+
+    In steps of 1/100; 1 if there is none. Arguments as in `fit`, and old: (rows,), which stays
+    where fewer than 4 tokens were right or fewer than 4 wrong.
+
+    Returns:
+        (rows,).
+    """
+    grid = torch.arange(1, 100, device=c.device, dtype=c.dtype).expand(len(c), -1) / 100
+    good = fit(c, y, counts).chance_right(grid) > zeta
+    first_of_all_good = 99 - good.flip(-1).long().cumprod(-1).sum(-1)
+    found = (first_of_all_good + 1).to(c.dtype) / 100
+    right, wrong = (y & counts).sum(-1), (~y & counts).sum(-1)
+    return torch.where(right.minimum(wrong) >= _FEWEST, found, old)
+
+
+class RowThresholds:
+    """A threshold for each row of a batch, kept while the row's prompt is decoded.
+
+    New tokens are counted in blocks. In block k the threshold is fitted to tokens of blocks before
+    k - 1, which have all been verified by then, wherever rounds began and ended: a row gets the
+    thresholds, and so the tokens, that it would get alone.
+
+    Args:
+        state: The batch.
+        exits: Number of exits that share a threshold.
+        first: The threshold at first.
+        zeta: See `fitted_threshold`.
+        longest_round: Most tokens of a round.
+    """
+
+    def __init__(
+        self, state: DecodeState, *, exits: int, first: float, zeta: float, longest_round: int
+    ) -> None:
+        """Remember nothing; see the class."""
+        rows, device = len(state.positions), state.positions.device
+        self._state, self._first, self._zeta = state, first, zeta
+        self._length = max(16, longest_round)  # of a block
+        self._now = torch.full((rows,), first, device=device)
+        self._next = self._now
+        self._block = torch.zeros_like(state.positions)
+        self._new = self._block
+        # By a new token's place, modulo their number; for each exit.
+        slots = _WINDOW + self._length
+        self._c = torch.zeros(rows, slots, exits, device=device)
+        self._y = torch.zeros(rows, slots, exits, dtype=torch.bool, device=device)
+        self._looked = self._y.clone()
+
+    def begin(self) -> None:
+        """Take note of where the rows are at the start of a round."""
+        state = self._state
+        self._new = (state.positions + 1 - state.prompt_lengths).clamp(min=0)
+        block = self._new // self._length
+        fresh = self._new == 0
+        self._block = self._block.masked_fill(fresh, 0)
+        self._now, self._next = (t.masked_fill(fresh, self._first) for t in (self._now, self._next))
+        moved = block > self._block
+        if state.ask(moved.any()):
+            fitted = self._fit(block * self._length)
+            self._now = torch.where(moved, self._next, self._now)
+            self._next = torch.where(moved, fitted, self._next)
+            self._block = block
+
+    def of_token(self, i: int) -> Tensor:
+        """Return the threshold of each row, (batch,), for token i of the round."""
+        return torch.where((self._new + i) // self._length > self._block, self._next, self._now)
+
+    def learn(self, c: Tensor, y: Tensor, looked: Tensor) -> None:
+        """Take in the tokens of the round.
+
+        Args:
+            c: (batch, n, exits), how sure each exit was.
+            y: (batch, n, exits) bool, whether the last layer says the same.
+            looked: (batch, n, exits) bool, whether the row's token got as far as this exit.
+        """
+        steps = torch.arange(c.shape[1], device=c.device)
+        slots = ((self._new[:, None] + steps) % self._c.shape[1])[..., None].expand(c.shape)
+        for memory, seen in ((self._c, c), (self._y, y), (self._looked, looked)):
+            memory.scatter_(1, slots, seen)
+
+    def _fit(self, end: Tensor) -> Tensor:
+        """Return the threshold fitted to each row's new tokens before end: (batch,)."""
+        places = end[:, None] - 1 - torch.arange(_WINDOW, device=end.device)
+        slots = (places % self._c.shape[1])[..., None].expand(-1, -1, self._c.shape[2])
+        c, y, looked = (memory.gather(1, slots) for memory in (self._c, self._y, self._looked))
+        counts = looked & (places >= 0)[..., None]
+        return fitted_threshold(
+            c.flatten(1), y.flatten(1), counts.flatten(1), self._zeta, self._next
+        )

@@ -1,0 +1,75 @@
+"""The LM head over the most frequent tokens alone, for drafts: FR-Spec (arXiv 2502.14856).
+
+A draft that chooses from V' tokens reads V' rows of the head, and stays exact: verification keeps
+the whole vocabulary. Which tokens are frequent was counted by `inference.frequent_tokens`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inference.loading.packed import PACKED_ELEMENTS, PackedLinear
+from models.llama import Llama
+
+COUNT_THEM = "count them with python -m inference.frequent_tokens and give its file"
+
+
+@dataclass(frozen=True)
+class PartOfHead:
+    """The LM head over some tokens alone."""
+
+    tokens: Tensor
+    """(part,) int64, their ids."""
+    linear: Callable[[Tensor], Tensor]
+    """Normed states (..., dim) to logits (..., part)."""
+    vocab_size: int
+
+    def widen(self, probs: Tensor) -> Tensor:
+        """Return probs: (batch, seq, part) over the whole vocabulary, 0 elsewhere."""
+        wide = probs.new_zeros(*probs.shape[:-1], self.vocab_size)
+        return wide.scatter(-1, self.tokens.expand(probs.shape), probs)
+
+
+def part_of_head(model: Llama, tokens: Tensor) -> PartOfHead:
+    """Copy a model's head for some tokens: (part,) int64; packed where the head is packed."""
+    weight = model.head_weight.detach()[tokens]
+    packed = isinstance(model.lm_head, PackedLinear) and weight.numel() >= PACKED_ELEMENTS
+    linear = PackedLinear(weight) if packed else partial(F.linear, weight=weight)
+    return PartOfHead(tokens, linear, model.config.vocab_size)
+
+
+def load_part_of_head(model: Llama, path: Path, part: int) -> PartOfHead:
+    """Return the head of the `part` most frequent tokens, by the counts in a file.
+
+    Raises:
+        ValueError: there are no counts there, they are of another vocabulary, or it is smaller.
+    """
+    try:
+        counts = np.array(json.loads(path.read_text())["counts"], dtype=np.int64)
+    except OSError:
+        raise ValueError(f"token_counts: there is no {path}, {COUNT_THEM}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"token_counts: {path} is damaged, {COUNT_THEM}") from None
+    vocab_size = model.config.vocab_size
+    if counts.shape != (vocab_size,):
+        raise ValueError(
+            f"token_counts: {path} counts {counts.size} tokens and the model has {vocab_size}, "
+            f"{COUNT_THEM}"
+        )
+    if part > vocab_size:
+        raise ValueError(f"draft_vocab: {part}, give at most this model's {vocab_size} tokens")
+    tokens = torch.from_numpy(most_frequent(counts, part))
+    return part_of_head(model, tokens.to(model.norm.weight.device))
+
+
+def most_frequent(counts: npt.NDArray[np.int64], part: int) -> npt.NDArray[np.int64]:
+    """Return the ids of the `part` largest counts: (vocab,), the largest first."""
+    return np.argsort(-counts, kind="stable")[:part]

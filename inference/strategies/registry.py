@@ -1,0 +1,153 @@
+"""Strategies by name, and how a user writes one: `name` or `name:setting=value:setting=value`."""
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from inference.engine.strategy import Strategy
+from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.dynamic import Dynamic
+from inference.strategies.exit_rules import Calm, Gated, Patience
+from inference.strategies.free import Free
+from inference.strategies.jump import Jump
+from inference.strategies.routed import Routed
+from inference.strategies.schedules import Pruned, SkipDecode, Unified
+from inference.strategies.self_speculative import SelfSpeculative
+from inference.strategies.skip_draft import SkipDraft
+from inference.strategies.two_model import Speculative
+
+STRATEGIES: Mapping[str, type[Strategy]] = {
+    kind.name: kind
+    for kind in (
+        Autoregressive,
+        EarlyExit,
+        SelfSpeculative,
+        Dynamic,
+        SkipDraft,
+        Speculative,
+        Calm,
+        Patience,
+        Gated,
+        Jump,
+        Free,
+        Unified,
+        SkipDecode,
+        Pruned,
+        Routed,
+    )
+}
+"""The known ones."""
+
+_LARGEST_FLOAT = 3.4e38
+"""Of 32 bits, which a tensor that is compared with a setting may have."""
+
+
+def parse_strategy(text: str, **settings: str | None) -> Strategy:
+    """Make the strategy that `text` describes; its settings are not checked against a model.
+
+    Args:
+        text: `name`, or `name:setting=value:...`. Numbers as Python writes them; true or false;
+            the numbers of a list joined by "+", as in 0+3+7; none for what is to be left open.
+        settings: Further settings, as text; None, and what the strategy does not have, is left
+            out.
+
+    Raises:
+        ValueError: there is no such strategy, or it has no such setting, or cannot read its value.
+    """
+    name, *parts = text.split(":")
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy: {name or 'empty'}, give one of {', '.join(STRATEGIES)}")
+    kind = STRATEGIES[name]
+    known = setting_types(kind)
+    given = {key: value for key, value in settings.items() if value is not None and key in known}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"strategy: {part!r} in {text!r} is no setting, write name=value")
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"strategy: {name} has no setting {key}, {has}")
+        given[key] = value
+    values = {key: _read(f"{name}: {key}", value, known[key]) for key, value in given.items()}
+    return kind(**values)
+
+
+def setting_types(kind: type[Strategy]) -> dict[str, Any]:
+    """Return the settings of a strategy and their types."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def has_threshold(kind: type[Strategy]) -> bool:
+    """Return whether a strategy trades tokens for speed by a threshold."""
+    return "threshold" in setting_types(kind)
+
+
+def describe(strategy: Strategy) -> str:
+    """Return the text `parse_strategy` reads back, every setting named that is not at default."""
+    parts = [strategy.name]
+    for field in fields(strategy):
+        value = getattr(strategy, field.name)
+        if value != field.default:
+            parts.append(f"{field.name}={_write(value)}")
+    return ":".join(parts)
+
+
+def _write(value: object) -> str:
+    if isinstance(value, tuple):
+        return "+".join(str(number).replace("e+", "e") for number in value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _read(what: str, text: str, kind: Any) -> object:
+    """Read a value of type `kind`, which may be a union with None.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if isinstance(kind, types.UnionType):
+        if text == "none":
+            return None
+        [kind] = [part for part in get_args(kind) if part is not types.NoneType]
+    try:
+        if get_origin(kind) is Literal:
+            if text not in get_args(kind):
+                raise ValueError
+            return text
+        if get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            return tuple(_number(part, item) for part in text.split("+") if part)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return _number(text, kind) if kind in (int, float) else Path(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"strategy: {what}={text}, give {_kind_in_words(kind)}") from None
+
+
+def _number(text: str, kind: type[int] | type[float]) -> int | float:
+    """Read a number that a tensor can hold.
+
+    Raises:
+        ValueError: it cannot be read, or is too large.
+    """
+    value = kind(text)
+    largest = 2**63 - 1 if kind is int else _LARGEST_FLOAT
+    if abs(value) > largest and value not in (math.inf, -math.inf):
+        raise ValueError
+    return value
+
+
+def _kind_in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"{_kind_in_words(get_args(kind)[0])}; several are joined by +"
+    words = {
+        int: "an integer of at most 64 bits",
+        float: f"a number up to {_LARGEST_FLOAT}, or inf",
+        bool: "true or false",
+    }
+    return words.get(kind, "a value")

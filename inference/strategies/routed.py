@@ -1,0 +1,53 @@
+"""One token per round through the layers that a model's own routers let it run.
+
+Every strategy asks the routers of a model that has them; this one saves what they leave out. Where
+no row runs a layer, its keys and values alone are computed.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from inference.engine.sampling import sample
+from inference.engine.state import Decoder, DecodeState, Round
+from inference.engine.strategy import Strategy
+from models.router import runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed(Strategy):
+    """Run a layer where the router of any row says so: the same tokens as autoregressive."""
+
+    name: ClassVar[str] = "routed"
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Begin to decode.
+
+        Raises:
+            ValueError: the model has no routers.
+        """
+        if state.model.config.router == "none":
+            raise ValueError(
+                "strategy: routed needs a model with routers and this one has none, give another "
+                "or train one with --model.router linear"
+            )
+        return partial(_decode_one, state)
+
+
+def _decode_one(state: DecodeState, room: int) -> Round:
+    h = state.model.embed(state.pending[:, None])
+    depths = torch.zeros_like(state.positions)
+    for l in range(state.model.config.n_layers):
+        p = state.model.gate(l, h)
+        assert p is not None
+        takes = runs(p[:, 0])
+        depths += takes
+        if state.ask((takes & ~state.finished).any()):
+            h = state.run(h, l, l + 1)  # the rows that do not run it are left out there
+        else:
+            state.write_keys_and_values(h, l, l + 1)
+    tokens = sample(state.distribution(h), state.generator)
+    none = torch.zeros_like(state.positions)
+    return Round(tokens, accepted=none, drafted=none, depths=depths[:, None])

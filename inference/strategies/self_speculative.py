@@ -1,0 +1,150 @@
+"""Self-speculative decoding: the first E layers draft, the others verify, one KV cache serves both.
+
+LayerSkip (arXiv 2404.16710), section 4.3. E = number of layers run to draft, d = tokens drafted,
+L = n_layers; x_E = output of layer E - 1, the paper's "exit query". Drafted tokens keep x_E, so
+verification runs only layers E, ..., L - 1 on them.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from inference.engine.sampling import accept
+from inference.engine.state import Decoder, DecodeState, FixedRounds, Round
+from inference.engine.strategy import Strategy
+from inference.strategies.autoregressive import a_quarter
+from inference.strategies.drafting import Draft, Stop, draft, guess
+from inference.strategies.part_of_head import COUNT_THEM, PartOfHead, load_part_of_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfSpeculative(Strategy):
+    """Draft up to d tokens with the first E layers, then verify them with the rest."""
+
+    name: ClassVar[str] = "self_speculative"
+    E: int | None = None
+    """Layers that draft, 1 to n_layers - 1; a quarter of the model's if not given."""
+    d: int = 4
+    """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
+    stop: float = 0.0
+    """A row's draft ends after a token whose distribution has no probability as large as this;
+    0: never."""
+    stop_entropy: float = float("inf")
+    """A row's draft ends after a token whose distribution has more entropy, in nats."""
+    ngram: int = 0
+    """Where the last so many tokens of a row, or fewer but at least 2, came before, what followed
+    them there is its draft; no layer drafts if that is so in every row; 0: never."""
+    draft_vocab: int = 0
+    """Drafts choose from so many tokens, the most frequent ones (FR-Spec, arXiv 2502.14856); 0:
+    from all."""
+    token_counts: Path | None = None
+    """Which tokens are frequent: the file `python -m inference.frequent_tokens` makes."""
+
+    def filled(self, n_layers: int) -> Self:
+        """Return a copy with E set."""
+        return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
+
+    def problems(self, n_layers: int) -> list[str]:
+        """Return what is wrong with the settings for a model of n_layers layers."""
+        found = []
+        if n_layers == 1:
+            found.append("strategy: self_speculative needs at least 2 layers, this model has 1")
+        elif self.E is None or not 1 <= self.E < n_layers:
+            found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
+        if self.d < 1:
+            found.append(f"d: {self.d}, give at least 1 drafted token")
+        if self.draft_vocab < 0:
+            found.append(f"draft_vocab: {self.draft_vocab}, give a number of tokens, or 0 for all")
+        if self.draft_vocab and self.token_counts is None:
+            found.append(f"token_counts: none, draft_vocab needs them, {COUNT_THEM}")
+        if self.token_counts is not None and not self.draft_vocab:
+            found.append("draft_vocab: 0, token_counts are for drafts from fewer tokens, give both")
+        return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
+
+    @property
+    def always_drafts(self) -> bool:
+        """Whether each round drafts d tokens with E layers, as the bound of speedup has it."""
+        plain = not self.ngram and not self.draft_vocab
+        return plain and Stop(self.stop, self.stop_entropy).never
+
+    def start(self, state: DecodeState) -> Decoder:
+        """Begin to decode.
+
+        Raises:
+            ValueError: the token counts are missing or of another vocabulary.
+        """
+        head = None
+        if self.token_counts is not None:
+            head = load_part_of_head(state.model, self.token_counts, self.draft_vocab)
+        rounds = partial(self._round, state, head)
+        asks = self.ngram or not Stop(self.stop, self.stop_entropy).never
+        return rounds if asks else FixedRounds(self.d + 1, rounds)
+
+    def _round(self, state: DecodeState, head: PartOfHead | None, room: int) -> Round:
+        """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
+        assert self.E is not None
+        d = min(self.d, room - 1)
+        guesses = guess(state, self.ngram, d)
+        if guesses is not None and state.ask((guesses.found | state.finished).all()):
+            drafted = guesses.alone()
+        else:
+            stop = Stop(self.stop, self.stop_entropy)
+            drafted = draft(state, self.E, d, stop=stop, head=head, guesses=guesses)
+        return settle(state, drafted, verify(state, self.E, drafted))
+
+
+def draft_problems(stop: float, stop_entropy: float, ngram: int) -> list[str]:
+    """Return what is wrong with the settings of a draft."""
+    found = []
+    if not stop >= 0.0:
+        found.append(f"stop: {stop}, give a probability, or 0 to stop no draft")
+    if not stop_entropy >= 0.0:
+        found.append(f"stop_entropy: {stop_entropy}, give nats, at least 0")
+    if ngram < 0:
+        found.append(f"ngram: {ngram}, give a number of tokens, or 0 for none")
+    return found
+
+
+def verify(state: DecodeState, E: int, drafted: Draft) -> Tensor:
+    """Give the full model's distribution after the pending token and after each drafted one.
+
+    The last drafted token has not been run yet, nor have guesses that no layer drafted: they go
+    through the first E layers, then all d + 1 tokens through layers E, ..., L - 1 in one pass.
+
+    Args:
+        state: The batch.
+        E: Layers that drafted; 0 where nothing they computed is of use.
+        drafted: The draft, with its x_E.
+
+    Returns:
+        p: (batch, d + 1, vocab).
+    """
+    return state.distribution(run_the_rest(state, E, drafted, ())[0])
+
+
+def run_the_rest(
+    state: DecodeState, E: int, drafted: Draft, tapped: tuple[int, ...]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return x_L of all d + 1 tokens, and {l: x_{l+1}} for l >= E in `tapped`."""
+    tokens = torch.cat((state.pending[:, None], drafted.tokens), dim=1)
+    done = len(drafted.exits)
+    x_E = state.model.embed(tokens[:, done:])
+    if E > 0:
+        x_E = state.run(x_E, 0, E, offset=done)
+    x_E = torch.cat((*drafted.exits, x_E), dim=1)
+    return state.run_and_tap(x_E, E, state.model.config.n_layers, exit_layers=tapped)
+
+
+def settle(state: DecodeState, drafted: Draft, p: Tensor) -> Round:
+    """Accept what the full model's distributions p: (batch, d + 1, vocab) allow."""
+    accepted, next_token = accept(drafted.tokens, drafted.q, p, state.generator, drafted.lengths)
+    tokens = torch.cat((drafted.tokens, next_token[:, None]), dim=1)
+    tokens.scatter_(1, accepted[:, None], next_token[:, None])
+    lengths = drafted.lengths
+    if lengths is None:
+        lengths = torch.full_like(accepted, drafted.tokens.shape[1])
+    return Round(tokens, accepted, drafted=lengths)

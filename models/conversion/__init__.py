@@ -1,0 +1,1 @@
+"""Convert checkpoints to and from Hugging Face folders, and prove the result."""

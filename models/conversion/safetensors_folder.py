@@ -1,0 +1,195 @@
+"""The weights and the configuration of a Hugging Face Llama folder, read and written.
+
+Safetensors files alone are read: a .bin file is a pickle and may run code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.config import LlamaConfig
+from models.conversion.hugging_face import config_json, hugging_face_name, llama_config
+from models.llama import Llama
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+# A buffer that older versions of transformers wrote; it follows from config.json.
+_IGNORED = ".rotary_emb.inv_freq"
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """Return the shape of the model in a folder.
+
+    Raises:
+        ValueError: If it holds no Llama.
+    """
+    try:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return llama_config(fields)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = f"no {CONFIG}" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(
+            f"input: {folder} is not a Llama in Hugging Face's format ({reason}), name one that is"
+        ) from None
+
+
+def read_eos_ids(folder: Path) -> set[int]:
+    """Return the token ids that end a text, by config.json or by generation_config.json.
+
+    Raises:
+        ValueError: If one of the files is damaged.
+    """
+    found: set[int] = set()
+    for path in (folder / CONFIG, folder / GENERATION_CONFIG):
+        if not path.is_file():
+            continue
+        try:
+            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found |= {
+                int(i) for i in (given if isinstance(given, list) else [given]) if i is not None
+            }
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"input: {path} is damaged ({error}), download it again") from None
+    return found
+
+
+def read_weights(folder: Path, config: LlamaConfig) -> dict[str, Tensor]:
+    """Return the parameters of a folder under our names, in the dtypes they are stored in.
+
+    Raises:
+        ValueError: If a file, a shard or a tensor is missing, damaged, of another shape or of a
+            dtype that is not read.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in Llama(config).state_dict().items()}
+    files = _weight_files(folder)
+    found: dict[str, Tensor] = {}
+    for path, names in files.items():
+        found |= _read_file(path, names)
+    found = {name: t for name, t in found.items() if not name.endswith(_IGNORED)}
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if config.tie_embeddings and head is not None and embedding is not None:
+        if not torch.equal(head, embedding):
+            raise ValueError(
+                f"input: {folder} ties its embeddings but has another lm_head.weight, "
+                "set tie_word_embeddings to false in its config.json"
+            )
+        del found["lm_head.weight"]
+    theirs = {hugging_face_name(name): name for name in shapes}
+    stored = {(name, tuple(tensor.shape)) for name, tensor in found.items()}
+    expected = {(name, shapes[ours]) for name, ours in theirs.items()}
+    if stored != expected:
+        missing, unknown = sorted(expected - stored), sorted(stored - expected)
+        raise ValueError(
+            f"input: {folder} does not fit its {CONFIG}: it lacks {missing[:3] or 'nothing'} and "
+            f"has {unknown[:3] or 'nothing'} besides, download it again"
+        )
+    return {ours: found[name] for name, ours in theirs.items()}
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Return the weight files of a folder and the tensors to take from each; None takes all."""
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(
+                f"input: {folder} has no {SINGLE} and no {INDEX}, save it as safetensors "
+                "(.bin files are pickles and are not read)"
+            )
+        return {folder / SINGLE: None}
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[Path, list[str] | None] = {
+            folder / Path(shard).name: [name for name in places if places[name] == shard]
+            for shard in sorted(set(places.values()))
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"input: {index} is damaged ({error!r}), download it again") from None
+    if missing := [path.name for path in shards if not path.is_file()]:
+        raise ValueError(
+            f"input: {folder} lacks {len(missing)} of {len(shards)} shards ({missing[0]}), "
+            "download it again"
+        )
+    return shards
+
+
+def _read_file(path: Path, names: list[str] | None) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            chosen = list(file.keys()) if names is None else names
+            if absent := set(chosen) - set(file.keys()):
+                raise ValueError(
+                    f"input: {path} lacks {min(absent)}, which the index says it has, "
+                    "download it again"
+                )
+            for name in chosen:
+                stored = file.get_slice(name).get_dtype()
+                if stored not in DTYPES:
+                    raise ValueError(
+                        f"dtype: {path} has {name} in {stored}, which is not read; save it in one "
+                        f"of {', '.join(DTYPES)}"
+                    )
+            return {name: file.get_tensor(name) for name in chosen}
+    except SafetensorError as error:
+        raise ValueError(f"input: {path} is damaged ({error}), download it again") from None
+
+
+def write_model(
+    folder: Path,
+    config: LlamaConfig,
+    state: dict[str, Tensor],
+    *,
+    bos_id: int,
+    eos_id: int,
+    max_shard_bytes: int,
+) -> None:
+    """Write config.json, generation_config.json and the weights as safetensors.
+
+    Args:
+        folder: An empty folder.
+        config: The shape of the model.
+        state: The parameters under our names; they are written in the dtypes they have.
+        bos_id: Token id of BOS.
+        eos_id: Token id of EOS.
+        max_shard_bytes: A file ends before it grows beyond this; a larger tensor has its own.
+    """
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    _write_json(folder / CONFIG, config_json(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+    _write_json(folder / GENERATION_CONFIG, ids)
+    shards = _split(state, max_shard_bytes)
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path = folder / (name if len(shards) > 1 else SINGLE)
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets the owner alone read it
+        places |= dict.fromkeys(shard, name)
+    if len(shards) == 1:
+        return
+    size = sum(tensor.nbytes for tensor in state.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _split(state: dict[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][hugging_face_name(name)] = tensor.contiguous()
+        size += tensor.nbytes
+    return shards
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

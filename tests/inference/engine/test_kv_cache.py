@@ -1,0 +1,55 @@
+"""Slots are written at their positions, and only written ones are looked at."""
+
+import torch
+
+from inference.engine.kv_cache import StaticKVCache
+from tests.models.test_llama import small
+
+
+def open_cache(batch=2, slots=6):
+    config = small(dim=8, n_heads=2, n_kv_heads=1, n_layers=2)
+    return StaticKVCache(config, batch, slots, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_mask_shows_the_slots_up_to_each_position():
+    cache = open_cache()
+    cache.window = 5
+    mask, _ = cache.at(torch.tensor([[0, 1], [3, 4]]))
+    assert mask.shape == (2, 1, 2, 5)
+    assert mask[:, 0].int().tolist() == [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]],
+        [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+    ]
+
+
+def test_windows_are_rounded_up_to_steps_and_end_with_the_slots():
+    config = small(dim=8, n_heads=2, n_kv_heads=1, n_layers=2)
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    cache = StaticKVCache(config, 1, 10, window_step=4, **where)
+    windows = []
+    for slots in (1, 3, 4, 5, 8, 9, 10):
+        cache.look_at(slots)
+        windows.append(cache.window)
+    assert windows == [4, 4, 4, 8, 8, 10, 10]
+
+
+def test_each_row_is_written_at_its_own_positions_in_one_layer():
+    cache = open_cache()
+    cache.window = 4
+    _, layer = cache.at(torch.tensor([[0, 1], [2, 3]]))
+    k = torch.arange(1.0, 17.0).view(2, 1, 2, 4)
+    keys, values = layer(1).update(k, -k)
+    assert keys.shape == (2, 1, 4, 4)
+    assert torch.equal(keys[0, :, :2], k[0])
+    assert torch.equal(keys[1, :, 2:], k[1])
+    assert torch.equal(values, -keys)
+    assert keys[0, :, 2:].abs().sum() == keys[1, :, :2].abs().sum() == 0
+    assert cache.keys[0].abs().sum() == 0
+
+
+def test_a_position_written_again_is_overwritten():
+    cache = open_cache(batch=1)
+    for value in (1.0, 2.0):
+        _, layer = cache.at(torch.tensor([[3]]))
+        keys, _ = layer(0).update(torch.full((1, 1, 1, 4), value), torch.zeros(1, 1, 1, 4))
+    assert keys[0, 0, :, 0].tolist() == [0, 0, 0, 2, 0, 0]

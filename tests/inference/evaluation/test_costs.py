@@ -1,0 +1,130 @@
+"""What rounds cost follows from what passes cost, and that from a clock."""
+
+import pytest
+import torch
+
+import inference.evaluation.costs
+from inference.engine.generation import Generation
+from inference.engine.state import DecodeState
+from inference.evaluation.costs import Costs, measure_costs, predict, tokens_per_round
+from inference.oracle import record_exits
+from inference.strategies.registry import self_speculative
+from inference.strategies.self_speculative import SelfSpeculative, settle
+from tests.inference.every_strategy import PROMPTS, make_model
+
+OF_THREE_LAYERS = Costs(
+    full_step_seconds=1.0,
+    draft=[0.5, 0.7],
+    layers=[0.9, 1.0, 1.2],
+    head=[0.1, 0.2, 0.3],
+    many_heads=0.5,
+    rounds=[(0.55, 1.4), (0.75, 1.25)],
+    guesses=1.4,
+)
+OF_FOUR_LAYERS = Costs(
+    full_step_seconds=1.0,
+    draft=[(E + 2) / (4 + 2) for E in (1, 2, 3)],
+    layers=[0.9, 1.0, 1.2],
+    head=[0.1, 0.2, 0.3],
+    many_heads=0.5,
+    rounds=[(0.5, 1.5), (0.7, 1.4), (0.9, 1.3)],
+    guesses=1.5,
+)
+
+
+def test_predictions_worked_by_hand():
+    # E = 1 is wrong at places 1 and 4, E = 2 never.
+    last = [5, 6, 7, 8, 9, 1]
+    trace = torch.tensor([[5, 0, 7, 8, 0, 1], last, last])
+    assert tokens_per_round([trace], 1, 2) == 6 / 3  # 5 6 | 7 8 9 | 1
+    assert tokens_per_round([trace], 1, 1) == 6 / 4  # 5 6 | 7 8 | 9 | 1
+    assert tokens_per_round([trace], 2, 2) == 6 / 2
+    found = {(p.E, p.d): p for p in predict([trace], OF_THREE_LAYERS, 2)}
+    assert found[1, 1].agreement == pytest.approx(4 / 6)
+    # draft: two steps of E = 1 less the head; verify: two thirds of the layers on two tokens.
+    assert found[1, 1].draft == pytest.approx(2 * 0.4)
+    assert found[1, 1].verify == pytest.approx(1.0 * 2 / 3)
+    assert found[1, 1].head == pytest.approx(0.1 + 0.2)
+    # Whole rounds take 1.4 + 0.55 d and 1.25 + 0.75 d.
+    assert found[1, 1].overhead == pytest.approx(1.95 - (0.8 + 2 / 3 + 0.3))
+    assert found[1, 1].speedup == pytest.approx(1.5 / 1.95)
+    assert found[2, 2].overhead == pytest.approx(2.75 - (3 * 0.6 + 1.2 / 3 + 2 * 0.1 + 0.3))
+    assert found[2, 2].speedup == pytest.approx(3 / 2.75)
+    ordered = [p.speedup for p in predict([trace], OF_THREE_LAYERS, 2)]
+    assert ordered == sorted(ordered, reverse=True)
+
+
+def test_costs_of_passes_worked_by_hand():
+    costs = OF_FOUR_LAYERS
+    assert costs.of_layers(0, 2, 1) == pytest.approx(4 / 6 - 0.1)
+    assert costs.of_layers(0, 4, 1) == pytest.approx(0.9)
+    assert costs.of_layers(1, 4, 3) == pytest.approx(1.2 * 3 / 4)
+    assert costs.of_head(3) == pytest.approx(0.3)
+    assert costs.of_head(6) == pytest.approx(0.4), "half way to three exits' three tokens"
+    assert costs.of_head(9) == pytest.approx(0.5)
+
+
+def test_tokens_of_a_round_are_those_that_are_decoded():
+    model = make_model(4)
+    for E, d in ((1, 2), (2, 3)):
+        drafted = Generation(model, PROMPTS, SelfSpeculative(E=E, d=d), max_new_tokens=25)
+        alone = [
+            Generation(model, [p], SelfSpeculative(E=E, d=d), max_new_tokens=25).finish()
+            for p in PROMPTS
+        ]
+        tokens = drafted.finish().tokens
+        traces = [record_exits(model, p + t, len(p)) for p, t in zip(PROMPTS, tokens, strict=True)]
+        rounds = sum(one.counters.rounds for one in alone)
+        assert tokens_per_round(traces, E, d) == pytest.approx(100 / rounds)
+
+
+def test_costs_are_measured_in_full_steps():
+    costs = measure_costs(make_model(3), [[1, 2, 3, 4]], 2)
+    assert len(costs.draft) == 2
+    assert len(costs.layers) == len(costs.head) == 3
+    assert 0 < costs.head[0] < costs.layers[0]
+    assert costs.full_step_seconds > 0
+    assert all(0 < each < 3 and 0 < beside < 5 for each, beside in costs.rounds)
+    assert costs.guesses > 0
+
+
+def test_what_is_timed_is_told_apart(monkeypatch):
+    """With a clock that counts: 1 for each layer of a pass, 0.5 for each of its tokens but one, 10
+    for each call of the head, 2 to accept."""
+    model, clock = make_model(3), [0.0]
+    run, head = DecodeState.run_and_tap, DecodeState.head
+
+    def slow_run(state, h, start, stop, **options):
+        clock[0] += stop - start + 0.5 * (h.shape[1] - 1)
+        return run(state, h, start, stop, **options)
+
+    def slow_head(state, x, part=None):
+        clock[0] += 10
+        return head(state, x, part)
+
+    def slow_settle(state, drafted, p):
+        clock[0] += 2
+        return settle(state, drafted, p)
+
+    monkeypatch.setattr(DecodeState, "run_and_tap", slow_run)
+    monkeypatch.setattr(DecodeState, "head", slow_head)
+    monkeypatch.setattr(self_speculative, "settle", slow_settle)
+    monkeypatch.setattr(inference.evaluation.costs, "settle", slow_settle)
+    monkeypatch.setattr(inference.evaluation.costs.time, "perf_counter", lambda: clock[0])
+    costs = measure_costs(model, [[1, 2, 3, 4]], 3)
+    assert costs.full_step_seconds == pytest.approx(13)
+    assert costs.draft == pytest.approx([11 / 13, 12 / 13])
+    assert costs.layers == pytest.approx([3 / 13, 3.5 / 13, 4 / 13, 4.5 / 13])
+    assert costs.head == pytest.approx([10 / 13] * 4)
+    assert costs.many_heads == pytest.approx(10 / 13)
+    # For each token E layers, the head and its part of verifying; beside them E layers, 3 - E, the
+    # head and 2 to accept.
+    assert costs.rounds == [
+        (pytest.approx((E + 10 + 0.5) / 13), pytest.approx((3 + 10 + 2) / 13)) for E in (1, 2)
+    ]
+    assert costs.guesses == pytest.approx((3 + 3 * 0.5 + 10 + 2) / 13)
+    # Of one drafted token, what a step costs.
+    of_one = measure_costs(model, [[1, 2, 3, 4]], 1).rounds
+    assert of_one == [
+        (pytest.approx((E + 10) / 13), pytest.approx((3 + 0.5 + 10 + 2) / 13)) for E in (1, 2)
+    ]

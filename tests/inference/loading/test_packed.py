@@ -1,0 +1,76 @@
+"""Packed products are the plain ones, and several rows of one cost about as much as one."""
+
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from inference.engine.compiled import compile_layers
+from inference.engine.generation import Generation
+from inference.loading import packed
+from inference.loading.packed import PackedLinear, can_pack, pack
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.self_speculative import SelfSpeculative
+from tests.inference.every_strategy import decode
+from tests.models.test_llama import build, small
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+
+
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (40,)])
+@pytest.mark.parametrize("elements", [0, 2**20])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
+def test_products_are_as_exact_as_plain_ones(monkeypatch, rows, elements, dtype, error):
+    monkeypatch.setattr(packed, "PACKED_ONLY_ELEMENTS", elements)
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 320, generator=draw).to(dtype)
+    x = torch.randn(*rows, 320, generator=draw).to(dtype)
+    exact = x.double() @ weight.double().T
+    found = PackedLinear(weight)(x)
+    assert found.shape == exact.shape
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, atol=error * 320**0.5, rtol=error)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_decodes_the_same_tokens(monkeypatch, tied):
+    monkeypatch.setattr(packed, "PACKED_ELEMENTS", 1000)
+    monkeypatch.setattr(packed, "PACKED_ONLY_ELEMENTS", 1500)
+    model = build(small(n_layers=4, n_kv_heads=2, tie_embeddings=tied)).eval().requires_grad_(False)
+    prompts = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
+    plain = Generation(model, prompts, Autoregressive(), max_new_tokens=20).finish().tokens
+    head = model.head_weight.clone()
+    assert can_pack(model)
+    pack(model)
+    block = model.block(0)
+    assert isinstance(block.feed_forward.w1, PackedLinear)
+    assert block.feed_forward.w1.weight is None
+    assert isinstance(block.attention.wk, torch.nn.Linear), "512 elements stay plain"
+    assert isinstance(model.lm_head, PackedLinear)
+    assert torch.equal(model.head_weight, head)
+    for strategy in (Autoregressive(), SelfSpeculative(E=2, d=3)):
+        assert Generation(model, prompts, strategy, max_new_tokens=20).finish().tokens == plain
+
+
+def test_one_small_row_takes_the_plain_weight():
+    weight = torch.randn(8, 16)
+    x = torch.randn(1, 1, 16)
+    assert torch.equal(PackedLinear(weight)(x), F.linear(x, weight))
+    assert PackedLinear(weight).weight is not None
+    assert PackedLinear(weight.bfloat16()).weight is None
+    assert PackedLinear(weight.bfloat16(), keep=True).weight is not None
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for CPUs with c++")
+def test_compiled_layers_with_packed_weights_give_the_same_tokens():
+    config = small(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=61)
+    model = build(config).eval().requires_grad_(False)
+    strategy, options = SelfSpeculative(E=1, d=1), {"max_new_tokens": 6}
+    plain = decode(model, [[3, 4, 5]], strategy, **options).tokens
+    pack(model)
+    assert isinstance(model.block(0).feed_forward.w1, PackedLinear)
+    compile_layers(model)
+    assert decode(model, [[3, 4, 5]], strategy, **options).tokens == plain

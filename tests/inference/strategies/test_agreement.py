@@ -1,0 +1,52 @@
+"""What is learnt about agreement is what the rounds show."""
+
+import pytest
+import torch
+
+from inference.engine.state import Round
+from inference.strategies.agreement import Agreement, drafts_that_agreed, guesses_that_agreed
+from inference.strategies.drafting import Guesses
+
+
+def test_agreement_less_its_standard_error_worked_by_hand():
+    for agreed, seen, expected in (
+        (80.0, 100.0, 0.8 - 0.04),
+        (1.0, 2.0, 0.5 - 0.5 / 2**0.5),
+        (10.0001, 10.0, 1.0),
+        (0.01, 3.0, 0.0),
+    ):
+        found = Agreement(0.9, agreed=agreed, seen=seen).at_least()
+        assert found == pytest.approx(expected)
+    agreement = Agreement(0.5)
+    agreement.add(2.0, 3.0)
+    agreement.add(0.0, 4.0)
+    assert (agreement.agreed, agreement.seen) == (0.25 + 1.0, 0.5 + 1.5 + 4.0)
+
+
+def test_drafts_that_agreed_worked_by_hand():
+    # Accepted whole, none, one of three, nothing drafted.
+    result = Round(
+        torch.zeros(4, 4), torch.tensor([3, 0, 1, 0]), drafted=torch.tensor([3, 3, 3, 0])
+    )
+    rows = torch.ones(4, dtype=torch.bool)
+    assert drafts_that_agreed(result, rows).tolist() == [3 + 0 + 1 + 0, 3 + 1 + 2 + 0]
+    rows[0] = False
+    assert drafts_that_agreed(result, rows).tolist() == [1, 3]
+
+
+def test_guesses_are_held_against_what_was_found_worked_by_hand():
+    guesses = Guesses(
+        torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
+        torch.tensor([True, True, True, True, False]),
+        vocab_size=10,
+    )
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    result = Round(tokens, torch.tensor([3, 2, 0, 3, 3]), torch.full((5,), 3))
+    live = torch.ones(5, dtype=torch.bool)
+    # By row: 3 of 3, 2 of 3, then only the first token is known, then a wrong one, then no guess.
+    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 2 + 1, 3 + 3 + 1 + 1]
+    live[1] = False
+    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 1, 3 + 1 + 1]
+    plain = Round(tokens[:, :1], torch.zeros(5, dtype=torch.int64), torch.zeros(5))
+    live[1] = True
+    assert guesses_that_agreed(guesses, plain, live).tolist() == [3, 4]

@@ -1,0 +1,484 @@
+"""The choice of E and d is the best of its formula, learns from the exits, and costs no token."""
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+import torch
+
+from inference.engine.generation import Generation
+from inference.engine.host_copy import HostCopy
+from inference.engine.prefill import open_state
+from inference.engine.sampling import Sampling
+from inference.strategies.agreement import Agreement
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.drafting import Guesses
+from inference.strategies.dynamic import Dynamic, best_pair
+from inference.strategies.ngram import look_up
+from inference.strategies.registry import dynamic
+from tests.inference.every_strategy import PROMPTS, decode, make_model
+from tests.inference.strategies.test_self_speculative import excess
+from tests.models.test_llama import build, small
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(6)
+
+
+def test_the_best_pair_worked_by_hand():
+    # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
+    # 1.687; 4: 3.3616/2 = 1.681.
+    one = {3: 0.8}, {3: 0.25}, {3: 1.0}
+    assert best_pair(*one, 10) == (3, 3, pytest.approx(2.952 / 1.75))
+    assert best_pair(*one, 2) == (3, 2, pytest.approx(2.44 / 1.5))
+    assert best_pair(*one, 0) == (3, 0, 1.0)
+    less_than_plain = best_pair({3: 0.2}, *one[1:], 10)  # 1.2 / 1.25
+    assert less_than_plain == (3, 0, 1.0)
+    three = {1: 0.1, 2: 0.9, 4: 0.91}, {1: 0.2, 2: 0.4, 4: 0.8}, dict.fromkeys((1, 2, 4), 1.0)
+    assert best_pair(*three, 2)[:2] == (2, 2)
+    dear = best_pair(*one[:2], {3: 3.0}, 4)
+    assert dear[1] == 0, "a dear verification pays for no draft"
+
+
+def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
+    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
+    generation = Generation(model, [[7, 8, 7]], Dynamic(d=3, memory=0.999999), max_new_tokens=60)
+    accepted = tried = 0
+    for [emission] in generation:
+        accepted += emission.accepted
+        tried += min(emission.accepted + 1, emission.drafted)
+    assert accepted > 10
+    fourth = learnt(started).exits[4]
+    assert fourth.agreed == pytest.approx(1.0 + accepted, abs=0.01)
+    assert fourth.seen == pytest.approx(2.0 + tried, abs=0.01)
+    others = [e for e in learnt(started).exits.values() if e is not fourth]
+    assert {(e.agreed, e.seen) for e in others} == {(1.0, 2.0)}
+    assert generation.counters.syncs == 0
+
+
+def learnt(started):
+    """Return the first decoder, after it has taken in all that its rounds told."""
+    started[0].learn(started[0].rounds + 1)
+    return started[0]
+
+
+SETTINGS = [
+    Dynamic(),
+    Dynamic(probe=1, d=3),
+    Dynamic(exits=(2, 5), draft_costs=(0.3, 0.8), verify_costs=(0.2, 0.1), probe=2),
+    Dynamic(verify_costs=(0.2,), stop=0.2),
+    Dynamic(verify_costs=(0.2,), guess_cost=0.2, ngram=2),
+    Dynamic(exits=(1, 3, 4), verify_costs=(0.2,), ngram=1, stop=0.2, probe=2),
+    Dynamic(ngram=1, probe=1, draft_costs=(0.4, 0.5, 0.6, 0.7, 0.9)),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
+    prompts = (PROMPTS * 2)[:rows]
+    plain = decode(model, prompts, Autoregressive(), max_new_tokens=30).tokens
+    for options in ({}, {"reads_late": True}, {"batch_size": 3}):
+        found = decode(model, prompts, settings, max_new_tokens=30, **options)
+        assert found.tokens == plain
+    if settings.verify_costs[0] < 1:
+        assert found.counters.drafted > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dynamic:verify_costs=0.1:probe=1",
+        "dynamic:exits=1:verify_costs=0.1:probe=2:stop=0.35",
+        "dynamic:verify_costs=0.1:guess_cost=0.1:ngram=1:probe=2",
+        "dynamic:verify_costs=1000:guess_cost=0.1:ngram=1",
+    ],
+)
+def test_sampled_tokens_have_the_full_models_distribution(biased_model, name):
+    hot = Sampling(temperature=1.0)
+    assert excess(biased_model, hot, E=None, d=2, name=name) < 4
+
+
+def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):
+    def settle_all(state, drafted, p):
+        return dynamic.Round(
+            torch.cat((drafted.tokens, p[:, -1:].argmax(-1)), 1),
+            torch.full_like(state.positions, drafted.tokens.shape[1]),
+            torch.full_like(state.positions, drafted.tokens.shape[1]),
+        )
+
+    monkeypatch.setattr(dynamic, "settle", settle_all)
+    hot = Sampling(temperature=1.0)
+    assert excess(biased_model, hot, E=None, d=2, name="dynamic:verify_costs=0.1") > 20
+
+
+def test_an_exit_that_always_agrees_is_found_and_used(started):
+    model = build(small(n_layers=6)).eval().requires_grad_(False)
+    for l in (2, 3, 4, 5):  # from two layers on, all exits agree
+        model.layers[str(l)].attention.wo.weight.zero_()
+        model.layers[str(l)].feed_forward.w2.weight.zero_()
+    settings = Dynamic(d=4, probe=1, longest_probe=1)
+    generation = dynamic_rounds(model, settings)
+    assert generation.counters.acceptance_rate > 0.9
+    rounds = learnt(started)
+    agreement = {E: exit_.at_least() for E, exit_ in rounds.exits.items()}
+    assert min(agreement[E] for E in (2, 3, 4, 5)) > 0.9
+    assert best_pair(agreement, rounds.draft_costs, rounds.verify_costs, 4)[:2] == (2, 4)
+
+
+def dynamic_rounds(model, settings):
+    return decode(model, PROMPTS, settings, max_new_tokens=40)
+
+
+@pytest.fixture
+def no_layer_drafts(monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, 0, 1.0))
+
+
+def drawn_from(logits, sampling):
+    least = logits.topk(sampling.top_k or logits.shape[-1]).values[:, -1:]
+    p = torch.where(logits >= least, (logits / sampling.temperature).exp(), 0.0)
+    return p / p.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("ngram", [0, 1])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.5), Sampling(temperature=0.5, top_k=3)]
+)
+@pytest.mark.usefixtures("no_layer_drafts")
+def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram, sampling):
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
+    settings = replace(settings, guess_cost=0.01, ngram=1) if ngram else settings
+    generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
+    tokens, places = [7, 8, 7], []
+    for [emission] in generation:
+        if not emission.drafted:
+            places.append(len(tokens) - 1)
+        tokens += emission.tokens
+    assert (generation.counters.drafted > 0) == (ngram > 0)
+    assert (len(places) < 30) == (ngram > 0)
+    _, exits = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
+    logits = [model.exit_logits(exits[l][0, places]) for l in range(6)]
+    for E in range(1, 6):
+        if sampling.temperature:
+            q, p = (drawn_from(logits[l], sampling) for l in (E - 1, 5))
+            true = torch.minimum(q, p).sum().item()
+        else:
+            true = (logits[E - 1].argmax(-1) == logits[5].argmax(-1)).sum().item()
+        assert learnt(started).exits[E].agreed == pytest.approx(1.0 + true, abs=0.01)
+    assert learnt(started).exits[1].seen == pytest.approx(2.0 + len(places), abs=0.01)
+
+
+def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model, started):
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_costs=(0.1,))
+    generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
+    assert_agreement_is_a_full_forwards(model, generation, started)
+
+
+def assert_agreement_is_a_full_forwards(model, generation, started, exits=(1, 2, 3, 4, 5)):
+    tokens, places = [7, 8, 7], []
+    for [emission] in generation:
+        seen = min(len(emission.tokens), emission.drafted or 1)  # not after a draft accepted whole
+        places += range(len(tokens) - 1, len(tokens) - 1 + seen)
+        tokens += emission.tokens
+    assert generation.counters.drafted > 30
+    _, x = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
+    said = [model.exit_logits(x[l][0, places]).argmax(-1) for l in range(6)]
+    assert list(learnt(started).exits) == [*exits]
+    for E in exits:
+        true = (said[E - 1] == said[5]).sum().item()
+        assert learnt(started).exits[E].agreed == pytest.approx(1.0 + true, abs=0.01)
+
+
+def test_exits_are_told_apart_where_a_deep_one_drafts(model, started, monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
+    generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
+    assert_agreement_is_a_full_forwards(model, generation, started)
+    assert learnt(started).exits[1].agreed != pytest.approx(
+        learnt(started).exits[3].agreed, abs=0.5
+    )
+
+
+def test_rows_that_have_ended_are_not_looked_at(model, started):
+    prompts = [[7, 8, 7], [*range(30), *range(30), *range(31)]]  # 5 places before the context's end
+    settings = Dynamic(probe=1, longest_probe=1, memory=0.999999, verify_costs=(100.0,))
+    for each in (prompts, prompts[:1], prompts[1:]):
+        decode(model, each, settings, max_new_tokens=30, reads_late=False)
+    for rounds in started:
+        rounds.learn(rounds.rounds + 1)
+    together, *alone = started
+    assert together.exits[1].seen == pytest.approx(2.0 + 30 + 5, abs=0.01)
+    for E, both in together.exits.items():
+        each = [rounds.exits[E] for rounds in alone]
+        assert both.agreed == pytest.approx(sum(e.agreed for e in each) - 1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("probe", "longest", "looks"),
+    [
+        (1, 4, [0, 2, 6, 10, 14, 18, 22, 26]),
+        (3, 8, [0, 1, 2, 4, 8, 16, 24]),
+        (1, 64, [0, 2, 6, 14]),
+    ],
+)
+def test_looks_at_all_exits_come_at_first_and_then_in_gaps_that_double(
+    model, monkeypatch, probe, longest, looks
+):
+    looked = []
+    look = dynamic._Rounds._look
+    monkeypatch.setattr(dynamic._Rounds, "_look", lambda *given: looked.append(look(*given)))
+    # A token a round.
+    settings = Dynamic(probe=probe, longest_probe=longest, verify_costs=(100.0,))
+    counts = [len(looked) for _ in Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)]
+    assert [n for n in range(30) if counts[n] > (counts[n - 1] if n else 0)] == looks
+
+
+def test_costs_by_exit_worked_by_hand(model, started):
+    given = Dynamic(exits=(2, 4), draft_costs=(0.25, 0.5), verify_costs=(1.5, 1.25))
+    for settings in (Dynamic(), replace(given, verify_costs=(1.75,)), given):
+        Generation(model, PROMPTS, settings, max_new_tokens=1)
+    of_defaults, one_for_all, each = started
+    block = 2 * 32 * 8 * (4 + 2) + 3 * 32 * 48 + 2 * 32  # the parameters of one layer
+    head = 32 * 61 / block
+    expected = {E: (E + head) / (6 + head) for E in range(1, 6)}
+    assert of_defaults.draft_costs == pytest.approx(expected)
+    assert of_defaults.verify_costs == dict.fromkeys(range(1, 6), 1.0)
+    assert one_for_all.verify_costs == {2: 1.75, 4: 1.75}
+    assert each.draft_costs == {2: 0.25, 4: 0.5}
+    assert each.verify_costs == {2: 1.5, 4: 1.25}
+
+
+def test_of_some_exits_only_these_are_looked_at_and_draft(model, started):
+    settings = Dynamic(
+        d=3, probe=1, longest_probe=1, memory=0.999999, exits=(2, 4), verify_costs=(0.1,)
+    )
+    generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
+    ran = set()
+    state, run = generation._state, generation._state.run_and_tap
+
+    def watch(h, start, stop, **options):
+        ran.add((start, stop))
+        return run(h, start, stop, **options)
+
+    state.run_and_tap = watch
+    assert_agreement_is_a_full_forwards(model, generation, started, exits=(2, 4))
+    assert {stop for start, stop in ran if start == 0} <= {2, 4, 6}
+    looked_at = generation.counters.head_evaluations
+    everywhere = decode(model, [[7, 8, 7]], replace(settings, exits=None), max_new_tokens=40)
+    assert looked_at < everywhere.counters.head_evaluations
+
+
+@pytest.mark.usefixtures("no_layer_drafts")
+def test_a_row_with_a_guess_is_not_looked_at_beside_one_without(model, started):
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, guess_cost=0.01, ngram=1)
+    generation = Generation(model, [[7, 8, 9], [5, 5, 5]], settings, max_new_tokens=20)
+    without = sum(not emission.drafted for emissions in generation for emission in emissions)
+    assert 10 < without < generation.counters.rounds - 10
+    assert learnt(started).exits[1].seen == pytest.approx(2.0 + without, abs=0.01)
+
+
+@pytest.mark.usefixtures("no_layer_drafts")
+@pytest.mark.parametrize("guess_cost", [0.01, 100.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, guess_cost, temperature):
+    settings = Dynamic(d=3, memory=0.999999, guess_cost=guess_cost, ngram=1)
+    sampling = Sampling(temperature=temperature)
+    generation = Generation(
+        model, [[7, 8, 7]], settings, max_new_tokens=80, sampling=sampling, reads_late=False
+    )
+    tokens, agreed, tried = [7, 8, 7], 0, 0
+    for [emission] in generation:
+        places = torch.tensor([len(tokens) - 1])
+        [guess], found = look_up(torch.tensor([tokens]), places, 1, 3)
+        right = [g == t for g, t in zip(guess.tolist(), emission.tokens, strict=False)]
+        right = right[: min(3, 83 - len(tokens) - 1)]
+        n = right.index(False) if False in right else len(right)
+        if found:
+            agreed, tried = agreed + n, tried + min(n + 1, len(right))
+        tokens += emission.tokens
+    assert agreed > 3
+    assert learnt(started).guesses.agreed == pytest.approx(1.0 + agreed, abs=0.01)
+    assert learnt(started).guesses.seen == pytest.approx(2.0 + tried, abs=0.01)
+    assert (generation.counters.drafted > 0) == (guess_cost < 1)
+
+
+def rounds_that_saw(model, monkeypatch, settings, agreement, guesses):
+    """Return rounds whose exits agree as told, and whose guesses do."""
+    monkeypatch.setattr(Agreement, "at_least", lambda self: self.agreed)
+    state = open_state(model, 8, slots=40, sampling=Sampling(), seed=0)
+    rounds = settings.start(state)
+    rounds.exits = {E: Agreement(0.9, agreed=a) for E, a in enumerate(agreement, start=1)}
+    rounds.guesses = Agreement(0.9, agreed=guesses)
+    return rounds
+
+
+def test_when_guesses_pay_worked_by_hand(model, monkeypatch):
+    draft_costs = (0.375, 0.5, 0.625, 0.75, 0.875)
+    settings = Dynamic(d=3, draft_costs=draft_costs, guess_cost=1.5, ngram=2)
+    rounds = rounds_that_saw(model, monkeypatch, settings, [0.0] * 5, 0.8)
+    # Layers do not pay. A row's guesses give 1 + 0.8 + 0.64 + 0.512 = 2.952 tokens for 1.5 steps.
+    assert rounds._pair(3) == (1, 0, 1.0)
+    assert rounds._guesses_pay(0, 1, 1, 0, 3)
+    assert not rounds._guesses_pay(7, 1, 1, 0, 3), "(2.952 + 7) / (8 * 1.5) < 1"
+    assert rounds._guesses_pay(5, 3, 1, 0, 3), "(3 * 2.952 + 5) / (8 * 1.5) > 1"
+    assert not rounds._guesses_pay(6, 2, 1, 0, 3), "(2 * 2.952 + 6) / (8 * 1.5) < 1"
+    assert not rounds._guesses_pay(0, 1, 1, 0, 0), "a plain step costs 1, not 1.5"
+    free = replace(settings, guess_cost=1.25)
+    rounds = rounds_that_saw(model, monkeypatch, free, [0.0] * 5, 0.2)
+    # 1 + 0.2 + 0.04 + 0.008 = 1.248 for 1.25 steps; with 0.203 there would be 1.253.
+    assert not rounds._guesses_pay(0, 1, 1, 0, 3)
+    rounds.guesses.agreed = 0.203
+    assert rounds._guesses_pay(0, 1, 1, 0, 3)
+    # An exit that drafts well is better than guesses, for all rows or beside some.
+    rounds = rounds_that_saw(model, monkeypatch, free, [0.99, 0.0, 0.0, 0.0, 0.0], 0.2)
+    E, d, gain = rounds._pair(3)
+    assert (E, d) == (1, 3)
+    assert gain > 1.248 / 1.25
+    assert not rounds._guesses_pay(0, 1, E, d, 3)
+    assert not rounds._guesses_pay(1, 1, E, d, 3)
+    rounds.guesses.agreed = 0.9
+    assert not rounds._guesses_pay(1, 1, E, d, 3)
+    rounds.guesses.agreed = 0.995
+    assert rounds._guesses_pay(1, 1, E, d, 3)
+    assert rounds._guesses_pay(0, 1, E, d, 3)
+
+
+def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
+    rounds = rounds_that_saw(model, monkeypatch, Dynamic(), [0.0] * 5, 0.5)
+    found = torch.tensor([True, True, False, False, False, False, False, True])
+    guesses = Guesses(torch.zeros(8, 2, dtype=torch.int64), found, 61)
+    assert rounds._who_has_a_guess(guesses) == (5, 3)
+    rounds.state.finished[2:] = True
+    assert rounds._who_has_a_guess(guesses) == (0, 2)
+    assert rounds.state.work.syncs == 2
+
+
+@pytest.mark.usefixtures("no_layer_drafts")
+def test_guesses_of_some_rows_are_verified_where_they_pay_for_all(model, monkeypatch):
+    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
+    settings, prompts = Dynamic(d=3, ngram=1, guess_cost=0.01), [[7, 8, 9], [5, 5, 5]]
+    generation = Generation(model, prompts, settings, max_new_tokens=20)
+    mixed = [len({bool(e.drafted) for e in emissions}) == 2 for emissions in generation]
+    assert mixed.count(True) > 3
+
+
+@pytest.mark.parametrize("stop", [{"stop": 1.1}, {"stop_entropy": 0.0}])
+def test_a_draft_that_is_not_sure_ends(model, monkeypatch, stop):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
+    for settings, drafted in ((Dynamic(d=3, **stop), 1), (Dynamic(d=3), 3)):
+        generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)
+        assert next(iter(generation))[0].drafted == drafted
+
+
+def test_what_a_round_tells_is_read_two_rounds_later(model, monkeypatch):
+    log = []
+
+    class Noted(HostCopy):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            self.sent = len(log)
+
+        def read(self):
+            log[-1].append(self.sent)
+            return super().read()
+
+    def counted(self, room, call=dynamic._Rounds.__call__):
+        log.append([])
+        return call(self, room)
+
+    monkeypatch.setattr(dynamic, "HostCopy", Noted)
+    monkeypatch.setattr(dynamic._Rounds, "__call__", counted)
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 1), 2.0))
+    decode(model, [[7, 8, 7]], Dynamic(d=1), max_new_tokens=30)
+    assert len(log) > 14
+    assert log[:2] == [[], []]
+    assert log[2:] == [[n] for n in range(1, len(log) - 1)], "one a round, of the one before last"
+
+
+def test_the_choice_changes_with_what_is_seen_while_a_generation_goes_on():
+    model = build(small(n_layers=6, max_seq_len=256)).eval().requires_grad_(False)
+    for l in (2, 3, 4, 5):  # from two layers on, all exits agree
+        model.layers[str(l)].attention.wo.weight.zero_()
+        model.layers[str(l)].feed_forward.w2.weight.zero_()
+    generation = Generation(model, [[7, 8, 7]], Dynamic(d=4), max_new_tokens=150)
+    drafted = [emission.drafted for [emission] in generation]
+    assert drafted[:2] == [0, 0], "nothing is known yet"
+    assert drafted[12:-2] == [4] * (len(drafted) - 14)
+
+
+def test_exits_are_not_credited_with_the_guesses_of_other_rows(model, started, monkeypatch):
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 2), 1.01))
+    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
+    monkeypatch.setattr(dynamic._Rounds, "_guesses_pay", lambda *given: True)
+    settings = Dynamic(d=2, memory=0.999999, ngram=1)
+    prompts = [[7, 8, 9], [5, 5, 5]]
+    generation, rows, tried, mixed = (
+        Generation(model, prompts, settings, max_new_tokens=20),
+        {},
+        0,
+        0,
+    )
+    rows = {i: list(p) for i, p in enumerate(prompts)}
+    for emissions in generation:
+        found = {}
+        for row, tokens in rows.items():
+            place = torch.tensor([len(tokens) - 1])
+            found[row] = bool(look_up(torch.tensor([tokens]), place, 1, 1)[1])
+        alone = all(found[emission.row] for emission in emissions)
+        mixed += not alone and any(found[emission.row] for emission in emissions)
+        for emission in emissions:
+            if not found[emission.row] and emission.drafted:
+                tried += min(emission.accepted + 1, emission.drafted)
+            rows[emission.row] += emission.tokens
+    assert mixed > 3
+    assert tried > 5
+    assert learnt(started).exits[4].seen == pytest.approx(2.0 + tried, abs=0.01)
+
+
+def test_guesses_are_verified_where_layers_do_not_pay(model):
+    settings = Dynamic(verify_costs=(1000.0,), guess_cost=0.95, ngram=1, d=3)
+    alone = decode(model, [[7, 8, 7]], settings).counters
+    assert alone.drafted > 0
+    assert decode(model, [[7, 8, 7]], Dynamic(verify_costs=(1000.0,), d=3)).counters.drafted == 0
+
+
+@pytest.mark.parametrize(("agreed", "used"), [(0, False), (1, True)])
+def test_guesses_are_left_once_they_do_not_agree(model, monkeypatch, agreed, used):
+    def told(guesses, result, live):
+        return torch.tensor([agreed, 1]) * (guesses.found & live).sum()
+
+    monkeypatch.setattr(dynamic, "guesses_that_agreed", told)
+    settings = Dynamic(verify_costs=(1000.0,), guess_cost=1.5, ngram=1, d=3)
+    counters = decode(model, PROMPTS[:1], settings, max_new_tokens=60).counters
+    assert (counters.drafted > 0) == used
+    layers = replace(settings, verify_costs=(1.0,), guess_cost=1.0)
+    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, min(most, 1), 1.9))
+    by_layers = decode(model, PROMPTS[:1], layers, max_new_tokens=60).counters
+    assert (by_layers.drafted > by_layers.rounds) == used, "three guesses, or one drafted token"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Dynamic(d=0), "d: 0, give at least 1"),
+        (Dynamic(probe=0, memory=1.0), "probe: 0, .*; memory: 1.0, give a number between"),
+        (Dynamic(longest_probe=0), "longest_probe: 0, give at least 1 round"),
+        (Dynamic(exits=(2, 1)), r"exits: 2\+1, dynamic needs ascending layers from 1 to 5"),
+        (Dynamic(exits=(3, 6)), r"exits: 3\+6, dynamic needs"),
+        (Dynamic(exits=()), "exits: none, dynamic needs"),
+        (Dynamic(exits=(1, 2), draft_costs=(0.5, -1.0)), r"draft_costs: 0.5\+-1.0, give full"),
+        (Dynamic(draft_costs=(0.5,)), "draft_costs: 0.5, give 5 of them"),
+        (Dynamic(verify_costs=(0.0,)), "verify_costs: 0.0, give full steps, more than 0"),
+        (Dynamic(verify_costs=(1.0, 2.0)), r"verify_costs: 1.0\+2.0, give 1 or 5 of them"),
+        (Dynamic(verify_costs=()), "verify_costs: , give 1 or 5 of them"),
+        (Dynamic(guess_cost=inf), "guess_cost: inf"),
+        (Dynamic(ngram=-1), "ngram: -1"),
+    ],
+    ids=range(13),
+)
+def test_settings_that_do_not_fit_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        decode(model, PROMPTS, settings)

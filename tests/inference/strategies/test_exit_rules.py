@@ -1,0 +1,190 @@
+"""Rows leave where a slow form says, alone or in a batch, and their later keys are projected."""
+
+import math
+
+import pytest
+import torch
+
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.exit_rules import Calm, Patience, softmax_gap
+from inference.strategies.row_exits import Seen
+from models.rope import apply_rope
+from tests.inference.every_strategy import PROMPTS, decode, make_model
+
+L = 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(L)
+
+
+def slow_form(model, prompt, count, leaves):
+    """Decode one row token by token, with keys and values in plain lists.
+
+    `leaves(E, h, before, logits, logits before, t)` says whether a token leaves after E layers.
+    """
+    config, tokens, depths = model.config, list(prompt), []
+    keys, values = [[] for _ in range(L)], [[] for _ in range(L)]
+    for place in range(len(prompt) + count - 1):
+        h = model.embed(torch.tensor([[tokens[place]]]))
+        cos, sin = model.rope_cos[None, None, [place]], model.rope_sin[None, None, [place]]
+        before, left, said = h, None, []
+        for l in range(L):
+            block = model.block(l)
+            x = block.attention_norm(h)
+            q = apply_rope(block.attention.split(block.attention.wq(x)), cos, sin)
+            keys[l].append(apply_rope(block.attention.split(block.attention.wk(x)), cos, sin))
+            values[l].append(block.attention.split(block.attention.wv(x)))
+            if left is not None:
+                continue
+            k = torch.cat(keys[l], 2).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
+            v = torch.cat(values[l], 2).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
+            weights = (q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)).softmax(-1)
+            h = h + block.attention.wo((weights @ v).transpose(1, 2).flatten(2))
+            h = h + block.feed_forward(block.ffn_norm(h))
+            said.append(model.exit_logits(h, l + 1)[0, 0])
+            t = place + 1 - len(prompt)
+            if l == L - 1 or (t >= 0 and leaves(l + 1, h[0, 0], before[0, 0], said, t)):
+                left = l + 1
+            before = h
+        if place >= len(prompt) - 1:
+            tokens.append(int(said[-1].argmax()))
+            depths.append(left)
+    return tokens[len(prompt) :], depths
+
+
+def gap_leaves(threshold, tau=None, N=128):
+    def leaves(E, h, before, said, t):
+        one, two = said[-1].softmax(-1).sort(descending=True).values[:2].tolist()
+        limit = threshold
+        if tau is not None:
+            limit = min(1.0, max(0.0, 0.9 * threshold + 0.1 * math.exp(-tau * t / N)))
+        return one - two >= limit
+
+    return leaves
+
+
+def similar(E, h, before, said, t):
+    return (h @ before / h.norm() / before.norm()).item() >= 0.9
+
+
+def patient(E, h, before, said, t):
+    ids = [int(logits.argmax()) for logits in said]
+    return len(ids) > 2 and len(set(ids[-3:])) == 1
+
+
+RULES = [
+    (Calm(threshold=0.15), gap_leaves(0.15)),
+    (Calm(threshold=0.12, tau=4.0, length=6), gap_leaves(0.12, 4.0, 6)),
+    (Calm(confidence="similarity", threshold=0.9), similar),
+    (Patience(patience=2), patient),
+]
+
+
+@pytest.mark.parametrize(("rule", "leaves"), RULES, ids=range(len(RULES)))
+def test_tokens_and_depths_are_those_of_the_slow_form(model, rule, leaves):
+    expected = [slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
+    for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"reads_late": True}):
+        found = decode(model, PROMPTS, rule, max_new_tokens=15, **options)
+        assert found.tokens == [tokens for tokens, _ in expected]
+        depths = sorted(depth for _, row in expected for depth in row)
+        assert sorted(found.counters.depths.elements()) == depths
+    assert len(set(depths)) > 1, "tokens were to leave at different layers"
+
+
+def test_work_of_one_row_is_what_hooks_count(model):
+    counted = {"attention": 0, "feed_forward": 0, "head": 0}
+
+    def count(key):
+        def hook(module, args, output):
+            counted[key] += output.shape[0] * output.shape[1]
+
+        return hook
+
+    hooks = [model.norm.register_forward_hook(count("head"))]
+    for block in model.layers.values():
+        hooks.append(block.attention.register_forward_hook(count("attention")))
+        hooks.append(block.feed_forward.register_forward_hook(count("feed_forward")))
+    counters = decode(model, PROMPTS[:1], Calm(threshold=0.15, interval=2)).counters
+    for hook in hooks:
+        hook.remove()
+    whole = counters.token_layers + counters.prompt_token_layers
+    assert whole == counted["attention"] == counted["feed_forward"]
+    assert counters.head_evaluations == counted["head"]
+    depths = counters.depths
+    assert counters.token_layers == sum(depth * n for depth, n in depths.items())
+    assert counters.projected == sum((L - depth) * n for depth, n in depths.items())
+    assert set(depths) <= {1, 3, 5, 6}
+
+
+def test_later_keys_and_values_are_projections_of_the_state_a_token_left_with(model):
+    generation = decode(model, PROMPTS[:1], Calm(threshold=0.0, first=2), max_new_tokens=6)
+    ids = PROMPTS[0] + generation.tokens[0]
+    cache = generation._state.cache
+    place = len(PROMPTS[0])  # the first new token; its keys in layers 0 and 1 are its own
+    h = model.embed(torch.tensor([ids[place : place + 1]]))
+    positions = torch.tensor([[place]])
+    cos, sin = model.rotary(positions, h)
+    for l in (0, 1):
+        block = model.block(l)
+        k, v = cache.keys[l][:, :, : place + 1], cache.values[l][:, :, : place + 1]
+        x = block.attention_norm(h)
+        q = apply_rope(block.attention.split(block.attention.wq(x)), cos, sin)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        h = h + block.attention.wo(out.transpose(1, 2).flatten(2))
+        h = h + block.feed_forward(block.ffn_norm(h))
+    for l in range(2, L):
+        block = model.block(l)
+        x = block.attention_norm(h)
+        k = apply_rope(block.attention.split(block.attention.wk(x)), cos, sin)
+        torch.testing.assert_close(cache.keys[l][:, :, [place]], k, atol=1e-5, rtol=0)
+        v = block.attention.split(block.attention.wv(x))
+        torch.testing.assert_close(cache.values[l][:, :, [place]], v, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [Calm(threshold=1.1), Patience(patience=L), Calm(first=L)])
+def test_a_rule_that_never_says_yes_is_plain_decoding(model, rule):
+    assert decode(model, PROMPTS, rule).tokens == decode(model, PROMPTS, Autoregressive()).tokens
+
+
+def test_thresholds_and_gaps_worked_by_hand():
+    rule = Calm(threshold=0.2, tau=4.0, length=100)
+    t = torch.tensor([0, 25, 10000])
+    expected = torch.tensor([0.28, 0.18 + 0.1 * math.exp(-1), 0.18])
+    torch.testing.assert_close(rule.threshold_at(t), expected)
+    assert Calm(threshold=1.0, tau=0.0).threshold_at(t).tolist() == [1.0] * 3
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    assert softmax_gap(logits).item() == pytest.approx(0.2)
+    sure = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])  # gaps of exactly 1 and 0
+    seen = Seen(1, sure, sure, lambda: sure, torch.zeros(2, dtype=torch.int64))
+    assert Calm(threshold=1.0).leaves(seen).tolist() == [True, False]
+    assert Calm(threshold=0.0).leaves(seen).tolist() == [True, True]
+
+
+def test_rules_are_told_how_many_tokens_a_row_has_been_given(model, monkeypatch):
+    told = []
+
+    def leaves(self, seen):
+        told.append(seen.new_tokens.tolist())
+        return torch.zeros_like(seen.new_tokens, dtype=torch.bool)
+
+    monkeypatch.setattr(Calm, "leaves", leaves)
+    decode(model, PROMPTS, Calm(first=L - 1), max_new_tokens=3)
+    assert told == [[0] * 4, [1] * 4, [2] * 4]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Calm(first=0), "first: 0, give 1 to 6 layers"),
+        (Calm(first=7, interval=0), "first: 7, .*; interval: 0, give at least 1"),
+        (Calm(threshold=-0.1), "threshold: -0.1"),
+        (Calm(tau=-1.0, length=0), "tau: -1.0.*; length: 0"),
+        (Patience(patience=0), "patience: 0, give at least 1 exit"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused(model, rule, message):
+    with pytest.raises(ValueError, match=message):
+        decode(model, PROMPTS, rule)

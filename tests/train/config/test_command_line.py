@@ -1,0 +1,167 @@
+"""What the command line asks for: a run, or its plan."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from train.config.command_line import _first_part, parse
+from train.config.presets import PRESETS
+from train.planning.dry_run import DryRun
+
+
+def test_no_arguments_train_the_demo():
+    command = parse([], show=False)
+    assert command.config == PRESETS["demo"]()
+    assert command.dry_run is None
+
+
+@pytest.mark.parametrize(
+    ("words", "machine"),
+    [
+        ("--dry_run", DryRun()),
+        ("--dry_run --ranks 64", DryRun(ranks=64)),
+        ("--memory_gib=141 --dry_run --ranks=16", DryRun(ranks=16, memory_gib=141.0)),
+    ],
+)
+def test_a_dry_run_carries_the_machine_it_plans_for(words, machine):
+    command = parse(["scratch_7b", *words.split(), "--optim.lr", "1e-3"], show=False)
+    assert command.dry_run == machine
+    assert command.config.name == "scratch_7b"
+    assert command.config.optim.lr == 1e-3
+
+
+def test_dry_run_may_stand_before_any_preset():
+    assert parse(["--dry_run"], show=False).config == PRESETS["demo"]()
+
+
+@pytest.mark.parametrize("word", ["--ranks=8", "--memory_gib=80", "--memory-gib=80"])
+def test_the_machine_without_dry_run_is_refused(word):
+    with pytest.raises(ValueError, match="belongs to a plan and not to training, add --dry_run"):
+        parse(["demo", word], show=False)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--dryrun", "--dry_run"),
+        ("--rank", "--ranks"),
+        ("--token", "--tokens"),
+        ("--memory", "--memory_gib"),
+        ("--layer_dropout.pmax", "--layer_dropout.p_max"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(word, meant):
+    with pytest.raises(ValueError, match=f"{word} does not exist, did you mean {meant}"):
+        parse(["demo", word, "1"], show=False)
+
+
+def test_flags_of_the_run_still_take_a_value():
+    command = parse(["demo", "--metrics.wandb", "True"], show=False)
+    assert command.config.metrics.wandb is True
+
+
+# A step of scratch_1_5b is 128 sequences of 4096: 524,288 tokens.
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("--tokens 26e9", 49_592),
+        ("--tokens=524288", 1),
+        ("--tokens 524289", 2),
+        ("--tokens 0.5", 1),
+        ("--tokens 1048576 --data.seq_len 2048", 4),
+        ("--data.global_batch_size 256 --tokens 1048576 --dry_run", 1),
+    ],
+)
+def test_tokens_become_steps_rounded_up(words, steps):
+    config = parse(["scratch_1_5b", *words.split()], show=False).config
+    assert config == replace(config, steps=steps)
+    assert "tokens" not in config.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tokens 1e9 --steps 5", r"tokens: 1e\+09, but steps are given too, leave one"),
+        ("--steps=5 --tokens=1e9", "steps are given too"),
+        ("--tokens 0", "tokens: 0, must be positive"),
+        ("--tokens nan", "tokens: nan, must be positive"),
+        ("--tokens inf", "tokens: inf, must be positive"),
+    ],
+)
+def test_tokens_that_say_no_number_of_steps_are_refused(words, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(["demo", *words.split()], show=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_step_without_tokens_is_refused_as_ever():
+    config = parse(["demo", "--tokens", "10", "--data.seq_len", "0"], show=False).config
+    assert any("data.seq_len: 0" in line for line in config.problems(1))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optim.lr fast", "--optim.lr: could not convert string to float: 'fast', see --help"),
+        (
+            "--curriculum.C spiral",
+            "invalid choice 'spiral' for argument '--curriculum.C'. Expected one of ('rot', "
+            "'grad', 'all', 'alternating', 'none'), see --help",
+        ),
+        ("--steps", "Missing value for argument '--steps'. Expected 1 values, see --help"),
+    ],
+)
+def test_a_value_that_does_not_parse_is_refused_in_one_line(words, message, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse(["demo", *words.split()], show=True)
+    with pytest.raises(SystemExit):  # one of the ranks speaks, the others end with it
+        parse(["demo", *words.split()], show=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_error_is_found_in_a_box_of_plain_characters_too():
+    box = """------ Value error ------
+| Error parsing --steps:  |
+| invalid 'abc'.          |
+| ----------------------- |
+| Argument helptext:      |
+---------------------------"""
+    assert _first_part(box) == "--steps: invalid 'abc', see --help"
+
+
+def test_help_documents_the_plan_with_units_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"], show=True)
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--dry_run" in text
+    assert "--ranks INT" in text
+    assert "--tokens {None}|FLOAT" in text
+    assert "GiB. (default: 80.0)" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--early_exit.z_loss inf",
+        "--early_exit.exit_weights nan 1",
+        "--early_exit.temperature inf",
+        "--early_exit.distill_states_weight nan",
+        "--optim.lr inf",
+        "--optim.eps nan",
+        "--optim.weight_decay inf",
+        "--optim.embedding_weight_decay nan",
+        "--optim.max_grad_norm=-inf",
+        "--density.weight inf",
+        "--token_depth.speedup nan",
+        "--layer_dropout.p_max nan",
+        "--model.rope_theta inf",
+    ],
+)
+def test_a_number_that_is_not_finite_is_one_line_of_its_field(words):
+    config = parse(["demo", *words.split()], show=False).config
+    [line] = config.problems(1)
+    name, value = words[2:].replace("=", " ").split()[:2]
+    assert line == f"{name}: {value}, must be a finite number"

@@ -1,0 +1,170 @@
+"""A run's health is a pure function of its steps: what is a spike, and where to go back to."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from data.loader import batch_number
+from train.loop.outcome import Outcome
+from train.loop.recovery import (
+    Health,
+    RecoveryConfig,
+    RunState,
+    rollback_step,
+    run_state_from_dict,
+    score,
+    skip_after_rollback,
+)
+
+L = 4
+CONFIG = RecoveryConfig(on_spike="rollback")
+
+
+def outcome(t, loss=3.0, grad_norm=1.0, J=None, exits=None):
+    exits = {L - 1: loss} if exits is None else exits
+    return Outcome(
+        t, loss if J is None else J, exits, 0.0, grad_norm, False, torch.zeros(2 * L + 4)
+    )
+
+
+def healthy(steps, seed=0):
+    """A falling loss with noise, and a gradient norm that varies by a third."""
+    draw = random.Random(seed)
+    return [
+        outcome(t, 3 + 7 * math.exp(-t / 60) + draw.gauss(0, 0.05), math.exp(draw.gauss(0, 0.3)))
+        for t in range(steps)
+    ]
+
+
+def follow(outcomes, config=CONFIG):
+    """Return the step and the trouble of everything that is called trouble."""
+    health, found = Health(), []
+    for one in outcomes:
+        before, health = health, health.after(one, L - 1, config)
+        if trouble := health.trouble(before, config):
+            found.append((one.t, trouble))
+    return found
+
+
+def test_score_is_a_z_score_on_normal_numbers():
+    draw = random.Random(0)
+    history = [draw.gauss(5, 0.5) for _ in range(20001)]
+    assert score(6.0, history) == pytest.approx(2.0, abs=0.05)
+    assert score(4.5, history) == pytest.approx(-1.0, abs=0.05)
+
+
+def test_score_of_a_flat_history_counts_in_two_percents_of_the_median():
+    assert score(3.3, [3.0] * 50) == pytest.approx(5.0)
+
+
+def test_a_healthy_run_is_silent():
+    for seed in range(5):
+        assert follow(healthy(2000, seed)) == []
+
+
+def test_a_spike_of_loss_and_gradient_norm_is_called_once():
+    steps = healthy(400)
+    for t in range(300, 306):
+        steps[t] = outcome(t, 7.0, 60.0)
+    [(t, trouble)] = follow(steps)
+    assert t == 302
+    assert trouble.rollback
+    assert "loss spike: 7.000, gradient norm 60" in trouble.reason
+
+
+def test_a_spike_only_warns_or_is_ignored_when_asked():
+    steps = [*healthy(300), *(outcome(t, 7.0, 60.0) for t in range(300, 303))]
+    [(_, trouble)] = follow(steps, RecoveryConfig(on_spike="warn"))
+    assert not trouble.rollback
+    assert follow(steps, RecoveryConfig(on_spike="ignore")) == []
+
+
+def test_one_bad_batch_is_no_spike():
+    steps = healthy(400)
+    steps[300] = outcome(300, 9.0, 90.0)
+    assert follow(steps) == []
+
+
+def test_a_curriculum_edge_is_no_spike():
+    """J and the gradient norm jump when exits are switched on; the last layer's loss does not."""
+    steps = healthy(300)
+    for t in range(300, 500):
+        steps.append(outcome(t, 3.05, 5.0, J=9.0, exits={0: 9.0, L - 1: 3.05}))
+    assert follow(steps) == []
+
+
+def test_a_harder_stretch_of_text_without_larger_gradients_is_no_spike():
+    steps = [*healthy(300), *(outcome(t, 4.5, 1.0) for t in range(300, 320))]
+    assert follow(steps) == []
+
+
+def test_steps_without_the_last_exit_are_passed_over():
+    steps = healthy(400)
+    for t in range(300, 306):
+        steps[t] = outcome(t, 7.0, 60.0, exits={0: 9.0} if t % 2 else None)
+    [(t, _)] = follow(steps)
+    assert t == 304  # the third step that has it
+
+
+def test_steps_that_are_not_finite_in_a_row_roll_back_whatever_on_spike_says():
+    config = RecoveryConfig(on_spike="ignore", max_skipped_updates=3)
+    steps = healthy(20)
+    for t in (5, 6, 10, 11, 12):
+        steps[t] = outcome(t, math.nan)
+    [(t, trouble)] = follow(steps, config)
+    assert (t, trouble.steps, trouble.rollback) == (12, 3, True)
+    assert "3 steps in a row were not finite" in trouble.reason
+
+
+def test_a_gradient_or_any_exit_that_is_not_finite_makes_a_step_not_finite():
+    assert outcome(0).finite
+    assert not outcome(0, grad_norm=math.inf).finite
+    assert not outcome(0, exits={1: math.nan, 3: 2.0}).finite
+
+
+def test_the_state_survives_json():
+    state = RunState(Health((3.0, 2.5), (1.0, 2.0), 1, 2), ((3, 9), (20, 30)), 12.5)
+    assert run_state_from_dict(json.loads(json.dumps(state.as_dict()))) == state
+    assert run_state_from_dict({}) == RunState()
+
+
+def test_judging_goes_on_from_a_saved_state_as_if_nothing_had_happened():
+    steps = [*healthy(300), *(outcome(t, 7.0, 60.0) for t in range(300, 304))]
+    health = Health()
+    for one in steps:
+        saved = json.loads(json.dumps(RunState(health).as_dict()))
+        assert run_state_from_dict(saved).health.after(one, L - 1, CONFIG) == health.after(
+            one, L - 1, CONFIG
+        )
+        health = health.after(one, L - 1, CONFIG)
+
+
+def test_the_way_back_is_as_long_as_asked_or_as_far_as_it_goes():
+    assert rollback_step([100, 200, 300, 400], 401, CONFIG) == 300
+    assert rollback_step([100, 200, 300, 400], 400, CONFIG) == 300
+    assert rollback_step([100, 200, 300, 400], 399, CONFIG) == 200
+    assert rollback_step([350, 400, 500], 401, CONFIG) == 350
+    assert rollback_step([500], 401, CONFIG) is None
+
+
+def test_every_batch_from_the_checkpoint_to_the_trouble_is_left_out():
+    config = RecoveryConfig(skip_batches=300)
+    assert skip_after_rollback(to=100, trouble_t=210, skipped=(), config=config) == (100, 400)
+    far = skip_after_rollback(to=100, trouble_t=700, skipped=(), config=config)
+    assert far == (100, 701)
+    # Once more, from batches that begin after a range already left out.
+    again = skip_after_rollback(to=150, trouble_t=210, skipped=((100, 400),), config=config)
+    assert again == (450, 750)
+    for t in range(100, 211):
+        dealt = batch_number(t, ((100, 400), again))
+        assert not 100 <= dealt < 400
+        assert not 450 <= dealt < 750
+
+
+def test_what_is_wrong_with_the_fields_is_named():
+    assert RecoveryConfig().problems() == []
+    [problem] = RecoveryConfig(spike_steps=0).problems()
+    assert problem == "recovery.spike_steps: 0, must be at least 1"

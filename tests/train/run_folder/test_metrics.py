@@ -1,0 +1,46 @@
+"""The metrics file survives kills, and the console line says what the metrics say."""
+
+import json
+
+from train.config.demos import demo
+from train.loop.report import exit_metrics, step_line
+from train.run_folder.metrics import JsonLines
+
+
+def test_steps_done_again_are_not_logged_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, 0)
+    for step in (10, 20, 30):
+        first.log({"x": step}, step)
+    first.close()
+    with path.open("a") as torn:
+        torn.write('{"step": 40, "x')
+    again = JsonLines(path, 20)
+    again.log({"x": -1.0}, 30)
+    again.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 10, "x": 10}, {"step": 20, "x": 20}, {"step": 30, "x": -1.0}]
+
+
+def test_exits_are_named_so_that_they_sort():
+    metrics = exit_metrics("train", {2: 3.0, 11: 2.0}, L=12)
+    assert metrics == {"train/loss": 2.0, "train/loss_exit_02": 3.0, "train/loss_exit_11": 2.0}
+    assert "train/loss" not in exit_metrics("train", {2: 3.0}, L=12)
+
+
+def test_console_line_shows_first_middle_and_last_exit():
+    config = demo()
+    metrics = {
+        "train/J": 1.5,
+        **exit_metrics("train", {0: 5.0, 2: 4.0, 3: 3.5, 6: 3.0, 7: 2.0}, L=8),
+        "optim/grad_norm": 0.7,
+        "progress/skipped_updates": 0.0,
+        "optim/lr": 1e-3,
+        "perf/tokens_per_second": config.data.tokens_per_step * 2.0,
+        "perf/gflops_per_second": 12.3,
+        "perf/peak_memory_gib": 0.5,
+    }
+    line = step_line(metrics, 240, T=500, tokens_per_step=config.data.tokens_per_step)
+    assert "exit loss 00 5.000, 03 3.500, 07 2.000" in line
+    assert "12.3 GFLOP/s" in line
+    assert "ETA 2:10" in line

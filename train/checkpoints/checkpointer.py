@@ -1,0 +1,277 @@
+"""Writing checkpoints: aside, hashed by the ranks that wrote, named last; training need not wait.
+
+All that a run must not forget is t, the weights, the optimizer's moments and a little JSON of the
+trainer's: the data order, the curriculum, layer dropout and the learning rate are pure functions
+of t. Reading them back is `train/checkpoints/resume.py`.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from models.checkpoint_format import TOKENIZER, Manifest, file_entry
+from models.llama import Llama
+from train.checkpoints.content import (
+    RunIdentity,
+    Tensors,
+    refuse_non_finite,
+    training_tensors,
+)
+from train.checkpoints.folder import (
+    amount,
+    begin_folder,
+    explain,
+    prune,
+    publish,
+    write_synced,
+)
+from train.parallel.runtime import Runtime
+from train.parallel.titan import OptimizersContainer
+
+T = TypeVar("T")
+FileEntry = dict[str, int | str]
+logger = logging.getLogger(__name__)
+
+# Longer than the watchdog waits, which names the rank that hangs.
+_TIMEOUT = timedelta(hours=4)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, how many are kept, and what a new run starts from."""
+
+    interval_steps: int = 500
+    """Steps between checkpoints; the last step always writes one. 0: only the last."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written. Each rank keeps a copy of its part of the weights
+    and moments in host memory for that."""
+    keep_latest: int = 3
+    """Finished checkpoints to keep; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps divisible by this are kept for good. 0: none."""
+    max_failures: int = 3
+    """Checkpoints in a row that may fail, as on a full disk, before the run stops. The last one
+    of a run may not."""
+    final_model: Literal["none", "float32", "bfloat16"] = "none"
+    """Also write the weights alone to the run's folder `model` at the end, in this dtype."""
+    allow_config_changes: bool = False
+    """Resume also where the configuration differs in what decides the result."""
+    init_from: str = ""
+    """Run or checkpoint folder whose weights a new run starts from (continual training,
+    finetuning). Empty: random weights. A run that has checkpoints of its own resumes from them."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        limits = {"interval_steps": 0, "keep_latest": 0, "keep_every_steps": 0, "max_failures": 1}
+        return [
+            f"checkpoint.{name}: {getattr(self, name)}, must be at least {least}"
+            for name, least in limits.items()
+            if getattr(self, name) < least
+        ]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time. Every rank makes the same calls.
+
+    A failed checkpoint leaves nothing behind and is not fatal: it is logged, and the next one due
+    is the next try. `with` waits at its end for the one that is being written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Llama,
+        optimizer: OptimizersContainer,
+        *,
+        config: CheckpointConfig,
+        identity: RunIdentity,
+        runtime: Runtime,
+    ) -> None:
+        """Write nothing yet; `folder` is where the checkpoints of the run are."""
+        self._folder, self._model, self._optimizer = folder, model, optimizer
+        self._config, self._identity, self._runtime = config, identity, runtime
+        # What the tokenizer's file may become during the run is not what the run was trained on.
+        self._tokenizer = identity.tokenizer_path.read_bytes() if runtime.is_main else b""
+        # The thread's collectives run beside those of training, which have groups of their own.
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        on_gpu = runtime.device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        self._in_flight: Future[str] | None = None
+        self._failures = 0
+
+    def __enter__(self) -> "CheckpointWriter":
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let the checkpoint in flight come to its end, whatever ended training."""
+        self._thread.shutdown()
+        self._stager.close()
+
+    def save(self, t: int, state: dict[str, Any], *, required: bool = False) -> None:
+        """Write the checkpoint of step t, after the one in flight.
+
+        Args:
+            t: Optimizer steps done.
+            state: What else the trainer wants back when it resumes; JSON.
+            required: Return only once it is written, and fail if it cannot be.
+
+        Raises:
+            FloatingPointError: If a weight is not finite; nothing is written then.
+            OSError: On rank 0, if it or too many before it could not be written.
+            SystemExit: On the other ranks then.
+        """
+        self.wait()
+        refuse_non_finite(self._model, t, self._gather)
+        tensors: Tensors = training_tensors(self._model, self._optimizer)
+        at_once = required or not self._config.asynchronous
+        if not at_once:
+            tensors = self._stager.stage(tensors)  # type: ignore[assignment]
+        manifest = self._identity.manifest(t, json.loads(json.dumps(state)), self._runtime)
+        path = self._folder / f"step-{t:08d}"
+        self._in_flight = self._thread.submit(self._write, path, tensors, manifest, not required)
+        if at_once:
+            self.wait(required=required)
+
+    def wait(self, *, required: bool = False) -> None:
+        """Wait until the checkpoint in flight, if any, is written or has failed.
+
+        Raises:
+            OSError: On rank 0, if it has failed and was `required`, or too many have in a row.
+            SystemExit: On the other ranks then.
+        """
+        if self._in_flight is None:
+            return
+        future, self._in_flight = self._in_flight, None
+        problem = future.result()
+        self._failures = self._failures + 1 if problem else 0
+        if not problem or not (required or self._failures >= self._config.max_failures):
+            return
+        if not self._runtime.is_main:
+            raise SystemExit(2)
+        count = f" ({self._failures} in a row have failed)" if self._failures > 1 else ""
+        raise OSError(f"checkpoint: {problem}{count}, make room there and start the run again")
+
+    def write_model(self, path: Path, t: int) -> None:
+        """Write the weights alone, as `config.final_model` says, to be loaded and trained from.
+
+        Raises:
+            OSError: On rank 0, if they could not be written.
+            SystemExit: On the other ranks then.
+        """
+        self.wait()
+        if self._config.final_model == "none":
+            return
+        refuse_non_finite(self._model, t, self._gather)
+        dtype = _DTYPES[self._config.final_model]
+        weights = {name: value.to(dtype) for name, value in self._model.state_dict().items()}
+        manifest = self._identity.manifest(t, {}, self._runtime)
+        self._in_flight = self._thread.submit(
+            self._write, path, {"model": weights}, manifest, False
+        )
+        self.wait(required=True)
+
+    def _enter_thread(self) -> None:
+        """Use this rank's GPU in the thread too, where torch would take the first."""
+        if self._runtime.device.type == "cuda":
+            torch.cuda.set_device(self._runtime.device)
+
+    def _write(self, path: Path, tensors: Tensors, manifest: Manifest, go_on: bool) -> str:
+        """Write and commit a checkpoint, in the writer's thread.
+
+        Returns:
+            What went wrong, on every rank if on any; empty if nothing did.
+        """
+        aside = path.with_name(path.name + ".tmp")
+        num_bytes = sum(v.numel() * v.element_size() for d in tensors.values() for v in d.values())
+        begin = time.monotonic()
+        try:
+            self._on_main(lambda: begin_folder(aside))
+            save(
+                tensors,
+                storage_writer=FileSystemWriter(aside, sync_files=True),
+                process_group=self._group,
+            )
+            own = f"__{self._runtime.rank}_*.distcp"
+            entries = self._agree(lambda: {p.name: file_entry(p) for p in aside.glob(own)})
+            self._on_main(lambda: self._commit(aside, path, manifest, entries))
+        except (CheckpointException, OSError) as error:  # known to every rank alike
+            if not self._runtime.is_main:
+                return "failed"
+            shutil.rmtree(aside, ignore_errors=True)
+            problem = f"could not write {path.name}, {explain(error, path.parent, num_bytes)}"
+            if go_on:
+                logger.warning(
+                    "checkpoint: %s; training goes on (%d of at most %d failures in a row)",
+                    problem,
+                    self._failures + 1,
+                    self._config.max_failures,
+                )
+            return problem
+        if self._runtime.is_main:
+            seconds = time.monotonic() - begin
+            logger.info("checkpoint: wrote %s, %s in %.1f s", path, amount(num_bytes), seconds)
+            prune(self._folder, self._config.keep_latest, self._config.keep_every_steps)
+        return ""
+
+    def _commit(
+        self, aside: Path, path: Path, manifest: Manifest, entries: list[dict[str, FileEntry]]
+    ) -> None:
+        """Make a checkpoint of the files that all ranks have written; rank 0 alone does."""
+        write_synced(aside / TOKENIZER, self._tokenizer)
+        files = {name: entry for rank in entries for name, entry in rank.items()}
+        files |= {name: file_entry(aside / name) for name in (".metadata", TOKENIZER)}
+        replace(manifest, files=files).write(aside)
+        publish(aside, path)
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0, and wait for it on the others."""
+        self._agree(action if self._runtime.is_main else lambda: None)
+
+    def _agree(self, action: Callable[[], T]) -> list[T]:
+        """Return every rank's result of `action`, or raise its OSError on every rank."""
+        result: T | OSError
+        try:
+            result = action()
+        except OSError as error:
+            result = error
+        results = self._gather(result)
+        for found in results:
+            if isinstance(found, OSError):
+                raise found
+        return results  # type: ignore[return-value]
+
+    def _gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank, in the writer's own group."""
+        values: list[T] = [value] * self._runtime.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values

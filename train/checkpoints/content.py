@@ -1,0 +1,94 @@
+"""What a checkpoint holds: the tensors, and what it says of the run they belong to."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from models.checkpoint_format import Manifest
+from models.config import LlamaConfig
+from models.llama import Llama
+from train.optimizer.optim import OptimConfig, num_moments
+from train.parallel.runtime import Runtime
+from train.parallel.titan import OptimizersContainer
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint says of the run besides its tensors."""
+
+    model: LlamaConfig
+    config: dict[str, Any]
+    tokenizer_path: Path
+    tokenizer_fingerprint: str
+    data_fingerprint: str
+
+    def manifest(self, t: int, state: dict[str, Any], runtime: Runtime) -> Manifest:
+        """Return the manifest of step t, but for its files."""
+        versions = {name: version(name) for name in ("torch", "torchtitan", "sentencepiece")}
+        return Manifest(
+            step=t,
+            model=self.model,
+            config=self.config,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            data_fingerprint=self.data_fingerprint,
+            world_size=runtime.world_size,
+            versions={"python": platform.python_version()} | versions,
+            files={},
+            state=state,
+        )
+
+
+def training_tensors(model: Llama, optimizer: OptimizersContainer) -> Tensors:
+    """Return all state that is saved: tensors only, so that nothing is ever unpickled."""
+    moments = {k: v for k, v in optimizer.state_dict().items() if isinstance(v, Tensor)}
+    return {"model": model.state_dict(), "optimizer": moments}
+
+
+def tensor_bytes(model: Llama, optim: OptimConfig) -> int:
+    """Return the bytes of fp32 weights and their moments, over all ranks.
+
+    The model may be on the meta device, or sharded. What does not learn has no moments.
+    """
+    return sum(
+        4 * p.numel() * (1 + (num_moments(name, optim) if p.requires_grad else 0))
+        for name, p in model.named_parameters()
+    )
+
+
+def checkpoint_bytes(model: Llama, optim: OptimConfig) -> int:
+    """Return what a checkpoint takes on disk at most: `tensor_bytes` and some slack."""
+    tensors = tensor_bytes(model, optim)
+    return tensors + tensors // 100 + 2**13 * len(list(model.parameters())) + 2**20
+
+
+def refuse_non_finite(model: Llama, t: int, gather: Callable[[list[str]], list[list[str]]]) -> None:
+    """Raise a FloatingPointError on every rank if any rank's part of the weights is not finite.
+
+    Args:
+        model: The model, which may be sharded.
+        t: Optimizer steps done.
+        gather: Returns every rank's value, by rank.
+    """
+    parts = {
+        name: value.to_local() if isinstance(value, DTensor) else value
+        for name, value in model.state_dict().items()
+    }
+    parts = {name: part for name, part in parts.items() if part.numel()}
+    # One pass, without a copy: both bounds are NaN if any element is.
+    bounds = [torch.stack(part.aminmax()) for part in parts.values()]
+    finite = torch.stack(bounds).isfinite().all(1).tolist() if bounds else []
+    bad = [name for name, good in zip(parts, finite, strict=True) if not good]
+    if found := sorted(name for names in gather(bad) for name in names):
+        raise FloatingPointError(
+            f"{found[0]} is not finite after step {t}, so no checkpoint was written, lower "
+            "optim.lr and start again from the last one"
+        )

@@ -1,0 +1,237 @@
+"""Named runs, as functions. An experiment is a new preset, not a flag.
+
+The presets of the paper carry its hyperparameters (LayerSkip, arXiv 2404.16710, section 5 and
+tables 8 to 10). It gives no optimizer, warmup, decay or weight decay: those are ours. Batch sizes
+are its batch per GPU times its GPUs; where it gives tokens instead, they are derived. How many
+sequences a GPU takes at once, microbatch_size, is ours.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from loss.curriculum import Curriculum, CurriculumConfig
+from loss.early_exit import EarlyExitConfig
+from models.layer_dropout import LayerDropoutConfig, TimeSchedule
+from models.sizes import SIZES
+from models.token_depth import TokenDepthConfig
+from train.checkpoints.checkpointer import CheckpointConfig
+from train.config.config import TrainConfig
+from train.config.demos import DEMOS, demo
+from train.loop.corpus import DataConfig
+from train.optimizer.optim import OptimConfig
+from train.parallel.parallelize import ParallelConfig
+
+
+def layerskip_110m() -> TrainConfig:
+    """110M from scratch on one big GPU: 20 tokens per parameter."""
+    return _from_scratch("110m", steps=5_000, R=11, lr=1e-3, microbatch_size=32)
+
+
+def layerskip_350m() -> TrainConfig:
+    """350M from scratch on one big GPU: 20 tokens per parameter."""
+    return _from_scratch("350m", steps=14_000, R=23, lr=8e-4, microbatch_size=16)
+
+
+def scratch_1_5b() -> TrainConfig:
+    """The paper's 1.5B from scratch: 32 GPUs, 26B tokens."""
+    return _paper(
+        "scratch_1_5b", "layerskip_1.5b", p_max=0.1, e_scale=0.2, R=23, S="exponential", lr=8e-4,
+        microbatch_size=4,
+    )  # fmt: skip
+
+
+def scratch_7b() -> TrainConfig:
+    """The paper's Llama-2 7B from scratch: 32 GPUs, 26B tokens."""
+    return _paper("scratch_7b", "llama2_7b", p_max=0.2, e_scale=0.2, R=31, S="exponential", lr=8e-4)
+
+
+def continual_llama2_7b() -> TrainConfig:
+    """The paper's continual pretraining of Llama-2 7B: 64 GPUs, 52B tokens."""
+    return _paper(
+        "continual_llama2_7b", "llama2_7b", p_max=0.1, e_scale=0.2, R=8, lr=3e-5,
+        global_batch_size=256, init_from="outputs/llama2_7b",
+    )  # fmt: skip
+
+
+def continual_llama2_13b() -> TrainConfig:
+    """The paper's continual pretraining of Llama-2 13B: 64 GPUs, 52B tokens."""
+    return _paper(
+        "continual_llama2_13b", "llama2_13b", p_max=0.1, e_scale=0.1, R=39, lr=2e-5,
+        global_batch_size=256, init_from="outputs/llama2_13b",
+        parallel=ParallelConfig(reduce_every_microbatch=True),
+    )  # fmt: skip
+
+
+def continual_llama3_8b() -> TrainConfig:
+    """The paper's continual pretraining of Llama-3 8B: 419B tokens. Its LR is not given."""
+    return _paper(
+        "continual_llama3_8b", "llama3_8b", p_max=0.1, e_scale=0.1, R=8, lr=3e-5,
+        global_batch_size=1024, init_from="outputs/llama3_8b",
+        parallel=ParallelConfig(activation_checkpointing="selective"),
+    )  # fmt: skip
+
+
+def continual_llama3_2_1b() -> TrainConfig:
+    """The paper's continual pretraining of Llama-3.2 1B: 839B tokens. Its LR is not given."""
+    return _paper(
+        "continual_llama3_2_1b", "llama3.2_1b", p_max=0.1, e_scale=0.1, R=8, lr=3e-5,
+        global_batch_size=2048, init_from="outputs/llama3.2_1b",
+    )  # fmt: skip
+
+
+def finetune_code() -> TrainConfig:
+    """The paper's finetuning of Llama-1 7B on code: 32 GPUs, 5.2B tokens in sequences of 4096."""
+    config = _paper(
+        "finetune_code", "llama1_7b", p_max=0.1, e_scale=1.0, R=16, lr=1e-4, steps=10_000,
+        init_from="outputs/llama1_7b", seq_len=4096,
+    )  # fmt: skip
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, max_seq_len=config.data.seq_len)
+    )
+
+
+def finetune_topv2() -> TrainConfig:
+    """The paper's finetuning of its 1.5B on TOPv2: 8 GPUs, batch 32 each. seq_len is ours."""
+    config = _paper(
+        "finetune_topv2", "layerskip_1.5b", p_max=0.2, e_scale=1.0, C="grad", lr=1e-4,
+        steps=5_800, global_batch_size=256, microbatch_size=8, seq_len=512,
+        init_from="outputs/scratch_1_5b",
+    )  # fmt: skip
+    return dataclasses.replace(config, data=_whole_documents(config.data))
+
+
+def continual_demo() -> TrainConfig:
+    """Continual pretraining in minutes: `dense_demo`, trained plainly, goes on with LayerSkip."""
+    return dataclasses.replace(
+        demo(),
+        name="continual_demo",
+        optim=OptimConfig(lr=1e-3, warmup_steps=50),
+        layer_dropout=LayerDropoutConfig(p_max=0.1, S="constant"),
+        checkpoint=CheckpointConfig(interval_steps=250, init_from="outputs/dense_demo"),
+    )
+
+
+def ee_tuning_demo() -> TrainConfig:
+    """EE-Tuning in minutes: `dense_demo`, frozen, gets three exits with parts of their own."""
+    exits = (2, 4, 6)
+    return dataclasses.replace(
+        demo(),
+        name="ee_tuning_demo",
+        steps=200,
+        model=dataclasses.replace(demo().model, own_exits=exits, own_exit_mlp=True),
+        optim=OptimConfig(lr=2e-3, warmup_steps=20, trains="exits"),
+        layer_dropout=LayerDropoutConfig(),
+        curriculum=CurriculumConfig(C="all"),
+        early_exit=EarlyExitConfig(weights="fixed", exits=exits, exit_weights=(1.0, 1.0, 1.0)),
+        checkpoint=CheckpointConfig(interval_steps=100, init_from="outputs/dense_demo"),
+    )
+
+
+def parsing_demo() -> TrainConfig:
+    """Finetuning on a task in minutes: `demo` learns the pairs of `data.semantic_parsing`."""
+    data = DataConfig(path="outputs/data/parsing", seq_len=256, global_batch_size=8)
+    return dataclasses.replace(
+        demo(),
+        name="parsing_demo",
+        data=_whole_documents(data),
+        optim=OptimConfig(lr=2e-3, warmup_steps=50),
+        layer_dropout=LayerDropoutConfig(p_max=0.2, S="constant"),
+        curriculum=CurriculumConfig(C="grad"),
+        early_exit=EarlyExitConfig(e_scale=1.0),
+        checkpoint=CheckpointConfig(interval_steps=250, init_from="outputs/demo"),
+    )
+
+
+def unified_demo() -> TrainConfig:
+    """Unified Layer Skipping's finetuning: as `parsing_demo`, responses in half of the layers."""
+    return dataclasses.replace(
+        parsing_demo(),
+        name="unified_demo",
+        layer_dropout=LayerDropoutConfig(),
+        curriculum=CurriculumConfig(),
+        early_exit=EarlyExitConfig(),
+        token_depth=TokenDepthConfig(kind="unified"),
+    )
+
+
+def _whole_documents(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, packing="documents", mask_documents=True)
+
+
+def _from_scratch(size: str, *, steps: int, R: int, lr: float, microbatch_size: int) -> TrainConfig:
+    model = SIZES[size]
+    return TrainConfig(
+        name=f"layerskip_{size}",
+        steps=steps,
+        model=model,
+        data=DataConfig(
+            path="outputs/data/pretraining",
+            seq_len=model.max_seq_len,
+            global_batch_size=256,
+            microbatch_size=microbatch_size,
+        ),
+        optim=OptimConfig(lr=lr, warmup_steps=500),
+        layer_dropout=LayerDropoutConfig(p_max=0.1),
+        curriculum=CurriculumConfig(C="rot", R=R),
+        early_exit=EarlyExitConfig(e_scale=0.2),
+        parallel=ParallelConfig(reshard_after_forward=False),
+    )
+
+
+def _paper(
+    name: str,
+    size: str,
+    *,
+    p_max: float,
+    e_scale: float,
+    lr: float,
+    C: Curriculum = "rot",
+    R: int = 8,
+    S: TimeSchedule = "constant",
+    steps: int = 50_000,
+    global_batch_size: int = 128,
+    microbatch_size: int = 1,
+    seq_len: int | None = None,
+    init_from: str = "",
+    parallel: ParallelConfig | None = None,
+) -> TrainConfig:
+    model = SIZES[size]
+    return TrainConfig(
+        name=name,
+        steps=steps,
+        model=model,
+        data=DataConfig(
+            path=f"outputs/data/{name}",
+            seq_len=seq_len or model.max_seq_len,
+            global_batch_size=global_batch_size,
+            microbatch_size=microbatch_size,
+        ),
+        optim=OptimConfig(lr=lr, warmup_steps=min(2000, steps // 10)),
+        layer_dropout=LayerDropoutConfig(p_max=p_max, S=S),
+        curriculum=CurriculumConfig(C=C, R=R),
+        early_exit=EarlyExitConfig(e_scale=e_scale),
+        parallel=parallel or ParallelConfig(),
+        checkpoint=CheckpointConfig(interval_steps=1000, init_from=init_from),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    preset.__name__: preset
+    for preset in (
+        *DEMOS,
+        layerskip_110m,
+        layerskip_350m,
+        scratch_1_5b,
+        scratch_7b,
+        continual_llama2_7b,
+        continual_llama2_13b,
+        continual_llama3_8b,
+        continual_llama3_2_1b,
+        finetune_code,
+        finetune_topv2,
+        continual_demo,
+        ee_tuning_demo,
+        parsing_demo,
+        unified_demo,
+    )
+}

@@ -1,0 +1,1 @@
+"""One optimizer step, its recipe, and what is measured around it."""

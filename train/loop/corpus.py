@@ -1,0 +1,179 @@
+"""The training data: where the shards are, and the batches they are dealt out in."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from data.dataset import TRAIN, Dataset, open_dataset
+from data.loader import TokenLoader
+from data.mixture import PERIOD, Mixture, shares
+from data.preparation import PrepareConfig, prepare
+from data.tokenizer import Tokenizer
+from data.windows import Packing, Windows, open_windows
+from train.parallel.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how much of it in one step."""
+
+    path: str
+    """Folder of token shards, made by `python -m data.prepare`."""
+    input: tuple[str, ...] = ()
+    """Text to prepare `path` from if it does not exist yet: paths, or "embedded" for the corpus
+    every machine has. Empty: `path` must exist."""
+    also: tuple[str, ...] = ()
+    """More folders of shards, of the same tokenizer, to mix in. `path` alone is validated on."""
+    weights: tuple[float, ...] = ()
+    """Relative, for `path` and each of `also`: so many of 4096 rows are from it, each source read
+    through, shuffled, before any of it comes again. Empty: as many rows as it has."""
+    packing: Packing = "stream"
+    """stream: documents one after the other, cut every seq_len tokens. documents: whole ones, as
+    many as fit, the rest of a row padding; one longer than seq_len is cut at its end. For pairs."""
+    mask_documents: bool = False
+    """Keep attention within documents: FlexAttention on GPUs, a mask on CPUs. Rotary positions are
+    relative, so they need not begin again."""
+    seq_len: int = 2048
+    """Tokens per sequence."""
+    global_batch_size: int = 256
+    """Sequences per optimizer step, over all ranks."""
+    microbatch_size: int = 0
+    """Sequences per rank and forward pass; global_batch_size / (ranks * microbatch_size) of them
+    accumulate to one step. 0: a rank's whole share at once, without accumulation."""
+    verify_shards: bool = True
+    """Before step 1, read all shards, each rank its part, and compare them with the checksums of
+    their preparation. False: only their sizes."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one global batch."""
+        return self.global_batch_size * self.seq_len
+
+    def rows_at_once(self, world_size: int) -> int:
+        """Return the sequences of one microbatch on one of `world_size` ranks."""
+        return self.microbatch_size or self.global_batch_size // world_size
+
+    def problems(self, world_size: int) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = [
+            f"data.{name}: {getattr(self, name)}, must be at least {least}"
+            for name, least in (("seq_len", 1), ("global_batch_size", 1), ("microbatch_size", 0))
+            if getattr(self, name) < least
+        ]
+        if not found and self.global_batch_size % (world_size * max(self.microbatch_size, 1)):
+            rows = f" * data.microbatch_size {self.microbatch_size}" if self.microbatch_size else ""
+            found.append(
+                f"data.global_batch_size: {self.global_batch_size} is not a multiple of "
+                f"{world_size} ranks{rows}, change one of them"
+            )
+        if self.weights and len(self.weights) != 1 + len(self.also):
+            found.append(
+                f"data.weights: {self.weights}, give one for path and each of also, "
+                f"{1 + len(self.also)} in all"
+            )
+        elif self.weights:
+            try:
+                shares(self.weights)
+            except ValueError as error:
+                found.append(f"data.{error}")
+        return found
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The datasets of a run, of one tokenizer; the first is validated on."""
+
+    datasets: tuple[Dataset, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the tokens of all datasets."""
+        prints = [dataset.fingerprint for dataset in self.datasets]
+        if len(prints) == 1:
+            return prints[0]
+        return hashlib.sha256("".join(prints).encode()).hexdigest()
+
+    @cached_property
+    def bos_id(self) -> int:
+        """The first token of every document."""
+        return Tokenizer(self.datasets[0].tokenizer_path).bos_id
+
+    def windows(self, dataset: Dataset, split: str, config: DataConfig) -> Windows:
+        """Return the sequences of one split.
+
+        Raises:
+            ValueError: If there is not one.
+        """
+        stream = dataset.stream(split)
+        try:
+            return open_windows(stream, config.packing, seq_len=config.seq_len, bos_id=self.bos_id)
+        except ValueError as error:
+            raise ValueError(f"data: {split} of {dataset.path}: {error}") from error
+
+
+def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
+    """Open the prepared datasets, preparing `path` if it is missing and `input` says from what.
+
+    Raises:
+        ValueError: If one cannot be opened, or its ids do not fit the model or the others.
+    """
+    path = Path(config.path)
+    if config.input and not path.exists():
+        logger.info("preparing %s from %s", path, ", ".join(config.input))
+        prepare(PrepareConfig(input=config.input, vocab_size=vocab_size), path)
+    first, *others = datasets = [open_dataset(Path(each)) for each in (config.path, *config.also)]
+    if first.vocab_size > vocab_size:
+        raise ValueError(
+            f"model.vocab_size: {vocab_size} is smaller than the {first.vocab_size} ids of "
+            f"{path}, raise it or prepare the data with that size"
+        )
+    for other in others:
+        if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise ValueError(
+                f"data.also: {other.path} was made with another tokenizer than {path}, prepare it "
+                f"again with --tokenizer {first.tokenizer_path}"
+            )
+    return Corpus(tuple(datasets))
+
+
+def train_loader(
+    corpus: Corpus, config: DataConfig, runtime: Runtime, seed: int, *, steps: int
+) -> TokenLoader:
+    """Return this rank's share of the shuffled training rows; say what `steps` read of them."""
+    sources = [corpus.windows(dataset, TRAIN, config) for dataset in corpus.datasets]
+    mixture = Mixture(sources, config.weights, seed=seed)
+    tokens, epochs = (
+        steps * config.tokens_per_step,
+        mixture.epochs(steps * config.global_batch_size),
+    )
+    for i, (dataset, source) in enumerate(zip(corpus.datasets, sources, strict=True)):
+        share = mixture.rows_per_period[i] / PERIOD
+        logger.info(
+            "data: %s tokens of %s, %.1f %% of all: %.2f epochs of %s windows of %d, %d left out",
+            f"{round(tokens * share):,}",
+            dataset.path,
+            share * 100,
+            epochs[i],
+            f"{len(source):,}",
+            config.seq_len,
+            source.dropped_tokens,
+        )
+    if mixture.windows < config.global_batch_size:
+        logger.warning(
+            "data.global_batch_size: %d is more than the %d windows of %s, every step repeats some",
+            config.global_batch_size,
+            mixture.windows,
+            config.path,
+        )
+    return TokenLoader(
+        mixture,
+        global_batch_size=config.global_batch_size,
+        microbatch_size=config.rows_at_once(runtime.world_size),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        bos_id=corpus.bos_id if config.mask_documents else None,
+    )

@@ -1,0 +1,109 @@
+"""What is said of training: the losses since the last log line, as metrics and as one line."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from train.loop.layerskip import StepPlan
+from train.loop.outcome import Outcome
+from train.loop.throughput import Throughput
+
+
+class StepReport:
+    """Gathers the outcomes of steps until a line is due."""
+
+    def __init__(
+        self, L: int, tokens_per_step: int, throughput: Throughput, *, routed: bool
+    ) -> None:
+        """Start with no step seen."""
+        self._L, self._tokens_per_step, self._throughput = L, tokens_per_step, throughput
+        self._routed = routed
+        self._outcomes: list[Outcome] = []
+
+    def add(self, outcome: Outcome, plan: StepPlan) -> None:
+        """Take in one step and the plan it followed."""
+        self._outcomes.append(outcome)
+        self._plan = plan
+        self._throughput.add(self._tokens_per_step, plan)
+
+    def read(self, done_steps: int, *, lr: float, seconds: float) -> dict[str, float]:
+        """Return the means since the last reading, over the steps that updated the weights.
+
+        Args:
+            done_steps: Steps done.
+            lr: Learning rate of the last of them.
+            seconds: Time they took.
+        """
+        finite = [outcome for outcome in self._outcomes if outcome.finite]
+        metrics = {
+            "optim/lr": lr,
+            "layerskip/p_max_t": max(self._plan.drop_prob),
+            "layerskip/mean_layers": self._plan.mean_layers,
+            "layerskip/num_exits": float(len(self._plan.exit_layers)),
+            "progress/tokens": float(done_steps * self._tokens_per_step),
+            "progress/skipped_updates": float(len(self._outcomes) - len(finite)),
+            **self._throughput.read(seconds),
+        }
+        if finite:
+            by_exit = {
+                l: [o.exit_losses[l] for o in finite if l in o.exit_losses] for l in range(self._L)
+            }
+            means = {l: fmean(losses) for l, losses in by_exit.items() if losses}
+            metrics |= {
+                "train/J": fmean(outcome.J for outcome in finite),
+                **exit_metrics("train", means, self._L),
+                "optim/grad_norm": finite[-1].grad_norm,
+            }
+            if self._routed:
+                metrics["train/router_density"] = fmean(outcome.density for outcome in finite)
+        self._outcomes = []
+        return metrics
+
+
+def exit_metrics(split: str, losses: Mapping[int, float], L: int) -> dict[str, float]:
+    """Name the loss of the exit after each layer l, and the last layer's as the loss."""
+    metrics = {f"{split}/loss_exit_{l:02d}": loss for l, loss in losses.items()}
+    return {f"{split}/loss": losses[L - 1], **metrics} if L - 1 in losses else metrics
+
+
+def step_line(
+    metrics: Mapping[str, float], done_steps: int, *, T: int, tokens_per_step: int
+) -> str:
+    """Write one log step in one line."""
+    parts = [f"step {done_steps}/{T}"]
+    if "train/J" in metrics:
+        exits = [name for name in metrics if name.startswith("train/loss_exit_")]
+        shown = dict.fromkeys((exits[0], exits[(len(exits) - 1) // 2], exits[-1]))
+        losses = ", ".join(f"{name[-2:]} {metrics[name]:.3f}" for name in shown)
+        parts += [
+            f"J {metrics['train/J']:.3f}",
+            f"exit loss {losses}",
+            f"grad norm {metrics['optim/grad_norm']:.2f}",
+        ]
+    if metrics["progress/skipped_updates"]:
+        parts.append(f"{metrics['progress/skipped_updates']:.0f} updates skipped")
+    tokens_per_second = metrics["perf/tokens_per_second"]
+    speed = (
+        f"MFU {metrics['perf/mfu']:.1%}"
+        if "perf/mfu" in metrics
+        else f"{metrics['perf/gflops_per_second']:.1f} GFLOP/s"
+    )
+    parts += [
+        f"lr {metrics['optim/lr']:.2e}",
+        f"{tokens_per_second:,.0f} tok/s",
+        speed,
+        f"{metrics['perf/peak_memory_gib']:.2f} GiB",
+        f"ETA {_clock((T - done_steps) * tokens_per_step / tokens_per_second)}",
+    ]
+    return " | ".join(parts)
+
+
+def validation_line(losses: Sequence[float], done_steps: int) -> str:
+    """Write the held-out loss of every exit in one line."""
+    exits = " ".join(f"{l:02d} {loss:.3f}" for l, loss in enumerate(losses))
+    return f"held-out loss at step {done_steps}, by exit: {exits}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,224 @@
+"""One optimizer step: minimise J(X, Y, t) over the microbatches of a global batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data.loader import Microbatch
+from data.shards import NO_LOSS
+from loss.density import DensityConfig, density_penalty_sum, running_share_sum
+from loss.early_exit import EarlyExitConfig, early_exit_loss
+from models.layer_dropout import KeptRows, LayerDropoutConfig, draw_kept_rows
+from models.llama import Llama
+from models.token_depth import TokenDepthConfig, TokenLayers, draw_exits, token_layers
+from train.loop.exit_tokens import draw_tokens
+from train.loop.layerskip import StepPlan
+from train.monitoring.adam_monitor import AdamMonitor
+from train.optimizer.optim import OptimConfig, lr, set_lr, update_unless
+from train.parallel.parallelize import set_gradient_sync
+from train.parallel.runtime import Runtime
+from train.parallel.titan import OptimizersContainer, clip_grad_norm_
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a step needs to know of the run, besides its plan."""
+
+    seed: int
+    T: int
+    """Steps of the whole run."""
+    optim: OptimConfig
+    layer_dropout: LayerDropoutConfig
+    early_exit: EarlyExitConfig
+    token_depth: TokenDepthConfig = field(default_factory=TokenDepthConfig)
+    capacity: float = 1.0
+    """See RouterConfig."""
+    density: DensityConfig = field(default_factory=DensityConfig)
+    reduce_every_microbatch: bool = False
+    """See ParallelConfig."""
+
+
+class StepResult(NamedTuple):
+    """What one step did; on the device, not yet waited for."""
+
+    totals: Tensor
+    """(2 L + 4,) fp32, the same on every rank: J; the token loss of each exit summed over the
+    global batch, 0 where it was off; the number of tokens behind each; the share of layers and
+    tokens that routers let run, 0 without any; the norm of the whole gradient before clipping; how
+    many ranks want to stop."""
+    local: Tensor
+    """The same before it was summed over the ranks."""
+
+
+def train_step(
+    model: Llama,
+    optimizer: OptimizersContainer,
+    microbatches: Sequence[Microbatch],
+    plan: StepPlan,
+    t: int,
+    *,
+    config: StepConfig,
+    runtime: Runtime,
+    adam_monitor: AdamMonitor | None = None,
+    wants_to_stop: bool = False,
+) -> StepResult:
+    """Take the gradient of J, clip it and update the weights.
+
+    Where a loss of any exit or the gradient is not finite on any rank, no rank updates anything:
+    weights and moments stay as they were. All of it is decided on the device.
+    """
+    J, sums, counts, density = accumulate_gradients(
+        model, microbatches, plan, t, config=config, runtime=runtime
+    )
+    grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+    if adam_monitor is not None:
+        adam_monitor.observe()
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    # Summed along with the rest, so that every rank judges by the same bits.
+    norm_share = grad_norm.to(runtime.device) / runtime.world_size
+    stop = torch.tensor(float(wants_to_stop)).to(runtime.device, non_blocking=True)
+    local = torch.cat((J[None], sums, counts, density[None], norm_share[None], stop[None]))
+    totals = runtime.sum_over_ranks(local.clone())
+    set_lr(optimizer, lr(config.optim, t, config.T))
+    update_unless(~totals.isfinite().all(), optimizer)
+    return StepResult(totals, local)
+
+
+def accumulate_gradients(
+    model: Llama,
+    microbatches: Sequence[Microbatch],
+    plan: StepPlan,
+    t: int,
+    *,
+    config: StepConfig,
+    runtime: Runtime,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run forward and backward of J over this rank's microbatches.
+
+    J is summed and divided by the number of tokens with a loss in the whole global batch, the
+    density penalty in it by the number of rows, so the gradient is the same however the batch is
+    split over ranks and microbatches.
+
+    Returns:
+        This rank's part of J, scalar; of each exit's summed token loss, (L,); the number of tokens
+        behind each, (L,); and its part of the share that routers let run, scalar. All fp32.
+    """
+    L, device = model.config.n_layers, runtime.device
+    num_labels = [microbatch.num_labels for microbatch in microbatches]
+    # Of the global batch. Not waited for: the host goes on while the ranks add theirs up.
+    num_tokens = torch.tensor(float(sum(num_labels))).to(device, non_blocking=True)
+    runtime.sum_over_ranks(num_tokens)
+    num_rows = runtime.world_size * sum(len(microbatch.tokens) for microbatch in microbatches)
+    J, density = torch.zeros((), device=device), torch.zeros((), device=device)
+    sums, counts = torch.zeros(L, device=device), torch.zeros(L)
+    for m, microbatch in enumerate(microbatches):
+        set_gradient_sync(
+            model,
+            plan.hidden_layers,
+            m == len(microbatches) - 1,
+            every_microbatch=config.reduce_every_microbatch,
+        )
+        batch = microbatch.to(device)
+        hidden = model(
+            batch.tokens,
+            exit_layers=plan.hidden_layers,
+            kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
+            documents=batch.documents,
+            token_layers=_token_layers(config, model.config.n_layers, batch, t),
+            capacity=config.capacity,
+        )
+        loss = early_exit_loss(
+            hidden.exits,
+            model.head_weight,
+            batch.labels,
+            plan.exit_weights,
+            config=config.early_exit,
+            tokens=_exit_tokens(plan, config, runtime, microbatch, t),
+            state_pairs=plan.state_pairs,
+        )
+        # FSDP averages gradients over ranks; J is a sum over them.
+        objective = loss.total * (runtime.world_size / num_tokens)
+        J += loss.total.detach() / num_tokens
+        if hidden.gates:
+            penalty = density_penalty_sum(hidden.gates, config.density) / num_rows
+            objective = objective + penalty * runtime.world_size
+            J += penalty.detach()
+            density += running_share_sum(hidden.gates) / num_rows
+        objective.backward()
+        for l, exit_sum in loss.per_exit.items():
+            sums[l] += exit_sum
+            counts[l] += num_labels[m]
+    return J, sums, counts.to(device, non_blocking=True), density
+
+
+def _kept_rows(
+    plan: StepPlan,
+    config: StepConfig,
+    runtime: Runtime,
+    microbatch: Microbatch,
+    t: int,
+    m: int,
+) -> KeptRows | None:
+    """Draw this microbatch's stochastic depth."""
+    return draw_kept_rows(
+        plan.drop_prob,
+        seed=config.seed,
+        t=t,
+        keys=dropout_keys(config.layer_dropout, microbatch.samples.numpy(), m),
+        scale_kept=config.layer_dropout.scale_kept,
+        device=runtime.device,
+    )
+
+
+def _token_layers(
+    config: StepConfig, n_layers: int, batch: Microbatch, t: int
+) -> TokenLayers | None:
+    """Return which layers this microbatch's tokens run."""
+    depth, exits = config.token_depth, None
+    if depth.kind == "mixed":
+        drawn = draw_exits(
+            depth, n_layers, seed=config.seed, t=t,
+            samples=batch.samples.numpy(), seq_len=batch.tokens.shape[1],
+        )  # fmt: skip
+        exits = torch.from_numpy(drawn).to(batch.tokens.device, non_blocking=True)
+    return token_layers(depth, n_layers, batch.labels != NO_LOSS, batch.documents, exits)
+
+
+def _exit_tokens(
+    plan: StepPlan, config: StepConfig, runtime: Runtime, microbatch: Microbatch, t: int
+) -> Tensor | None:
+    """Draw which tokens of this microbatch the exits before the last learn from; None: all."""
+    if plan.token_fraction == 1.0:
+        return None
+    tokens = draw_tokens(
+        plan.token_fraction,
+        seed=config.seed,
+        t=t,
+        samples=microbatch.samples.numpy(),
+        seq=microbatch.labels.shape[1],
+    )
+    return torch.from_numpy(tokens).to(runtime.device, non_blocking=True)
+
+
+def dropout_keys(
+    config: LayerDropoutConfig, samples: NDArray[np.int64], m: int
+) -> NDArray[np.int64]:
+    """Return what the draw of each row of microbatch m hangs on, besides seed, t and layer.
+
+    Args:
+        config: Says what is dropped together.
+        samples: (batch,) each row's place in the global batch.
+        m: Number of the microbatch on this rank, from 0.
+    """
+    if config.granularity == "per_batch":
+        return np.full_like(samples, m)
+    if config.same_rows_on_every_rank:
+        return np.arange(len(samples)) + m * len(samples)
+    return samples

@@ -1,0 +1,1 @@
+"""Watch ranks, replicas and optimizer statistics while a run trains."""

@@ -1,0 +1,1 @@
+"""Processes, FSDP2, compile and activation checkpointing, applied from outside."""

@@ -1,0 +1,85 @@
+"""What is done to every block before it is sharded: float8, activation checkpointing, compile.
+
+In this order. Each changes how a block computes and nothing else: parameters keep their names, so
+checkpoints, moments and initial weights are the same with and without. What is not asked for is
+not imported.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.block import TransformerBlock
+from models.config import LlamaConfig
+from models.llama import Llama
+
+
+def float8_problems(model: LlamaConfig) -> list[str]:
+    """Return which widths of the blocks float8 cannot have, one line each."""
+    widths = {
+        "dim": model.dim,
+        "ffn_dim": model.ffn_dim,
+        "n_kv_heads * head_dim": model.n_kv_heads * model.head_dim,
+    }
+    return [
+        f"model.{name}: {width}, parallel.float8 needs a multiple of 16"
+        for name, width in widths.items()
+        if width % 16
+    ]
+
+
+def convert_blocks_to_float8(model: Llama, device: torch.device) -> None:
+    """Multiply the blocks' matrices in float8, scaled by tensor, in place; weights stay as kept.
+
+    Raises:
+        ValueError: If the model's widths or the device stand against it.
+    """
+    found = float8_problems(model.config)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        found.append(
+            f"parallel.float8: {device} has no float8 units (compute capability 8.9 or newer), "
+            "set it to False"
+        )
+    if found:
+        raise ValueError("\n".join(found))
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    # Weight gradients sum over tokens, 16 at a time; a layer that keeps no row runs on one token.
+    convert_to_float8_training(model.layers, config=Float8LinearConfig(pad_inner_dim=True))
+
+
+class CheckpointedBlock(TransformerBlock):
+    """A block that computes again in its backward what `checkpoint_function` does not keep."""
+
+    checkpoint_function: Callable[..., Tensor]
+
+    def forward(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        """Run the block under the checkpoint."""
+        return self.checkpoint_function(super().forward, *inputs)
+
+
+def checkpoint_blocks(model: Llama, mode: Literal["full", "selective"]) -> None:
+    """Let each block compute again, in its backward, what `mode` does not keep, in place."""
+    from train.parallel.titan import activation_checkpointing
+
+    activation_checkpointing(mode).apply(model)
+    for l, wrapper in list(model.layers.items()):
+        # torchtitan's wrapper would put its own name into every parameter's; only its function
+        # is wanted. The block changes its class in place, as fully_shard does it too.
+        block, function = wrapper._checkpoint_wrapped_module, wrapper.checkpoint_fn
+        assert isinstance(block, TransformerBlock)
+        block.__class__ = CheckpointedBlock
+        block.checkpoint_function = function
+        model.layers[l] = block
+
+
+def compile_blocks(model: Llama) -> None:
+    """Compile each block when it first runs, in place; blocks of one shape share their graphs.
+
+    Stochastic depth changes the number of rows: the second number compiles a graph for any. With
+    `fullgraph`, torch raises at its limit of recompilations, where it otherwise goes on uncompiled.
+    """
+    for block in model.layers.values():
+        block.compile(fullgraph=True)

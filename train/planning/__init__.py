@@ -1,0 +1,1 @@
+"""Plan a run without a GPU: memory, kernels, the dry run."""

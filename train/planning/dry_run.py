@@ -1,0 +1,248 @@
+"""The plan of a run: its sizes, its memory and its work, told before any machine is taken.
+
+Needs one process, and neither weights nor data nor GPUs.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from models.flops import (
+    block_params,
+    own_exit_params,
+    router_params,
+    total_params,
+    train_flops_per_token,
+)
+from models.llama import Llama
+from train.checkpoints.content import tensor_bytes
+from train.config.config import TrainConfig
+from train.loop.layerskip import StepPlan
+from train.parallel.parallelize import freeze
+from train.planning.memory import Need, Work, measure
+
+GIB = 2**30
+RESERVE = 0.05
+"""Share of a GPU's memory left to the CUDA context, NCCL's buffers and fragmentation."""
+LABELS = {
+    "parameters": "parameters (fp32)",
+    "moments": "moments (fp32)",
+    "gradients": "gradients, reduced",
+    "unreduced gradients": "gradients, not yet reduced",
+    "gathered weights": "gathered weights and buffers",
+    "activations": "activations",
+    "loss and head": "loss and head",
+    "backward": "backward pass",
+    "update": "optimizer's update",
+    "other": "other",
+}
+"""{part: what the plan calls it}, in the plan's order."""
+STATE = ("parameters", "moments", "gradients")
+STATE_LABEL = "parameters, gradients and moments"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """The machine that --dry_run plans for."""
+
+    ranks: int = 8
+    """Number of GPUs that --dry_run plans for."""
+    memory_gib: float = 80.0
+    """Memory of each of those GPUs, in GiB."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = []
+        if self.ranks < 1:
+            found.append(f"ranks: {self.ranks}, must be at least 1")
+        if not 0 < self.memory_gib < math.inf:
+            found.append(f"memory_gib: {self.memory_gib}, must be positive and finite")
+        return found
+
+
+def plan(config: TrainConfig, machine: DryRun) -> str:
+    """Return the plan of a run on a machine, to be printed.
+
+    Raises:
+        ValueError: If the configuration is wrong, does not divide among the ranks or does not fit
+            into their memory.
+    """
+    if found := machine.problems():
+        raise ValueError("\n".join(found))
+    config.check(machine.ranks)
+    steps = [config.layerskip.at(t) for t in range(config.steps)]
+    work = _worst_work(config, steps, machine.ranks)
+    need = measure(work, on_gpu=True)
+    if need.device.total > machine.memory_gib * GIB * (1 - RESERVE):
+        raise ValueError(_too_large(config, work, need, machine))
+    return "\n".join(
+        [
+            f"{config.name} on {machine.ranks} GPUs",
+            *_rows(_sizes(config, work)),
+            *_rows(_amounts(config, steps, work, need)),
+            *_memory(work, need, machine),
+        ]
+    )
+
+
+def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> Work:
+    """Return what a rank does in the step with the most exits, if no layer is dropped there."""
+    worst = max(steps, key=lambda step: len(step.exit_layers))
+    rows = config.data.rows_at_once(ranks)
+    return Work(
+        model=config.model,
+        parallel=config.parallel,
+        step=config.step,
+        plan=replace(worst, drop_prob=(0.0,) * config.model.n_layers),
+        rows=rows,
+        seq_len=config.data.seq_len,
+        microbatches=config.data.global_batch_size // (rows * ranks),
+        ranks=ranks,
+    )
+
+
+def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
+    model, data = config.model, config.data
+    total, own = total_params(model), own_exit_params(model)
+    layer = block_params(model) + router_params(model)
+    replicate = config.parallel.dp_replicate
+    yield (
+        "parameters",
+        f"{total:,}: {model.n_layers} layers of {layer:,}, "
+        f"embeddings and head {total - own - model.n_layers * layer:,}"
+        + (f", exits of their own {own:,}" if own else ""),
+    )
+    trained = own if config.optim.trains == "exits" else total
+    if trained < total:
+        yield "learn", f"{trained:,} of them, what exits have of their own"
+    yield "mesh", f"{replicate} replicate x {work.ranks // replicate} shard"
+    yield (
+        "step",
+        f"{data.tokens_per_step:,} tokens: {data.global_batch_size} sequences of {data.seq_len}, "
+        f"{work.microbatches} x {work.rows} on each GPU (microbatches x sequences)",
+    )
+    yield "run", f"{config.steps:,} steps, {config.steps * data.tokens_per_step:,} tokens"
+    with torch.device("meta"):
+        whole = Llama(model)
+    freeze(whole, config.optim.trains)
+    disk = tensor_bytes(whole, config.optim)
+    yield "checkpoint", f"{_bytes(disk)} on disk (parameters and moments, fp32)"
+
+
+def _amounts(
+    config: TrainConfig, steps: Sequence[StepPlan], work: Work, need: Need
+) -> Iterator[tuple[str, str]]:
+    L, frozen = config.model.n_layers, config.optim.trains == "exits"
+    layers = sum(step.mean_layers for step in steps) / len(steps)
+    exits = sum(step.mean_exits for step in steps) / len(steps)
+    own = sum(step.num_own_exits(config.model) for step in steps) / len(steps)
+    plain, with_exits, recipe = (
+        train_flops_per_token(
+            config.model,
+            config.data.seq_len,
+            mean_layers=a,
+            mean_exits=b,
+            capacity=config.router.capacity,
+            mean_own_exits=c,
+            frozen=frozen,
+        )
+        for a, b, c in ((L, 1, 0), (L, exits, own), (layers, exits, own))
+    )
+    yield (
+        "FLOPs per token",
+        f"{_flops(recipe)} on average: {layers:.2f} of {L} layers, {exits:.2f} exits",
+    )
+    if not frozen:
+        text = f"{_flops(with_exits)} without layer dropout, {_flops(plain)} without exits either"
+        yield "", text
+    per_gpu = recipe * config.data.tokens_per_step / work.ranks
+    yield "FLOPs per step", f"{_flops(per_gpu)} on each GPU, not counting what is computed again"
+    yield (
+        "sent per step",
+        f"{_bytes(_sent_bytes(work, need))} by each GPU, to gather weights and reduce gradients",
+    )
+
+
+def _sent_bytes(work: Work, need: Need) -> float:
+    """Return what one rank sends in a step: (n - 1) / n of each whole in a ring of n."""
+    replicate = work.parallel.dp_replicate
+    shard, sent = work.ranks // replicate, 0.0
+    for name, whole in need.collective_bytes.items():
+        rounds, n = (2, replicate) if name.startswith("allreduce") else (1, shard)
+        sent += rounds * whole * (n - 1) / n
+    return sent
+
+
+def _memory(work: Work, need: Need, machine: DryRun) -> Iterator[str]:
+    exits = len(work.plan.exit_layers)
+    yield f"memory of each GPU in a step of {exits} exits and no layer dropped, the most there is:"
+    yield f"  {'':30s}{'at the peak':>14s}{'at most':>14s}"
+    for part, label in LABELS.items():
+        if most := need.device.highest.get(part, 0):
+            yield f"  {label:30s}{_bytes(need.device.parts[part]):>14s}{_bytes(most):>14s}"
+    yield f"  {'all':30s}{_bytes(need.device.total):>14s}"
+    if need.host_bytes:
+        yield f"  {'in host memory':30s}{_bytes(need.host_bytes):>14s}"
+    yield (
+        f"  A GPU has {machine.memory_gib:g} GiB; {RESERVE:.0%} are left to CUDA, NCCL and "
+        "fragmentation. Without compile and float8."
+    )
+
+
+def _bytes(number: float) -> str:
+    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.2f} MiB"
+
+
+def _flops(number: float) -> str:
+    scale, prefix = next(
+        (s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if number >= s or p == "M"
+    )
+    return f"{number / scale:.2f} {prefix}"
+
+
+def _rows(pairs: Iterator[tuple[str, str]]) -> Iterator[str]:
+    return (f"{name:18s}{value}" for name, value in pairs)
+
+
+def _too_large(config: TrainConfig, work: Work, need: Need, machine: DryRun) -> str:
+    """Return the line that says what does not fit, for what most of it is, and what helps."""
+    parts = {
+        STATE_LABEL: sum(need.device.parts[part] for part in STATE),
+        **{LABELS[part]: need.device.parts[part] for part in LABELS if part not in STATE},
+    }
+    label, largest = max(parts.items(), key=lambda item: item[1])
+    usable = machine.memory_gib * GIB * (1 - RESERVE)
+    return (
+        f"memory_gib: {machine.memory_gib:g} leave {_bytes(usable)} but each of {machine.ranks} "
+        f"GPUs needs {_bytes(need.device.total)}, {_bytes(largest)} of it for {label}; "
+        f"try {', '.join(_levers(config, work, label))}"
+    )
+
+
+def _levers(config: TrainConfig, work: Work, label: str) -> Iterator[str]:
+    """Say what would lessen a part of the memory and has not been done."""
+    parallel = config.parallel
+    if label == LABELS["unreduced gradients"]:
+        if not parallel.reduce_every_microbatch:
+            yield "parallel.reduce_every_microbatch True"
+        yield "a larger data.microbatch_size"
+    elif label == STATE_LABEL:
+        if parallel.dp_replicate > 1:
+            yield "a smaller parallel.dp_replicate"
+        if not parallel.cpu_offload:
+            yield "parallel.cpu_offload True"
+        yield "more ranks"
+    elif label == LABELS["gathered weights"]:
+        if not parallel.reshard_after_forward:
+            yield "parallel.reshard_after_forward True"
+    else:
+        if label == LABELS["loss and head"]:
+            yield f"an early_exit.chunk_rows below {config.early_exit.chunk_rows}"
+        elif parallel.activation_checkpointing != "full":
+            yield "parallel.activation_checkpointing full"
+        if work.rows > 1:
+            yield f"a data.microbatch_size below {work.rows}"
+        yield f"a data.seq_len below {work.seq_len}"
+    yield "GPUs with more memory"

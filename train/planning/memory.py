@@ -1,0 +1,185 @@
+"""The memory of one rank: the real training step, run on tensors that have no data.
+
+Model, sharding, loss and step are those that train, under torch's FakeTensorMode and a process
+group that sends nothing, so it takes neither weights nor GPUs nor other ranks. What no tensor shows
+is left out: the CUDA context, NCCL's buffers, the allocator's fragmentation.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from data.loader import Microbatch
+from loss.early_exit import EarlyExitConfig, early_exit_loss
+from models.config import LlamaConfig
+from models.llama import Llama
+from train.loop.layerskip import StepPlan
+from train.loop.step import StepConfig, train_step
+from train.optimizer.optim import build_optimizer
+from train.parallel.blocks import checkpoint_blocks
+from train.parallel.parallelize import ParallelConfig, freeze, shard
+from train.parallel.runtime import Runtime
+from train.parallel.titan import OptimizersContainer
+from train.planning.allocations import Ledger, Peak, find_peak
+from train.planning.gpu_kernels import gpu_kernels
+
+PARTS = {
+    "torch.distributed.fsdp": "gathered weights",
+    "torch.optim": "update",
+    "torch.autograd.graph": "backward",
+    "loss": "loss and head",
+    "models": "activations",
+    # DTensor asks here what shapes an operator would give on whole tensors.
+    "torch.distributed.tensor._sharding_prop": None,
+}
+"""Which part of the memory is made by which module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one rank does in a step."""
+
+    model: LlamaConfig
+    parallel: ParallelConfig
+    step: StepConfig
+    plan: StepPlan
+    rows: int
+    """Sequences of a microbatch."""
+    seq_len: int
+    microbatches: int
+    """Microbatches of a step."""
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank needs."""
+
+    device: Peak
+    """Memory of its device."""
+    host_bytes: int
+    """Memory of its host, with parallel.cpu_offload."""
+    collective_bytes: Mapping[str, int]
+    """{collective: bytes of whole results or inputs in one step}."""
+
+
+def measure(work: Work, *, on_gpu: bool) -> Need:
+    """Run one rank's build, training steps and validation without data, and return what they need.
+
+    Args:
+        work: What the rank does.
+        on_gpu: Plan for GPUs, their kernels and dtype; False: for CPUs.
+    """
+    parallel = replace(work.parallel, compile=False, float8=False, cpu_offload=False)
+    if on_gpu and parallel.param_dtype == "auto":
+        parallel = replace(parallel, param_dtype="bfloat16")
+    runtime = Runtime(rank=0, world_size=work.ranks, device=torch.device("cpu"), job="")
+    samples = torch.arange(work.rows)  # has data, for layer dropout draws on the host
+    ledger = Ledger(PARTS)
+    with _fake_ranks(work.ranks), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = _build(work, parallel, _mesh(parallel, work.ranks))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, ledger, gpu_kernels() if on_gpu else nullcontext():
+            ledger.only_part = "parameters"
+            model.to_empty(device="cpu")
+            ledger.only_part, built = None, ledger.now
+            optimizer = build_optimizer(model, work.step.optim)
+            before = _watch_gradients(ledger, model, optimizer)
+            batch = _microbatch(work, samples)
+            # Of many microbatches, the second is as all others.
+            batches = [batch] * min(work.microbatches, 2)
+            train_step(model, optimizer, batches, work.plan, 0, config=work.step, runtime=runtime)
+            collectives = ledger.collective_bytes.copy()
+            _validate(model, batch, work.step.early_exit.chunk_rows)
+    for name, moved in (before[1] - before[0]).items():
+        collectives[name] += (work.microbatches - len(batches)) * moved
+    return _need(ledger, built, work.parallel.cpu_offload, collectives)
+
+
+@contextmanager
+def _fake_ranks(ranks: int) -> Iterator[None]:
+    """Be rank 0 of `ranks` that do not exist."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("fake", store=store, rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _mesh(parallel: ParallelConfig, ranks: int) -> DeviceMesh:
+    """Return what `build_mesh` would, but of CPUs also on a machine with GPUs."""
+    if parallel.dp_replicate == 1:
+        return init_device_mesh("cpu", (ranks,), mesh_dim_names=("fsdp",))
+    shape = (parallel.dp_replicate, ranks // parallel.dp_replicate)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp"))
+
+
+def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
+    """Do as `build_model`, up to where the weights get memory."""
+    with torch.device("meta"):
+        model = Llama(work.model)
+    freeze(model, work.step.optim.trains)
+    if parallel.activation_checkpointing != "none":
+        checkpoint_blocks(model, parallel.activation_checkpointing)
+    shard(model, parallel, mesh)
+    return model
+
+
+def _watch_gradients(
+    ledger: Ledger, model: Llama, optimizer: OptimizersContainer
+) -> list[Counter[str]]:
+    """Call gradients what a backward pass leaves behind.
+
+    Returns:
+        What collectives had moved before each forward pass; empty until then.
+    """
+    backward = {"backward", "gathered weights", "loss and head", "unreduced gradients"}
+    before: list[Counter[str]] = []
+
+    def before_forward(*_: object) -> None:
+        ledger.move(backward, "unreduced gradients")
+        before.append(ledger.collective_bytes.copy())
+
+    def before_update(*_: object) -> None:
+        ledger.move(backward, "gradients")
+
+    model.register_forward_pre_hook(before_forward, prepend=True)
+    for inner in optimizer:
+        inner.register_step_pre_hook(before_update)
+    return before
+
+
+def _microbatch(work: Work, samples: Tensor) -> Microbatch:
+    tokens = torch.zeros(work.rows, work.seq_len, dtype=torch.int64)
+    return Microbatch(tokens, tokens, samples)
+
+
+@torch.no_grad()
+def _validate(model: Llama, batch: Microbatch, chunk_rows: int) -> None:
+    """Do as `validate` with one batch: the loss of every exit."""
+    weights = dict.fromkeys(range(model.config.n_layers), 0.0)
+    hidden = model(batch.tokens, exit_layers=weights)
+    config = EarlyExitConfig(chunk_rows=chunk_rows)
+    early_exit_loss(hidden.exits, model.head_weight, batch.labels, weights, config=config)
+
+
+def _need(ledger: Ledger, built: int, cpu_offload: bool, collectives: Mapping[str, int]) -> Need:
+    """Tell the device's memory from the host's, in any step but the first."""
+    for allocation in ledger.allocations:
+        if allocation.part == "update" and allocation.end is None:
+            # Made by the first step's update, and there ever since.
+            allocation.part, allocation.begin = "moments", built
+    host = {"parameters", "gradients", "moments"} if cpu_offload else set()
+    on_host = [a for a in ledger.allocations if a.part in host]
+    on_device = [a for a in ledger.allocations if a.part not in host]
+    return Need(find_peak(on_device, built), find_peak(on_host, built).total, collectives)

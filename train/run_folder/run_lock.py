@@ -1,0 +1,275 @@
+"""One job at a time writes a run folder.
+
+The lock is `run.lock.N` in the run folder. N counts takeovers: who finds a dead job's run.lock.4
+creates run.lock.5, which the file system lets one job alone do, and only then removes the old one.
+Nothing is ever renamed or deleted before the successor is there, so there is no moment at which
+two jobs can both believe that the run is theirs.
+"""
+
+import json
+import logging
+import os
+import random
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from train.parallel.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 10.0
+"""How often the holder gives a sign of life, which is the lock file's time of change."""
+DEAD_AFTER_SECONDS = 60.0
+"""A holder on another host counts as dead after so long without one."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock."""
+
+    host: str
+    pid: int
+    started: str
+    """When that process started, as the kernel counts; empty where it does not say."""
+    namespace: str
+    """What the pid is unique in: containers on one host have their own."""
+    job: str
+    """Names the job across restarts; empty where nothing does."""
+    time: float
+    """When it took the lock, in unix seconds."""
+    token: str
+    """Unique to this lock."""
+
+    def __str__(self) -> str:
+        """Say who it is."""
+        return f"process {self.pid} on host {self.host}"
+
+
+class RunLock:
+    """What rank 0 holds; on the other ranks it is empty, and never lost."""
+
+    def __init__(self, path: Path | None = None, token: str = "") -> None:
+        """Stand for the lock file that `acquire` has made."""
+        self._path, self._token = path, token
+        self._lost = ""
+
+    @property
+    def lost(self) -> str:
+        """How the run was lost to another job, which must stop this one; empty: it was not."""
+        return self._lost
+
+    def check(self) -> None:
+        """Raise a ValueError if the run is no longer ours; for just before something is written."""
+        self.refresh()
+        if self._lost:
+            raise ValueError(self._lost)
+
+    def refresh(self) -> None:
+        """Give a sign of life, or find that the lock is lost."""
+        if self._path is None or self._lost:
+            return
+        number = _number(self._path)
+        try:
+            locks = _locks(self._path.parent)
+            own, _ = locks.get(number, (None, 0.0))
+            if own and own.token == self._token and max(locks) == number:
+                os.utime(self._path)
+                return
+        except OSError as error:
+            logger.warning("lock: no sign of life can be given: %s", error)
+            return
+        taker = locks[max(locks)][0] if locks else None
+        self._lost = (
+            f"name: {self._path} was taken away by {taker or 'somebody'}, as if this job were "
+            "dead; it stops, so that no two jobs write one run"
+        )
+
+    def release(self) -> None:
+        """Delete the lock if it is still ours."""
+        self.refresh()
+        if self._path is not None and not self._lost:
+            with suppress(OSError):  # it is stale once this process is gone
+                self._path.unlink()
+
+
+@contextmanager
+def lock_run(folder: Path, runtime: Runtime) -> Iterator[RunLock]:
+    """Hold the run folder, which must exist, for this job; every rank calls this.
+
+    Raises:
+        ValueError: On rank 0, if another job holds it.
+    """
+
+    def take() -> RunLock:
+        try:
+            return acquire(folder, runtime.job) if runtime.is_main else RunLock()
+        except OSError as error:
+            raise ValueError(f"name: {folder} cannot be locked, {error}") from error
+
+    lock = runtime.on_every_rank(take)
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(REFRESH_SECONDS):
+            lock.refresh()
+
+    thread = threading.Thread(target=keep, name="run lock", daemon=True)
+    thread.start()
+    try:
+        yield lock
+    finally:
+        ended.set()
+        thread.join(REFRESH_SECONDS)
+        lock.release()
+
+
+def acquire(folder: Path, job: str) -> RunLock:
+    """Take the lock, from a dead job if need be.
+
+    Args:
+        folder: The run folder.
+        job: Names this job across restarts; empty where nothing does.
+
+    Raises:
+        ValueError: If a living job holds it.
+    """
+    for _ in range(100):
+        found = _locks(folder)
+        now = _file_system_time(folder) if found else 0.0
+        stale = {
+            number: _why_stale(folder, holder, now - changed, job)
+            for number, (holder, changed) in found.items()
+        }
+        path, me = _path(folder, max(found, default=0) + 1), _this_process(job)
+        if _create(path, me):
+            # A slower job may still judge by what stood here before; then one must give way.
+            others = {number: holder for number, (holder, _) in _locks(folder).items()}
+            unchanged = others.pop(_number(path), None) == me and all(
+                number in found and found[number][0] == others[number] for number in others
+            )
+            if unchanged:
+                for number, reason in stale.items():
+                    logger.warning("lock: recovered %s, %s", _path(folder, number), reason)
+                    _path(folder, number).unlink(missing_ok=True)
+                return RunLock(path, me.token)
+            path.unlink(missing_ok=True)
+        time.sleep(random.uniform(0.001, 0.02))
+    raise ValueError(f"name: other jobs keep taking {folder}, start one at a time")
+
+
+def _locks(folder: Path) -> dict[int, tuple[Holder | None, float]]:
+    """Return the holder and the last sign of life of each lock, by its N.
+
+    A lock that is being written, or was when its writer died, has no holder.
+    """
+    found: dict[int, tuple[Holder | None, float]] = {}
+    for path in folder.glob("run.lock.[0-9]*"):
+        try:
+            # A file that is opened has its true times on NFS too.
+            with path.open() as file:
+                changed = os.fstat(file.fileno()).st_mtime
+                text = file.read()
+        except FileNotFoundError:
+            continue
+        try:
+            holder: Holder | None = Holder(**json.loads(text))
+        except (ValueError, TypeError):
+            holder = None
+        found[_number(path)] = (holder, changed)
+    return found
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"run.lock.{number}"
+
+
+def _number(path: Path) -> int:
+    return int(path.suffix[1:])
+
+
+def _why_stale(folder: Path, holder: Holder | None, age: float, job: str) -> str:
+    """Return why the holder of a lock is dead.
+
+    Raises:
+        ValueError: If it is alive.
+    """
+    silence = f"no sign of life for {age:.0f} s"
+    if holder is None:
+        if age > DEAD_AFTER_SECONDS:
+            return f"half written, {silence}"
+    elif (holder.host, holder.namespace) == (socket.gethostname(), _namespace()):
+        if not _is_alive(holder):
+            return f"{holder} is gone"
+    elif job and holder.job == job:
+        return f"{holder} was this job ({job}) before it was restarted"
+    elif age > DEAD_AFTER_SECONDS:
+        return f"{holder}: {silence}"
+    raise ValueError(
+        f"name: {folder} is being written by {holder or 'a job that has just started'}, last sign "
+        f"of life {max(age, 0):.0f} s ago, stop that job or choose another --name; a job that died "
+        f"on another host is known to be dead after {DEAD_AFTER_SECONDS:.0f} s"
+    )
+
+
+def _create(path: Path, holder: Holder) -> bool:
+    """Create the lock file; say whether it was not there."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(json.dumps(asdict(holder)) + "\n")
+        file.flush()
+        os.fsync(descriptor)
+    return True
+
+
+def _file_system_time(folder: Path) -> float:
+    """Return the time by the clock that stamps the files, which may be a server's."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _this_process(job: str) -> Holder:
+    pid = os.getpid()
+    started = _state(pid)[1]
+    host, token = socket.gethostname(), uuid.uuid4().hex
+    return Holder(host, pid, started, _namespace(), job, time.time(), token)
+
+
+def _is_alive(holder: Holder) -> bool:
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    state, started = _state(holder.pid)
+    return state not in ("Z", "X") and started in ("", holder.started)
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """Return the letter of a process's state and when it started; empty where hidden."""
+    try:
+        # proc(5): the fields after the name in brackets, which may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
