@@ -22,11 +22,11 @@ import torch
 import transformers
 
 from data.dataset import VALIDATION
-from inference.benchmark import machine
 from inference.engine.compiled import compile_layers
 from inference.engine.generation import Generation
 from inference.engine.strategy import Strategy
 from inference.evaluation.prompts import held_out_prompts
+from inference.evaluation.report import machine
 from inference.loading.packed import can_pack, pack
 from inference.loading.run import load_run
 from inference.strategies.autoregressive import Autoregressive

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from inference.benchmark import LEGEND, expand_arms, machine, names, table
+from inference.benchmark import expand_arms, names
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
 from inference.engine.generation import wait_for
 from inference.engine.sampling import Sampling
 from inference.evaluation.measurement import ArmResult, Workload, measure
+from inference.evaluation.report import LEGEND, machine, table
 from inference.loading.run import DTYPES
 from models.config import LlamaConfig
 from models.flops import block_params

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from inference.benchmark import machine
+from inference.evaluation.report import machine
 from train.config.demos import DEMOS
 from train.sweep import last_validation
 

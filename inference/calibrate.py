@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from inference.cli.arguments import Parser, format_table, run_command, run_from, write_json
+from inference.cli.arguments import Parser, run_command, run_from
+from inference.cli.terminal import format_table, write_json
 from inference.engine.generation import Generation
 from inference.evaluation.prompts import add_prompt_arguments, prompts_from
 from inference.fitting.learn_then_test import certify

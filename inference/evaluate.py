@@ -5,163 +5,18 @@ The exit after layer l runs E = l + 1 layers; l counts from 0.
 
 import argparse
 import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from data.dataset import VALIDATION
-from data.loader import Microbatch, microbatch
-from data.shards import NO_LOSS, TokenStream
-from data.windows import Windows, open_windows, spread
-from inference.cli.arguments import (
-    Parser,
-    format_table,
-    picture_file,
-    run_command,
-    run_from,
-    with_progress,
-    write_json,
-)
-from inference.evaluation.calibration import bin_confidence, mean_confidence
+from data.shards import TokenStream
+from data.windows import Windows, open_windows
+from inference.cli.arguments import Parser, picture_file, run_command, run_from
+from inference.cli.terminal import format_table, write_json
+from inference.evaluation.exit_quality import evaluate_exits
 from inference.evaluation.plot import write_exit_plot
-from inference.evaluation.rule_quality import BINS, calibration_error
+from inference.evaluation.rule_quality import BINS
 from inference.loading.run import Run
-from models.document_mask import document_mask
-from models.llama import Llama
-
-_BATCH = 8
-_LOGITS_ROWS = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitQuality:
-    """How well one exit predicts."""
-
-    l: int
-    """Layer index; the exit reads x_{l+1}."""
-    E: int
-    """Layers run, l + 1."""
-    loss: float
-    """Nats per token."""
-    perplexity: float
-    """exp(loss)."""
-    bits_per_byte: float
-    """loss * tokens / bytes / ln 2, comparable between tokenizers."""
-    accuracy: float
-    """Share of tokens that are the exit's most probable one."""
-    agreement: float
-    """Share of positions where that one is also the last layer's."""
-    confidence: float
-    """Mean probability of that one."""
-    calibration_error: float
-    """ECE, over 15 bins: how far confidence and accuracy are apart."""
-
-
-@torch.inference_mode()
-def evaluate_exits(
-    model: Llama,
-    windows: Windows,
-    *,
-    bytes_per_token: float,
-    max_tokens: int,
-    bos_id: int | None = None,
-) -> tuple[list[ExitQuality], int]:
-    """Measure every exit on windows spread evenly over all.
-
-    Each token that has a loss is predicted from those before it in its window, or document.
-
-    Args:
-        model: In eval mode.
-        windows: Held-out sequences.
-        bytes_per_token: Of the text behind them, for bits per byte.
-        max_tokens: Tokens to read, rounded down to whole windows, at least one.
-        bos_id: Keep attention within the documents that begin with this token; None does not.
-
-    Returns:
-        The exits, in ascending l, and the number of tokens predicted.
-
-    Raises:
-        ValueError: max_tokens is below 1.
-    """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens: {max_tokens}, give at least 1")
-    rows = spread(windows, max(1, max_tokens // len(windows.read(0)[0])))
-    sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
-    bins = torch.zeros(model.config.n_layers, BINS, 3, dtype=torch.float64, device="cpu")
-    predicted = 0
-    for first in with_progress(range(0, len(rows), _BATCH), "evaluating"):
-        read = [windows.read(i) for i in rows[first : first + _BATCH]]
-        tokens, labels = map(np.stack, zip(*read, strict=True))
-        batch = microbatch(tokens, labels, np.arange(len(read)), bos_id)
-        predicted += batch.num_labels
-        more_sums, more_bins = _sums(model, batch.to(model.head_weight.device))
-        sums += more_sums.cpu()
-        bins += more_bins.cpu()
-    means = (sums / predicted).tolist()
-    exits = [
-        _quality(l, loss, accuracy, agreement, bins[l], bytes_per_token=bytes_per_token)
-        for l, (loss, accuracy, agreement) in enumerate(means)
-    ]
-    return exits, predicted
-
-
-def _quality(
-    l: int,
-    loss: float,
-    accuracy: float,
-    agreement: float,
-    bins: Tensor,
-    *,
-    bytes_per_token: float,
-) -> ExitQuality:
-    return ExitQuality(
-        l=l,
-        E=l + 1,
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # exp(710) is beyond a float
-        bits_per_byte=loss / bytes_per_token / math.log(2),
-        accuracy=accuracy,
-        agreement=agreement,
-        confidence=mean_confidence(bins),
-        calibration_error=calibration_error(bins),
-    )
-
-
-def _sums(model: Llama, batch: Microbatch) -> tuple[Tensor, Tensor]:
-    """Add up loss, hits, agreements and confidence of every exit, in chunks of the logits.
-
-    Args:
-        model: In eval mode.
-        batch: On its device.
-
-    Returns:
-        (n_layers, 3) fp64, and (n_layers, BINS, 3) fp64 of `bin_confidence`.
-    """
-    n_layers, device = model.config.n_layers, batch.labels.device
-    documents = None if batch.documents is None else document_mask(batch.documents)
-    _, exits = model.run_layers(
-        model.embed(batch.tokens), 0, n_layers, documents=documents, exit_layers=range(n_layers)
-    )
-    sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=device)
-    bins = torch.zeros(n_layers, BINS, 3, dtype=torch.float64, device=device)
-    learnt = batch.labels != NO_LOSS
-    chunks = [exits[l][learnt].split(_LOGITS_ROWS) for l in range(n_layers)]
-    for i, labels in enumerate(batch.labels[learnt].split(_LOGITS_ROWS)):
-        last_choice = labels
-        for l in reversed(range(n_layers)):
-            logits = model.exit_logits(chunks[l][i], l + 1).float()
-            choice = logits.argmax(-1)
-            last_choice = choice if l == n_layers - 1 else last_choice
-            sums[l, 0] += F.cross_entropy(logits, labels, reduction="sum")
-            sums[l, 1] += (choice == labels).sum()
-            sums[l, 2] += (choice == last_choice).sum()
-            bins[l] += bin_confidence(logits, labels)
-    return sums, bins
 
 
 def build_parser() -> Parser:

@@ -4,14 +4,8 @@ import argparse
 from dataclasses import asdict
 
 from data.dataset import TRAIN, VALIDATION
-from inference.cli.arguments import (
-    Parser,
-    add_fit_arguments,
-    format_table,
-    run_command,
-    run_from,
-    write_json,
-)
+from inference.cli.arguments import Parser, add_fit_arguments, run_command, run_from
+from inference.cli.terminal import format_table, write_json
 from inference.fitting.jump_fitting import fit_jump, measure_jump
 from inference.fitting.traces import read_windows
 from inference.loading.adapters import decode_folder

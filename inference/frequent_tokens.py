@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from data.dataset import TRAIN
 from data.shards import TokenStream
-from inference.cli.arguments import Parser, run_command, run_from, with_progress, write_json
+from inference.cli.arguments import Parser, run_command, run_from
+from inference.cli.terminal import with_progress, write_json
 from inference.loading.adapters import decode_folder
 from inference.strategies.part_of_head import most_frequent
 

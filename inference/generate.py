@@ -16,8 +16,8 @@ from inference.cli.arguments import (
     decoding_run_from,
     run_command,
     sampling_from,
-    write_json,
 )
+from inference.cli.terminal import write_json
 from inference.cli.text_stream import TextStream
 from inference.engine.counters import Counters
 from inference.engine.generation import Emission, Generation

@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from inference.cli.arguments import (
-    Parser,
-    add_compile_argument,
-    decoding_run_from,
-    format_table,
-    run_command,
-    with_progress,
-    write_json,
-)
+from inference.cli.arguments import Parser, add_compile_argument, decoding_run_from, run_command
+from inference.cli.terminal import format_table, with_progress, write_json
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy

@@ -13,13 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from inference.cli.arguments import (
     Parser,
     add_sampling_arguments,
-    format_table,
-    report_line,
     run_command,
     run_from,
     sampling_from,
-    write_json,
 )
+from inference.cli.terminal import format_table, report_line, write_json
 from inference.engine.counters import Counters, speedup_bound
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling

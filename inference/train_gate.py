@@ -10,15 +10,8 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from data.dataset import TRAIN, VALIDATION
-from inference.cli.arguments import (
-    Parser,
-    add_fit_arguments,
-    format_table,
-    run_command,
-    run_from,
-    seed_number,
-    write_json,
-)
+from inference.cli.arguments import Parser, add_fit_arguments, run_command, run_from, seed_number
+from inference.cli.terminal import format_table, write_json
 from inference.evaluation.rule_quality import (
     agreement_at_depth,
     area_under_roc,

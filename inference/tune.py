@@ -11,25 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from inference.benchmark import LEGEND, check_draft_fits, machine, table
-from inference.cli.arguments import (
-    Parser,
-    add_compile_argument,
-    decoding_run_from,
-    format_table,
-    report_line,
-    run_command,
-    write_json,
-)
+from inference.cli.arguments import Parser, add_compile_argument, decoding_run_from, run_command
+from inference.cli.terminal import format_table, report_line, write_json
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.evaluation.candidates import candidates, with_thresholds
 from inference.evaluation.costs import Costs, Prediction, measure_costs, predict
+from inference.evaluation.greedy_traces import record_continuations
 from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
 from inference.evaluation.prompts import add_prompt_arguments, prompts_from
+from inference.evaluation.report import LEGEND, check_draft_fits, machine, table
 from inference.loading.run import Run
 from inference.loading.tuned import Tuned, conditions_of, write_tuned
-from inference.oracle import record_continuations
 from inference.strategies.self_speculative import SelfSpeculative
 
 _COST_LEGEND = """In full steps: draft: single tokens in the first layers; verify: other passes of

@@ -19,7 +19,37 @@ ALLOWED = {
 # A model comes and goes with its tokenizer, so the command that converts both names both.
 ALSO_ALLOWED = {"models/convert.py": {"data.hugging_face", "data.tokenizer"}}
 CHECKPOINT_FILES = {"models/checkpoint_format.py", "models/conversion/plain_checkpoint.py"}
-ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb", "tyro"}
+ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
+# Which room of a package may import which; a loose file may import any room.
+ROOM_ARROWS = {
+    "inference": {
+        "cli": {"loading", "engine"},
+        "fitting": {"strategies", "cli"},
+        "evaluation": {"strategies", "loading", "engine", "cli"},
+        "strategies": {"loading", "engine"},
+        "loading": {"engine"},
+        "engine": set(),
+    },
+    "train": {
+        "planning": {"config", "loop", "checkpoints", "optimizer", "parallel"},
+        "config": {"loop", "checkpoints", "monitoring", "run_folder", "optimizer", "parallel"},
+        "loop": {"monitoring", "optimizer", "parallel"},
+        "checkpoints": {"optimizer", "parallel"},
+        "monitoring": {"parallel"},
+        "run_folder": {"parallel"},
+        "optimizer": {"parallel"},
+        "parallel": set(),
+    },
+    "models": {"conversion": set()},
+}
+# What the loose files of `train/` may import of each other, from main down.
+LOOSE_ARROWS = {
+    "main": {"follow", "job", "rollback"},
+    "follow": {"job"},
+    "rollback": {"job"},
+    "job": set(),
+    "sweep": set(),
+}
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
@@ -51,6 +81,56 @@ def test_imports_follow_the_arrows(path):
                 assert name.startswith("torch.distributed.checkpoint.")
 
 
+def rooms_of(package):
+    return {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()}
+
+
+def arrows_of(package):
+    """Yield (file, its room or "", the loose file or room of the same package it imports)."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        inside = path.relative_to(ROOT / package).parts
+        for name in imports(path):
+            top, _, rest = name.partition(".")
+            if top == package and rest:
+                yield path, inside[0] if len(inside) > 1 else "", rest.split(".")[0]
+
+
+@pytest.mark.parametrize("package", sorted(ROOM_ARROWS))
+def test_rooms_follow_their_table(package):
+    table = ROOM_ARROWS[package]
+    assert rooms_of(package) == set(table)
+    drawn = {room: set() for room in table}
+    for path, room, target in arrows_of(package):
+        if room and target != room and package != "models":
+            assert target in table[room], f"{path}: {room} may not import {package}.{target}"
+            drawn[room].add(target)
+    if package != "models":
+        assert drawn == table, "the table names an arrow that no file draws"
+
+
+@pytest.mark.parametrize("package", ["inference", "train"])
+def test_the_arrows_between_rooms_have_no_circle(package):
+    left = {room: set(targets) for room, targets in ROOM_ARROWS[package].items()}
+    while left:
+        floor = {room for room, targets in left.items() if not targets & left.keys()}
+        assert floor, f"a circle among {sorted(left)}"
+        left = {room: targets for room, targets in left.items() if room not in floor}
+
+
+def test_no_command_of_inference_imports_a_command():
+    for path, room, target in arrows_of("inference"):
+        assert target in ROOM_ARROWS["inference"], f"{path} ({room}) imports inference.{target}"
+
+
+def test_loose_files_of_train_follow_their_table():
+    loose = {path.stem for path in (ROOT / "train").glob("*.py")} - {"__init__"}
+    assert loose == set(LOOSE_ARROWS)
+    for path, room, target in arrows_of("train"):
+        if target in loose:
+            assert not room, f"{path} imports train.{target}"
+            assert target in LOOSE_ARROWS[path.stem], f"{path} imports train.{target}"
+
+
 def test_torchtitan_is_imported_in_one_file():
     users = {
         name_of(path) for path in FILES for name in imports(path) if name.startswith("torchtitan")
@@ -60,21 +140,22 @@ def test_torchtitan_is_imported_in_one_file():
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_room_is_imported_by_its_full_name(path):
-    siblings = {other.stem for other in path.parent.glob("*.py")} - set(ROOMS)
+    siblings = {other.stem for other in path.parent.iterdir()} - set(ROOMS)
     for name in imports(path):
         assert name.split(".")[0] not in siblings, f"{path}: write from {path.parent.name}.{name}"
 
 
-def test_no_file_in_train_hides_another_module():
+def test_no_file_or_folder_in_train_hides_another_module():
     # `torchrun train/main.py` puts train/ first on the path, where these names would win.
     installed = set(packages_distributions()) - {"main"}
     taken = installed | set(sys.stdlib_module_names) | set(ROOMS)
-    clashes = {path.stem for path in (ROOT / "train").glob("*.py")} & taken - {"__init__"}
-    assert not clashes
+    names = {path.stem for path in (ROOT / "train").iterdir() if path.suffix in ("", ".py")}
+    assert not names & taken - {"__init__", "__pycache__"}
 
 
 def test_every_room_is_a_package():
-    assert all((ROOT / room / "__init__.py").is_file() for room in ROOMS)
+    folders = {path.parent for path in FILES}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -84,7 +165,7 @@ def test_files_and_functions_stay_short(path):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
-            limit = 85 if path.parent.name == "train" and path.stem in ("main", "step") else 50
+            limit = 85 if name_of(path) in ("train/main.py", "train/loop/step.py") else 50
             assert node.end_lineno - node.lineno < limit, f"{path}: {node.name} is too long"
 
 

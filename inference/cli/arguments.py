@@ -1,18 +1,14 @@
 """What the commands share: arguments, one-line errors, tables, progress, JSON."""
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, TypeVar
-
-from tqdm import tqdm
+from typing import NoReturn
 
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
@@ -20,11 +16,8 @@ from inference.engine.sampling import Sampling
 from inference.loading.quantized import BITS
 from inference.loading.run import DTYPES, Run, load_run
 
-T = TypeVar("T")
-
 _PICTURES = (".jpg", ".pdf", ".png", ".svg")
 _LAST_SEED = 2**64 - 1
-_LINE_INTERVAL_SECONDS = 10.0
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -204,40 +197,3 @@ def run_command(parser: Parser, command: Callable[[argparse.Namespace], None]) -
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def write_json(path: Path | None, content: object) -> None:
-    """Write `content` to `path`, where one is given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with its columns aligned, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, *rows]
-    )
-
-
-def report_line(line: str) -> None:
-    """Say on stderr how far long work is."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def with_progress(items: Sequence[T], label: str) -> Iterator[T]:
-    """Yield the items, with a bar on a terminal, in a log with a line now and then, on stderr."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, file=sys.stderr, leave=False)
-        return
-    next_line = time.monotonic() + _LINE_INTERVAL_SECONDS
-    for done, item in enumerate(items):
-        if time.monotonic() >= next_line:
-            print(f"{label}: {done} of {len(items)}", file=sys.stderr, flush=True)
-            next_line = time.monotonic() + _LINE_INTERVAL_SECONDS
-        yield item

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.shards import TokenStream
 from data.windows import StreamWindows, spread
-from inference.cli.arguments import with_progress
+from inference.cli.terminal import with_progress
 from inference.strategies.exit_rules import softmax_gap
 from models.llama import Llama
 

@@ -11,7 +11,7 @@ import torch
 from data.shards import TokenStream
 from data.windows import StreamWindows
 from inference import evaluate
-from inference.evaluate import evaluate_exits
+from inference.evaluation.exit_quality import evaluate_exits
 from tests.models.test_llama import build, small
 
 

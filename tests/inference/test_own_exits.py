@@ -10,11 +10,11 @@ from data.shards import TokenStream
 from data.windows import StreamWindows
 from inference.engine.prefill import fill_rows, open_state
 from inference.engine.sampling import Sampling
-from inference.evaluate import evaluate_exits
+from inference.evaluation.exit_quality import evaluate_exits
+from inference.evaluation.greedy_traces import record_exits
 from inference.fitting.jump_fitting import measure_jump
 from inference.fitting.traces import record
 from inference.loading.packed import pack
-from inference.oracle import record_exits
 from inference.strategies.autoregressive import Autoregressive, EarlyExit
 from inference.strategies.drafting import draft
 from inference.strategies.dynamic import Dynamic

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.dataset import open_dataset
 from data.windows import StreamWindows
-from inference.evaluate import evaluate_exits
+from inference.evaluation.exit_quality import evaluate_exits
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model
 from train import main as command
 from train.main import due, main

@@ -14,9 +14,29 @@ import tyro
 
 from train.config.config import TrainConfig, flat_fields
 from train.config.presets import PRESETS
-from train.planning.dry_run import DryRun
 
 DEFAULT_PRESET = "demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """The machine that --dry_run plans for."""
+
+    ranks: int = 8
+    """Number of GPUs that --dry_run plans for."""
+    memory_gib: float = 80.0
+    """Memory of each of those GPUs, in GiB."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = []
+        if self.ranks < 1:
+            found.append(f"ranks: {self.ranks}, must be at least 1")
+        if not 0 < self.memory_gib < math.inf:
+            found.append(f"memory_gib: {self.memory_gib}, must be positive and finite")
+        return found
+
+
 _DRY_RUN_FIELDS = tuple(field.name for field in dataclasses.fields(DryRun))
 
 

@@ -3,7 +3,7 @@
 from models.config import LlamaConfig
 from models.flops import train_flops_per_token
 from train.loop.layerskip import StepPlan
-from train.optimizer.optim import Trains
+from train.parallel.parallelize import Trains
 from train.parallel.runtime import Runtime
 from train.parallel.titan import get_peak_flops
 

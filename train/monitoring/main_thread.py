@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from types import FrameType
 
-ROOT = f"{Path(__file__).resolve().parent.parent}{os.sep}"
+ROOT = f"{Path(__file__).resolve().parents[2]}{os.sep}"
 
 
 def waits(frame: FrameType) -> bool:

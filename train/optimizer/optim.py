@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from models.llama import Llama
 from train.optimizer.muon import Muon
+from train.parallel.parallelize import Trains
 from train.parallel.titan import OptimizersContainer, ParamGroupConfig
-
-Trains = Literal["all", "exits"]
 
 # The first that matches decides.
 _NORMS = r"(norm\.weight|bias)$"

@@ -25,10 +25,11 @@ from torch.nn import Module
 
 from models.config import LlamaConfig
 from models.llama import Llama
-from train.optimizer.optim import Trains
 from train.parallel.blocks import checkpoint_blocks, compile_blocks, convert_blocks_to_float8
 from train.parallel.runtime import Runtime
 from train.parallel.titan import ParallelDims
+
+Trains = Literal["all", "exits"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

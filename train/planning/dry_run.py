@@ -3,9 +3,8 @@
 Needs one process, and neither weights nor data nor GPUs.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -18,6 +17,7 @@ from models.flops import (
 )
 from models.llama import Llama
 from train.checkpoints.content import tensor_bytes
+from train.config.command_line import DryRun
 from train.config.config import TrainConfig
 from train.loop.layerskip import StepPlan
 from train.parallel.parallelize import freeze
@@ -41,25 +41,6 @@ LABELS = {
 """{part: what the plan calls it}, in the plan's order."""
 STATE = ("parameters", "moments", "gradients")
 STATE_LABEL = "parameters, gradients and moments"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DryRun:
-    """The machine that --dry_run plans for."""
-
-    ranks: int = 8
-    """Number of GPUs that --dry_run plans for."""
-    memory_gib: float = 80.0
-    """Memory of each of those GPUs, in GiB."""
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with the fields, one line each; empty when nothing is."""
-        found = []
-        if self.ranks < 1:
-            found.append(f"ranks: {self.ranks}, must be at least 1")
-        if not 0 < self.memory_gib < math.inf:
-            found.append(f"memory_gib: {self.memory_gib}, must be positive and finite")
-        return found
 
 
 def plan(config: TrainConfig, machine: DryRun) -> str:

@@ -7,7 +7,7 @@ import inference.evaluation.costs
 from inference.engine.generation import Generation
 from inference.engine.state import DecodeState
 from inference.evaluation.costs import Costs, measure_costs, predict, tokens_per_round
-from inference.oracle import record_exits
+from inference.evaluation.greedy_traces import record_exits
 from inference.strategies.registry import self_speculative
 from inference.strategies.self_speculative import SelfSpeculative, settle
 from tests.inference.every_strategy import PROMPTS, make_model

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from train.config.command_line import _first_part, parse
+from train.config.command_line import DryRun, _first_part, parse
 from train.config.presets import PRESETS
-from train.planning.dry_run import DryRun
 
 
 def test_no_arguments_train_the_demo():

@@ -12,12 +12,13 @@ from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
 from train import main as command
 from train.checkpoints.checkpointer import CheckpointConfig
+from train.config.command_line import DryRun
 from train.config.config import TrainConfig
 from train.config.presets import PRESETS
 from train.loop.corpus import DataConfig
 from train.optimizer.optim import OptimConfig
 from train.parallel.parallelize import ParallelConfig
-from train.planning.dry_run import DryRun, plan
+from train.planning.dry_run import plan
 
 
 def make_config(**overrides):
