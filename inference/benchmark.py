@@ -104,7 +104,7 @@ def expand_arms(
         ValueError: a name is unknown, or E or d does not fit the model.
     """
     arms = [AUTOREGRESSIVE] + [
-        parse_strategy(name, E=E, d=d).filled(n_layers)
+        parse_strategy(name, E=E, d=d).with_defaults(n_layers)
         for name, E, d in product(strategies, exits, draft_tokens)
     ]
     arms = [*dict.fromkeys(arms)]

@@ -64,7 +64,7 @@ def calibrate(args: argparse.Namespace) -> None:
     if not isinstance(strategy, Calm):
         raise ValueError(f"strategy: {args.strategy}, only calm has a threshold to certify")
     run = run_from(args)
-    strategy = strategy.fitted(run.model.config.n_layers)
+    strategy = strategy.validated(run.model.config.n_layers)
     prompts = prompts_from(run, args)
     reference = Generation(
         run.model, prompts, Autoregressive(), max_new_tokens=args.max_new_tokens, batch_size=8

@@ -16,7 +16,7 @@ from data.shards import TokenStream
 from inference.cli.arguments import Parser, run_command, run_from
 from inference.cli.terminal import with_progress, write_json
 from inference.loading.adapters import decode_folder
-from inference.strategies.part_of_head import most_frequent
+from inference.strategies.reduced_head import most_frequent
 
 _BLOCK_TOKENS = 2**20
 

@@ -132,7 +132,7 @@ def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
     if tuned is None or tuned.strategy is None:
         return None, ""
     try:
-        parse_strategy(tuned.strategy).fitted(run.model.config.n_layers)
+        parse_strategy(tuned.strategy).validated(run.model.config.n_layers)
     except ValueError as error:  # it is of another version
         remedy = f"delete {tuned_path(run)} or run inference.tune"
         raise ValueError(f"tuned: {tuned.strategy} cannot be used ({error}), {remedy}") from None
@@ -149,7 +149,7 @@ def generate(args: argparse.Namespace) -> None:
     tuned, note = tuned_for(run, args)
     asked = "self_speculative" if args.strategy is None else args.strategy
     text = asked if tuned is None else tuned
-    strategy = parse_strategy(text, E=args.E, d=args.d).filled(run.model.config.n_layers)
+    strategy = parse_strategy(text, E=args.E, d=args.d).with_defaults(run.model.config.n_layers)
     check_tokenizer(strategy, run)
     if any("\ud800" <= char <= "\udfff" for char in args.prompt):
         raise ValueError("prompt: not valid UTF-8, give text")

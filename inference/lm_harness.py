@@ -205,7 +205,7 @@ def lm_harness(args: argparse.Namespace) -> None:
     n_layers = run.model.config.n_layers
     E = n_layers if args.E is None else args.E
     strategy = EarlyExit(E=E) if args.strategy is None else parse_strategy(args.strategy)
-    strategy = strategy.filled(n_layers)
+    strategy = strategy.with_defaults(n_layers)
     check_tokenizer(strategy, run)
     model = HarnessModel(run, E=E, strategy=strategy, batch_size=args.batch_size)
     manager = TaskManager(include_path=args.include_path and str(args.include_path))

@@ -133,7 +133,7 @@ def starting_points(n_layers: int) -> list[Choice]:
     both kinds; the upper half of the layers, which is early exit.
     """
     layers, quarter = range(n_layers), n_layers // 4
-    own, none = SkipDraft().filled(n_layers).skipped, [False] * n_layers
+    own, none = SkipDraft().with_defaults(n_layers).skipped, [False] * n_layers
     odd = [l % 2 == 1 for l in layers]
     middle = [quarter <= l < n_layers - quarter for l in layers]
     upper = [l >= (n_layers + 1) // 2 for l in layers]

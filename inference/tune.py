@@ -106,7 +106,7 @@ def _speedup(p: Prediction, steps: float) -> str:
     return f"{p.tokens_per_round / steps:.2f}x" if steps > 0 else "-"
 
 
-def terms_of_a_round(result: ArmResult, costs: Costs) -> dict[str, float]:
+def round_cost_breakdown(result: ArmResult, costs: Costs) -> dict[str, float]:
     """Return where the time of a round goes that the arm's passes account for, in full steps."""
     L = len(costs.draft) + 1
     terms = {"draft": 0.0, "verify": 0.0, "head": 0.0}
@@ -128,7 +128,7 @@ def round_terms(results: Sequence[ArmResult], costs: Costs) -> dict[str, dict[st
     plain = next(result for result in results if result.strategy == AUTOREGRESSIVE.name)
     for r in results:
         worth = _rounds(plain, L) / _rounds(r, L)
-        terms, took = terms_of_a_round(r, costs), worth / r.speedup
+        terms, took = round_cost_breakdown(r, costs), worth / r.speedup
         terms["overhead"] = took - sum(terms.values())
         found[r.settings] = {"worth": worth, "took": took, **terms}
     return found

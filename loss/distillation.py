@@ -2,7 +2,7 @@
 
 Hinton et al. (arXiv 1503.02531). As in `cross_entropy`, gradients are taken chunk by chunk on the
 way forward, so that however many exits there are, the logits of one chunk of the teacher and of one
-pupil are alive at a time. The teacher is a constant; the head learns from the pupils' side alone.
+pupil are alive at a time. The teacher is a constant; the head learns from the students' side alone.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from loss.cross_entropy import IGNORE_INDEX, scaled_gradients
 
 
 def weighted_divergence_sum(
-    pupils: Sequence[Tensor],
+    students: Sequence[Tensor],
     teacher: Tensor,
     head_weight: Tensor,
     labels: Tensor,
@@ -28,7 +28,7 @@ def weighted_divergence_sum(
     """Return sum_k weights[k] T^2 sum over tokens of KL(softmax(z / T) || softmax(z_k / T)).
 
     Args:
-        pupils: K tensors (batch, seq, dim), normed, any float dtype; z_k are their logits.
+        students: K tensors (batch, seq, dim), normed, any float dtype; z_k are their logits.
         teacher: (batch, seq, dim), same dtype; z are its logits. It gets no gradient.
         head_weight: (vocab, dim), same dtype.
         labels: (batch, seq) int64; a position of IGNORE_INDEX has no loss and no gradient.
@@ -37,18 +37,18 @@ def weighted_divergence_sum(
         chunk_rows: Tokens whose logits, (chunk_rows, vocab), are alive at once, twice.
 
     Returns:
-        Scalar fp32, differentiable in `pupils` and `head_weight`.
+        Scalar fp32, differentiable in `students` and `head_weight`.
     """
     if not torch.is_grad_enabled():
         head_weight = head_weight.detach()
     total: Tensor = _Divergence.apply(
-        head_weight, teacher.detach(), labels, weights, temperature, chunk_rows, *pupils
+        head_weight, teacher.detach(), labels, weights, temperature, chunk_rows, *students
     )
     return total
 
 
 class _Divergence(torch.autograd.Function):
-    """All pupils at once: the head's gradient is summed over them in one buffer."""
+    """All students at once: the head's gradient is summed over them in one buffer."""
 
     @staticmethod
     def forward(
@@ -59,10 +59,10 @@ class _Divergence(torch.autograd.Function):
         weights: Tensor,
         temperature: float,
         chunk_rows: int,
-        *pupils: Tensor,
+        *students: Tensor,
     ) -> Tensor:
         has_loss = (labels != IGNORE_INDEX).flatten()
-        taught, rows = teacher.flatten(0, -2), [h.flatten(0, -2) for h in pupils]
+        taught, rows = teacher.flatten(0, -2), [h.flatten(0, -2) for h in students]
         grads = [torch.zeros_like(h) for h in rows]
         head_grad = None
         if ctx.needs_input_grad[0]:
@@ -85,7 +85,7 @@ class _Divergence(torch.autograd.Function):
                 if head_grad is not None:
                     head_grad += logits_grad.t() @ h[chunk]
         head_grad = None if head_grad is None else head_grad.to(head_weight.dtype)
-        shaped = [g.view_as(h) for g, h in zip(grads, pupils, strict=True)]
+        shaped = [g.view_as(h) for g, h in zip(grads, students, strict=True)]
         ctx.grads = (head_grad, shaped)
         return total
 

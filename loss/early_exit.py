@@ -42,7 +42,7 @@ class EarlyExitConfig:
     distill: float = 0.0
     """Share of an exit's loss that is distillation from the last layer, 0 to 1: cross entropy goes
     to (1 - distill) CE + distill temperature^2 KL(last layer || exit). The last layer's own loss
-    stays as it is, and learns nothing from its pupils."""
+    stays as it is, and learns nothing from its students."""
     temperature: float = 1.0
     """Divides the logits of both in the KL."""
     distill_states: StateMatching = "none"
@@ -209,39 +209,39 @@ def early_exit_loss(
     *shallower, deepest = sorted(weights)
     chosen_labels = _choose(labels, tokens)
     scale = labels.numel() / chosen_labels.numel()
-    pupils = [
+    students = [
         ExitTokens(
             _choose(hidden[l], tokens), chosen_labels, weights[l] * scale, config.confidence_weights
         )
         for l in shallower
     ]
-    exits = [pupil._replace(weight=pupil.weight * (1.0 - config.distill)) for pupil in pupils]
+    exits = [pupil._replace(weight=pupil.weight * (1.0 - config.distill)) for pupil in students]
     exits.append(ExitTokens(hidden[deepest], labels, weights[deepest]))
     total, sums = weighted_cross_entropy_sums(
         exits, head_weight, chunk_rows=config.chunk_rows, z_loss=config.z_loss
     )
-    if config.distill and pupils:
+    if config.distill and students:
         teacher = _choose(hidden[deepest], tokens)
-        total = total + _distillation(pupils, teacher, head_weight, config)
+        total = total + _distillation(students, teacher, head_weight, config)
     if state_pairs:
         dynamic = config.distill_states == "dynamic"
         distances = state_distance_sum(hidden, state_pairs, labels, dynamic=dynamic)
         total = total + config.distill_states_weight * distances
     if tokens is not None:
-        sums = sums * torch.tensor([scale] * len(pupils) + [1.0]).to(sums.device)
+        sums = sums * torch.tensor([scale] * len(students) + [1.0]).to(sums.device)
     return EarlyExitLoss(total, dict(zip((*shallower, deepest), sums.unbind(), strict=True)))
 
 
 def _distillation(
-    pupils: Sequence[ExitTokens], teacher: Tensor, head_weight: Tensor, config: EarlyExitConfig
+    students: Sequence[ExitTokens], teacher: Tensor, head_weight: Tensor, config: EarlyExitConfig
 ) -> Tensor:
-    """Return the weighted divergence of the pupils from a teacher shaped like them."""
+    """Return the weighted divergence of the students from a teacher shaped like them."""
     return weighted_divergence_sum(
-        [pupil.hidden for pupil in pupils],
+        [pupil.hidden for pupil in students],
         teacher,
         head_weight,
-        pupils[0].labels,
-        torch.tensor([pupil.weight * config.distill for pupil in pupils]),
+        students[0].labels,
+        torch.tensor([pupil.weight * config.distill for pupil in students]),
         temperature=config.temperature,
         chunk_rows=config.chunk_rows,
     )

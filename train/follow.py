@@ -1,13 +1,13 @@
-"""What the host makes of the steps: the log, the run's health, and whether to go on."""
+"""What the host makes of the steps: the log, the run's history, and whether to go on."""
 
 import logging
 from collections.abc import Sequence
 
 from data.loader import batch_number
 from train.job import Job
-from train.loop.outcome import Outcome
-from train.loop.recovery import RunState, Trouble
+from train.loop.recovery import Anomaly, RunState
 from train.loop.report import StepReport, step_line
+from train.loop.step_metrics import StepMetrics
 from train.loop.throughput import Throughput
 from train.monitoring.adam_monitor import alarms
 from train.monitoring.stragglers import StragglerWatch
@@ -17,16 +17,16 @@ from train.run_folder.metrics import Histogram, Metrics
 logger = logging.getLogger(__name__)
 
 
-class Follower:
-    """Follows the outcomes of steps; all ranks see the same ones and come to the same end."""
+class TrainingMonitor:
+    """Follows the steps of steps; all ranks see the same ones and come to the same end."""
 
     def __init__(self, job: Job, start: int, state: RunState, metrics: Metrics) -> None:
         """Go on from `state`, which `start` steps led to."""
         self.done, self.state = start, state
         self.stop = False
         """Whether a rank has been asked to stop."""
-        self.trouble: tuple[int, Trouble] | None = None
-        """The first step of trouble that asks for going back, and the trouble."""
+        self.anomaly: tuple[int, Anomaly] | None = None
+        """The first step of anomaly that asks for going back, and the anomaly."""
         self._job, self._metrics = job, metrics
         job.sections.read()  # what was before these steps is not theirs
         config = job.config
@@ -49,22 +49,22 @@ class Follower:
             done_steps=start,
         )
 
-    def follow(self, outcomes: Sequence[Outcome]) -> None:
+    def follow(self, steps: Sequence[StepMetrics]) -> None:
         """Take in steps that have become known; every rank calls this alike."""
-        config, watched = self._job.config.recovery, self._job.layerskip.watched
-        for outcome in outcomes:
-            self._report.add(outcome, self._job.layerskip.at(outcome.t))
-            self.done = outcome.t + 1
-            self.stop = self.stop or outcome.stop
-            if not outcome.finite:
-                self._tell_skipped(outcome)
-            before = self.state.health
-            health = before.after(outcome, watched, config)
-            self.state = self.state.with_health(health)
-            if trouble := health.trouble(before, config):
-                self._tell("trouble", outcome.t, trouble.reason)
-                if trouble.rollback and self.trouble is None:
-                    self.trouble = (outcome.t - trouble.steps + 1, trouble)
+        config, monitored_layer = self._job.config.recovery, self._job.layerskip.monitored_layer
+        for step in steps:
+            self._report.add(step, self._job.layerskip.at(step.t))
+            self.done = step.t + 1
+            self.stop = self.stop or step.stop
+            if not step.finite:
+                self._record_skipped(step)
+            before = self.state.loss_history
+            history = before.after(step, monitored_layer, config)
+            self.state = self.state.with_loss_history(history)
+            if anomaly := history.anomaly(before, config):
+                self._record("anomaly", step.t, anomaly.reason)
+                if anomaly.rollback and self.anomaly is None:
+                    self.anomaly = (step.t - anomaly.steps + 1, anomaly)
 
     def watch(self, done: int) -> None:
         """Look for what goes wrong in silence, where a look is due; every rank calls this.
@@ -77,7 +77,7 @@ class Follower:
             job.replica_check.check(done)
         if self._stragglers.due(done):
             for line in self._stragglers.read(done):
-                self._tell("straggler", done - 1, line)
+                self._record("straggler", done - 1, line)
         if job.adam_monitor.due(done):
             statistics = job.adam_monitor.read()
             self._metrics.log(statistics.metrics(), done)
@@ -90,7 +90,7 @@ class Follower:
             )
             warmup_steps = config.optim.warmup_steps
             for line in alarms(statistics, config.adam_monitor, warmup_steps=warmup_steps):
-                self._tell("alarm", done - 1, line)
+                self._record("alarm", done - 1, line)
 
     def close(self) -> None:
         """End what watches in the background."""
@@ -114,21 +114,21 @@ class Follower:
             step_line(values, done, T=config.steps, tokens_per_step=config.data.tokens_per_step),
         )
 
-    def _tell_skipped(self, outcome: Outcome) -> None:
+    def _record_skipped(self, step: StepMetrics) -> None:
         """Name the ranks, exits and batch of a step that updated nothing."""
-        batch = batch_number(outcome.t, self.state.skipped_batches)
+        batch = batch_number(step.t, self.state.skipped_batches)
         found = [
             f"rank {rank}: {text}"
-            for rank, texts in enumerate(self._job.runtime.gather(outcome.bad_losses_here()))
+            for rank, texts in enumerate(self._job.runtime.gather(step.bad_losses_here()))
             for text in texts
         ] or ["every loss is finite, but the gradient is not"]
-        self._job.events.append("update_skipped", outcome.t, batch=batch, found=found)
+        self._job.events.append("update_skipped", step.t, batch=batch, found=found)
         if self._job.runtime.is_main:
             logger.warning(
-                "step %d updates nothing (batch %d): %s", outcome.t + 1, batch, "; ".join(found)
+                "step %d updates nothing (batch %d): %s", step.t + 1, batch, "; ".join(found)
             )
 
-    def _tell(self, kind: str, t: int, text: str) -> None:
+    def _record(self, kind: str, t: int, text: str) -> None:
         self._job.events.append(kind, t, reason=text)
         if self._job.runtime.is_main:
             logger.warning("step %d: %s", t + 1, text)

@@ -84,13 +84,13 @@ class Job:
             pin_memory=self.runtime.device.type == "cuda",
         )
 
-    def wants_to_stop(self) -> bool:
+    def local_stop_requested(self) -> bool:
         """Whether this rank has been asked to stop, or has lost the run to another job."""
         return bool(self.interruption.reason or self.lock.lost)
 
-    def asked_to_stop(self) -> bool:
+    def any_rank_stop_requested(self) -> bool:
         """Whether any rank wants to stop; all ranks call this at the same place."""
-        return any(self.runtime.gather(self.wants_to_stop()))
+        return any(self.runtime.gather(self.local_stop_requested()))
 
     def save(self, done: int, state: RunState, *, required: bool) -> None:
         """Write a checkpoint, if the run folder is still this job's."""

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from train.config.command_line import parse
 from train.config.config import TrainConfig
-from train.follow import Follower
+from train.follow import TrainingMonitor
 from train.job import Job, open_job
-from train.loop.outcome import LateReader
 from train.loop.recovery import RunState
 from train.loop.report import exit_metrics, validation_line
 from train.loop.step import train_step
+from train.loop.step_metrics import DeferredReader
 from train.loop.validate import validate
 from train.monitoring.interruption import Interruption
 from train.monitoring.replica_check import ReplicasDifferError
@@ -27,7 +27,7 @@ from train.parallel.runtime import (
     start_runtime,
 )
 from train.parallel.titan import GarbageCollection
-from train.planning.dry_run import plan
+from train.planning.dry_run import plan_run
 from train.rollback import roll_back
 from train.run_folder.metrics import Metrics, open_metrics
 
@@ -38,24 +38,24 @@ def train(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> 
     """Train from the newest checkpoint of the run, or from step 0, to the last step."""
     with open_job(config, runtime, interruption) as job:
         t, state = job.resumed.t, job.initial_state()
-        while t < config.steps and not job.asked_to_stop():
+        while t < config.steps and not job.any_rank_stop_requested():
             metrics = open_metrics(
                 config.metrics, config.run_dir, config.as_dict(), done_steps=t, runtime=runtime
             )
-            follower = run_steps(job, t, state, metrics)
-            follower.close()
+            monitor = run_steps(job, t, state, metrics)
+            monitor.close()
             metrics.close()
-            t, state = follower.done, follower.state
-            if follower.trouble is not None:
-                t, state = roll_back(job, *follower.trouble, t, state)
+            t, state = monitor.done, monitor.state
+            if monitor.anomaly is not None:
+                t, state = roll_back(job, *monitor.anomaly, t, state)
         job.finish(t)
 
 
-def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Follower:
+def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> TrainingMonitor:
     """Take steps from `start` on, to the last, or until one asks to stop or to go back."""
     config, runtime, sections = job.config, job.runtime, job.sections
-    follower = Follower(job, start, state, metrics)
-    outcomes = LateReader()
+    monitor = TrainingMonitor(job, start, state, metrics)
+    reader = DeferredReader()
     collector = GarbageCollection(gc_freq=100)
     sections.enter("data", start)
     for t, microbatches in job.batches(start, state.skipped_batches):
@@ -67,34 +67,34 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Follow
             microbatches,
             plan,
             t,
-            config=config.step,
+            config=config.step_config,
             runtime=runtime,
             adam_monitor=job.adam_monitor,
-            wants_to_stop=job.wants_to_stop(),
+            local_stop_requested=job.local_stop_requested(),
         )  # minimises J(X, Y, t)
-        follower.follow(outcomes.push(t, result))
+        monitor.follow(reader.push(t, result))
         done = t + 1
         logs = due(config.metrics.interval_steps, done, config.steps)
         saves = due(config.checkpoint.interval_steps, done, config.steps)
-        if logs or saves or follower.stop:
-            follower.follow(outcomes.drain())
-        if follower.trouble is not None:
+        if logs or saves or monitor.stop:
+            monitor.follow(reader.drain())
+        if monitor.anomaly is not None:
             break
-        follower.watch(done)
+        monitor.watch(done)
         if logs:
             sections.enter("log", t)
-            follower.log(done)
-        if due(config.validate.interval_steps, done, config.steps) and not follower.stop:
+            monitor.log(done)
+        if due(config.validate.interval_steps, done, config.steps) and not monitor.stop:
             sections.enter("validate", t)
             report_validation(job, done, metrics)
-        if saves or follower.stop:
+        if saves or monitor.stop:
             sections.enter("checkpoint", t)
-            job.save(done, follower.state, required=follower.stop or done == config.steps)
-        if follower.stop:
+            job.save(done, monitor.state, required=monitor.stop or done == config.steps)
+        if monitor.stop:
             break
         collector.run(done)
         sections.enter("data", done)
-    return follower
+    return monitor
 
 
 def report_validation(job: Job, done_steps: int, metrics: Metrics) -> None:
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
         config = command.config
         if command.dry_run:
             if speaks:
-                print(plan(config, command.dry_run))
+                print(plan_run(config, command.dry_run))
             return 0
         config.check(launched_ranks())
     except ValueError as error:

@@ -1,13 +1,13 @@
-"""Going back: to a checkpoint from before the trouble, and past the batches around it."""
+"""Going back: to a checkpoint from before the anomaly, and past the batches around it."""
 
 import logging
 
 from models.checkpoint_format import checkpoint_steps
-from train.checkpoints.resume import rollback
+from train.checkpoints.resume import load_earlier
 from train.job import Job
 from train.loop.recovery import (
+    Anomaly,
     RunState,
-    Trouble,
     rollback_step,
     run_state_from_dict,
     skip_after_rollback,
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def roll_back(
-    job: Job, trouble_began: int, trouble: Trouble, t: int, state: RunState
+    job: Job, anomaly_start: int, anomaly: Anomaly, t: int, state: RunState
 ) -> tuple[int, RunState]:
     """Load an earlier checkpoint, and leave the batches since out for good.
 
     Args:
         job: The run; its weights and moments are replaced.
-        trouble_began: First step of the trouble.
-        trouble: What it is.
+        anomaly_start: First step of the anomaly.
+        anomaly: What it is.
         t: Steps done.
         state: The state they led to.
 
@@ -39,8 +39,8 @@ def roll_back(
     job.checkpoints.wait()
     folder = job.checkpoint_folder
 
-    last_step = _way_back(job, trouble_began, trouble, t)
-    resumed = rollback(
+    last_step = _choose_checkpoint(job, anomaly_start, anomaly, t)
+    resumed = load_earlier(
         folder,
         job.model,
         job.optimizer,
@@ -49,14 +49,14 @@ def roll_back(
         runtime=runtime,
     )
     skipped = skip_after_rollback(
-        to=resumed.t, trouble_t=t - 1, skipped=state.skipped_batches, config=config
+        to=resumed.t, anomaly_t=t - 1, skipped=state.skipped_batches, config=config
     )
-    # Recorded only now: a job that dies before this meets the same trouble and comes back here.
-    job.events.append_required("rollback", t, to=resumed.t, skipped=skipped, reason=trouble.reason)
+    # Recorded only now: a job that dies before this meets the same anomaly and comes back here.
+    job.events.append_required("rollback", t, to=resumed.t, skipped=skipped, reason=anomaly.reason)
     if runtime.is_main:
         logger.warning(
             "%s: back from step %d to %d, leaving out the batches %d to %d",
-            trouble.reason,
+            anomaly.reason,
             t,
             resumed.t,
             skipped[0],
@@ -66,7 +66,7 @@ def roll_back(
     return resumed.t, before.skipping([*state.skipped_batches, skipped])
 
 
-def _way_back(job: Job, trouble_began: int, trouble: Trouble, t: int) -> int:
+def _choose_checkpoint(job: Job, anomaly_start: int, anomaly: Anomaly, t: int) -> int:
     """Return the step of the checkpoint to go back to, as rank 0 chooses it."""
     config, runtime = job.config.recovery, job.runtime
 
@@ -77,13 +77,13 @@ def _way_back(job: Job, trouble_began: int, trouble: Trouble, t: int) -> int:
         if done >= config.max_rollbacks:
             raise ValueError(
                 f"recovery.max_rollbacks: {config.max_rollbacks} are used up, and again "
-                f"{trouble.reason} at step {t}; lower optim.lr and start from an earlier checkpoint"
+                f"{anomaly.reason} at step {t}; lower optim.lr and start from an earlier checkpoint"
             )
-        step = rollback_step(list(checkpoint_steps(job.checkpoint_folder)), trouble_began, config)
+        step = rollback_step(list(checkpoint_steps(job.checkpoint_folder)), anomaly_start, config)
         if step is None:
             raise ValueError(
-                f"recovery: {trouble.reason} at step {t}, and no checkpoint from before step "
-                f"{trouble_began} to go back to, lower optim.lr or checkpoint.interval_steps"
+                f"recovery: {anomaly.reason} at step {t}, and no checkpoint from before step "
+                f"{anomaly_start} to go back to, lower optim.lr or checkpoint.interval_steps"
             )
         return step
 

@@ -1,6 +1,6 @@
 """Rounds as graphs: what the device was told once is told again in one call.
 
-A round of a `FixedRounds` has a graph for its number of tokens and the longest row it is for,
+A round of a `GraphableDecoder` has a graph for its number of tokens and the longest row it is for,
 rounded up, so that a generation needs few. Counts and lengths that the host keeps move with each
 replay as they did when the graph was recorded. Knows no strategy.
 """
@@ -13,9 +13,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from inference.engine.compiled import WINDOW_STEP
-from inference.engine.prefill import open_again, open_state
+from inference.engine.prefill import allocate, reset
 from inference.engine.sampling import Sampling
-from inference.engine.state import Decoder, DecodeState, FixedRounds, Round, Work, moving_on
+from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round, Work, advancing
 from inference.engine.strategy import Strategy
 from models.llama import Llama
 
@@ -79,8 +79,8 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class _Graph:
     replay: Callable[[], Round]
     work: Work
-    longest: int
-    """How far it moves the state's `longest`."""
+    max_position: int
+    """How far it moves the state's `max_position`."""
 
 
 class GraphedRounds:
@@ -92,51 +92,55 @@ class GraphedRounds:
         recorder: Of the graphs.
     """
 
-    def __init__(self, state: DecodeState, rounds: FixedRounds, recorder: Recorder) -> None:
+    def __init__(self, state: DecodeState, rounds: GraphableDecoder, recorder: Recorder) -> None:
         """Record nothing yet; see the class."""
         self._state, self._rounds, self._recorder = state, rounds, recorder
         self._graphs: dict[tuple[int, int], _Graph | None] = {}
-        """By tokens of a round and `longest` at its begin; None: such a round was run once."""
+        """By tokens of a round and `max_position` at its begin; None: such a round was run once."""
 
-    def __call__(self, room: int) -> Round:
+    def __call__(self, max_tokens: int) -> Round:
         """Run a round."""
-        state, n = self._state, min(room, self._rounds.most)
+        state, n = self._state, min(max_tokens, self._rounds.most)
         self._rounds.prepare(n)
-        beyond = self._rounded_up(n) - state.longest
-        state.longest += beyond
-        key = n, state.longest
+        beyond = self._rounded_up(n) - state.max_position
+        state.max_position += beyond
+        key = n, state.max_position
         if key in self._graphs:
             graph = self._graphs[key] or self._record(n)
             self._graphs[key] = graph
             result = graph.replay()
             state.work = state.work + graph.work
-            state.longest += graph.longest
+            state.max_position += graph.max_position
         else:
             asked = state.work.syncs
             result = self._rounds.run(n)
             assert state.work.syncs == asked, "fixed rounds ask nothing"
             self._graphs[key] = None
-        state.longest -= beyond
+        state.max_position -= beyond
         return result
 
     def _rounded_up(self, n: int) -> int:
-        """Return a `longest` such that n more slots end a window; it bounds the true one."""
-        slots = -(-(self._state.longest + n) // WINDOW_STEP) * WINDOW_STEP
+        """Return a `max_position` such that n more slots end a window; it bounds the true one."""
+        slots = -(-(self._state.max_position + n) // WINDOW_STEP) * WINDOW_STEP
         return min(slots, self._state.cache.slots) - n
 
     def _record(self, n: int) -> _Graph:
         state = self._state
-        work, longest = state.work, state.longest
+        work, max_position = state.work, state.max_position
         state.work = Work()
         replay = self._recorder.record(partial(self._rounds.run, n), state)
-        graph = _Graph(replay, state.work, state.longest - longest)
-        state.work, state.longest = work, longest
+        graph = _Graph(replay, state.work, state.max_position - max_position)
+        state.work, state.max_position = work, max_position
         return graph
 
 
 def graphed(state: DecodeState, decoder: Decoder, recorder: Recorder) -> Decoder:
     """Return a decoder that uses graphs, if its rounds can be any."""
-    return GraphedRounds(state, decoder, recorder) if isinstance(decoder, FixedRounds) else decoder
+    return (
+        GraphedRounds(state, decoder, recorder)
+        if isinstance(decoder, GraphableDecoder)
+        else decoder
+    )
 
 
 @dataclass
@@ -151,7 +155,7 @@ class GraphedBatch:
         """Begin to decode, with the graphs there are; the decoder advances the state as well."""
         if strategy in self._decoders:
             return self._decoders[strategy]
-        plain = moving_on(self.state, strategy.start(self.state))
+        plain = advancing(self.state, strategy.start(self.state))
         decoder = graphed(self.state, plain, self.recorder)
         if decoder is not plain:
             self._decoders[strategy] = decoder
@@ -173,15 +177,15 @@ class RoundGraphs:
     def take(
         self, model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int
     ) -> GraphedBatch:
-        """Return a batch as `open_state` lays it out, for one generation alone."""
+        """Return a batch as `allocate` lays it out, for one generation alone."""
         batch, self._kept = self._kept, None
         if batch is not None:
             state = batch.state
             shape = len(state.positions), state.cache.slots, state.sampling
             if state.model is model and shape == (rows, slots, sampling):
-                open_again(state, seed)
+                reset(state, seed)
                 return batch
-        state = open_state(model, rows, slots=slots, sampling=sampling, seed=seed)
+        state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed)
         return GraphedBatch(state, self.new_recorder())
 
     def give_back(self, batch: GraphedBatch) -> None:

@@ -11,9 +11,9 @@ import torch
 from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
 from inference.engine.host_copy import HostCopy
-from inference.engine.prefill import fill_row, fill_rows, open_state
+from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
-from inference.engine.state import Round, Work, moving_on
+from inference.engine.state import Round, Work, advancing
 from inference.engine.strategy import Strategy
 from models.config import LlamaConfig
 from models.llama import Llama
@@ -23,8 +23,8 @@ from models.llama import Llama
 class Emission:
     """What one round gave one row."""
 
-    row: int
-    """Index of the prompt."""
+    prompt_index: int
+    """Index of the prompt, in the order they were given."""
     tokens: list[int]
     """At least one; none after a stop token or beyond the row's limit."""
     accepted: int
@@ -48,7 +48,7 @@ class Generation:
         stop_tokens: Ids that end a prompt's continuation; the id itself is its last token.
         sampling: Greedy by default.
         seed: Of every random draw.
-        reads_late: Start each round before the tokens of the one before are read, so that a
+        async_readback: Start each round before the tokens of the one before are read, so that a
             device need not wait for the host; the default on CUDA.
         graphs: Where rounds are kept as graphs, for this generation and later ones; none are made
             if not given.
@@ -68,12 +68,12 @@ class Generation:
         stop_tokens: Sequence[int] = (),
         sampling: Sampling | None = None,
         seed: int = 0,
-        reads_late: bool | None = None,
+        async_readback: bool | None = None,
         graphs: RoundGraphs | None = None,
     ) -> None:
         """Check everything and compute nothing yet; see the class."""
         config = model.config
-        strategy = strategy.filled(config.n_layers)
+        strategy = strategy.with_defaults(config.n_layers)
         problems = strategy.problems(config.n_layers) + _problems(prompts, max_new_tokens, config)
         if batch_size is not None and batch_size < 1:
             problems.append(f"batch_size: {batch_size}, give at least 1")
@@ -83,7 +83,7 @@ class Generation:
         self.tokens: list[list[int]] = [[] for _ in prompts]
         """New tokens of each prompt so far."""
         self.counters = Counters()
-        self._prompt_parts = strategy.prompt_parts(config.n_layers)
+        self._prefill_layers = strategy.prefill_layers(config.n_layers)
         self._stop_tokens = frozenset(stop_tokens)
         self._ends = [min(len(p) + max_new_tokens, config.max_seq_len) for p in self.prompts]
         rows = min(batch_size or len(prompts), len(prompts))
@@ -91,14 +91,14 @@ class Generation:
         """The prompt in each row; None: the row is free for good."""
         self._next_prompt = rows
         device = model.norm.weight.device
-        self._reads_late = device.type == "cuda" if reads_late is None else reads_late
-        self._unread: deque[_Unread] = deque()
+        self._reads_late = device.type == "cuda" if async_readback is None else async_readback
+        self._in_flight: deque[InFlightRound] = deque()
         sampling, slots = sampling or Sampling(), max(self._ends)
         self._graphs = graphs
         self._batch: GraphedBatch | None = None
         if graphs is None:
-            self._state = open_state(model, rows, slots=slots, sampling=sampling, seed=seed)
-            self._run_round = moving_on(self._state, strategy.start(self._state))
+            self._state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed)
+            self._run_round = advancing(self._state, strategy.start(self._state))
         else:
             self._batch = graphs.take(model, rows, slots=slots, sampling=sampling, seed=seed)
             self._state, self._run_round = self._batch.state, self._batch.start(strategy)
@@ -115,11 +115,11 @@ class Generation:
             raise StopIteration
         if self.counters.rounds == 0:
             with self._timing_prefill():
-                fill_rows(self._state, self.prompts[: len(self._rows)], self._prompt_parts)
+                prefill(self._state, self.prompts[: len(self._rows)], self._prefill_layers)
         start, prefill_seconds = time.perf_counter(), self.counters.prefill_seconds
-        if not self._unread:
+        if not self._in_flight:
             self._launch()
-        if self._reads_late and self._room() > 0:
+        if self._reads_late and self._max_tokens() > 0:
             self._launch()
         emissions = self._read()
         work, counters = self.work, self.counters
@@ -151,21 +151,21 @@ class Generation:
 
     def _launch(self) -> None:
         """Start a round, which moves the rows on; nothing is read."""
-        result = self._run_round(self._room())
-        self._unread.append(_Unread(result, list(self._rows)))
+        result = self._run_round(self._max_tokens())
+        self._in_flight.append(InFlightRound(result, list(self._rows)))
 
-    def _room(self) -> int:
+    def _max_tokens(self) -> int:
         """Return the most tokens a round may give: 0 if every prompt may be done."""
-        sure = len(self._unread)  # each unread round gave every row a token at least
+        sure = len(self._in_flight)  # each in_flight round gave every row a token at least
         left = max(self._left(p) for p in self._rows if p is not None) - sure
-        return max(0, min(left, self._state.cache.slots - self._state.longest))
+        return max(0, min(left, self._state.cache.slots - self._state.max_position))
 
     def _read(self) -> list[Emission]:
-        """Take in the oldest unread round; rows whose prompts are done get the next ones."""
-        unread, counters = self._unread.popleft(), self.counters
-        tokens, accepted, drafted, depths = unread.read()
+        """Take in the oldest in_flight round; rows whose prompts are done get the next ones."""
+        in_flight, counters = self._in_flight.popleft(), self.counters
+        tokens, accepted, drafted, depths = in_flight.read()
         emissions = []
-        for row, prompt in enumerate(unread.rows):
+        for row, prompt in enumerate(in_flight.rows):
             if prompt is None or prompt != self._rows[row]:
                 continue  # it was done before this round
             new = self._cut(prompt, tokens[row][: accepted[row] + 1])
@@ -203,18 +203,18 @@ class Generation:
             if self._next_prompt < len(self.prompts):
                 self._rows[row] = self._next_prompt
                 with self._timing_prefill():
-                    fill_row(state, row, self.prompts[self._next_prompt], self._prompt_parts)
+                    prefill_row(state, row, self.prompts[self._next_prompt], self._prefill_layers)
                 self._next_prompt += 1
             else:
                 state.finished[row] = True
                 state.positions[row] = 0
-        unread = sum(round.n for round in self._unread)
+        in_flight = sum(round.n for round in self._in_flight)
         places = [
             len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1
             for prompt in self._rows
             if prompt is not None
         ]
-        state.longest = max(places, default=0) + unread
+        state.max_position = max(places, default=0) + in_flight
 
     @contextmanager
     def _timing_prefill(self) -> Iterator[None]:
@@ -227,7 +227,7 @@ class Generation:
         self.counters.prefill_seconds += time.perf_counter() - start
 
 
-class _Unread:
+class InFlightRound:
     """A round whose tokens the host has not seen; the round's own tensors may be written again.
 
     Args:

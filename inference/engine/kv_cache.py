@@ -45,11 +45,11 @@ class StaticKVCache:
         self.window_step = window_step
         self.window = slots
         """Slots from this one on are neither masked nor read: one more than the largest position
-        in the batch. Set by `look_at`, so that a pass costs what the text is long, not what the
+        in the batch. Set by `set_window`, so that a pass costs what the text is long, not what the
         buffers are. A row of a ragged batch may see unwritten slots inside the window, masked."""
         self._slot_index = torch.arange(slots, device=device)
 
-    def look_at(self, slots: int) -> None:
+    def set_window(self, slots: int) -> None:
         """Set the window to the first `slots` slots, rounded up."""
         steps = -(-slots // self.window_step)
         self.window = min(steps * self.window_step, self.slots)

@@ -13,9 +13,7 @@ from inference.engine.state import DecodeState, Work
 from models.llama import Llama, SkippedParts
 
 
-def open_state(
-    model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int
-) -> DecodeState:
+def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int) -> DecodeState:
     """Lay out a batch of empty rows.
 
     Args:
@@ -50,11 +48,11 @@ def open_state(
         positions=zeros(rows),
         prompt_lengths=zeros(rows),
         finished=torch.zeros(rows, dtype=torch.bool, device=device),
-        longest=0,
+        max_position=0,
     )
 
 
-def open_again(state: DecodeState, seed: int) -> None:
+def reset(state: DecodeState, seed: int) -> None:
     """Make a batch as good as new, for prompts in all its rows."""
     state.work = Work()
     if state.generator is not None:
@@ -62,7 +60,7 @@ def open_again(state: DecodeState, seed: int) -> None:
 
 
 @torch.inference_mode()
-def fill_rows(
+def prefill(
     state: DecodeState, prompts: Sequence[Sequence[int]], parts: tuple[int, SkippedParts]
 ) -> None:
     """Put a prompt into every row: run all its tokens but the last, the pending one.
@@ -86,17 +84,17 @@ def fill_rows(
     if longest > 1:
         depth, skipped = parts
         state.positions.zero_()
-        state.longest = 0
+        state.max_position = 0
         state.run(state.model.embed(padded[:, :-1]), 0, depth, skipped=skipped)
     state.positions.copy_(lengths - 1)
-    state.longest = longest - 1
-    state.fillings += 1
+    state.max_position = longest - 1
+    state.num_prefills += 1
 
 
-def fill_row(
+def prefill_row(
     state: DecodeState, row: int, prompt: Sequence[int], parts: tuple[int, SkippedParts]
 ) -> None:
-    """Put a prompt into one row of a batch, as `fill_rows` does; the other rows stay."""
+    """Put a prompt into one row of a batch, as `prefill` does; the other rows stay."""
     one = slice(row, row + 1)
     alone = replace(
         state,
@@ -107,5 +105,8 @@ def fill_row(
         prompt_lengths=state.prompt_lengths[one],
         finished=state.finished[one],
     )
-    fill_rows(alone, [prompt], parts)
-    state.longest, state.fillings = max(state.longest, alone.longest), alone.fillings
+    prefill(alone, [prompt], parts)
+    state.max_position, state.num_prefills = (
+        max(state.max_position, alone.max_position),
+        alone.num_prefills,
+    )

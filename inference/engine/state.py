@@ -2,7 +2,8 @@
 
 A row is prompt and continuation. Its last token is *pending*: known, but in no KV slot yet. A
 strategy turns the pending tokens into a `Round`, using `run`, `write_keys_and_values`,
-`distribution`, `ask` and `read` alone, which count the work; `decode.py` drives the rounds.
+`distribution`, `sync_bool` and `sync_list` alone, which count the work; `generation.py` drives the
+rounds.
 """
 
 from collections import Counter
@@ -89,10 +90,10 @@ class DecodeState:
     finished: Tensor
     """(batch,) bool. Such rows are still computed, parked at position 0, where they fit any
     draft; what they give is thrown away."""
-    longest: int
+    max_position: int
     """At least the largest of `positions`, known to the host so that nothing waits for the
     device."""
-    fillings: int = 0
+    num_prefills: int = 0
     """Times prompts were put into rows."""
     work: Work = field(default_factory=Work)
 
@@ -162,7 +163,7 @@ class DecodeState:
 
     def _places(self, seq: int, offset: int, first: Tensor | None) -> Tensor:
         steps = torch.arange(seq, device=self.positions.device)
-        self.cache.look_at(self.longest + offset + seq)
+        self.cache.set_window(self.max_position + offset + seq)
         start = self.positions + offset if first is None else first
         return start[:, None] + steps
 
@@ -200,12 +201,12 @@ class DecodeState:
         self.work.head_passes[tokens // len(self.pending)] += 1
         return logits
 
-    def ask(self, condition: Tensor) -> bool:
+    def sync_bool(self, condition: Tensor) -> bool:
         """Return a condition of one element: the host waits for the device."""
         self.work.syncs += 1
         return bool(condition)
 
-    def read(self, numbers: Tensor) -> list[Any]:
+    def sync_list(self, numbers: Tensor) -> list[Any]:
         """Return the numbers of a vector: the host waits for the device."""
         self.work.syncs += 1
         return list(numbers.tolist())
@@ -218,7 +219,7 @@ class DecodeState:
         self.history.scatter_(1, places, result.tokens)
         self.pending.copy_(result.tokens.gather(1, result.accepted[:, None]).squeeze(1))
         self.positions.add_((result.accepted + 1).masked_fill(self.finished, 0))
-        self.longest += n
+        self.max_position += n
 
 
 def _count(start: int, stop: int, skipped: frozenset[int]) -> int:
@@ -226,7 +227,7 @@ def _count(start: int, stop: int, skipped: frozenset[int]) -> int:
 
 
 Decoder = Callable[[int], Round]
-"""Continues every row by 1 to `room` tokens; the caller advances the state. `room` is at least 1.
+"""Continues every row by 1 to `max_tokens` tokens, at least 1; the caller advances the state.
 A row that was finished may hold another prompt the next time."""
 
 
@@ -235,7 +236,7 @@ def _nothing(tokens: int) -> None:
 
 
 @dataclass(frozen=True)
-class FixedRounds:
+class GraphableDecoder:
     """A decoder whose rounds can be one graph: all of so many tokens tell the device the same.
 
     They ask it nothing, take no tensor of the host's, and leave no tensor to the next round but
@@ -249,20 +250,20 @@ class FixedRounds:
     prepare: Callable[[int], None] = _nothing
     """What the host does before a round of so many tokens; it may ask."""
 
-    def __call__(self, room: int) -> Round:
+    def __call__(self, max_tokens: int) -> Round:
         """Run a round of as many tokens as there is room for."""
-        n = min(room, self.most)
+        n = min(max_tokens, self.most)
         self.prepare(n)
         return self.run(n)
 
 
-def moving_on(state: DecodeState, decoder: Decoder) -> Decoder:
+def advancing(state: DecodeState, decoder: Decoder) -> Decoder:
     """Return a decoder, of the same kind, that advances the state as well."""
-    if isinstance(decoder, FixedRounds):
-        return replace(decoder, run=moving_on(state, decoder.run))
+    if isinstance(decoder, GraphableDecoder):
+        return replace(decoder, run=advancing(state, decoder.run))
 
-    def run(room: int) -> Round:
-        result = decoder(room)
+    def run(max_tokens: int) -> Round:
+        result = decoder(max_tokens)
         state.advance(result)
         return result
 

@@ -15,7 +15,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with every setting that was left open set for such a model."""
         return self
 
@@ -23,18 +23,18 @@ class Strategy(ABC):
         """Return what is wrong with its settings, filled in, for such a model, one line each."""
         return []
 
-    def fitted(self, n_layers: int) -> Self:
+    def validated(self, n_layers: int) -> Self:
         """Return it filled in for such a model.
 
         Raises:
             ValueError: its settings do not fit.
         """
-        filled = self.filled(n_layers)
+        filled = self.with_defaults(n_layers)
         if problems := filled.problems(n_layers):
             raise ValueError("; ".join(problems))
         return filled
 
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+    def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return the layers prompts are run through: the first so many, less those skipped."""
         return n_layers, NOTHING
 
@@ -46,7 +46,7 @@ class Strategy(ABC):
             ValueError: what it needs besides the model is missing or does not fit.
         """
 
-    def idle(self, *names: str, without: str) -> list[str]:
+    def unused_settings(self, *names: str, without: str) -> list[str]:
         """Return a problem for each of these settings, if it is not at its default.
 
         Args:

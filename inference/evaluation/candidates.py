@@ -34,7 +34,7 @@ def candidates(
         verify_costs=tuple(_rounded(costs.rounds[E - 1][1]) for E in exits),
     )
     arms.append(dynamic)
-    arms += [replace(dynamic, guess_cost=_rounded(costs.guesses), ngram=n) for n in (2, 3)]
+    arms += [replace(dynamic, lookup_cost=_rounded(costs.guesses), ngram=n) for n in (2, 3)]
     return [*dict.fromkeys(arms)]
 
 
@@ -52,7 +52,7 @@ def with_thresholds(text: str, thresholds: Sequence[float], n_layers: int) -> li
         raise ValueError(
             f"strategy: {text} has nothing to tune, give self_speculative or one with a threshold"
         )
-    arms = [parse_strategy(f"{text}:threshold={t}").filled(n_layers) for t in thresholds]
+    arms = [parse_strategy(f"{text}:threshold={t}").with_defaults(n_layers) for t in thresholds]
     if problems := {problem for arm in arms for problem in arm.problems(n_layers)}:
         raise ValueError("; ".join(sorted(problems)))
     return [AUTOREGRESSIVE, *arms]

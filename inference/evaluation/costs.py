@@ -10,12 +10,12 @@ from torch import Tensor
 
 from inference.engine.cuda_graphs import RoundGraphs
 from inference.engine.generation import wait_for
-from inference.engine.prefill import fill_rows, open_state
+from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.engine.state import DecodeState
 from inference.strategies.autoregressive import EarlyExit
-from inference.strategies.drafting import Guesses
-from inference.strategies.self_speculative import SelfSpeculative, settle, verify
+from inference.strategies.drafting import NgramDrafts
+from inference.strategies.self_speculative import SelfSpeculative, accept_round, verify
 from models.llama import NOTHING, Llama
 
 _TIMINGS = 12
@@ -108,8 +108,8 @@ def measure_costs(
     """
     L = model.config.n_layers
     slots = max(map(len, rows)) + max_d + 1
-    state = open_state(model, len(rows), slots=slots, sampling=Sampling(), seed=0)
-    fill_rows(state, rows, (L, NOTHING))
+    state = allocate(model, len(rows), slots=slots, sampling=Sampling(), seed=0)
+    prefill(state, rows, (L, NOTHING))
     passes: dict[tuple[str, int], Callable[[], object]] = {}
     for E in range(1, L + 1):
         passes["step", E] = _step(state, E)
@@ -175,8 +175,8 @@ def _round(state: DecodeState, E: int, d: int) -> Callable[[], object]:
 
 def _guesses(state: DecodeState, d: int) -> Callable[[], object]:
     tokens = state.pending[:, None].expand(-1, d).contiguous()
-    drafted = Guesses(tokens, ~state.finished, state.model.config.vocab_size).alone()
-    return lambda: settle(state, drafted, verify(state, 0, drafted))
+    drafted = NgramDrafts(tokens, ~state.finished, state.model.config.vocab_size).alone()
+    return lambda: accept_round(state, drafted, verify(state, 0, drafted))
 
 
 def _layers(state: DecodeState, n: int) -> Callable[[], object]:

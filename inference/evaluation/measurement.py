@@ -10,12 +10,12 @@ import torch
 from inference.engine.counters import Counters, speedup_bound
 from inference.engine.cuda_graphs import RoundGraphs, graphed
 from inference.engine.generation import Generation, wait_for
-from inference.engine.prefill import fill_rows, open_state
+from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.engine.state import Work
 from inference.engine.strategy import Strategy
 from inference.evaluation.calibration import read_continuation
-from inference.evaluation.peak_memory import peak_since, watch_memory
+from inference.evaluation.peak_memory import peak_since, reset_peak_memory
 from inference.strategies.autoregressive import Autoregressive, EarlyExit
 from inference.strategies.registry import describe
 from inference.strategies.self_speculative import SelfSpeculative
@@ -177,7 +177,7 @@ def _decode(
     model: Llama, strategy: Strategy, workload: Workload, graphs: RoundGraphs | None
 ) -> _Repeat:
     device = model.norm.weight.device
-    before = watch_memory(device)
+    before = reset_peak_memory(device)
     generation = Generation(
         model,
         workload.prompts,
@@ -213,8 +213,8 @@ def _round_seconds(
     deepest = max((arm.d for arm in speculative), default=0)
     rows = [row[: model.config.max_seq_len - deepest - 1] for row in rows]
     slots = max(map(len, rows)) + deepest + 1
-    state = open_state(model, len(rows), slots=slots, sampling=sampling, seed=0)
-    fill_rows(state, rows, (model.config.n_layers, NOTHING))
+    state = allocate(model, len(rows), slots=slots, sampling=sampling, seed=0)
+    prefill(state, rows, (model.config.n_layers, NOTHING))
     decoders = {config: config.start(state) for config in configs}
     if graphs is not None:
         recorder = graphs.new_recorder()

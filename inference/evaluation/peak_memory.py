@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 
-def watch_memory(device: torch.device) -> int | None:
+def reset_peak_memory(device: torch.device) -> int | None:
     """Forget the peak so far; return what the next is counted from."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -18,7 +18,7 @@ def watch_memory(device: torch.device) -> int | None:
 
 
 def peak_since(before: int | None, device: torch.device) -> int | None:
-    """Return the most bytes since `watch_memory` returned `before`; None where it knows none."""
+    """Return the most bytes since `reset_peak_memory` returned `before`; None where unknown."""
     if before is None:
         return None
     if device.type == "cuda":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inference.engine.state import Round
-from inference.strategies.drafting import Guesses
+from inference.strategies.drafting import NgramDrafts
 
 
 @dataclass
@@ -49,7 +49,7 @@ def drafts_that_agreed(result: Round, rows: Tensor) -> Tensor:
     return (torch.stack((result.accepted, tried)) * rows).sum(1)
 
 
-def guesses_that_agreed(guesses: Guesses, result: Round, live: Tensor) -> Tensor:
+def lookups_that_agreed(guesses: NgramDrafts, result: Round, live: Tensor) -> Tensor:
     """Return the same of guesses, as far as it is known.
 
     Any round tells, whoever drafted its tokens: a guess is held against the tokens that were found.

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, FixedRounds, Round
+from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
 from models.llama import NOTHING, SkippedParts
 
@@ -35,7 +35,7 @@ class EarlyExit(Strategy):
     E: int | None = None
     """Layers to run, 1 to n_layers; a quarter of the model's if not given."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with E set."""
         return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 
@@ -45,7 +45,7 @@ class EarlyExit(Strategy):
             return []
         return [f"E: {self.E}, early_exit needs 1 to {n_layers} for this model"]
 
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+    def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return the first E layers."""
         assert self.E is not None
         return self.E, NOTHING
@@ -58,10 +58,10 @@ class EarlyExit(Strategy):
 
 def one_by_one(state: DecodeState, depth: int, skipped: SkippedParts) -> Decoder:
     """Return a decoder of one token a round from the first layers, less those skipped."""
-    return FixedRounds(1, partial(decode_one, state, depth, skipped))
+    return GraphableDecoder(1, partial(decode_one, state, depth, skipped))
 
 
-def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, room: int) -> Round:
+def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, max_tokens: int) -> Round:
     """Draw one token after each pending one from the first layers, less those skipped."""
     h = state.run(state.model.embed(state.pending[:, None]), 0, depth, skipped=skipped)
     tokens = sample(state.distribution(h, depth), state.generator)

@@ -143,7 +143,7 @@ class RowThresholds:
         self._block = self._block.masked_fill(fresh, 0)
         self._now, self._next = (t.masked_fill(fresh, self._first) for t in (self._now, self._next))
         moved = block > self._block
-        if state.ask(moved.any()):
+        if state.sync_bool(moved.any()):
             fitted = self._fit(block * self._length)
             self._now = torch.where(moved, self._next, self._now)
             self._next = torch.where(moved, fitted, self._next)

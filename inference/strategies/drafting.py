@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from inference.engine.sampling import sample
 from inference.engine.state import DecodeState
 from inference.strategies.ngram import look_up
-from inference.strategies.part_of_head import PartOfHead
+from inference.strategies.reduced_head import ReducedHead
 from models.llama import NOTHING, SkippedParts
 
 
@@ -76,7 +76,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Guesses:
+class NgramDrafts:
     """Drafts that cost nothing, for the rows that have one."""
 
     tokens: Tensor
@@ -111,12 +111,12 @@ class Guesses:
         return Draft(self.tokens, self.q, lengths, exits=[], shallow=[])
 
 
-def guess(state: DecodeState, ngram: int, d: int) -> Guesses | None:
+def lookup_drafts(state: DecodeState, ngram: int, d: int) -> NgramDrafts | None:
     """Guess d tokens from each row's own past; None if d or ngram is 0."""
     if not ngram or not d:
         return None
     tokens, found = look_up(state.history[:, :-1], state.positions, ngram, d)
-    return Guesses(tokens, found, state.model.config.vocab_size)
+    return NgramDrafts(tokens, found, state.model.config.vocab_size)
 
 
 def draft(
@@ -127,8 +127,8 @@ def draft(
     stop: StopRule = NEVER,
     tapped: tuple[int, ...] = (),
     skipped: SkippedParts = NOTHING,
-    head: PartOfHead | None = None,
-    guesses: Guesses | None = None,
+    head: ReducedHead | None = None,
+    guesses: NgramDrafts | None = None,
 ) -> Draft:
     """Decode d tokens, or fewer, with the first E layers, starting from the pending token.
 
@@ -161,14 +161,14 @@ def draft(
         if not stop.never:
             lengths = lengths + sure
             sure = sure & stop.is_sure(logits)
-            if i + 1 < d and not state.ask(sure.any()):
+            if i + 1 < d and not state.sync_bool(sure.any()):
                 break
     counts = None if stop.never else lengths
     drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], torch.cat(q, dim=1), counts, exits, shallow)
     return drafted if guesses is None else guesses.added_to(drafted, d)
 
 
-def _from_head(state: DecodeState, x: Tensor, head: PartOfHead | None) -> tuple[Tensor, Tensor]:
+def _from_head(state: DecodeState, x: Tensor, head: ReducedHead | None) -> tuple[Tensor, Tensor]:
     """Return the head's logits, and what tokens are drawn from over the whole vocabulary."""
     if head is None:
         logits = state.head(x)

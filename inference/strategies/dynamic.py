@@ -8,9 +8,9 @@ is taken; `tune` measures what rounds cost and which exits are worth a look. How
 drafts agrees, every round tells. What agreement every exit would have had is seen when a round is
 verified: the layers' outputs of its tokens are at hand, and the head is put on them ("shadow
 tokens"). For sampled tokens agreement is the chance that a draft is accepted, sum_x min(p(x), q(x))
-(Leviathan et al., corollary 3.6). Guesses from a row's own past cost nothing: they come first where
-their own agreement promises more, and the exits' agreement is then that of the tokens after which
-there was no guess, as exits draft no others.
+(Leviathan et al., corollary 3.6). N-gram drafts cost nothing: they come first where their own
+agreement promises more, and the exits' agreement is then that of the tokens after which there was
+no lookup, as exits draft no others.
 """
 
 from collections import deque
@@ -23,11 +23,16 @@ from torch import Tensor
 from inference.engine.host_copy import HostCopy
 from inference.engine.state import Decoder, DecodeState, Round
 from inference.engine.strategy import Strategy, exits_problems
-from inference.strategies.agreement import Agreement, drafts_that_agreed, guesses_that_agreed
+from inference.strategies.agreement import Agreement, drafts_that_agreed, lookups_that_agreed
 from inference.strategies.autoregressive import decode_one
 from inference.strategies.best_pair import best_pair, by_parameters, cost_problems
-from inference.strategies.drafting import Draft, Guesses, Stop, draft, guess
-from inference.strategies.self_speculative import draft_problems, run_the_rest, settle, verify
+from inference.strategies.drafting import Draft, NgramDrafts, Stop, draft, lookup_drafts
+from inference.strategies.self_speculative import (
+    accept_round,
+    draft_problems,
+    run_verifier_layers,
+    verify,
+)
 from models.config import LlamaConfig
 from models.llama import NOTHING
 
@@ -54,7 +59,7 @@ class Dynamic(Strategy):
     verify_costs: tuple[float, ...] = (1.0,)
     """v_E of each of these exits, the rest of a round: the pending token, verifying, accepting;
     or one for all."""
-    guess_cost: float = 1.0
+    lookup_cost: float = 1.0
     """Cost of a round of guesses, in full steps."""
     stop: float = 0.0
     """As in self_speculative."""
@@ -81,9 +86,9 @@ class Dynamic(Strategy):
             found += exits_problems(self.name, exits, n_layers)
         found += cost_problems("draft_costs", self.draft_costs, (len(exits),))
         found += cost_problems("verify_costs", self.verify_costs, (1, len(exits)))
-        found += cost_problems("guess_cost", (self.guess_cost,), (1,))
+        found += cost_problems("lookup_cost", (self.lookup_cost,), (1,))
         if not self.ngram:
-            found += self.idle("guess_cost", without="ngram")
+            found += self.unused_settings("lookup_cost", without="ngram")
         return found + draft_problems(self.stop, self.stop_entropy, self.ngram)
 
     def _exits(self, n_layers: int) -> tuple[int, ...]:
@@ -107,19 +112,19 @@ class _Rounds:
 
     settings: Dynamic
     state: DecodeState
-    gap: int = 1
+    probe_interval: int = 1
     """Rounds from the last look to the next."""
-    looks: int = 0
+    num_probes: int = 0
     """Looks so far."""
-    next_look: int = 1
+    rounds_to_probe: int = 1
     """Rounds to go until all exits are looked at."""
     exits: dict[int, Agreement] = field(init=False)
     """By E."""
     guesses: Agreement = field(init=False)
     rounds: int = 0
     """Rounds so far."""
-    told: deque[tuple[int, list[Agreement], HostCopy]] = field(default_factory=deque)
-    """What the host has not read: a round, and of whom it told (agreed, seen)."""
+    pending_stats: deque[tuple[int, list[Agreement], HostCopy]] = field(default_factory=deque)
+    """What the host has not read: a round, and of whom it stats (agreed, seen)."""
     draft_costs: dict[int, float] = field(init=False)
     verify_costs: dict[int, float] = field(init=False)
     pairs: dict[int, tuple[int, int, float]] = field(default_factory=dict)
@@ -132,50 +137,50 @@ class _Rounds:
         self.exits = {E: Agreement(settings.memory) for E in self.draft_costs}
         self.guesses = Agreement(settings.memory)
 
-    def __call__(self, room: int) -> Round:
+    def __call__(self, max_tokens: int) -> Round:
         """Guess or draft, verify, accept; now and then look at what every exit would have said."""
         self.rounds += 1
-        self.learn(self.rounds - 1)
-        most = min(self.settings.d, room - 1)
-        found = guess(self.state, self.settings.ngram, most)
-        without, having = self._who_has_a_guess(found)
+        self.read_stats(self.rounds - 1)
+        most = min(self.settings.d, max_tokens - 1)
+        found = lookup_drafts(self.state, self.settings.ngram, most)
+        without, having = self._count_lookups(found)
         E, d, _ = self._pair(most)
-        guesses = found if having and self._guesses_pay(without, having, E, d, most) else None
+        guesses = found if having and self._lookups_pay(without, having, E, d, most) else None
         if guesses is not None and not without:
             result = self._verify(guesses.alone())
         else:
-            result = self._draft_and_verify(E, d, guesses, room)
+            result = self._draft_and_verify(E, d, guesses, max_tokens)
         if found is not None:
-            told = guesses_that_agreed(found, result, ~self.state.finished)
-            self._tell([self.guesses], told[None])
+            stats = lookups_that_agreed(found, result, ~self.state.finished)
+            self._record([self.guesses], stats[None])
         return result
 
-    def _tell(self, whom: list[Agreement], told: Tensor) -> None:
-        """Send for what this round told: (n, 2), agreed and seen of each of n."""
-        self.told.append((self.rounds, whom, HostCopy(told)))
+    def _record(self, whom: list[Agreement], stats: Tensor) -> None:
+        """Send for what this round stats: (n, 2), agreed and seen of each of n."""
+        self.pending_stats.append((self.rounds, whom, HostCopy(stats)))
 
-    def learn(self, before: int) -> None:
-        """Take in what rounds told that came before round `before`.
+    def read_stats(self, before: int) -> None:
+        """Take in what rounds stats that came before round `before`.
 
         The last round's is left for later, so that the host need not wait for the device.
         """
-        while self.told and self.told[0][0] < before:
-            _, whom, numbers = self.told.popleft()
+        while self.pending_stats and self.pending_stats[0][0] < before:
+            _, whom, numbers = self.pending_stats.popleft()
             for agreement, (agreed, seen) in zip(whom, numbers.read(), strict=True):
                 if seen:
                     agreement.add(agreed, seen)
             self.pairs.clear()
 
-    def _who_has_a_guess(self, guesses: Guesses | None) -> tuple[int, int]:
+    def _count_lookups(self, guesses: NgramDrafts | None) -> tuple[int, int]:
         """Return how many of the rows that go on have none, and how many have one."""
         if guesses is None:
             return 1, 0
         live = ~self.state.finished
         without, having = (live & ~guesses.found).sum(), (live & guesses.found).sum()
-        rows_without, rows_having = self.state.read(torch.stack((without, having)))
+        rows_without, rows_having = self.state.sync_list(torch.stack((without, having)))
         return rows_without, rows_having
 
-    def _guesses_pay(self, without: int, having: int, E: int, d: int, most: int) -> bool:
+    def _lookups_pay(self, without: int, having: int, E: int, d: int, most: int) -> bool:
         """Return whether rows that have guesses are better off with them.
 
         Beside rows that draft d tokens with E layers they cost nothing more; otherwise all rows pay
@@ -185,32 +190,36 @@ class _Rounds:
         if without and d:
             return a > self.exits[E].at_least()
         tokens = having * sum(a**i for i in range(most + 1)) + without
-        cost = (having + without) * self.settings.guess_cost
+        cost = (having + without) * self.settings.lookup_cost
         return tokens / cost > self._pair(most)[2]
 
-    def _draft_and_verify(self, E: int, d: int, guesses: Guesses | None, room: int) -> Round:
+    def _draft_and_verify(
+        self, E: int, d: int, guesses: NgramDrafts | None, max_tokens: int
+    ) -> Round:
         """Draft where there is no guess, and verify."""
-        state, looking = self.state, self._time_to_look()
-        if not d and guesses is None and not looking:
-            return decode_one(state, state.model.config.n_layers, NOTHING, room)
+        state, probing = self.state, self._probe_is_due()
+        if not d and guesses is None and not probing:
+            return decode_one(state, state.model.config.n_layers, NOTHING, max_tokens)
         if not d and guesses is not None:
             # Where layers are not worth their while, guesses for some rows are better than none.
             drafted = guesses.alone()
         else:
             stop = Stop(self.settings.stop, self.settings.stop_entropy)
-            tapped = tuple(other - 1 for other in self.exits if other < E) if looking else ()
+            tapped = tuple(other - 1 for other in self.exits if other < E) if probing else ()
             drafted = draft(state, E, d, stop=stop, tapped=tapped, guesses=guesses)
         rows = ~state.finished if guesses is None else ~(state.finished | guesses.found)
-        if looking:
-            return self._verify_and_look(E, drafted, rows)
+        if probing:
+            return self._verify_and_probe(E, drafted, rows)
         result = self._verify(drafted, E)
         if drafted.exits:
-            self._tell([self.exits[E]], drafts_that_agreed(result, rows)[None])
+            self._record([self.exits[E]], drafts_that_agreed(result, rows)[None])
         return result
 
     def _verify(self, drafted: Draft, E: int = 0) -> Round:
         """Verify what E layers drafted, or guesses."""
-        return settle(self.state, drafted, verify(self.state, E if drafted.exits else 0, drafted))
+        return accept_round(
+            self.state, drafted, verify(self.state, E if drafted.exits else 0, drafted)
+        )
 
     def _pair(self, most: int) -> tuple[int, int, float]:
         """Return the best E and d, and their tokens per full step, by what was seen."""
@@ -219,18 +228,18 @@ class _Rounds:
             self.pairs[most] = best_pair(agreement, self.draft_costs, self.verify_costs, most)
         return self.pairs[most]
 
-    def _time_to_look(self) -> bool:
+    def _probe_is_due(self) -> bool:
         """Count a round, and return whether all exits are looked at in it."""
-        self.next_look -= 1
-        if self.next_look > 0:
+        self.rounds_to_probe -= 1
+        if self.rounds_to_probe > 0:
             return False
-        self.looks += 1
-        if self.looks >= self.settings.probe:
-            self.gap = min(2 * self.gap, self.settings.longest_probe)
-        self.next_look = self.gap
+        self.num_probes += 1
+        if self.num_probes >= self.settings.probe:
+            self.probe_interval = min(2 * self.probe_interval, self.settings.longest_probe)
+        self.rounds_to_probe = self.probe_interval
         return True
 
-    def _verify_and_look(self, E: int, drafted: Draft, rows: Tensor) -> Round:
+    def _verify_and_probe(self, E: int, drafted: Draft, rows: Tensor) -> Round:
         """Verify a draft, and put the head on the outputs at all exits.
 
         Args:
@@ -241,9 +250,9 @@ class _Rounds:
         state = self.state
         first = E if drafted.exits else 0
         above = [other for other in self.exits if other > first]
-        x_L, deep = run_the_rest(state, first, drafted, tuple(other - 1 for other in above))
+        x_L, deep = run_verifier_layers(state, first, drafted, tuple(other - 1 for other in above))
         p = state.filtered(state.logits(x_L))
-        result = settle(state, drafted, p)
+        result = accept_round(state, drafted, p)
         exits = {other: deep[other - 1] for other in above}
         places = drafted.tokens.shape[1] + 1
         if drafted.exits:
@@ -253,10 +262,10 @@ class _Rounds:
             exits = {other: torch.cat(xs, dim=1) for other, xs in seen.items()} | exits
         read = [state.before_head(exits[other][:, :places], other) for other in self.exits]
         true = (torch.arange(places, device=x_L.device) <= result.accepted[:, None]) & rows[:, None]
-        self._look(torch.stack(read), p[:, :places], true)
+        self._probe_exits(torch.stack(read), p[:, :places], true)
         return result
 
-    def _look(self, exits: Tensor, p: Tensor, true: Tensor) -> None:
+    def _probe_exits(self, exits: Tensor, p: Tensor, true: Tensor) -> None:
         """Add up how far each exit agrees with the last layer.
 
         Args:
@@ -267,6 +276,6 @@ class _Rounds:
         q = self.state.filtered(self.state.head(exits.flatten(0, 1)))
         overlap = torch.minimum(p, q.unflatten(0, exits.shape[:2])).sum(-1)  # (exits, batch, n)
         agreed = (overlap * true).flatten(1).sum(1)
-        self._tell(
+        self._record(
             [*self.exits.values()], torch.stack((agreed, true.sum().expand_as(agreed)), dim=1)
         )

@@ -17,8 +17,8 @@ from inference.strategies.gates import Gate, load_gate
 from inference.strategies.jump import load_jump
 from inference.strategies.row_exits import (
     ExitMap,
+    ExitObservation,
     Rule,
-    Seen,
     decode_until_sure,
     exit_problems,
     exits_from,
@@ -66,7 +66,7 @@ class Calm(Strategy):
         if self.length < 1:
             found.append(f"length: {self.length}, give at least 1 token")
         elif not self.tau:
-            found += self.idle("length", without="tau above 0")
+            found += self.unused_settings("length", without="tau above 0")
         if (self.confidence == "gate") != (self.gate is not None):
             remedy = TRAINED_BY if self.gate is None else "it needs confidence=gate"
             found.append(f"gate: {self.gate or 'none'}, {remedy}")
@@ -87,7 +87,7 @@ class Calm(Strategy):
             )
         return decode_until_sure(state, exits, lambda: _Gating(gate, self.threshold_at), exit_map)
 
-    def leaves(self, seen: Seen) -> Tensor:
+    def leaves(self, seen: ExitObservation) -> Tensor:
         """Say which rows leave, by what needs no file."""
         if self.confidence == "gap":
             confidence = softmax_gap(seen.logits())
@@ -148,7 +148,7 @@ class _Patient:
         self._said: Tensor | None = None
         self._times = torch.zeros(())
 
-    def __call__(self, seen: Seen) -> Tensor:
+    def __call__(self, seen: ExitObservation) -> Tensor:
         said = seen.logits().argmax(-1)
         same = torch.zeros_like(said) if self._said is None else (said == self._said).long()
         self._times = (self._times + 1) * same
@@ -197,7 +197,7 @@ class _Gating:
         self._gate, self._threshold_at = gate, threshold_at
         self._h_first: Tensor | None = None
 
-    def __call__(self, seen: Seen) -> Tensor:
+    def __call__(self, seen: ExitObservation) -> Tensor:
         if self._h_first is None:
             self._h_first = seen.h
         score = self._gate.score(seen.E, seen.h, self._h_first)

@@ -48,7 +48,7 @@ class Free(Strategy):
     rollback_threshold: float = 4.0
     """Cross entropy in nats under the last layer."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with the exits set."""
         if self.exits is not None:
             return self
@@ -62,13 +62,13 @@ class Free(Strategy):
         if not 0.0 < self.zeta < 1.0:
             found.append(f"zeta: {self.zeta}, give a number between 0 and 1")
         elif not self.adapt:
-            found += self.idle("zeta", without="adapt=true")
+            found += self.unused_settings("zeta", without="adapt=true")
         if self.max_pending < 1:
             found.append(f"max_pending: {self.max_pending}, give at least 1 token")
         if not self.rollback_threshold >= 0.0:
             found.append(f"rollback_threshold: {self.rollback_threshold}, give nats, at least 0")
         elif self.rollback != "threshold":
-            found += self.idle("rollback_threshold", without="rollback=threshold")
+            found += self.unused_settings("rollback_threshold", without="rollback=threshold")
         return found
 
     def start(self, state: DecodeState) -> Decoder:
@@ -84,7 +84,9 @@ class Free(Strategy):
             )
         return partial(self._round, state, thresholds)
 
-    def _round(self, state: DecodeState, thresholds: RowThresholds | None, room: int) -> Round:
+    def _round(
+        self, state: DecodeState, thresholds: RowThresholds | None, max_tokens: int
+    ) -> Round:
         """Decode until a row needs the last layer, then run what was left out for all of them.
 
         All rows take the same number of tokens; each token comes from the exit its own row was
@@ -93,7 +95,7 @@ class Free(Strategy):
         run = _Run(self, state, thresholds)
         if thresholds is not None:
             thresholds.begin()
-        last = min(self.max_pending, room) - 1
+        last = min(self.max_pending, max_tokens) - 1
         for i in range(last + 1):
             if run.next_token() or i == last:
                 break
@@ -139,7 +141,7 @@ class _Run:
         said = torch.full(confidences.shape, -1, device=undecided.device)
         logits, E = torch.zeros(0), 0
         for stage in range(1, len(self._stages)):
-            if stage > 1 and not state.ask(undecided.any()):
+            if stage > 1 and not state.sync_bool(undecided.any()):
                 break
             E = self._stages[stage]
             here = state.logits(self._advance(stage)[:, -1:], E)[:, 0]
@@ -177,7 +179,7 @@ class _Run:
         return h
 
     def finish(self) -> Round:
-        """Run every layer left out, and settle which tokens stay."""
+        """Run every layer left out, and accept_round which tokens stay."""
         # Tokens wait in order: the later a stage, the earlier its tokens.
         for stage in range(2, len(self._stages)):
             if self._waiting[stage - 1]:

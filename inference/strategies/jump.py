@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, FixedRounds, Round
+from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
 from inference.loading.adapters import load_adapter, save_adapter
 from inference.strategies.autoregressive import a_quarter
@@ -69,7 +69,7 @@ class Jump(Strategy):
     E: int | None = None
     """Layers to run, 1 to n_layers; a quarter of the model's if not given."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with E set."""
         return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 
@@ -80,7 +80,7 @@ class Jump(Strategy):
             found.append(f"E: {self.E}, jump needs 1 to {n_layers} for this model")
         return found
 
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+    def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return the first E layers."""
         assert self.E is not None
         return self.E, NOTHING
@@ -89,9 +89,9 @@ class Jump(Strategy):
         """Begin to decode."""
         assert self.path is not None
         jump = load_jump(self.path, state.model)
-        return FixedRounds(1, partial(self._decode_one, state, jump))
+        return GraphableDecoder(1, partial(self._decode_one, state, jump))
 
-    def _decode_one(self, state: DecodeState, jump: JumpMap, room: int) -> Round:
+    def _decode_one(self, state: DecodeState, jump: JumpMap, max_tokens: int) -> Round:
         assert self.E is not None
         h = state.run(state.model.embed(state.pending[:, None]), 0, self.E)
         tokens = sample(state.distribution(jump(self.E, h)), state.generator)

@@ -36,7 +36,7 @@ class Routed(Strategy):
         return partial(_decode_one, state)
 
 
-def _decode_one(state: DecodeState, room: int) -> Round:
+def _decode_one(state: DecodeState, max_tokens: int) -> Round:
     h = state.model.embed(state.pending[:, None])
     depths = torch.zeros_like(state.positions)
     for l in range(state.model.config.n_layers):
@@ -44,7 +44,7 @@ def _decode_one(state: DecodeState, room: int) -> Round:
         assert p is not None
         takes = runs(p[:, 0])
         depths += takes
-        if state.ask((takes & ~state.finished).any()):
+        if state.sync_bool((takes & ~state.finished).any()):
             h = state.run(h, l, l + 1)  # the rows that do not run it are left out there
         else:
             state.write_keys_and_values(h, l, l + 1)

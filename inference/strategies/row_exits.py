@@ -18,7 +18,7 @@ from inference.engine.state import Decoder, DecodeState, Round
 
 
 @dataclass(frozen=True)
-class Seen:
+class ExitObservation:
     """What a rule may look at when a token is at an exit."""
 
     E: int
@@ -33,7 +33,7 @@ class Seen:
     """(batch,) int64, tokens the row has been given before this one."""
 
 
-Rule = Callable[[Seen], Tensor]
+Rule = Callable[[ExitObservation], Tensor]
 """Says which rows leave: (batch,) bool. It looks at the logits of every exit or of none."""
 
 
@@ -82,7 +82,7 @@ def _decode_one(
     exits: range,
     new_rule: Callable[[], Rule],
     exit_map: ExitMap | None,
-    room: int,
+    max_tokens: int,
 ) -> Round:
     n_layers, rule = state.model.config.n_layers, new_rule()
     h = state.model.embed(state.pending[:, None])
@@ -94,7 +94,7 @@ def _decode_one(
         h, layer = _run(state, h, layer, E, left), E
         probe = _Probe(state, h, E) if exit_map is None else _Probe(state, exit_map(E, h), None)
         new_tokens = state.positions + 1 - state.prompt_lengths
-        leaves = rule(Seen(E, h[:, 0], before[:, 0], probe, new_tokens)) & ~left
+        leaves = rule(ExitObservation(E, h[:, 0], before[:, 0], probe, new_tokens)) & ~left
         before = h
         read = torch.where(leaves[:, None, None], probe.read, read)
         if probe.logits is not None:
@@ -102,7 +102,7 @@ def _decode_one(
             logits = said if logits is None else torch.where(leaves[:, None], said, logits)
         depths = torch.where(leaves, E, depths)
         left = left | leaves
-        if state.ask(left.all()):
+        if state.sync_bool(left.all()):
             state.write_keys_and_values(h, E, n_layers)
             break
     else:

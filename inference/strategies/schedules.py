@@ -25,8 +25,8 @@ def _keep_problems(strategy: "Unified | Pruned", otherwise: str, n_layers: int) 
         return [
             f"keep: {layers}, {strategy.name} needs layers from 0 to {n_layers - 1} of this model"
         ]
-    if keep != replace(strategy, keep=None).filled(n_layers).keep:
-        return strategy.idle(otherwise, without="leaving keep out")
+    if keep != replace(strategy, keep=None).with_defaults(n_layers).keep:
+        return strategy.unused_settings(otherwise, without="leaving keep out")
     return []
 
 
@@ -48,7 +48,7 @@ class Unified(Strategy):
     keep: tuple[int, ...] | None = None
     """Layers l to run; from the speedup if not given."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with `keep` set."""
         if self.keep is not None or not self.speedup >= 1.0:
             return self
@@ -81,7 +81,7 @@ class Pruned(Strategy):
     keep: tuple[int, ...] | None = None
     """Layers l to run; from `every` if not given."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with `keep` set."""
         if self.keep is not None or self.every < 2:
             return self
@@ -94,7 +94,7 @@ class Pruned(Strategy):
             return [f"every: {self.every}, pruned needs at least 2"]
         return _keep_problems(self, "every", n_layers)
 
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+    def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return the layers that stay."""
         return n_layers, _others(self.keep, n_layers)
 
@@ -121,7 +121,7 @@ class SkipDecode(Strategy):
     length: int = 128
     """New tokens over which the budget falls; later ones stay at min_layers."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with both budgets set."""
         budget = falling_budget(
             n_layers, self.warmup, self.max_layers, self.min_layers, self.length
@@ -141,7 +141,7 @@ class SkipDecode(Strategy):
             warmup=self.warmup, most=self.max_layers, least=self.min_layers, length=self.length
         )
 
-    def prompt_parts(self, n_layers: int) -> tuple[int, SkippedParts]:
+    def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
         """Return the layers of the largest budget."""
         return n_layers, self.skipped(self.budget.most, n_layers)
 
@@ -153,7 +153,7 @@ class SkipDecode(Strategy):
         """Begin to decode."""
         return partial(self._decode_one, state)
 
-    def _decode_one(self, state: DecodeState, room: int) -> Round:
+    def _decode_one(self, state: DecodeState, max_tokens: int) -> Round:
         """Run the layers that any row takes; a row keeps its state where it takes none.
 
         Such a row writes keys no later token of it will read: its budget never grows again.
@@ -163,7 +163,7 @@ class SkipDecode(Strategy):
         h = state.model.embed(state.pending[:, None])
         # The largest and the smallest budget are the host's to know: one question for both.
         active = budgets.masked_fill(state.finished, rule.least)
-        most, least = state.read(torch.stack((active.max(), active.min())))
+        most, least = state.sync_list(torch.stack((active.max(), active.min())))
         some = rule.left_out(least, n_layers)[n_layers - most :]
         h = state.run(h, 0, some.stop, skipped=self.skipped(least, n_layers))
         for l in some:

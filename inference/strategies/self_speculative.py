@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from inference.engine.sampling import accept
-from inference.engine.state import Decoder, DecodeState, FixedRounds, Round
+from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
 from inference.strategies.autoregressive import a_quarter
-from inference.strategies.drafting import Draft, Stop, draft, guess
-from inference.strategies.part_of_head import COUNT_THEM, PartOfHead, load_part_of_head
+from inference.strategies.drafting import Draft, Stop, draft, lookup_drafts
+from inference.strategies.reduced_head import COUNT_THEM, ReducedHead, load_reduced_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class SelfSpeculative(Strategy):
     token_counts: Path | None = None
     """Which tokens are frequent: the file `python -m inference.frequent_tokens` makes."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with E set."""
         return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
 
@@ -79,22 +79,22 @@ class SelfSpeculative(Strategy):
         """
         head = None
         if self.token_counts is not None:
-            head = load_part_of_head(state.model, self.token_counts, self.draft_vocab)
+            head = load_reduced_head(state.model, self.token_counts, self.draft_vocab)
         rounds = partial(self._round, state, head)
         asks = self.ngram or not Stop(self.stop, self.stop_entropy).never
-        return rounds if asks else FixedRounds(self.d + 1, rounds)
+        return rounds if asks else GraphableDecoder(self.d + 1, rounds)
 
-    def _round(self, state: DecodeState, head: PartOfHead | None, room: int) -> Round:
-        """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `room`."""
+    def _round(self, state: DecodeState, head: ReducedHead | None, max_tokens: int) -> Round:
+        """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `max_tokens`."""
         assert self.E is not None
-        d = min(self.d, room - 1)
-        guesses = guess(state, self.ngram, d)
-        if guesses is not None and state.ask((guesses.found | state.finished).all()):
+        d = min(self.d, max_tokens - 1)
+        guesses = lookup_drafts(state, self.ngram, d)
+        if guesses is not None and state.sync_bool((guesses.found | state.finished).all()):
             drafted = guesses.alone()
         else:
             stop = Stop(self.stop, self.stop_entropy)
             drafted = draft(state, self.E, d, stop=stop, head=head, guesses=guesses)
-        return settle(state, drafted, verify(state, self.E, drafted))
+        return accept_round(state, drafted, verify(state, self.E, drafted))
 
 
 def draft_problems(stop: float, stop_entropy: float, ngram: int) -> list[str]:
@@ -123,10 +123,10 @@ def verify(state: DecodeState, E: int, drafted: Draft) -> Tensor:
     Returns:
         p: (batch, d + 1, vocab).
     """
-    return state.distribution(run_the_rest(state, E, drafted, ())[0])
+    return state.distribution(run_verifier_layers(state, E, drafted, ())[0])
 
 
-def run_the_rest(
+def run_verifier_layers(
     state: DecodeState, E: int, drafted: Draft, tapped: tuple[int, ...]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Return x_L of all d + 1 tokens, and {l: x_{l+1}} for l >= E in `tapped`."""
@@ -139,7 +139,7 @@ def run_the_rest(
     return state.run_and_tap(x_E, E, state.model.config.n_layers, exit_layers=tapped)
 
 
-def settle(state: DecodeState, drafted: Draft, p: Tensor) -> Round:
+def accept_round(state: DecodeState, drafted: Draft, p: Tensor) -> Round:
     """Accept what the full model's distributions p: (batch, d + 1, vocab) allow."""
     accepted, next_token = accept(drafted.tokens, drafted.q, p, state.generator, drafted.lengths)
     tokens = torch.cat((drafted.tokens, next_token[:, None]), dim=1)

@@ -11,10 +11,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from inference.engine.state import Decoder, DecodeState, FixedRounds, Round
+from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
 from inference.strategies.drafting import NEVER, StopRule, draft
-from inference.strategies.self_speculative import settle, verify
+from inference.strategies.self_speculative import accept_round, verify
 from models.llama import SkippedParts
 
 
@@ -49,7 +49,7 @@ class SkipDraft(Strategy):
     beta2: float = 0.9
     """Memory of gamma."""
 
-    def filled(self, n_layers: int) -> Self:
+    def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with the parts set."""
         attention, feed_forward = self.attention, self.feed_forward
         if attention is None:
@@ -74,9 +74,9 @@ class SkipDraft(Strategy):
             if not 0.0 <= getattr(self, what) <= 1.0:
                 found.append(f"{what}: {getattr(self, what)}, give a number from 0 to 1")
         if self.gamma == 0.0:
-            found += self.idle("alpha", "eps", "beta1", "beta2", without="gamma above 0")
+            found += self.unused_settings("alpha", "eps", "beta1", "beta2", without="gamma above 0")
         elif self.eps == 0.0:
-            found += self.idle("alpha", "beta1", "beta2", without="eps above 0")
+            found += self.unused_settings("alpha", "beta1", "beta2", without="eps above 0")
         return found
 
     @property
@@ -87,7 +87,7 @@ class SkipDraft(Strategy):
     def start(self, state: DecodeState) -> Decoder:
         """Begin to decode."""
         rounds = _Rounds(self, state)
-        return rounds if self.gamma > 0.0 else FixedRounds(self.d + 1, rounds)
+        return rounds if self.gamma > 0.0 else GraphableDecoder(self.d + 1, rounds)
 
 
 class _Rounds:
@@ -97,14 +97,14 @@ class _Rounds:
         self._settings, self._state = settings, state
         self._stop = LearningStop(settings, state.positions.device)
 
-    def __call__(self, room: int) -> Round:
+    def __call__(self, max_tokens: int) -> Round:
         settings, state = self._settings, self._state
         stop: StopRule = NEVER if settings.gamma == 0.0 else self._stop
-        d, L = min(settings.d, room - 1), state.model.config.n_layers
+        d, L = min(settings.d, max_tokens - 1), state.model.config.n_layers
         drafted = draft(state, L, d, stop=stop, skipped=settings.skipped)
         # Nothing of the draft's pass is used again.
         drafted = replace(drafted, exits=[])
-        result = settle(state, drafted, verify(state, 0, drafted))
+        result = accept_round(state, drafted, verify(state, 0, drafted))
         if d and not stop.never:
             self._stop.learn(result, d, ~state.finished)
         return result

@@ -13,14 +13,14 @@ from typing import ClassVar
 import torch
 
 from inference.engine.compiled import compile_layers, is_compiled
-from inference.engine.prefill import open_state
+from inference.engine.prefill import allocate
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, FixedRounds, Round
+from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
 from inference.loading.quantized import Bits, bits_of
 from inference.loading.run import Run, load_run
 from inference.strategies.drafting import Draft
-from inference.strategies.self_speculative import settle, verify
+from inference.strategies.self_speculative import accept_round, verify
 from models.checkpoint_format import find_checkpoint, read_manifest
 from models.llama import Llama
 
@@ -68,7 +68,7 @@ class Speculative(Strategy):
                 f"have {state.cache.slots} tokens, decode fewer or give another model"
             )
         rounds = TwoModels(state, model)
-        return FixedRounds(self.d + 1, rounds, rounds.prepare)
+        return GraphableDecoder(self.d + 1, rounds, rounds.prepare)
 
 
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
@@ -109,7 +109,7 @@ class TwoModels:
     def __init__(self, state: DecodeState, model: Llama) -> None:
         """Open the draft model's own batch; see the class."""
         self._state = state
-        self._own = open_state(
+        self._own = allocate(
             model,
             len(state.positions),
             slots=state.cache.slots,
@@ -118,7 +118,7 @@ class TwoModels:
         )
         self._own.history.fill_(-1)  # what the draft model has run, by place; -1: nothing
         self._caught_up: int | None = None
-        """`fillings` of the state when the draft model had last seen all; None: it has not."""
+        """`num_prefills` of the state when the draft model had last seen all; None: it has not."""
 
     def prepare(self, n: int) -> None:
         """Let the draft model catch up before a round of n tokens, if there can be need.
@@ -128,16 +128,16 @@ class TwoModels:
         """
         if n == 1:
             self._caught_up = None
-        elif self._caught_up != self._state.fillings:
+        elif self._caught_up != self._state.num_prefills:
             with self._counting():
                 self._catch_up()
-            self._caught_up = self._state.fillings
+            self._caught_up = self._state.num_prefills
 
     def __call__(self, n: int) -> Round:
         """Draft n - 1 tokens, verify, accept: 1 to n tokens for every row."""
         with self._counting():
             drafted = self._draft(n - 1) if n > 1 else self._nothing()
-        return settle(self._state, drafted, verify(self._state, 0, drafted))
+        return accept_round(self._state, drafted, verify(self._state, 0, drafted))
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -158,7 +158,7 @@ class TwoModels:
         state, own = self._state, self._own
         own.positions.copy_(state.positions)
         own.finished.copy_(state.finished)
-        own.longest = state.longest
+        own.max_position = state.max_position
         # The token before the pending one may be the last of a draft accepted whole, which the
         # draft model has not run. Running it again does no harm.
         first = (state.positions - 1).clamp(min=0)
@@ -184,9 +184,9 @@ class TwoModels:
         needs no telling.
         """
         state, own = self._state, self._own
-        own.longest = state.longest
+        own.max_position = state.max_position
         same = (own.history == state.history).long().cumprod(1).sum(1)
-        count = max(state.read(state.positions - 1 - same))
+        count = max(state.sync_list(state.positions - 1 - same))
         if count <= 0:
             return
         # Rows that are less behind run some tokens again.

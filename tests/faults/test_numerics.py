@@ -113,14 +113,14 @@ def test_a_spike_is_only_told_where_that_is_asked(launch):
     job = launch(faults=[POISON], **LONG | {"recovery__on_spike": "warn"})
     assert job.wait(120) == [0, 0], job.output
     assert not events(job.run, "rollback")
-    assert len(events(job.run, "trouble")) >= 1
+    assert len(events(job.run, "anomaly")) >= 1
 
 
 def test_the_edges_of_the_curriculum_and_the_schedules_alone_are_no_spike(launch):
     for C, name in (("grad", "gradual"), ("rot", "rotating")):
         job = launch(name=name, curriculum__C=C, optim__lr=3e-2, **LONG)
         assert job.wait(120) == [0, 0], job.output
-        assert not events(job.run, "trouble"), job.output
+        assert not events(job.run, "anomaly"), job.output
 
 
 def test_a_run_that_diverges_from_the_start_ends_with_the_reason(launch):

@@ -67,9 +67,9 @@ class Rerunner:
             if first:
                 first.clear()
                 return static
-            longest, work = state.longest, deepcopy(state.work)
+            longest, work = state.max_position, deepcopy(state.work)
             new = run()
-            state.longest, state.work = longest, work
+            state.max_position, state.work = longest, work
             pairs = zip(pytree.tree_leaves(static), pytree.tree_leaves(new), strict=True)
             for old, now in pairs:
                 if old is not None:

@@ -48,7 +48,7 @@ def test_transformers_decodes_our_tokens_at_every_exit(run_folder, export):
             generation = Generation(
                 ours.model,
                 [prompt],
-                parse_strategy(name).filled(4),
+                parse_strategy(name).with_defaults(4),
                 max_new_tokens=24,
                 stop_tokens=[ours.tokenizer.eos_id],
             )
@@ -92,7 +92,7 @@ def test_what_came_in_decodes_drafts_and_is_evaluated(run_folder, export, tmp_pa
         (ours, "autoregressive"),
         (back, f"speculative:draft={tmp_path / 'half'}"),
     ]:
-        strategy = parse_strategy(name).filled(4)
+        strategy = parse_strategy(name).with_defaults(4)
         generation = Generation(opened.model, prompts, strategy, max_new_tokens=20, stop_tokens=[])
         for _ in generation:
             pass

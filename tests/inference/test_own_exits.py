@@ -8,7 +8,7 @@ import torch
 
 from data.shards import TokenStream
 from data.windows import StreamWindows
-from inference.engine.prefill import fill_rows, open_state
+from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.evaluation.exit_quality import evaluate_exits
 from inference.evaluation.greedy_traces import record_exits
@@ -22,12 +22,12 @@ from inference.strategies.exit_rules import Calm, Gated
 from inference.strategies.free import Free
 from inference.strategies.gates import save_gate
 from inference.strategies.jump import Jump, JumpMap, save_jump
-from inference.strategies.part_of_head import part_of_head
+from inference.strategies.reduced_head import reduced_head
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
 from models.llama import NOTHING
-from tests.inference import test_exit_rules, test_free
 from tests.inference.every_strategy import PROMPTS, decode, make_model
+from tests.inference.strategies import test_exit_rules, test_free
 from tests.inference.strategies.test_gates import random_gate
 from tests.models.test_exit_parts import shake, slow_reading
 
@@ -67,7 +67,7 @@ LOSSLESS = [
     *(SelfSpeculative(E=E, d=3) for E in range(1, L)),
     SelfSpeculative(E=2, d=4, stop=0.05, ngram=2),
     Dynamic(verify_costs=(0.1,), probe=2),
-    Dynamic(verify_costs=(0.1,), guess_cost=0.1, probe=1, ngram=1),
+    Dynamic(verify_costs=(0.1,), lookup_cost=0.1, probe=1, ngram=1),
     SkipDraft(d=3),
     Free(exits=EXITS, threshold=0.1, rollback="exact", max_pending=4),
     Calm(threshold=1.1),
@@ -85,9 +85,9 @@ def test_what_is_lossless_gives_the_plain_greedy_tokens(model, strategy):
 @pytest.mark.parametrize("part", [False, True])
 def test_drafts_are_what_the_exit_says_through_its_own_parts(model, part):
     for E in (2, 3, 4):
-        state = open_state(model, 4, slots=30, sampling=Sampling(), seed=0)
-        fill_rows(state, PROMPTS, (L, NOTHING))
-        head = part_of_head(model, torch.randperm(61)) if part else None
+        state = allocate(model, 4, slots=30, sampling=Sampling(), seed=0)
+        prefill(state, PROMPTS, (L, NOTHING))
+        head = reduced_head(model, torch.randperm(61)) if part else None
         drafted = draft(state, E, 4, head=head)
         assert drafted.tokens.tolist() == [slow_greedy(model, prompt, 4, E) for prompt in PROMPTS]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from inference.engine.prefill import fill_rows, open_state
+from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.strategies.row_exits import decode_until_sure
 from inference.strategies.schedules import SkipDecode, Unified
@@ -25,12 +25,12 @@ def model():
 
 
 @torch.inference_mode()
-def decoded_logits(model, prompt, start, prompt_parts):
+def decoded_logits(model, prompt, start, prefill_layers):
     """Return what decoding says at each token of RESPONSE, which it is made to give."""
-    state = open_state(model, 1, slots=40, sampling=Sampling(), seed=0)
+    state = allocate(model, 1, slots=40, sampling=Sampling(), seed=0)
     for buffer in state.cache.keys + state.cache.values:
         buffer.fill_(torch.nan)  # whatever reads a slot that nobody wrote becomes NaN
-    fill_rows(state, [prompt], prompt_parts)
+    prefill(state, [prompt], prefill_layers)
     decoder, read = start(state), []
     hook = model.norm.register_forward_hook(lambda module, inputs, out: read.append(out[0, 0]))
     for token in RESPONSE:
@@ -65,8 +65,8 @@ def trained_logits(model, prompt, config, exits=None):
     ids=["unified", "unified 1.5", "skipdecode", "skipdecode 5 to 3"],
 )
 def test_training_computes_what_decoding_does(model, prompt, strategy, config):
-    strategy = strategy.filled(L)
-    decoded = decoded_logits(model, prompt, strategy.start, strategy.prompt_parts(L))
+    strategy = strategy.with_defaults(L)
+    decoded = decoded_logits(model, prompt, strategy.start, strategy.prefill_layers(L))
     trained = trained_logits(model, prompt, config)
     torch.testing.assert_close(trained, decoded, atol=1e-5, rtol=1e-5)
     plain = trained_logits(model, prompt, TokenDepthConfig())

@@ -63,7 +63,7 @@ def test_dynamic_is_told_the_costs_that_were_measured():
     )
     assert [arm for arm in arms if arm.name == "dynamic"] == [
         told,
-        *(replace(told, guess_cost=1.23, ngram=n) for n in (2, 3)),
+        *(replace(told, lookup_cost=1.23, ngram=n) for n in (2, 3)),
     ]
     assert {arm.E for arm in arms if arm.name == "self_speculative"} == {4}
 
@@ -77,10 +77,10 @@ def test_every_arm_has_a_row_of_where_its_time_went():
         AUTOREGRESSIVE,
         SelfSpeculative(E=1, d=2),
         SelfSpeculative(E=2, d=2, stop=0.05, ngram=1),
-        Dynamic(d=2, probe=1, verify_costs=(0.2,), guess_cost=0.2, ngram=1),
+        Dynamic(d=2, probe=1, verify_costs=(0.2,), lookup_cost=0.2, ngram=1),
     ]
     results = measure(model, arms, workload, repeats=1, report=lambda line: None)
-    plain, drafted, *_ = map(tune.terms_of_a_round, results, [costs] * 4)
+    plain, drafted, *_ = map(tune.round_cost_breakdown, results, [costs] * 4)
     assert plain == pytest.approx({"draft": 0.0, "verify": 0.8, "head": 0.1})
     assert drafted["draft"] == pytest.approx(3 * 0.4, rel=0.2)  # the last round has less room
     assert drafted["verify"] == pytest.approx(1.2 * 2 / 3, rel=0.1)
@@ -89,7 +89,7 @@ def test_every_arm_has_a_row_of_where_its_time_went():
         results[1], passes=[(0, 1, 1, 6), (0, 3, 1, 1), (0, 3, 3, 1), (1, 3, 3, 2)],
         head_passes=[(1, 5), (3, 3)],
     )  # fmt: skip
-    terms = tune.terms_of_a_round(by_hand, costs)
+    terms = tune.round_cost_breakdown(by_hand, costs)
     assert terms["draft"] == pytest.approx(6 * 0.4 / 4)
     assert terms["verify"] == pytest.approx((0.8 + 1.2 + 2 * 1.2 * 2 / 3) / 4)
     assert terms["head"] == pytest.approx((5 * 0.1 + 3 * 0.3) / 4)

@@ -55,7 +55,7 @@ def check_step(runtime):
     for batch in packed_and_alone():
         model = build_model(config.model, config.parallel, runtime, config.seed)
         J, sums, _, _ = accumulate_gradients(
-            model, [batch], plan_of(config), STEP, config=config.step, runtime=runtime
+            model, [batch], plan_of(config), STEP, config=config.step_config, runtime=runtime
         )
         grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         found.append({"J": J, "sums": sums} | grads)

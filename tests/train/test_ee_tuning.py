@@ -107,7 +107,7 @@ def check_gradients(runtime, configs):
         model, slow = build(config, runtime), slow_model(config)
         t = STEPS[0]
         batch = make_loader(config, runtime.rank, runtime.world_size).batch(t)
-        keywords = {"config": config.step, "runtime": runtime}
+        keywords = {"config": config.step_config, "runtime": runtime}
         J, *_ = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
         slow_J = slow_loss(slow, config, t)
         slow_J.backward()
@@ -170,7 +170,13 @@ def check_steps(runtime, configs):
         for t in STEPS:
             plan = config.layerskip.at(t)
             train_step(
-                model, optimizer, loader.batch(t), plan, t, config=config.step, runtime=runtime
+                model,
+                optimizer,
+                loader.batch(t),
+                plan,
+                t,
+                config=config.step_config,
+                runtime=runtime,
             )
             slow_loss(slow, config, t).backward()
             norm = torch.nn.utils.clip_grad_norm_([p for _, p in learn], 0.05)
@@ -213,7 +219,7 @@ def check_half_precision(runtime, configs):
         for t in STEPS:
             plan, batch = config.layerskip.at(t), loader.batch(t)
             assert len(batch) > 1
-            asked = {"config": config.step, "runtime": runtime}
+            asked = {"config": config.step_config, "runtime": runtime}
             J, *_ = accumulate_gradients(model, batch, plan, t, **asked)
             assert J.isfinite()
             for name, parameter in model.named_parameters():
@@ -246,7 +252,7 @@ def test_plans_hold_what_learns_and_who_teaches():
     assert plan.mean_layers == 3, "the last layer is not run"
     taught = config_of("exits", distill=0.5).layerskip
     assert taught.at(2).exit_layers == (1, 2, 3)
-    assert (config_of("all").layerskip.watched, taught.watched) == (3, 2)
+    assert (config_of("all").layerskip.monitored_layer, taught.monitored_layer) == (3, 2)
 
 
 def test_a_forward_pass_ends_at_the_deepest_exit_that_is_wanted():
@@ -274,7 +280,7 @@ def check_resume(runtime, folder, mlp):
         for t in steps:
             train_step(
                 model, optimizer, loader.batch(t), config.layerskip.at(t), t,
-                config=config.step, runtime=runtime,
+                config=config.step_config, runtime=runtime,
             )  # fmt: skip
 
     settings = {"config": CheckpointConfig(), "identity": identity, "runtime": runtime}

@@ -20,9 +20,9 @@ from tests.train.loop.test_step import STEP, make_config, plan_of
 from tests.train.parallel.test_parallelize import compile_with
 from tests.train.planning.test_memory import make_work
 from tests.train.test_token_depth import PROMPTS, ROWS, SEQ, global_batch, microbatches_of
-from train.loop.outcome import LateReader
 from train.loop.report import StepReport
 from train.loop.step import accumulate_gradients, train_step
+from train.loop.step_metrics import DeferredReader
 from train.optimizer.optim import build_optimizer
 from train.parallel.parallelize import ParallelConfig, _write_shard, build_model
 from train.planning.memory import measure
@@ -83,7 +83,7 @@ def check_gradients(runtime, configs, backend=None):
         model = build(config, runtime)
         J, _, _, density = accumulate_gradients(
             model, microbatches_of(runtime), plan_of(config), STEP,
-            config=config.step, runtime=runtime,
+            config=config.step_config, runtime=runtime,
         )  # fmt: skip
         slow_J, running, slow = slow_gradients(config)
         assert 0.2 < running < 0.8
@@ -138,11 +138,11 @@ def check_metric(runtime):
     before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
     result = train_step(
         model, optimizer, microbatches_of(runtime), plan_of(config), STEP,
-        config=config.step, runtime=runtime,
+        config=config.step_config, runtime=runtime,
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter.full_tensor(), before[name]), name
-    reader = LateReader()
+    reader = DeferredReader()
     reader.push(STEP, result)
     [outcome] = reader.drain()
     assert outcome.finite

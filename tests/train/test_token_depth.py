@@ -88,7 +88,7 @@ def check_gradients(runtime, configs):
         model = build_model(config.model, config.parallel, runtime, config.seed)
         J, *_ = accumulate_gradients(
             model, microbatches_of(runtime), plan_of(config), STEP,
-            config=config.step, runtime=runtime,
+            config=config.step_config, runtime=runtime,
         )  # fmt: skip
         slow_J, slow = slow_gradients(config)
         torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J, atol=1e-6, rtol=1e-6)

@@ -87,7 +87,7 @@ def resume(
     return Resumed(manifest.step, manifest.state)
 
 
-def rollback(
+def load_earlier(
     folder: Path,
     model: Llama,
     optimizer: OptimizersContainer,

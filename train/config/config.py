@@ -69,7 +69,7 @@ class TrainConfig:
         return Path(self.output_dir) / self.name
 
     @property
-    def step(self) -> StepConfig:
+    def step_config(self) -> StepConfig:
         """What `train_step` needs to know."""
         return StepConfig(
             seed=self.seed,

@@ -59,7 +59,7 @@ class LayerSkipSchedule:
     last layer if it teaches them. None: everything learns."""
 
     @property
-    def watched(self) -> int:
+    def monitored_layer(self) -> int:
         """The layer l whose exit tells how the run fares: the last, or the deepest that learns."""
         if self.trained_exits is None:
             return self.L - 1

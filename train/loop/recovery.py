@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from data.loader import batch_number
-from train.loop.outcome import Outcome
+from train.loop.step_metrics import StepMetrics
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of batch numbers."""
@@ -38,12 +38,12 @@ class RecoveryConfig:
     max_skipped_updates: int = 10
     """Steps in a row that update nothing, because they are not finite, until the run rolls back."""
     rollback_steps: int = 100
-    """A rollback goes to the newest checkpoint at least this many steps before the trouble."""
+    """A rollback goes to the newest checkpoint at least this many steps before the anomaly."""
     skip_batches: int = 300
     """Batches left out after a rollback, counted from that checkpoint: PaLM left out 200 to 500;
-    in any case all that were seen up to the trouble."""
+    in any case all that were seen up to the anomaly."""
     max_rollbacks: int = 3
-    """Rollbacks in the life of a run; trouble after that many ends it."""
+    """Rollbacks in the life of a run; anomaly after that many ends it."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -64,11 +64,11 @@ class RecoveryConfig:
 
 
 @dataclass(frozen=True)
-class Health:
+class LossHistory:
     """What the last steps looked like; part of every checkpoint."""
 
     losses: tuple[float, ...] = ()
-    """Watched loss of the finite steps in the window, oldest first."""
+    """Loss of the monitored exit at the finite steps in the window, oldest first."""
     grad_norms: tuple[float, ...] = ()
     """Their gradient norms."""
     skipped_in_a_row: int = 0
@@ -76,34 +76,36 @@ class Health:
     suspicious_in_a_row: int = 0
     """Suspicious steps, up to now."""
 
-    def after(self, outcome: Outcome, watched: int, config: RecoveryConfig) -> "Health":
-        """Return the health after one more step, by the loss of the exit after layer `watched`."""
-        if not outcome.finite:
-            return Health(self.losses, self.grad_norms, self.skipped_in_a_row + 1, 0)
-        if watched not in outcome.exit_losses:  # this step's curriculum left it out
-            return Health(self.losses, self.grad_norms, 0, self.suspicious_in_a_row)
-        loss, norm = outcome.exit_losses[watched], outcome.grad_norm
+    def after(
+        self, step: StepMetrics, monitored_layer: int, config: RecoveryConfig
+    ) -> "LossHistory":
+        """Return the history after one more step, by the loss of the monitored exit."""
+        if not step.finite:
+            return LossHistory(self.losses, self.grad_norms, self.skipped_in_a_row + 1, 0)
+        if monitored_layer not in step.exit_losses:  # this step's curriculum left it out
+            return LossHistory(self.losses, self.grad_norms, 0, self.suspicious_in_a_row)
+        loss, norm = step.exit_losses[monitored_layer], step.grad_norm
         suspicious = (
             len(self.losses) >= config.window_steps // 4
             and score(loss, self.losses) > config.spike_score
             and score(norm, self.grad_norms) > config.spike_score
         )
-        return Health(
+        return LossHistory(
             (*self.losses, loss)[-config.window_steps :],
             (*self.grad_norms, norm)[-config.window_steps :],
             0,
             self.suspicious_in_a_row + 1 if suspicious else 0,
         )
 
-    def trouble(self, before: "Health", config: RecoveryConfig) -> "Trouble | None":
-        """Return what has become wrong since the health of the step before, if anything."""
+    def anomaly(self, before: "LossHistory", config: RecoveryConfig) -> "Anomaly | None":
+        """Return what has become wrong since the history of the step before, if anything."""
         if self.skipped_in_a_row >= config.max_skipped_updates:
             steps = self.skipped_in_a_row
-            return Trouble(f"{steps} steps in a row were not finite", steps, rollback=True)
+            return Anomaly(f"{steps} steps in a row were not finite", steps, rollback=True)
         spike = self.suspicious_in_a_row == config.spike_steps > before.suspicious_in_a_row
         if spike and config.on_spike != "ignore":
             steps = self.suspicious_in_a_row
-            return Trouble(
+            return Anomaly(
                 f"loss spike: {self.losses[-1]:.3f}, gradient norm {self.grad_norms[-1]:.3g}, where"
                 f" the medians are {statistics.median(self.losses):.3f} and "
                 f"{statistics.median(self.grad_norms):.3g}",
@@ -114,8 +116,8 @@ class Health:
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Why a run is ill."""
+class Anomaly:
+    """A spike in loss and gradient norm, or steps that were not finite."""
 
     reason: str
     steps: int
@@ -128,7 +130,7 @@ class Trouble:
 class RunState:
     """What a checkpoint must hold besides tensors; all else follows from the step."""
 
-    health: Health = field(default_factory=Health)
+    loss_history: LossHistory = field(default_factory=LossHistory)
     skipped_batches: Ranges = ()
     """Batch numbers that are never dealt."""
     productive_seconds: float = 0.0
@@ -138,9 +140,9 @@ class RunState:
         """Return it as JSON would hold it."""
         return asdict(self)
 
-    def with_health(self, health: Health) -> "RunState":
-        """Return the state with another health."""
-        return replace(self, health=health)
+    def with_loss_history(self, loss_history: LossHistory) -> "RunState":
+        """Return the state with another loss history."""
+        return replace(self, loss_history=loss_history)
 
     def with_seconds(self, seconds: float) -> "RunState":
         """Return the state after so many more productive seconds."""
@@ -156,13 +158,14 @@ def run_state_from_dict(fields: dict[str, Any]) -> RunState:
     """Rebuild the state of a checkpoint; an empty dictionary gives a new run's."""
     if not fields:
         return RunState()
-    health = fields["health"]
+    # "health": its name in checkpoints of version 0.1.
+    history = fields["loss_history"] if "loss_history" in fields else fields["health"]
     return RunState(
-        Health(
-            tuple(health["losses"]),
-            tuple(health["grad_norms"]),
-            health["skipped_in_a_row"],
-            health["suspicious_in_a_row"],
+        LossHistory(
+            tuple(history["losses"]),
+            tuple(history["grad_norms"]),
+            history["skipped_in_a_row"],
+            history["suspicious_in_a_row"],
         ),
         tuple((first, stop) for first, stop in fields["skipped_batches"]),
         fields["productive_seconds"],
@@ -181,28 +184,28 @@ def score(value: float, history: Sequence[float]) -> float:
 
 
 def skip_after_rollback(
-    *, to: int, trouble_t: int, skipped: Ranges, config: RecoveryConfig
+    *, to: int, anomaly_t: int, skipped: Ranges, config: RecoveryConfig
 ) -> tuple[int, int]:
-    """Return the range of batches to leave out when going back from step trouble_t to step `to`.
+    """Return the range of batches to leave out when going back from step anomaly_t to step `to`.
 
-    They are all the batches dealt from `to` up to the trouble, and at least `skip_batches`.
+    They are all the batches dealt from `to` up to the anomaly, and at least `skip_batches`.
     """
     first = batch_number(to, skipped)
-    return first, max(first + config.skip_batches, batch_number(trouble_t, skipped) + 1)
+    return first, max(first + config.skip_batches, batch_number(anomaly_t, skipped) + 1)
 
 
 def rollback_step(
-    checkpoints: Sequence[int], trouble_began: int, config: RecoveryConfig
+    checkpoints: Sequence[int], anomaly_start: int, config: RecoveryConfig
 ) -> int | None:
-    """Choose the checkpoint to go back to: the newest that is `rollback_steps` before the trouble.
+    """Choose the checkpoint to go back to: the newest that is `rollback_steps` before the anomaly.
 
-    Where none is that old it is the oldest from before the trouble; None if there is none at all.
+    Where none is that old it is the oldest from before the anomaly; None if there is none at all.
 
     Args:
         checkpoints: Steps done at each, ascending.
-        trouble_began: First step of the trouble.
+        anomaly_start: First step of the anomaly.
         config: How far to go back.
     """
-    before = [t for t in checkpoints if t <= trouble_began]
-    old_enough = [t for t in before if t <= trouble_began - config.rollback_steps]
+    before = [t for t in checkpoints if t <= anomaly_start]
+    old_enough = [t for t in before if t <= anomaly_start - config.rollback_steps]
     return old_enough[-1] if old_enough else before[0] if before else None

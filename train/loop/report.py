@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from train.loop.layerskip import StepPlan
-from train.loop.outcome import Outcome
+from train.loop.step_metrics import StepMetrics
 from train.loop.throughput import Throughput
 
 
 class StepReport:
-    """Gathers the outcomes of steps until a line is due."""
+    """Gathers the steps of steps until a line is due."""
 
     def __init__(
         self, L: int, tokens_per_step: int, throughput: Throughput, *, routed: bool
@@ -17,11 +17,11 @@ class StepReport:
         """Start with no step seen."""
         self._L, self._tokens_per_step, self._throughput = L, tokens_per_step, throughput
         self._routed = routed
-        self._outcomes: list[Outcome] = []
+        self._steps: list[StepMetrics] = []
 
-    def add(self, outcome: Outcome, plan: StepPlan) -> None:
+    def add(self, step: StepMetrics, plan: StepPlan) -> None:
         """Take in one step and the plan it followed."""
-        self._outcomes.append(outcome)
+        self._steps.append(step)
         self._plan = plan
         self._throughput.add(self._tokens_per_step, plan)
 
@@ -33,14 +33,14 @@ class StepReport:
             lr: Learning rate of the last of them.
             seconds: Time they took.
         """
-        finite = [outcome for outcome in self._outcomes if outcome.finite]
+        finite = [step for step in self._steps if step.finite]
         metrics = {
             "optim/lr": lr,
             "layerskip/p_max_t": max(self._plan.drop_prob),
             "layerskip/mean_layers": self._plan.mean_layers,
             "layerskip/num_exits": float(len(self._plan.exit_layers)),
             "progress/tokens": float(done_steps * self._tokens_per_step),
-            "progress/skipped_updates": float(len(self._outcomes) - len(finite)),
+            "progress/skipped_updates": float(len(self._steps) - len(finite)),
             **self._throughput.read(seconds),
         }
         if finite:
@@ -49,13 +49,13 @@ class StepReport:
             }
             means = {l: fmean(losses) for l, losses in by_exit.items() if losses}
             metrics |= {
-                "train/J": fmean(outcome.J for outcome in finite),
+                "train/J": fmean(step.J for step in finite),
                 **exit_metrics("train", means, self._L),
                 "optim/grad_norm": finite[-1].grad_norm,
             }
             if self._routed:
-                metrics["train/router_density"] = fmean(outcome.density for outcome in finite)
-        self._outcomes = []
+                metrics["train/router_density"] = fmean(step.density for step in finite)
+        self._steps = []
         return metrics
 
 

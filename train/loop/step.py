@@ -66,7 +66,7 @@ def train_step(
     config: StepConfig,
     runtime: Runtime,
     adam_monitor: AdamMonitor | None = None,
-    wants_to_stop: bool = False,
+    local_stop_requested: bool = False,
 ) -> StepResult:
     """Take the gradient of J, clip it and update the weights.
 
@@ -83,7 +83,7 @@ def train_step(
         grad_norm = grad_norm.full_tensor()
     # Summed along with the rest, so that every rank judges by the same bits.
     norm_share = grad_norm.to(runtime.device) / runtime.world_size
-    stop = torch.tensor(float(wants_to_stop)).to(runtime.device, non_blocking=True)
+    stop = torch.tensor(float(local_stop_requested)).to(runtime.device, non_blocking=True)
     local = torch.cat((J[None], sums, counts, density[None], norm_share[None], stop[None]))
     totals = runtime.sum_over_ranks(local.clone())
     set_lr(optimizer, lr(config.optim, t, config.T))

@@ -135,12 +135,12 @@ class AdamMonitor:
         """
         self._config, self._runtime = config, runtime
         self._lags = sorted({*range(1, config.lags + 1), *((period,) if period else ())})
-        self._groups: dict[str, list[_Watched]] = {}
+        self._groups: dict[str, list[_MonitoredParameter]] = {}
         for inner in optimizer:
             for options in inner.param_groups if isinstance(inner, AdamW) else ():
                 for name, parameter in zip(options["param_names"], options["params"], strict=True):
-                    watched = _Watched(parameter, inner, options, runtime.world_size)
-                    self._groups.setdefault(group_of(name), []).append(watched)
+                    monitored = _MonitoredParameter(parameter, inner, options, runtime.world_size)
+                    self._groups.setdefault(group_of(name), []).append(monitored)
         self._steps_seen = 0
         self._update_rms: dict[str, float] = {}
         if config.interval_steps:
@@ -154,11 +154,11 @@ class AdamMonitor:
             budget = SAMPLED * min(w.copies for w in group) // self._runtime.world_size
             stride = -(-sum(w.numel for w in group) // max(budget, 1)) | 1
             begin, phase = columns, 0
-            for watched in group:
-                watched.sampled = slice(phase, None, stride)
-                taken = len(range(phase, watched.numel, stride))
-                watched.zeros = torch.zeros(taken, device=watched.device)
-                phase += taken * stride - watched.numel
+            for monitored in group:
+                monitored.sampled = slice(phase, None, stride)
+                taken = len(range(phase, monitored.numel, stride))
+                monitored.zeros = torch.zeros(taken, device=monitored.device)
+                phase += taken * stride - monitored.numel
                 columns += taken
             self._columns[name] = slice(begin, columns)
         device = next(iter(self._groups.values()))[0].device
@@ -177,7 +177,7 @@ class AdamMonitor:
         """
         if not self._config.interval_steps:
             return
-        parts = [watched.sampled_grad() for group in self._groups.values() for watched in group]
+        parts = [monitored.sampled_grad() for group in self._groups.values() for monitored in group]
         torch.cat(parts, out=self._ring[self._steps_seen % len(self._ring)])
         self._steps_seen += 1
 
@@ -245,7 +245,7 @@ class AdamMonitor:
         )
 
 
-class _Watched:
+class _MonitoredParameter:
     """One parameter: where its gradient and moments are."""
 
     sampled: slice
@@ -270,16 +270,16 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _moment_sums(group: list[_Watched]) -> Tensor:
+def _moment_sums(group: list[_MonitoredParameter]) -> Tensor:
     """Return (8 + 64,) float64: this rank's POWERS and histogram, each shard counted once."""
     device = group[0].device
     sums = torch.zeros(len(POWERS) + BINS, dtype=torch.float64, device=device)
-    for watched in group:
-        state = watched.optimizer.state.get(watched.parameter)
+    for monitored in group:
+        state = monitored.optimizer.state.get(monitored.parameter)
         if not state:
             continue
-        beta1, beta2 = watched.options["betas"]
-        eps, step = watched.options["eps"], state["step"].double().to(device)
+        beta1, beta2 = monitored.options["betas"]
+        eps, step = monitored.options["eps"], state["step"].double().to(device)
         # At step 0, of which only a skipped first update knows, both moments are 0.
         correction1 = (1 - beta1**step).clamp(min=1e-30).float()
         correction2 = (1 - beta2**step).clamp(min=1e-30).float()
@@ -296,5 +296,5 @@ def _moment_sums(group: list[_Watched]) -> Tensor:
             part += [starved, step * len(m)]
             part = [torch.full_like(step, len(m)), *(value.double() for value in part)]
             counts = torch.bincount(bins, minlength=BINS).double()
-            sums += torch.cat((torch.stack(part), counts)) / watched.copies
+            sums += torch.cat((torch.stack(part), counts)) / monitored.copies
     return sums

@@ -17,7 +17,13 @@ from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
-from train.monitoring.heartbeat import Blackboard, Heartbeat, Silences, Verdict, judge
+from train.monitoring.heartbeat import (
+    HangReport,
+    Heartbeat,
+    HeartbeatAges,
+    HeartbeatStore,
+    diagnose_hang,
+)
 from train.monitoring.main_thread import waits
 from train.monitoring.sections import SECTIONS, Section, Sections
 
@@ -59,10 +65,10 @@ class Watchdog:
             record: Called with the verdict and the step, by the lowest rank that still can.
         """
         self._sections, self._folder, self._record, self._rank = sections, folder, record, rank
-        self._board: Blackboard | None = Blackboard(store, rank, world_size)
+        self._board: HeartbeatStore | None = HeartbeatStore(store, rank, world_size)
         self._limits: dict[Section, float] = dict.fromkeys(SECTIONS, timeout_seconds)
         self._limits |= {"setup": setup_timeout_seconds, "checkpoint": setup_timeout_seconds}
-        self._silences = Silences()
+        self._silences = HeartbeatAges()
         self._interval = min(5.0, timeout_seconds / 10, setup_timeout_seconds / 10)
         self._main = threading.main_thread().ident or 0
         self._beats, self._last_beat = 0, time.monotonic()
@@ -84,12 +90,12 @@ class Watchdog:
         while not self._stopped.is_set():
             beat, verdict = self._beat()
             if verdict is None and self._is_late(beat):
-                verdict = self._judge()
+                verdict = self._diagnose()
             if verdict is not None and not self._stopped.is_set():
                 self._end(verdict)
             self._stopped.wait(self._interval)
 
-    def _beat(self) -> tuple[Heartbeat, Verdict | None]:
+    def _beat(self) -> tuple[Heartbeat, HangReport | None]:
         """Publish where the main thread is; also return what another rank has judged."""
         section, t, seconds = self._sections.current
         now = time.monotonic()
@@ -109,7 +115,7 @@ class Watchdog:
     def _is_late(self, beat: Heartbeat) -> bool:
         return beat.seconds > self._limits[beat.section]
 
-    def _judge(self) -> Verdict | None:
+    def _diagnose(self) -> HangReport | None:
         """Read all heartbeats twice, three beats apart, and agree on who hangs."""
         self._listen()
         for _ in range(3):
@@ -119,11 +125,11 @@ class Watchdog:
             return None
         now, silences = self._listen()
         if now is None:
-            return Verdict(
+            return HangReport(
                 f"rank {self._rank} is {beat}; the store of heartbeats does not answer, so it is "
                 "unknown which rank it waits for"
             )
-        found = judge(now, silences, self._limits)
+        found = diagnose_hang(now, silences, self._limits)
         return found and (self._ask(lambda board: board.agree(found)) or found)
 
     def _listen(self) -> tuple[list[Heartbeat | None] | None, list[float]]:
@@ -131,7 +137,7 @@ class Watchdog:
         now = self._ask(lambda board: board.heartbeats())
         return now, self._silences.listen(now) if now else []
 
-    def _ask(self, question: Callable[[Blackboard], T]) -> T | None:
+    def _ask(self, question: Callable[[HeartbeatStore], T]) -> T | None:
         """Return the blackboard's answer; None once its store is gone, which is for good."""
         board = self._board
         if board is None:
@@ -149,7 +155,7 @@ class Watchdog:
             return None
         return answers[0]
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, verdict: HangReport) -> None:
         """Say who hangs, write this rank's stacks, and end the process once all have."""
         t = self._sections.current[1]
         path = self._folder / f"rank-{self._rank:05d}-step-{t:08d}.txt"

@@ -30,14 +30,14 @@ class Heartbeat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HangReport:
     """Who hangs; `silent` ranks are too far gone to write their stacks."""
 
     text: str
     silent: tuple[int, ...] = ()
 
 
-class Silences:
+class HeartbeatAges:
     """How long each rank has not been heard of; remembers the heartbeats it is shown."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,11 +55,11 @@ class Silences:
         return [now - self._heard[rank][1] for rank in range(len(beats))]
 
 
-def judge(
+def diagnose_hang(
     now: list[Heartbeat | None],
     silences: list[float],
     limits: dict[Section, float],
-) -> Verdict | None:
+) -> HangReport | None:
     """Say who hangs, from a reading of all heartbeats some beats after another.
 
     A rank without a new heartbeat is silent: stopped, on a dead machine, or in code that lets no
@@ -87,7 +87,7 @@ def judge(
         if not frozen:
             return None
         seen = f"last seen {last[frozen[0]]}" if last[frozen[0]] else "never seen"
-        return Verdict(f"{_name(frozen)} frozen, without a heartbeat, {seen}", silent)
+        return HangReport(f"{_name(frozen)} frozen, without a heartbeat, {seen}", silent)
     behind = min(map(_position, beats))
     hung = [rank for rank, beat in enumerate(beats) if _position(beat) == behind]
     at_work = [rank for rank in hung if not beats[rank].waits]
@@ -96,12 +96,12 @@ def judge(
     if latest.seconds <= limits[latest.section]:
         return None
     if len(hung) == len(beats) > 1:
-        return Verdict(f"all {len(beats)} ranks are {latest}, each waiting for another")
+        return HangReport(f"all {len(beats)} ranks are {latest}, each waiting for another")
     ahead = sorted(position for position in map(_position, beats) if position != behind)
     waiting = "; the others wait for it" if len(hung) < len(beats) else ""
     if ahead:
         waiting = f"; the others are in {SECTIONS[ahead[0][1]]} of step {ahead[0][0]}"
-    return Verdict(f"{_name(hung)} {latest}{waiting}")
+    return HangReport(f"{_name(hung)} {latest}{waiting}")
 
 
 def _position(beat: Heartbeat) -> tuple[int, int]:
@@ -115,7 +115,7 @@ def _name(ranks: list[int]) -> str:
     return f"rank {shown} is" if len(ranks) == 1 else f"ranks {shown}{more} are"
 
 
-class Blackboard:
+class HeartbeatStore:
     """What the watchdogs of all ranks tell each other; a RuntimeError where its store is gone."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -124,7 +124,7 @@ class Blackboard:
         self._own = f"watchdog/{rank}"
         self._all = [f"watchdog/{other}" for other in range(world_size)]
 
-    def exchange(self, beat: Heartbeat) -> Verdict | None:
+    def exchange(self, beat: Heartbeat) -> HangReport | None:
         """Publish a heartbeat; return the verdict, if there is one."""
         self._store.set(self._own, json.dumps(asdict(beat)))
         if not self._store.check(["watchdog/verdict"]):
@@ -139,7 +139,7 @@ class Blackboard:
         read = dict(zip(present, self._store.multi_get(present), strict=True))
         return [Heartbeat(**json.loads(read[key])) if key in read else None for key in self._all]
 
-    def agree(self, verdict: Verdict) -> Verdict:
+    def agree(self, verdict: HangReport) -> HangReport:
         """Write the verdict unless another rank has; return the one that stands."""
         return _parse(self._store.compare_set("watchdog/verdict", "", json.dumps(asdict(verdict))))
 
@@ -152,6 +152,6 @@ class Blackboard:
             written = self._store.add("watchdog/written", 0)
 
 
-def _parse(text: bytes) -> Verdict:
+def _parse(text: bytes) -> HangReport:
     fields = json.loads(text)
-    return Verdict(fields["text"], tuple(fields["silent"]))
+    return HangReport(fields["text"], tuple(fields["silent"]))

@@ -1,4 +1,4 @@
-"""A ledger of storages: what is made, by whom, how large, and until when it lives.
+"""A tracker of storages: what is made, by whom, how large, and until when it lives.
 
 Knows nothing of models or ranks. It works on tensors without data (torch's FakeTensorMode), whose
 storages have their true size.
@@ -33,7 +33,7 @@ class Allocation:
     """Place of its death; None while it lives."""
 
 
-class Ledger(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Notes every storage that operators make under it, and what collectives move.
 
     A storage belongs to the part of the innermost module on the stack, of those in `parts`, when it
@@ -41,7 +41,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, parts: Mapping[str, str | None]) -> None:
-        """Start an empty ledger.
+        """Start an empty tracker.
 
         Args:
             parts: {module: part}; a module stands for all below it. What a module makes whose part
@@ -78,12 +78,12 @@ class Ledger(TorchDispatchMode):
                 self._note(value.untyped_storage())
         return out
 
-    def __enter__(self) -> "Ledger":
+    def __enter__(self) -> "AllocationTracker":
         """Watch operators, and resizes: FSDP2 frees and takes storages so, which is no operator."""
         resize = self._resize = torch.UntypedStorage.resize_
 
         def watched_resize(storage: torch.UntypedStorage, size: int) -> None:
-            self._strike(storage._cdata)
+            self._record_free(storage._cdata)
             resize(storage, size)
             self._note(storage)
 
@@ -108,10 +108,10 @@ class Ledger(TorchDispatchMode):
             return
         self._alive[key] = Allocation(part, size, self.now)
         self.allocations.append(self._alive[key])
-        weakref.finalize(storage, self._strike, key)
+        weakref.finalize(storage, self._record_free, key)
         self.now += 1
 
-    def _strike(self, key: int) -> None:
+    def _record_free(self, key: int) -> None:
         if allocation := self._alive.pop(key, None):
             allocation.end = self.now
             self.now += 1
@@ -148,8 +148,8 @@ def find_peak(allocations: Collection[Allocation], since: int = 0) -> Peak:
     """Replay births and deaths from the first on, and return the moment with the most from `since`.
 
     Args:
-        allocations: What a ledger noted.
-        since: A place among births and deaths, as `Ledger.now` counts them.
+        allocations: What a tracker noted.
+        since: A place among births and deaths, as `AllocationTracker.now` counts them.
     """
     changes = [(a.begin, a.part, a.size) for a in allocations]
     changes += [(a.end, a.part, -a.size) for a in allocations if a.end is not None]

@@ -43,7 +43,7 @@ STATE = ("parameters", "moments", "gradients")
 STATE_LABEL = "parameters, gradients and moments"
 
 
-def plan(config: TrainConfig, machine: DryRun) -> str:
+def plan_run(config: TrainConfig, machine: DryRun) -> str:
     """Return the plan of a run on a machine, to be printed.
 
     Raises:
@@ -75,7 +75,7 @@ def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> W
     return Work(
         model=config.model,
         parallel=config.parallel,
-        step=config.step,
+        step=config.step_config,
         plan=replace(worst, drop_prob=(0.0,) * config.model.n_layers),
         rows=rows,
         seq_len=config.data.seq_len,

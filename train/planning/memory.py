@@ -28,7 +28,7 @@ from train.parallel.blocks import checkpoint_blocks
 from train.parallel.parallelize import ParallelConfig, freeze, shard
 from train.parallel.runtime import Runtime
 from train.parallel.titan import OptimizersContainer
-from train.planning.allocations import Ledger, Peak, find_peak
+from train.planning.allocations import AllocationTracker, Peak, find_peak
 from train.planning.gpu_kernels import gpu_kernels
 
 PARTS = {
@@ -83,26 +83,26 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
         parallel = replace(parallel, param_dtype="bfloat16")
     runtime = Runtime(rank=0, world_size=work.ranks, device=torch.device("cpu"), job="")
     samples = torch.arange(work.rows)  # has data, for layer dropout draws on the host
-    ledger = Ledger(PARTS)
+    tracker = AllocationTracker(PARTS)
     with _fake_ranks(work.ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _build(work, parallel, _mesh(parallel, work.ranks))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, ledger, gpu_kernels() if on_gpu else nullcontext():
-            ledger.only_part = "parameters"
+        with fake, tracker, gpu_kernels() if on_gpu else nullcontext():
+            tracker.only_part = "parameters"
             model.to_empty(device="cpu")
-            ledger.only_part, built = None, ledger.now
+            tracker.only_part, built = None, tracker.now
             optimizer = build_optimizer(model, work.step.optim)
-            before = _watch_gradients(ledger, model, optimizer)
+            before = _watch_gradients(tracker, model, optimizer)
             batch = _microbatch(work, samples)
             # Of many microbatches, the second is as all others.
             batches = [batch] * min(work.microbatches, 2)
             train_step(model, optimizer, batches, work.plan, 0, config=work.step, runtime=runtime)
-            collectives = ledger.collective_bytes.copy()
+            collectives = tracker.collective_bytes.copy()
             _validate(model, batch, work.step.early_exit.chunk_rows)
     for name, moved in (before[1] - before[0]).items():
         collectives[name] += (work.microbatches - len(batches)) * moved
-    return _need(ledger, built, work.parallel.cpu_offload, collectives)
+    return _need(tracker, built, work.parallel.cpu_offload, collectives)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
 
 
 def _watch_gradients(
-    ledger: Ledger, model: Llama, optimizer: OptimizersContainer
+    tracker: AllocationTracker, model: Llama, optimizer: OptimizersContainer
 ) -> list[Counter[str]]:
     """Call gradients what a backward pass leaves behind.
 
@@ -147,11 +147,11 @@ def _watch_gradients(
     before: list[Counter[str]] = []
 
     def before_forward(*_: object) -> None:
-        ledger.move(backward, "unreduced gradients")
-        before.append(ledger.collective_bytes.copy())
+        tracker.move(backward, "unreduced gradients")
+        before.append(tracker.collective_bytes.copy())
 
     def before_update(*_: object) -> None:
-        ledger.move(backward, "gradients")
+        tracker.move(backward, "gradients")
 
     model.register_forward_pre_hook(before_forward, prepend=True)
     for inner in optimizer:
@@ -173,13 +173,15 @@ def _validate(model: Llama, batch: Microbatch, chunk_rows: int) -> None:
     early_exit_loss(hidden.exits, model.head_weight, batch.labels, weights, config=config)
 
 
-def _need(ledger: Ledger, built: int, cpu_offload: bool, collectives: Mapping[str, int]) -> Need:
+def _need(
+    tracker: AllocationTracker, built: int, cpu_offload: bool, collectives: Mapping[str, int]
+) -> Need:
     """Tell the device's memory from the host's, in any step but the first."""
-    for allocation in ledger.allocations:
+    for allocation in tracker.allocations:
         if allocation.part == "update" and allocation.end is None:
             # Made by the first step's update, and there ever since.
             allocation.part, allocation.begin = "moments", built
     host = {"parameters", "gradients", "moments"} if cpu_offload else set()
-    on_host = [a for a in ledger.allocations if a.part in host]
-    on_device = [a for a in ledger.allocations if a.part not in host]
+    on_host = [a for a in tracker.allocations if a.part in host]
+    on_device = [a for a in tracker.allocations if a.part not in host]
     return Need(find_peak(on_device, built), find_peak(on_host, built).total, collectives)

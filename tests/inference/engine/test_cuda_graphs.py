@@ -10,13 +10,14 @@ from inference.engine.compiled import WINDOW_STEP
 from inference.engine.cuda_graphs import GraphedRounds, graphed, round_graphs
 from inference.engine.generation import Generation
 from inference.engine.host_copy import HostCopy
-from inference.engine.prefill import fill_rows, open_state
+from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.engine.state import FixedRounds, Round, moving_on
+from inference.engine.state import GraphableDecoder, Round, advancing
 from inference.evaluation.costs import measure_costs
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
+from inference.strategies import two_model
 from inference.strategies.autoregressive import Autoregressive, EarlyExit
-from inference.strategies.registry import describe, parse_strategy, two_model
+from inference.strategies.registry import describe, parse_strategy
 from inference.strategies.schedules import Pruned, Unified
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
@@ -67,7 +68,7 @@ def test_tokens_and_counts_are_those_without_graphs(model, strategy, batch_size)
     whole = decode(model, prompts, strategy).tokens
     stops = [whole[0][4], whole[2][9]]
     graphs, recorders = rerunning()
-    for options in ({}, {"stop_tokens": stops}, {"reads_late": True, "stop_tokens": stops}):
+    for options in ({}, {"stop_tokens": stops}, {"async_readback": True, "stop_tokens": stops}):
         options = {"batch_size": batch_size, **options}
         plain = decode(model, prompts, strategy, **options)
         ours = decode(model, prompts, strategy, graphs=graphs, **options)
@@ -94,7 +95,7 @@ def test_rows_fill_the_context_and_end(another_model, d, longest, late):
         graphs, [*_] = rerunning()
         for _ in range(2):
             ours = decode(
-                model, prompts, strategy, max_new_tokens=100, graphs=graphs, reads_late=late
+                model, prompts, strategy, max_new_tokens=100, graphs=graphs, async_readback=late
             )
             assert ours.tokens == plain
 
@@ -106,17 +107,17 @@ def test_windows_are_few_and_hold_every_token(another_model):
         plain = decode(model, PROMPTS[:2], strategy, max_new_tokens=slots)
         graphs, [*_] = rerunning()
         generation = Generation(
-            model, PROMPTS[:2], strategy, max_new_tokens=slots, graphs=graphs, reads_late=False
+            model, PROMPTS[:2], strategy, max_new_tokens=slots, graphs=graphs, async_readback=False
         )
         state, windows = generation._state, set()
-        look_at = state.cache.look_at
+        set_window = state.cache.set_window
 
-        def watch(n, state=state, windows=windows, look_at=look_at):
-            look_at(n)
+        def watch(n, state=state, windows=windows, set_window=set_window):
+            set_window(n)
             assert n > int(state.positions.max())
             windows.add(state.cache.window)
 
-        state.cache.look_at = watch
+        state.cache.set_window = watch
         assert generation.finish().tokens == plain.tokens
         batch = graphs.take(model, 2, slots=slots, sampling=Sampling(), seed=0)
         ends = (WINDOW_STEP, 2 * WINDOW_STEP, slots)
@@ -130,16 +131,16 @@ def test_windows_are_few_and_hold_every_token(another_model):
 def test_the_host_knows_the_same_length_after_every_round(model, strategy):
     seen = []
     for recorder in (None, Rerunner()):
-        state = open_state(model, 3, slots=60, sampling=Sampling(), seed=0)
-        fill_rows(state, PROMPTS[:3], (4, NOTHING))
-        decoder = moving_on(state, strategy.filled(4).start(state))
+        state = allocate(model, 3, slots=60, sampling=Sampling(), seed=0)
+        prefill(state, PROMPTS[:3], (4, NOTHING))
+        decoder = advancing(state, strategy.with_defaults(4).start(state))
         if recorder is not None:
             decoder = graphed(state, decoder, recorder)
         seen.append([])
         for room in (9, 9, 9, 9, 2, 2, 2, 9, 1, 1, 1, 9):
             decoder(room)
-            assert state.longest >= int(state.positions.max())
-            seen[-1].append((state.longest, deepcopy(state.work), state.positions.tolist()))
+            assert state.max_position >= int(state.positions.max())
+            seen[-1].append((state.max_position, deepcopy(state.work), state.positions.tolist()))
     assert seen[0] == seen[1]
     assert recorder.replayed > 3
 
@@ -182,7 +183,7 @@ def test_rounds_that_ask_are_run_as_they_are(model, text):
 
 def test_arms_in_turn_share_a_batch_and_keep_their_graphs(model):
     graphs, recorders = rerunning()
-    arms = [strategy.filled(4) for strategy in FIXED]
+    arms = [strategy.with_defaults(4) for strategy in FIXED]
     plain = [decode(model, PROMPTS, arm).tokens for arm in arms]
     recorded = []
     for _ in range(3):
@@ -239,16 +240,16 @@ def test_only_gpus_have_graphs():
 
 
 def test_a_decoder_that_asks_is_found_out_before_it_is_recorded(model):
-    state = open_state(model, 1, slots=20, sampling=Sampling(), seed=0)
-    fill_rows(state, [[1, 2]], (4, NOTHING))
+    state = allocate(model, 1, slots=20, sampling=Sampling(), seed=0)
+    prefill(state, [[1, 2]], (4, NOTHING))
 
     def asks(n):
-        state.ask(state.positions.sum() > 0)
+        state.sync_bool(state.positions.sum() > 0)
         return Round(state.pending[:, None], state.positions * 0, state.positions * 0)
 
     recorder = Rerunner()
     with pytest.raises(AssertionError, match="fixed rounds ask nothing"):
-        GraphedRounds(state, FixedRounds(1, asks), recorder)(1)
+        GraphedRounds(state, GraphableDecoder(1, asks), recorder)(1)
     assert recorder.recorded == 0
 
 
@@ -260,8 +261,8 @@ def on_no_data(**options):
 
 def start_on_no_data(strategy, *, temperature=0.0):
     model = on_no_data(n_layers=4, n_kv_heads=2)
-    state = open_state(model, 3, slots=30, sampling=Sampling(), seed=0)
-    state.longest, decoder = 5, strategy.filled(4).start(state)
+    state = allocate(model, 3, slots=30, sampling=Sampling(), seed=0)
+    state.max_position, decoder = 5, strategy.with_defaults(4).start(state)
     if temperature:  # not before: there are no generators of this device
         state.sampling = Sampling(temperature=temperature, top_k=5, top_p=0.9)
         state.generator = torch.Generator()
@@ -276,10 +277,10 @@ def start_on_no_data(strategy, *, temperature=0.0):
 def test_rounds_neither_ask_nor_take_anything_of_the_host(monkeypatch, strategy, temperature):
     monkeypatch.setattr(two_model._load(), "model", on_no_data(n_layers=2))
     state, decoder = start_on_no_data(strategy, temperature=temperature)
-    assert isinstance(decoder, FixedRounds)
+    assert isinstance(decoder, GraphableDecoder)
     for n in range(1, decoder.most + 1):
         with on_device_alone():
-            result = moving_on(state, decoder.run)(n)
+            result = advancing(state, decoder.run)(n)
         assert result.tokens.shape == (3, n)
         assert result.tokens.device.type == "meta"
 
@@ -315,6 +316,6 @@ def test_what_a_round_may_not_do_is_seen(monkeypatch, mistake):
 @torch.no_grad()
 def test_strategies_that_ask_are_not_fixed():
     _, decoder = start_on_no_data(parse_strategy("self_speculative:E=2:d=3:stop=0.5"))
-    assert not isinstance(decoder, FixedRounds)
+    assert not isinstance(decoder, GraphableDecoder)
     with on_device_alone(), pytest.raises(RuntimeError, match="meta"):
         decoder(4)

@@ -11,8 +11,9 @@ from inference.engine.generation import Generation
 from inference.engine.host_copy import HostCopy
 from inference.engine.sampling import Sampling
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
+from inference.strategies import two_model
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.registry import describe, two_model
+from inference.strategies.registry import describe
 from inference.strategies.self_speculative import SelfSpeculative
 from tests.inference.engine.test_cuda_graphs import FIXED, MORE_PROMPTS, counts
 from tests.inference.every_strategy import decode, make_model

@@ -199,7 +199,7 @@ def test_emissions_join_to_the_rows_and_say_what_was_accepted(model):
     for emissions in generation:
         for emission in emissions:
             assert 0 <= len(emission.tokens) - emission.accepted <= 1
-            rows[emission.row] += emission.tokens
+            rows[emission.prompt_index] += emission.tokens
             accepted += emission.accepted
     assert rows == generation.tokens
     assert 0 < accepted <= generation.counters.accepted
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused(model, prompts, options, message):
         ("unified:speedup=3:keep=0+1", "speedup: 3.0, has no effect without leaving keep out"),
         ("pruned:every=4:keep=0+1", "every: 4, has no effect without leaving keep out"),
         ("calm:length=9", "length: 9, has no effect without tau above 0"),
-        ("dynamic:guess_cost=2", "guess_cost: 2.0, has no effect without ngram"),
+        ("dynamic:lookup_cost=2", "lookup_cost: 2.0, has no effect without ngram"),
         ("skip_draft:eps=0:beta1=0.1", "beta1: 0.1, has no effect without eps above 0"),
         ("free:zeta=0.3", "zeta: 0.3, has no effect without adapt=true"),
         (
@@ -278,12 +278,12 @@ def test_prompts_take_the_rows_of_those_that_end(model):
 
 @pytest.mark.parametrize("strategy", ALL, ids=describe)
 def test_reading_a_round_late_changes_no_token(model, strategy):
-    whole = decode(model, PROMPTS, strategy, reads_late=False)
-    assert decode(model, PROMPTS, strategy, reads_late=True).tokens == whole.tokens
+    whole = decode(model, PROMPTS, strategy, async_readback=False)
+    assert decode(model, PROMPTS, strategy, async_readback=True).tokens == whole.tokens
     stops = {whole.tokens[0][4], whole.tokens[2][9]}
     for batch_size in (None, 2):
         options = {"stop_tokens": stops, "batch_size": batch_size}
-        at_once = decode(model, PROMPTS, strategy, reads_late=False, **options)
-        late = decode(model, PROMPTS, strategy, reads_late=True, **options)
+        at_once = decode(model, PROMPTS, strategy, async_readback=False, **options)
+        late = decode(model, PROMPTS, strategy, async_readback=True, **options)
         assert late.tokens == at_once.tokens
         assert late.counters.tokens == at_once.counters.tokens

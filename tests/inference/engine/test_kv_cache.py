@@ -28,7 +28,7 @@ def test_windows_are_rounded_up_to_steps_and_end_with_the_slots():
     cache = StaticKVCache(config, 1, 10, window_step=4, **where)
     windows = []
     for slots in (1, 3, 4, 5, 8, 9, 10):
-        cache.look_at(slots)
+        cache.set_window(slots)
         windows.append(cache.window)
     assert windows == [4, 4, 4, 8, 8, 10, 10]
 

@@ -8,8 +8,8 @@ from inference.engine.generation import Generation
 from inference.engine.state import DecodeState
 from inference.evaluation.costs import Costs, measure_costs, predict, tokens_per_round
 from inference.evaluation.greedy_traces import record_exits
-from inference.strategies.registry import self_speculative
-from inference.strategies.self_speculative import SelfSpeculative, settle
+from inference.strategies import self_speculative
+from inference.strategies.self_speculative import SelfSpeculative, accept_round
 from tests.inference.every_strategy import PROMPTS, make_model
 
 OF_THREE_LAYERS = Costs(
@@ -102,14 +102,14 @@ def test_what_is_timed_is_told_apart(monkeypatch):
         clock[0] += 10
         return head(state, x, part)
 
-    def slow_settle(state, drafted, p):
+    def slow_accept_round(state, drafted, p):
         clock[0] += 2
-        return settle(state, drafted, p)
+        return accept_round(state, drafted, p)
 
     monkeypatch.setattr(DecodeState, "run_and_tap", slow_run)
     monkeypatch.setattr(DecodeState, "head", slow_head)
-    monkeypatch.setattr(self_speculative, "settle", slow_settle)
-    monkeypatch.setattr(inference.evaluation.costs, "settle", slow_settle)
+    monkeypatch.setattr(self_speculative, "accept_round", slow_accept_round)
+    monkeypatch.setattr(inference.evaluation.costs, "accept_round", slow_accept_round)
     monkeypatch.setattr(inference.evaluation.costs.time, "perf_counter", lambda: clock[0])
     costs = measure_costs(model, [[1, 2, 3, 4]], 3)
     assert costs.full_step_seconds == pytest.approx(13)

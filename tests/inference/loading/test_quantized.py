@@ -6,8 +6,8 @@ import torch
 from inference.engine.generation import Generation
 from inference.loading.quantized import bits_of, quantize_layers
 from inference.loading.run import load_run
+from inference.strategies import two_model
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.registry import two_model
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.two_model import Speculative
 from tests.models.test_llama import build, small

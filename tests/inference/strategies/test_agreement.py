@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from inference.engine.state import Round
-from inference.strategies.agreement import Agreement, drafts_that_agreed, guesses_that_agreed
-from inference.strategies.drafting import Guesses
+from inference.strategies.agreement import Agreement, drafts_that_agreed, lookups_that_agreed
+from inference.strategies.drafting import NgramDrafts
 
 
 def test_agreement_less_its_standard_error_worked_by_hand():
@@ -35,7 +35,7 @@ def test_drafts_that_agreed_worked_by_hand():
 
 
 def test_guesses_are_held_against_what_was_found_worked_by_hand():
-    guesses = Guesses(
+    guesses = NgramDrafts(
         torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
         torch.tensor([True, True, True, True, False]),
         vocab_size=10,
@@ -44,9 +44,9 @@ def test_guesses_are_held_against_what_was_found_worked_by_hand():
     result = Round(tokens, torch.tensor([3, 2, 0, 3, 3]), torch.full((5,), 3))
     live = torch.ones(5, dtype=torch.bool)
     # By row: 3 of 3, 2 of 3, then only the first token is known, then a wrong one, then no guess.
-    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 2 + 1, 3 + 3 + 1 + 1]
+    assert lookups_that_agreed(guesses, result, live).tolist() == [3 + 2 + 1, 3 + 3 + 1 + 1]
     live[1] = False
-    assert guesses_that_agreed(guesses, result, live).tolist() == [3 + 1, 3 + 1 + 1]
+    assert lookups_that_agreed(guesses, result, live).tolist() == [3 + 1, 3 + 1 + 1]
     plain = Round(tokens[:, :1], torch.zeros(5, dtype=torch.int64), torch.zeros(5))
     live[1] = True
-    assert guesses_that_agreed(guesses, plain, live).tolist() == [3, 4]
+    assert lookups_that_agreed(guesses, plain, live).tolist() == [3, 4]

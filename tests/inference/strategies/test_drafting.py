@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from data.shards import TokenStream
-from inference.engine.prefill import fill_rows, open_state
+from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.frequent_tokens import build_parser, count_tokens, run_count
-from inference.strategies.drafting import Guesses, Stop, draft
-from inference.strategies.part_of_head import load_part_of_head, most_frequent, part_of_head
+from inference.strategies.drafting import NgramDrafts, Stop, draft
+from inference.strategies.reduced_head import load_reduced_head, most_frequent, reduced_head
 from models.llama import NOTHING
 from tests.models.test_llama import build, small
 
@@ -28,8 +28,8 @@ def model():
 
 
 def filled(model, **sampling):
-    state = open_state(model, 4, slots=30, sampling=Sampling(**sampling), seed=0)
-    fill_rows(state, PROMPTS, (4, NOTHING))
+    state = allocate(model, 4, slots=30, sampling=Sampling(**sampling), seed=0)
+    prefill(state, PROMPTS, (4, NOTHING))
     return state
 
 
@@ -68,7 +68,7 @@ def test_a_draft_as_sure_as_asked_for_goes_on():
 def test_tokens_drafted_with_layers_beside_guesses_are_drawn_from_their_own_distribution(model):
     tokens = torch.arange(4 * D).view(4, D) + 20
     found = torch.tensor([False, True, False, True])
-    guesses = Guesses(tokens, found, 61)
+    guesses = NgramDrafts(tokens, found, 61)
     q = draft(filled(model, temperature=0.7), E, 1, guesses=guesses).q
     for row in (0, 2):
         h, _ = model.run_layers(model.embed(torch.tensor([PROMPTS[row]])), 0, E)
@@ -98,7 +98,7 @@ class GuessesAreSure:
 def test_rows_with_a_guess_draft_it_beside_rows_that_draft_with_layers(model, stop):
     tokens = torch.arange(4 * D).view(4, D) + 20
     found = torch.tensor([False, True, False, True])
-    guesses = Guesses(tokens, found, 61)
+    guesses = NgramDrafts(tokens, found, 61)
     state = filled(model)
     drafted = draft(state, E, D, stop=stop, guesses=guesses)
     ran = D if stop.never else 1
@@ -122,7 +122,7 @@ def test_rows_with_a_guess_draft_it_beside_rows_that_draft_with_layers(model, st
 
 def test_guesses_alone_count_in_the_rows_that_have_one():
     tokens, found = torch.arange(6).view(2, 3), torch.tensor([True, False])
-    drafted = Guesses(tokens, found, 61).alone()
+    drafted = NgramDrafts(tokens, found, 61).alone()
     assert drafted.lengths.tolist() == [3, 0]
     assert not drafted.exits
 
@@ -131,7 +131,7 @@ def test_part_of_the_head_draws_from_its_tokens_as_the_head_would_if_there_were_
     tokens = torch.tensor([60, 3, 17, 0, 44])
     state = filled(model, temperature=0.7)
     before = state.work.head_evaluations
-    drafted = draft(state, E, 1, head=part_of_head(model, tokens))
+    drafted = draft(state, E, 1, head=reduced_head(model, tokens))
     assert state.work.head_evaluations - before == pytest.approx(4 * 5 / 61)
     for row, prompt in enumerate(PROMPTS):
         h, _ = model.run_layers(model.embed(torch.tensor([prompt])), 0, E)
@@ -163,7 +163,7 @@ def test_the_command_counts_what_drafts_then_read(run_folder, tmp_path, capsys):
     assert path.read_text() == copy.read_text()
     counts = json.loads(path.read_text())["counts"]
     model = build(small(vocab_size=len(counts)))
-    head = load_part_of_head(model, path, 10)
+    head = load_reduced_head(model, path, 10)
     assert (
         sorted((counts[i] for i in head.tokens.tolist()), reverse=True) == sorted(counts)[:-11:-1]
     )
@@ -181,4 +181,4 @@ def test_the_command_counts_what_drafts_then_read(run_folder, tmp_path, capsys):
 def test_counts_that_do_not_fit_are_refused(model, tmp_path, content, message):
     (tmp_path / "counts.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_part_of_head(model, tmp_path / "counts.json", 62)
+        load_reduced_head(model, tmp_path / "counts.json", 62)

@@ -8,14 +8,14 @@ import torch
 
 from inference.engine.generation import Generation
 from inference.engine.host_copy import HostCopy
-from inference.engine.prefill import open_state
+from inference.engine.prefill import allocate
 from inference.engine.sampling import Sampling
+from inference.strategies import dynamic
 from inference.strategies.agreement import Agreement
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.drafting import Guesses
+from inference.strategies.drafting import NgramDrafts
 from inference.strategies.dynamic import Dynamic, best_pair
 from inference.strategies.ngram import look_up
-from inference.strategies.registry import dynamic
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.strategies.test_self_speculative import excess
 from tests.models.test_llama import build, small
@@ -43,7 +43,7 @@ def test_the_best_pair_worked_by_hand():
 
 def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
-    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
+    monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
     generation = Generation(model, [[7, 8, 7]], Dynamic(d=3, memory=0.999999), max_new_tokens=60)
     accepted = tried = 0
     for [emission] in generation:
@@ -60,7 +60,7 @@ def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
 
 def learnt(started):
     """Return the first decoder, after it has taken in all that its rounds told."""
-    started[0].learn(started[0].rounds + 1)
+    started[0].read_stats(started[0].rounds + 1)
     return started[0]
 
 
@@ -69,7 +69,7 @@ SETTINGS = [
     Dynamic(probe=1, d=3),
     Dynamic(exits=(2, 5), draft_costs=(0.3, 0.8), verify_costs=(0.2, 0.1), probe=2),
     Dynamic(verify_costs=(0.2,), stop=0.2),
-    Dynamic(verify_costs=(0.2,), guess_cost=0.2, ngram=2),
+    Dynamic(verify_costs=(0.2,), lookup_cost=0.2, ngram=2),
     Dynamic(exits=(1, 3, 4), verify_costs=(0.2,), ngram=1, stop=0.2, probe=2),
     Dynamic(ngram=1, probe=1, draft_costs=(0.4, 0.5, 0.6, 0.7, 0.9)),
 ]
@@ -80,7 +80,7 @@ SETTINGS = [
 def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
     prompts = (PROMPTS * 2)[:rows]
     plain = decode(model, prompts, Autoregressive(), max_new_tokens=30).tokens
-    for options in ({}, {"reads_late": True}, {"batch_size": 3}):
+    for options in ({}, {"async_readback": True}, {"batch_size": 3}):
         found = decode(model, prompts, settings, max_new_tokens=30, **options)
         assert found.tokens == plain
     if settings.verify_costs[0] < 1:
@@ -92,8 +92,8 @@ def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
     [
         "dynamic:verify_costs=0.1:probe=1",
         "dynamic:exits=1:verify_costs=0.1:probe=2:stop=0.35",
-        "dynamic:verify_costs=0.1:guess_cost=0.1:ngram=1:probe=2",
-        "dynamic:verify_costs=1000:guess_cost=0.1:ngram=1",
+        "dynamic:verify_costs=0.1:lookup_cost=0.1:ngram=1:probe=2",
+        "dynamic:verify_costs=1000:lookup_cost=0.1:ngram=1",
     ],
 )
 def test_sampled_tokens_have_the_full_models_distribution(biased_model, name):
@@ -102,14 +102,14 @@ def test_sampled_tokens_have_the_full_models_distribution(biased_model, name):
 
 
 def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):
-    def settle_all(state, drafted, p):
+    def accept_round_all(state, drafted, p):
         return dynamic.Round(
             torch.cat((drafted.tokens, p[:, -1:].argmax(-1)), 1),
             torch.full_like(state.positions, drafted.tokens.shape[1]),
             torch.full_like(state.positions, drafted.tokens.shape[1]),
         )
 
-    monkeypatch.setattr(dynamic, "settle", settle_all)
+    monkeypatch.setattr(dynamic, "accept_round", accept_round_all)
     hot = Sampling(temperature=1.0)
     assert excess(biased_model, hot, E=None, d=2, name="dynamic:verify_costs=0.1") > 20
 
@@ -150,7 +150,7 @@ def drawn_from(logits, sampling):
 @pytest.mark.usefixtures("no_layer_drafts")
 def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram, sampling):
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
-    settings = replace(settings, guess_cost=0.01, ngram=1) if ngram else settings
+    settings = replace(settings, lookup_cost=0.01, ngram=1) if ngram else settings
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
     tokens, places = [7, 8, 7], []
     for [emission] in generation:
@@ -206,9 +206,9 @@ def test_rows_that_have_ended_are_not_looked_at(model, started):
     prompts = [[7, 8, 7], [*range(30), *range(30), *range(31)]]  # 5 places before the context's end
     settings = Dynamic(probe=1, longest_probe=1, memory=0.999999, verify_costs=(100.0,))
     for each in (prompts, prompts[:1], prompts[1:]):
-        decode(model, each, settings, max_new_tokens=30, reads_late=False)
+        decode(model, each, settings, max_new_tokens=30, async_readback=False)
     for rounds in started:
-        rounds.learn(rounds.rounds + 1)
+        rounds.read_stats(rounds.rounds + 1)
     together, *alone = started
     assert together.exits[1].seen == pytest.approx(2.0 + 30 + 5, abs=0.01)
     for E, both in together.exits.items():
@@ -228,8 +228,8 @@ def test_looks_at_all_exits_come_at_first_and_then_in_gaps_that_double(
     model, monkeypatch, probe, longest, looks
 ):
     looked = []
-    look = dynamic._Rounds._look
-    monkeypatch.setattr(dynamic._Rounds, "_look", lambda *given: looked.append(look(*given)))
+    look = dynamic._Rounds._probe_exits
+    monkeypatch.setattr(dynamic._Rounds, "_probe_exits", lambda *given: looked.append(look(*given)))
     # A token a round.
     settings = Dynamic(probe=probe, longest_probe=longest, verify_costs=(100.0,))
     counts = [len(looked) for _ in Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)]
@@ -273,7 +273,7 @@ def test_of_some_exits_only_these_are_looked_at_and_draft(model, started):
 
 @pytest.mark.usefixtures("no_layer_drafts")
 def test_a_row_with_a_guess_is_not_looked_at_beside_one_without(model, started):
-    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, guess_cost=0.01, ngram=1)
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, lookup_cost=0.01, ngram=1)
     generation = Generation(model, [[7, 8, 9], [5, 5, 5]], settings, max_new_tokens=20)
     without = sum(not emission.drafted for emissions in generation for emission in emissions)
     assert 10 < without < generation.counters.rounds - 10
@@ -281,13 +281,13 @@ def test_a_row_with_a_guess_is_not_looked_at_beside_one_without(model, started):
 
 
 @pytest.mark.usefixtures("no_layer_drafts")
-@pytest.mark.parametrize("guess_cost", [0.01, 100.0])
+@pytest.mark.parametrize("lookup_cost", [0.01, 100.0])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, guess_cost, temperature):
-    settings = Dynamic(d=3, memory=0.999999, guess_cost=guess_cost, ngram=1)
+def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, lookup_cost, temperature):
+    settings = Dynamic(d=3, memory=0.999999, lookup_cost=lookup_cost, ngram=1)
     sampling = Sampling(temperature=temperature)
     generation = Generation(
-        model, [[7, 8, 7]], settings, max_new_tokens=80, sampling=sampling, reads_late=False
+        model, [[7, 8, 7]], settings, max_new_tokens=80, sampling=sampling, async_readback=False
     )
     tokens, agreed, tried = [7, 8, 7], 0, 0
     for [emission] in generation:
@@ -302,13 +302,13 @@ def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, guess_co
     assert agreed > 3
     assert learnt(started).guesses.agreed == pytest.approx(1.0 + agreed, abs=0.01)
     assert learnt(started).guesses.seen == pytest.approx(2.0 + tried, abs=0.01)
-    assert (generation.counters.drafted > 0) == (guess_cost < 1)
+    assert (generation.counters.drafted > 0) == (lookup_cost < 1)
 
 
 def rounds_that_saw(model, monkeypatch, settings, agreement, guesses):
     """Return rounds whose exits agree as told, and whose guesses do."""
     monkeypatch.setattr(Agreement, "at_least", lambda self: self.agreed)
-    state = open_state(model, 8, slots=40, sampling=Sampling(), seed=0)
+    state = allocate(model, 8, slots=40, sampling=Sampling(), seed=0)
     rounds = settings.start(state)
     rounds.exits = {E: Agreement(0.9, agreed=a) for E, a in enumerate(agreement, start=1)}
     rounds.guesses = Agreement(0.9, agreed=guesses)
@@ -317,49 +317,49 @@ def rounds_that_saw(model, monkeypatch, settings, agreement, guesses):
 
 def test_when_guesses_pay_worked_by_hand(model, monkeypatch):
     draft_costs = (0.375, 0.5, 0.625, 0.75, 0.875)
-    settings = Dynamic(d=3, draft_costs=draft_costs, guess_cost=1.5, ngram=2)
+    settings = Dynamic(d=3, draft_costs=draft_costs, lookup_cost=1.5, ngram=2)
     rounds = rounds_that_saw(model, monkeypatch, settings, [0.0] * 5, 0.8)
     # Layers do not pay. A row's guesses give 1 + 0.8 + 0.64 + 0.512 = 2.952 tokens for 1.5 steps.
     assert rounds._pair(3) == (1, 0, 1.0)
-    assert rounds._guesses_pay(0, 1, 1, 0, 3)
-    assert not rounds._guesses_pay(7, 1, 1, 0, 3), "(2.952 + 7) / (8 * 1.5) < 1"
-    assert rounds._guesses_pay(5, 3, 1, 0, 3), "(3 * 2.952 + 5) / (8 * 1.5) > 1"
-    assert not rounds._guesses_pay(6, 2, 1, 0, 3), "(2 * 2.952 + 6) / (8 * 1.5) < 1"
-    assert not rounds._guesses_pay(0, 1, 1, 0, 0), "a plain step costs 1, not 1.5"
-    free = replace(settings, guess_cost=1.25)
+    assert rounds._lookups_pay(0, 1, 1, 0, 3)
+    assert not rounds._lookups_pay(7, 1, 1, 0, 3), "(2.952 + 7) / (8 * 1.5) < 1"
+    assert rounds._lookups_pay(5, 3, 1, 0, 3), "(3 * 2.952 + 5) / (8 * 1.5) > 1"
+    assert not rounds._lookups_pay(6, 2, 1, 0, 3), "(2 * 2.952 + 6) / (8 * 1.5) < 1"
+    assert not rounds._lookups_pay(0, 1, 1, 0, 0), "a plain step costs 1, not 1.5"
+    free = replace(settings, lookup_cost=1.25)
     rounds = rounds_that_saw(model, monkeypatch, free, [0.0] * 5, 0.2)
     # 1 + 0.2 + 0.04 + 0.008 = 1.248 for 1.25 steps; with 0.203 there would be 1.253.
-    assert not rounds._guesses_pay(0, 1, 1, 0, 3)
+    assert not rounds._lookups_pay(0, 1, 1, 0, 3)
     rounds.guesses.agreed = 0.203
-    assert rounds._guesses_pay(0, 1, 1, 0, 3)
+    assert rounds._lookups_pay(0, 1, 1, 0, 3)
     # An exit that drafts well is better than guesses, for all rows or beside some.
     rounds = rounds_that_saw(model, monkeypatch, free, [0.99, 0.0, 0.0, 0.0, 0.0], 0.2)
     E, d, gain = rounds._pair(3)
     assert (E, d) == (1, 3)
     assert gain > 1.248 / 1.25
-    assert not rounds._guesses_pay(0, 1, E, d, 3)
-    assert not rounds._guesses_pay(1, 1, E, d, 3)
+    assert not rounds._lookups_pay(0, 1, E, d, 3)
+    assert not rounds._lookups_pay(1, 1, E, d, 3)
     rounds.guesses.agreed = 0.9
-    assert not rounds._guesses_pay(1, 1, E, d, 3)
+    assert not rounds._lookups_pay(1, 1, E, d, 3)
     rounds.guesses.agreed = 0.995
-    assert rounds._guesses_pay(1, 1, E, d, 3)
-    assert rounds._guesses_pay(0, 1, E, d, 3)
+    assert rounds._lookups_pay(1, 1, E, d, 3)
+    assert rounds._lookups_pay(0, 1, E, d, 3)
 
 
 def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
     rounds = rounds_that_saw(model, monkeypatch, Dynamic(), [0.0] * 5, 0.5)
     found = torch.tensor([True, True, False, False, False, False, False, True])
-    guesses = Guesses(torch.zeros(8, 2, dtype=torch.int64), found, 61)
-    assert rounds._who_has_a_guess(guesses) == (5, 3)
+    guesses = NgramDrafts(torch.zeros(8, 2, dtype=torch.int64), found, 61)
+    assert rounds._count_lookups(guesses) == (5, 3)
     rounds.state.finished[2:] = True
-    assert rounds._who_has_a_guess(guesses) == (0, 2)
+    assert rounds._count_lookups(guesses) == (0, 2)
     assert rounds.state.work.syncs == 2
 
 
 @pytest.mark.usefixtures("no_layer_drafts")
 def test_guesses_of_some_rows_are_verified_where_they_pay_for_all(model, monkeypatch):
-    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
-    settings, prompts = Dynamic(d=3, ngram=1, guess_cost=0.01), [[7, 8, 9], [5, 5, 5]]
+    monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
+    settings, prompts = Dynamic(d=3, ngram=1, lookup_cost=0.01), [[7, 8, 9], [5, 5, 5]]
     generation = Generation(model, prompts, settings, max_new_tokens=20)
     mixed = [len({bool(e.drafted) for e in emissions}) == 2 for emissions in generation]
     assert mixed.count(True) > 3
@@ -411,8 +411,8 @@ def test_the_choice_changes_with_what_is_seen_while_a_generation_goes_on():
 
 def test_exits_are_not_credited_with_the_guesses_of_other_rows(model, started, monkeypatch):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 2), 1.01))
-    monkeypatch.setattr(dynamic._Rounds, "_time_to_look", lambda self: False)
-    monkeypatch.setattr(dynamic._Rounds, "_guesses_pay", lambda *given: True)
+    monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
+    monkeypatch.setattr(dynamic._Rounds, "_lookups_pay", lambda *given: True)
     settings = Dynamic(d=2, memory=0.999999, ngram=1)
     prompts = [[7, 8, 9], [5, 5, 5]]
     generation, rows, tried, mixed = (
@@ -427,19 +427,19 @@ def test_exits_are_not_credited_with_the_guesses_of_other_rows(model, started, m
         for row, tokens in rows.items():
             place = torch.tensor([len(tokens) - 1])
             found[row] = bool(look_up(torch.tensor([tokens]), place, 1, 1)[1])
-        alone = all(found[emission.row] for emission in emissions)
-        mixed += not alone and any(found[emission.row] for emission in emissions)
+        alone = all(found[emission.prompt_index] for emission in emissions)
+        mixed += not alone and any(found[emission.prompt_index] for emission in emissions)
         for emission in emissions:
-            if not found[emission.row] and emission.drafted:
+            if not found[emission.prompt_index] and emission.drafted:
                 tried += min(emission.accepted + 1, emission.drafted)
-            rows[emission.row] += emission.tokens
+            rows[emission.prompt_index] += emission.tokens
     assert mixed > 3
     assert tried > 5
     assert learnt(started).exits[4].seen == pytest.approx(2.0 + tried, abs=0.01)
 
 
 def test_guesses_are_verified_where_layers_do_not_pay(model):
-    settings = Dynamic(verify_costs=(1000.0,), guess_cost=0.95, ngram=1, d=3)
+    settings = Dynamic(verify_costs=(1000.0,), lookup_cost=0.95, ngram=1, d=3)
     alone = decode(model, [[7, 8, 7]], settings).counters
     assert alone.drafted > 0
     assert decode(model, [[7, 8, 7]], Dynamic(verify_costs=(1000.0,), d=3)).counters.drafted == 0
@@ -450,11 +450,11 @@ def test_guesses_are_left_once_they_do_not_agree(model, monkeypatch, agreed, use
     def told(guesses, result, live):
         return torch.tensor([agreed, 1]) * (guesses.found & live).sum()
 
-    monkeypatch.setattr(dynamic, "guesses_that_agreed", told)
-    settings = Dynamic(verify_costs=(1000.0,), guess_cost=1.5, ngram=1, d=3)
+    monkeypatch.setattr(dynamic, "lookups_that_agreed", told)
+    settings = Dynamic(verify_costs=(1000.0,), lookup_cost=1.5, ngram=1, d=3)
     counters = decode(model, PROMPTS[:1], settings, max_new_tokens=60).counters
     assert (counters.drafted > 0) == used
-    layers = replace(settings, verify_costs=(1.0,), guess_cost=1.0)
+    layers = replace(settings, verify_costs=(1.0,), lookup_cost=1.0)
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, min(most, 1), 1.9))
     by_layers = decode(model, PROMPTS[:1], layers, max_new_tokens=60).counters
     assert (by_layers.drafted > by_layers.rounds) == used, "three guesses, or one drafted token"
@@ -474,7 +474,7 @@ def test_guesses_are_left_once_they_do_not_agree(model, monkeypatch, agreed, use
         (Dynamic(verify_costs=(0.0,)), "verify_costs: 0.0, give full steps, more than 0"),
         (Dynamic(verify_costs=(1.0, 2.0)), r"verify_costs: 1.0\+2.0, give 1 or 5 of them"),
         (Dynamic(verify_costs=()), "verify_costs: , give 1 or 5 of them"),
-        (Dynamic(guess_cost=inf), "guess_cost: inf"),
+        (Dynamic(lookup_cost=inf), "lookup_cost: inf"),
         (Dynamic(ngram=-1), "ngram: -1"),
     ],
     ids=range(13),

@@ -7,7 +7,7 @@ import torch
 
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.exit_rules import Calm, Patience, softmax_gap
-from inference.strategies.row_exits import Seen
+from inference.strategies.row_exits import ExitObservation
 from models.rope import apply_rope
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 
@@ -85,7 +85,7 @@ RULES = [
 @pytest.mark.parametrize(("rule", "leaves"), RULES, ids=range(len(RULES)))
 def test_tokens_and_depths_are_those_of_the_slow_form(model, rule, leaves):
     expected = [slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
-    for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"reads_late": True}):
+    for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"async_readback": True}):
         found = decode(model, PROMPTS, rule, max_new_tokens=15, **options)
         assert found.tokens == [tokens for tokens, _ in expected]
         depths = sorted(depth for _, row in expected for depth in row)
@@ -157,7 +157,7 @@ def test_thresholds_and_gaps_worked_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     assert softmax_gap(logits).item() == pytest.approx(0.2)
     sure = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])  # gaps of exactly 1 and 0
-    seen = Seen(1, sure, sure, lambda: sure, torch.zeros(2, dtype=torch.int64))
+    seen = ExitObservation(1, sure, sure, lambda: sure, torch.zeros(2, dtype=torch.int64))
     assert Calm(threshold=1.0).leaves(seen).tolist() == [True, False]
     assert Calm(threshold=0.0).leaves(seen).tolist() == [True, True]
 

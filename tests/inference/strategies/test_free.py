@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from inference.engine.sampling import Sampling
+from inference.strategies import free
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.free import Free
-from inference.strategies.registry import free
 from models.rope import apply_rope
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.strategies.test_beta_mixture import slow_chance, slow_fit
@@ -77,7 +77,7 @@ def test_tokens_and_depths_are_those_of_the_slow_form(model, rule):
     count = 70 if rule.adapt else 20
     expected = [slow_form(model, prompt, count, rule) for prompt in PROMPTS]
     depths = sorted(depth for _, row in expected for depth in row)
-    for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"reads_late": True}):
+    for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"async_readback": True}):
         found = decode(model, PROMPTS, rule, max_new_tokens=count, **options)
         assert found.tokens == [tokens for tokens, _ in expected]
         assert sorted(found.counters.depths.elements()) == depths
@@ -116,7 +116,7 @@ def test_exact_rollback_gives_plain_tokens(model, exits, threshold, rows):
     prompts = (PROMPTS * 2)[:rows]
     plain = decode(model, prompts, Autoregressive()).tokens
     rule = Free(exits=exits, threshold=threshold, max_pending=5, rollback="exact")
-    for options in ({}, {"batch_size": 3}, {"reads_late": True}):
+    for options in ({}, {"batch_size": 3}, {"async_readback": True}):
         assert decode(model, prompts, rule, **options).tokens == plain
     assert decode(model, prompts, replace(rule, adapt=True)).tokens == plain
     if threshold > 1:

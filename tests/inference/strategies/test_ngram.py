@@ -1,4 +1,4 @@
-"""Guesses are what a search by hand finds."""
+"""NgramDrafts are what a search by hand finds."""
 
 import random
 import time

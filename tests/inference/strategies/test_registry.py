@@ -19,8 +19,8 @@ def test_settings_given_beside_the_text_yield_to_it_and_apply_where_they_exist()
 
 
 def test_settings_not_given_are_a_quarter_of_the_layers_and_four_tokens():
-    assert parse_strategy("self_speculative").filled(8) == SelfSpeculative(E=2, d=4)
-    assert parse_strategy("early_exit").filled(2) == EarlyExit(E=1)
+    assert parse_strategy("self_speculative").with_defaults(8) == SelfSpeculative(E=2, d=4)
+    assert parse_strategy("early_exit").with_defaults(2) == EarlyExit(E=1)
 
 
 def test_lists_of_numbers_are_read_back():
@@ -40,7 +40,7 @@ def test_the_largest_numbers_are_read():
 def test_what_is_described_is_read_back(name):
     strategy = parse_strategy(name)
     assert parse_strategy(describe(strategy)) == strategy
-    filled = strategy.filled(8)
+    filled = strategy.with_defaults(8)
     assert parse_strategy(describe(filled)) == filled
     needs = {"speculative": ["draft: none"], "gate": ["path: none"], "jump": ["path: none"]}
     assert [line.split(",")[0] for line in filled.problems(8)] == needs.get(name, [])

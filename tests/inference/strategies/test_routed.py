@@ -60,7 +60,7 @@ def test_tokens_and_depths_are_those_of_the_slow_form(model):
     assert decode(model, PROMPTS, Autoregressive(), max_new_tokens=12).tokens == [
         tokens for tokens, _ in slow
     ]
-    for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"reads_late": True}):
+    for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"async_readback": True}):
         found = decode(model, PROMPTS, Routed(), max_new_tokens=12, **options)
         assert found.tokens == [tokens for tokens, _ in slow]
         assert sorted(found.counters.depths.elements()) == depths

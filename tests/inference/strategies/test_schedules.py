@@ -22,17 +22,19 @@ def model():
 
 def test_layers_kept_worked_by_hand():
     assert evenly_spaced(8, 4) == (0, 2, 5, 7)
-    assert Unified(speedup=2.0).filled(32).keep == evenly_spaced(32, 16)
-    assert Unified(speedup=5.0).filled(30).keep == (0, 6, 12, 17, 23, 29)
-    assert Unified(speedup=10.0).filled(12).keep == (0, 11), "the published rule divides by zero"
-    assert Pruned().filled(6).keep == (0, 2, 4)
-    assert Pruned(every=3).filled(8).keep == (0, 1, 3, 4, 6, 7)
-    gaps = torch.tensor(Unified(speedup=3.0).filled(32).keep).diff()
+    assert Unified(speedup=2.0).with_defaults(32).keep == evenly_spaced(32, 16)
+    assert Unified(speedup=5.0).with_defaults(30).keep == (0, 6, 12, 17, 23, 29)
+    assert Unified(speedup=10.0).with_defaults(12).keep == (0, 11), (
+        "the published rule divides by zero"
+    )
+    assert Pruned().with_defaults(6).keep == (0, 2, 4)
+    assert Pruned(every=3).with_defaults(8).keep == (0, 1, 3, 4, 6, 7)
+    gaps = torch.tensor(Unified(speedup=3.0).with_defaults(32).keep).diff()
     assert gaps.max() - gaps.min() <= 1, "the published rule leaves a hole of 6 layers"
 
 
 def test_budgets_worked_by_hand():
-    rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8).filled(8)
+    rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8).with_defaults(8)
     places = torch.tensor([-1, 0, 1, 2, 4, 6, 8, 100])
     assert rule.budget.at(places).tolist() == [6, 6, 6, 5, 4, 3, 2, 2]  # 5.5 rounds to even
     assert rule.skipped(6, 8) == whole_layers({1, 2})
@@ -40,7 +42,7 @@ def test_budgets_worked_by_hand():
 
 
 def test_unified_equals_the_slow_form(model):
-    rule = Unified(speedup=2.0).filled(L)
+    rule = Unified(speedup=2.0).with_defaults(L)
     dropped = whole_layers(set(range(L)) - set(rule.keep))
     # Prompt tokens but the last have keys in every layer, which nobody reads in those dropped.
     expected = [slow_greedy(model, p, 12, lambda place, n: dropped) for p in PROMPTS]
@@ -62,7 +64,7 @@ def test_pruned_equals_a_model_without_the_other_layers(model, keep):
 @pytest.mark.parametrize("length", [1, 3, 10])
 @pytest.mark.parametrize("warmup", [0, 1, 2])
 def test_skipdecode_equals_the_slow_form(model, warmup, length):
-    rule = SkipDecode(warmup=warmup, max_layers=5, min_layers=2, length=length).filled(L)
+    rule = SkipDecode(warmup=warmup, max_layers=5, min_layers=2, length=length).with_defaults(L)
 
     def parts(place, prompt_length):
         budget = int(rule.budget.at(torch.tensor(place - prompt_length)))
@@ -89,8 +91,8 @@ def test_rows_with_other_budgets_in_one_pass_are_what_they_are_alone(model, batc
     alone = [decode(model, [p], rule, stop_tokens=stops).counters for p in prompts]
     assert len({counters.tokens for counters in alone}) > 2, "rows were to be refilled at odd times"
     rows = [decode(model, [p], rule, stop_tokens=stops).tokens[0] for p in prompts]
-    for reads_late in (False, True):
-        options = {"stop_tokens": stops, "batch_size": batch_size, "reads_late": reads_late}
+    for async_readback in (False, True):
+        options = {"stop_tokens": stops, "batch_size": batch_size, "async_readback": async_readback}
         together = decode(model, prompts, rule, **options)
         assert together.tokens == rows
         assert together.counters.depths == sum((c.depths for c in alone), Counter())

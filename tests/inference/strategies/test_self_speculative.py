@@ -8,7 +8,8 @@ import torch
 
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling, probabilities, sample
-from inference.strategies.registry import drafting, parse_strategy, self_speculative
+from inference.strategies import drafting, self_speculative
+from inference.strategies.registry import parse_strategy
 from models.rope import apply_rope
 from tests.models.test_llama import build, small
 
@@ -192,8 +193,8 @@ def test_greedy_tokens_of_cheaper_drafts_are_autoregressive_decodings(
     model, greedy, name, d, tmp_path
 ):
     name = counting(name.replace("=3:", "=20:").replace("=4:", "=40:"), tmp_path, 61)
-    for reads_late in (False, True):
-        together = start(model, PROMPTS, 2, d, name=name, reads_late=reads_late).finish()
+    for async_readback in (False, True):
+        together = start(model, PROMPTS, 2, d, name=name, async_readback=async_readback).finish()
         assert together.tokens == greedy
     refilled = start(model, PROMPTS, 2, d, name=name, batch_size=2).finish()
     assert refilled.tokens == greedy
@@ -213,7 +214,7 @@ def test_a_draft_stops_after_the_token_it_is_not_sure_of(model):
 
 def rounds_of(generation, row):
     emissions = (emission for round_ in generation for emission in round_)
-    own = [(e.accepted, e.drafted, e.tokens) for e in emissions if e.row == row]
+    own = [(e.accepted, e.drafted, e.tokens) for e in emissions if e.prompt_index == row]
     return own[:8]  # later on, drafts are cut where some row of the batch has no room
 
 
@@ -286,7 +287,7 @@ def unsure_guess(state, ngram, d):
     return guesses
 
 
-sure_guess = self_speculative.guess
+sure_guess = self_speculative.lookup_drafts
 
 
 def greedy_draft(weights, generator):
@@ -313,10 +314,10 @@ sampling_accept = self_speculative.accept
         ("sample", from_three_tokens),
         ("accept", residual_is_p),
         ("accept", accept_all),
-        ("guess", unsure_guess),
+        ("lookup_drafts", unsure_guess),
     ],
 )
 def test_the_statistic_catches_a_biased_rule(biased_model, monkeypatch, name, wrong):
     monkeypatch.setattr(drafting if name == "sample" else self_speculative, name, wrong)
-    text = "self_speculative:ngram=1" if name == "guess" else "self_speculative"
+    text = "self_speculative:ngram=1" if name == "lookup_drafts" else "self_speculative"
     assert excess(biased_model, Sampling(temperature=1.0), E=1, d=2, name=text) > 20

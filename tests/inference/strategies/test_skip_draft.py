@@ -5,8 +5,8 @@ import torch
 
 from inference.engine.sampling import Sampling
 from inference.engine.state import Round
+from inference.strategies import drafting
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.registry import drafting
 from inference.strategies.skip_draft import LearningStop, SkipDraft
 from models.llama import SkippedParts
 from tests.inference.every_strategy import PROMPTS, decode, make_model
@@ -34,7 +34,7 @@ SETTINGS = [
 def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
     prompts = (PROMPTS * 2)[:rows]
     plain = decode(model, prompts, Autoregressive()).tokens
-    for options in ({}, {"batch_size": 3}, {"reads_late": True}):
+    for options in ({}, {"batch_size": 3}, {"async_readback": True}):
         found = decode(model, prompts, settings, **options)
         assert found.tokens == plain
     assert found.counters.drafted > 0
@@ -90,7 +90,7 @@ def test_gamma_moves_as_worked_by_hand():
 
 
 def test_parts_not_given_are_every_other_and_every_fourth():
-    filled = SkipDraft().filled(8)
+    filled = SkipDraft().with_defaults(8)
     assert filled.skipped == SkippedParts(frozenset({1, 3, 5}), frozenset({2, 6}))
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from inference.engine.compiled import compile_layers, is_compiled
-from inference.engine.prefill import fill_rows, open_state
+from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.engine.state import moving_on
+from inference.engine.state import advancing
 from inference.loading.run import load_run
+from inference.strategies import two_model
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.registry import parse_strategy, two_model
+from inference.strategies.registry import parse_strategy
 from inference.strategies.two_model import Speculative, check_tokenizer
 from models.llama import NOTHING
 from tests.inference.every_strategy import PROMPTS, decode, make_model
@@ -39,7 +40,7 @@ def test_greedy_tokens_are_autoregressive_decodings(model, monkeypatch, d, same,
     plain = [decode(model, [prompt], Autoregressive()).tokens[0] for prompt in prompts]
     stops = [plain[0][2], plain[4][5]]
     cut = [decode(model, [p], Autoregressive(), stop_tokens=stops).tokens[0] for p in prompts]
-    for options in ({}, {"batch_size": 2}, {"batch_size": 3}, {"reads_late": True}):
+    for options in ({}, {"batch_size": 2}, {"batch_size": 3}, {"async_readback": True}):
         found = decode(model, prompts, strategy, **options)
         assert found.tokens == plain
         assert decode(model, prompts, strategy, stop_tokens=stops, **options).tokens == cut
@@ -85,9 +86,9 @@ def test_the_draft_model_runs_a_prompt_once(model, monkeypatch, tmp_path):
 
 def test_a_draft_that_is_the_model_is_right_after_rounds_without_room(model, monkeypatch, tmp_path):
     drafting_with(monkeypatch, model)
-    state = open_state(model, 2, slots=60, sampling=Sampling(), seed=0)
-    fill_rows(state, PROMPTS[:2], (4, NOTHING))
-    decoder = moving_on(state, Speculative(draft=tmp_path, d=3).start(state))
+    state = allocate(model, 2, slots=60, sampling=Sampling(), seed=0)
+    prefill(state, PROMPTS[:2], (4, NOTHING))
+    decoder = advancing(state, Speculative(draft=tmp_path, d=3).start(state))
     syncs = []
     for room in (9, 9, 1, 9, 1, 1, 1, 9, 9, 2, 9):
         result = decoder(room)
@@ -127,7 +128,7 @@ def test_the_draft_of_a_compiled_model_is_compiled(run_folder, monkeypatch):
         if compiled:
             compile_layers(run.model)
         two_model._load.cache_clear()
-        state = open_state(run.model, 1, slots=16, sampling=Sampling(), seed=0)
+        state = allocate(run.model, 1, slots=16, sampling=Sampling(), seed=0)
         Speculative(draft=run_folder, d=2).start(state)
         assert is_compiled(loaded.pop().model) == compiled
 

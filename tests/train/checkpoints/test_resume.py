@@ -17,9 +17,9 @@ from train.checkpoints.compatibility import differences, is_harmless
 from train.checkpoints.content import training_tensors
 from train.checkpoints.resume import (
     Resumed,
+    load_earlier,
     load_initial_weights,
     newest_intact,
-    rollback,
 )
 from train.parallel.runtime import RuntimeConfig, start_runtime
 
@@ -63,7 +63,7 @@ def go_on(run, runtime, *, allow_config_changes=False, **config):
 
 def go_back(run, runtime, last_step):
     model, optimizer = tiny.build(runtime)
-    found = rollback(
+    found = load_earlier(
         run / "checkpoints",
         model,
         optimizer,

@@ -1,4 +1,4 @@
-"""A run's health is a pure function of its steps: what is a spike, and where to go back to."""
+"""A run's history is a pure function of its steps: what is a spike, and where to go back to."""
 
 import json
 import math
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from data.loader import batch_number
-from train.loop.outcome import Outcome
 from train.loop.recovery import (
-    Health,
+    LossHistory,
     RecoveryConfig,
     RunState,
     rollback_step,
@@ -18,6 +17,7 @@ from train.loop.recovery import (
     score,
     skip_after_rollback,
 )
+from train.loop.step_metrics import StepMetrics
 
 L = 4
 CONFIG = RecoveryConfig(on_spike="rollback")
@@ -25,7 +25,7 @@ CONFIG = RecoveryConfig(on_spike="rollback")
 
 def outcome(t, loss=3.0, grad_norm=1.0, J=None, exits=None):
     exits = {L - 1: loss} if exits is None else exits
-    return Outcome(
+    return StepMetrics(
         t, loss if J is None else J, exits, 0.0, grad_norm, False, torch.zeros(2 * L + 4)
     )
 
@@ -40,12 +40,12 @@ def healthy(steps, seed=0):
 
 
 def follow(outcomes, config=CONFIG):
-    """Return the step and the trouble of everything that is called trouble."""
-    health, found = Health(), []
+    """Return the step and the anomaly of everything that is called anomaly."""
+    history, found = LossHistory(), []
     for one in outcomes:
-        before, health = health, health.after(one, L - 1, config)
-        if trouble := health.trouble(before, config):
-            found.append((one.t, trouble))
+        before, history = history, history.after(one, L - 1, config)
+        if anomaly := history.anomaly(before, config):
+            found.append((one.t, anomaly))
     return found
 
 
@@ -69,16 +69,16 @@ def test_a_spike_of_loss_and_gradient_norm_is_called_once():
     steps = healthy(400)
     for t in range(300, 306):
         steps[t] = outcome(t, 7.0, 60.0)
-    [(t, trouble)] = follow(steps)
+    [(t, anomaly)] = follow(steps)
     assert t == 302
-    assert trouble.rollback
-    assert "loss spike: 7.000, gradient norm 60" in trouble.reason
+    assert anomaly.rollback
+    assert "loss spike: 7.000, gradient norm 60" in anomaly.reason
 
 
 def test_a_spike_only_warns_or_is_ignored_when_asked():
     steps = [*healthy(300), *(outcome(t, 7.0, 60.0) for t in range(300, 303))]
-    [(_, trouble)] = follow(steps, RecoveryConfig(on_spike="warn"))
-    assert not trouble.rollback
+    [(_, anomaly)] = follow(steps, RecoveryConfig(on_spike="warn"))
+    assert not anomaly.rollback
     assert follow(steps, RecoveryConfig(on_spike="ignore")) == []
 
 
@@ -114,9 +114,9 @@ def test_steps_that_are_not_finite_in_a_row_roll_back_whatever_on_spike_says():
     steps = healthy(20)
     for t in (5, 6, 10, 11, 12):
         steps[t] = outcome(t, math.nan)
-    [(t, trouble)] = follow(steps, config)
-    assert (t, trouble.steps, trouble.rollback) == (12, 3, True)
-    assert "3 steps in a row were not finite" in trouble.reason
+    [(t, anomaly)] = follow(steps, config)
+    assert (t, anomaly.steps, anomaly.rollback) == (12, 3, True)
+    assert "3 steps in a row were not finite" in anomaly.reason
 
 
 def test_a_gradient_or_any_exit_that_is_not_finite_makes_a_step_not_finite():
@@ -126,20 +126,20 @@ def test_a_gradient_or_any_exit_that_is_not_finite_makes_a_step_not_finite():
 
 
 def test_the_state_survives_json():
-    state = RunState(Health((3.0, 2.5), (1.0, 2.0), 1, 2), ((3, 9), (20, 30)), 12.5)
+    state = RunState(LossHistory((3.0, 2.5), (1.0, 2.0), 1, 2), ((3, 9), (20, 30)), 12.5)
     assert run_state_from_dict(json.loads(json.dumps(state.as_dict()))) == state
     assert run_state_from_dict({}) == RunState()
 
 
 def test_judging_goes_on_from_a_saved_state_as_if_nothing_had_happened():
     steps = [*healthy(300), *(outcome(t, 7.0, 60.0) for t in range(300, 304))]
-    health = Health()
+    history = LossHistory()
     for one in steps:
-        saved = json.loads(json.dumps(RunState(health).as_dict()))
-        assert run_state_from_dict(saved).health.after(one, L - 1, CONFIG) == health.after(
+        saved = json.loads(json.dumps(RunState(history).as_dict()))
+        assert run_state_from_dict(saved).history.after(one, L - 1, CONFIG) == history.after(
             one, L - 1, CONFIG
         )
-        health = health.after(one, L - 1, CONFIG)
+        history = history.after(one, L - 1, CONFIG)
 
 
 def test_the_way_back_is_as_long_as_asked_or_as_far_as_it_goes():
@@ -150,13 +150,13 @@ def test_the_way_back_is_as_long_as_asked_or_as_far_as_it_goes():
     assert rollback_step([500], 401, CONFIG) is None
 
 
-def test_every_batch_from_the_checkpoint_to_the_trouble_is_left_out():
+def test_every_batch_from_the_checkpoint_to_the_anomaly_is_left_out():
     config = RecoveryConfig(skip_batches=300)
-    assert skip_after_rollback(to=100, trouble_t=210, skipped=(), config=config) == (100, 400)
-    far = skip_after_rollback(to=100, trouble_t=700, skipped=(), config=config)
+    assert skip_after_rollback(to=100, anomaly_t=210, skipped=(), config=config) == (100, 400)
+    far = skip_after_rollback(to=100, anomaly_t=700, skipped=(), config=config)
     assert far == (100, 701)
     # Once more, from batches that begin after a range already left out.
-    again = skip_after_rollback(to=150, trouble_t=210, skipped=((100, 400),), config=config)
+    again = skip_after_rollback(to=150, anomaly_t=210, skipped=((100, 400),), config=config)
     assert again == (450, 750)
     for t in range(100, 211):
         dealt = batch_number(t, ((100, 400), again))

@@ -104,7 +104,7 @@ def check_gradients(runtime, config):
     model = build_model(config.model, config.parallel, runtime, config.seed)
     microbatches = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
     J, sums, counts, _ = accumulate_gradients(
-        model, microbatches, plan_of(config), STEP, config=config.step, runtime=runtime
+        model, microbatches, plan_of(config), STEP, config=config.step_config, runtime=runtime
     )
     slow_J, slow = slow_gradients(config)
     torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J, atol=1e-6, rtol=1e-6)
@@ -211,7 +211,7 @@ def check_losses(runtime, configs):
         model = build_model(config.model, config.parallel, runtime, config.seed)
         batch = with_unlabelled(make_loader(config, runtime.rank, runtime.world_size).batch(STEP))
         J, *_ = accumulate_gradients(
-            model, batch, plan_of(config), STEP, config=config.step, runtime=runtime
+            model, batch, plan_of(config), STEP, config=config.step_config, runtime=runtime
         )
         slow_J, slow = slow_losses(config)
         torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J.float(), atol=2e-6, rtol=1e-6)
@@ -248,7 +248,7 @@ def count_communication(runtime):
             batch = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
             with CollectiveCounter() as counter:
                 accumulate_gradients(
-                    model, batch, plan_of(config), STEP, config=config.step, runtime=runtime
+                    model, batch, plan_of(config), STEP, config=config.step_config, runtime=runtime
                 )
             gathers = sum(n for name, n in counter.counts.items() if "gather" in name)
             reduces = sum(n for name, n in counter.counts.items() if "reduce_scatter" in name)
@@ -281,7 +281,7 @@ def check_plain(runtime):
     assert plan.exit_weights == {3: 1.0}
     for t in range(4):
         batch = loader.batch(t)
-        train_step(model, optimizer, batch, plan, t, config=config.step, runtime=runtime)
+        train_step(model, optimizer, batch, plan, t, config=config.step_config, runtime=runtime)
         for microbatch in batch:
             x = plain.tok_embeddings(microbatch.tokens)
             for block in plain.layers.values():

@@ -1,7 +1,13 @@
 import pytest
 import torch.distributed as dist
 
-from train.monitoring.heartbeat import Blackboard, Heartbeat, Silences, Verdict, judge
+from train.monitoring.heartbeat import (
+    HangReport,
+    Heartbeat,
+    HeartbeatAges,
+    HeartbeatStore,
+    diagnose_hang,
+)
 
 LIMITS = dict.fromkeys(("data", "step", "log", "validate"), 10) | {"setup": 60, "checkpoint": 60}
 
@@ -17,10 +23,10 @@ def reading(*places, count):
 
 def verdict(*places, counts=None, apart=3):
     times = iter((100, 100 + apart))
-    silences = Silences(lambda: next(times))
+    silences = HeartbeatAges(lambda: next(times))
     silences.listen(reading(*places, count=4))
     now = reading(*places, count=counts or 7)
-    return judge(now, silences.listen(now), LIMITS)
+    return diagnose_hang(now, silences.listen(now), LIMITS)
 
 
 def test_the_rank_in_an_earlier_step_hangs():
@@ -44,11 +50,11 @@ def test_ranks_that_all_stand_in_one_place_wait_for_each_other():
 
 def test_a_rank_without_a_new_heartbeat_is_frozen_wherever_it_stands():
     found = verdict((7, "step", 11), (7, "step", 3), (6, "data", 11), counts=[7, 4, 7])
-    assert found == Verdict(
+    assert found == HangReport(
         "rank 1 is frozen, without a heartbeat, last seen in step of step 7 for 3 s", (1,)
     )
     found = verdict((7, "step", 61), None, counts=[7, 7])
-    assert found == Verdict("rank 1 is frozen, without a heartbeat, never seen", (1,))
+    assert found == HangReport("rank 1 is frozen, without a heartbeat, never seen", (1,))
 
 
 def test_a_rank_may_keep_the_others_waiting_for_its_own_limit():
@@ -64,23 +70,23 @@ def test_a_rank_frozen_for_the_time_of_a_step_has_left_the_longer_section_it_was
     early = (0, "setup", 0), (4, "step", 20)
     assert verdict(*early, counts=[4, 7], apart=9) is None
     found = verdict(*early, (4, "step", 20), None, counts=[4, 7, 7, 4], apart=11)
-    assert found == Verdict(
+    assert found == HangReport(
         "ranks 0, 3 are frozen, without a heartbeat, last seen in setup of step 0 for 0 s", (0, 3)
     )
     # One that has been quiet for a moment alone is not named with it.
     found = verdict((7, "checkpoint", 5), (6, "data", 11), (8, "step", 30), counts=[4, 4, 7])
-    assert found == Verdict(
+    assert found == HangReport(
         "rank 1 is frozen, without a heartbeat, last seen in data of step 6 for 11 s", (0, 1)
     )
     found = verdict((6, "data", 11), (7, "checkpoint", 5), (8, "step", 30), counts=[4, 4, 7])
-    assert found == Verdict(
+    assert found == HangReport(
         "rank 0 is frozen, without a heartbeat, last seen in data of step 6 for 11 s", (0, 1)
     )
 
 
 def test_silence_is_counted_from_the_first_reading_of_a_count():
     now = iter((10, 15, 20, 21))
-    silences = Silences(lambda: next(now))
+    silences = HeartbeatAges(lambda: next(now))
     one, other = Heartbeat(1, "data", 5, 0.5), Heartbeat(2, "data", 5, 0.5)
     assert silences.listen([one, None]) == [0, 0]
     assert silences.listen([one, None]) == [5, 5]
@@ -101,7 +107,7 @@ def test_many_ranks_are_counted():
 @pytest.fixture
 def boards():
     store = dist.HashStore()
-    return [Blackboard(store, rank, 3) for rank in range(3)]
+    return [HeartbeatStore(store, rank, 3) for rank in range(3)]
 
 
 def test_heartbeats_of_ranks_never_heard_of_are_none(boards):
@@ -112,7 +118,7 @@ def test_heartbeats_of_ranks_never_heard_of_are_none(boards):
 
 
 def test_the_first_verdict_stands(boards):
-    first, second = Verdict("rank 1 is in data", (1,)), Verdict("rank 0 is in data")
+    first, second = HangReport("rank 1 is in data", (1,)), HangReport("rank 0 is in data")
     assert boards[0].agree(first) == first
     assert boards[2].agree(second) == first
     assert boards[1].exchange(Heartbeat(1, "data", 5, 0.5)) == first

@@ -46,7 +46,7 @@ def train_and_look(model, config, runtime):
     optimizer = build_optimizer(model, config.optim)
     loader = make_loader(config, runtime.rank, runtime.world_size)
     plan = schedule_of(config).at
-    keywords = dict(config=config.step, runtime=runtime)
+    keywords = dict(config=config.step_config, runtime=runtime)
     first = STEPS[0]
     accumulate_gradients(model, loader.batch(first), plan(first), first, **keywords)
     gradient = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
@@ -200,7 +200,12 @@ def count_communication(runtime):
         assert len(batch) == 2
         with CollectiveCounter() as counter:
             accumulate_gradients(
-                model, batch, schedule_of(config).at(3), 3, config=config.step, runtime=runtime
+                model,
+                batch,
+                schedule_of(config).at(3),
+                3,
+                config=config.step_config,
+                runtime=runtime,
             )
         seen = {
             kind: sum(n for name, n in counter.counts.items() if kind in name)
@@ -399,7 +404,9 @@ def train_in_float8(runtime):
         batch = make_loader(config).batch(5)
         plan = dataclasses.replace(schedule_of(config).at(5), exit_layers=(1,))
         plan = dataclasses.replace(plan, exit_weights={1: 1.0}, drop_prob=(0.0, 0.9))
-        J, *_ = accumulate_gradients(model, batch, plan, 5, config=config.step, runtime=runtime)
+        J, *_ = accumulate_gradients(
+            model, batch, plan, 5, config=config.step_config, runtime=runtime
+        )
         losses[float8] = J.item()
         assert all(p.grad.full_tensor().isfinite().all() for p in model.parameters())
     assert losses[True] == pytest.approx(losses[False], rel=0.02)

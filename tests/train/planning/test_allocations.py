@@ -1,60 +1,60 @@
-"""A ledger of storages, against balances worked by hand."""
+"""A tracker of storages, against balances worked by hand."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.rope import apply_rope
-from train.planning.allocations import Allocation, Ledger, find_peak
+from train.planning.allocations import Allocation, AllocationTracker, find_peak
 
 
-def sizes(ledger):
-    return [(a.part, a.size) for a in ledger.allocations if a.end is None]
+def sizes(tracker):
+    return [(a.part, a.size) for a in tracker.allocations if a.end is None]
 
 
 def test_a_storage_lives_until_its_last_view_is_gone():
-    ledger = Ledger({})
-    with FakeTensorMode(), ledger:
+    tracker = AllocationTracker({})
+    with FakeTensorMode(), tracker:
         a = torch.empty(10, 100)
         view = a[0]
         b = a.t() + 1
         del a, b
-        assert sizes(ledger) == [("other", 4000)]
+        assert sizes(tracker) == [("other", 4000)]
         del view
-        assert sizes(ledger) == []
-    assert [a.size for a in ledger.allocations] == [4000, 4000]
+        assert sizes(tracker) == []
+    assert [a.size for a in tracker.allocations] == [4000, 4000]
 
 
 def test_a_storage_belongs_to_the_innermost_module_that_asked_for_it():
-    ledger = Ledger({"models": "models", __name__: "here", "no": None})
-    with FakeTensorMode(), ledger:
+    tracker = AllocationTracker({"models": "models", __name__: "here", "no": None})
+    with FakeTensorMode(), tracker:
         x, table = torch.empty(1, 1, 4, 8), torch.empty(1, 1, 4, 8)
         out = apply_rope(x, table, table)
-        ledger.only_part = "given"
+        tracker.only_part = "given"
         other = torch.empty(3)
-    assert sizes(ledger) == [("here", 128), ("here", 128), ("models", 128), ("given", 12)]
-    ledger.move({"here"}, "there")
-    assert [a.part for a in ledger.allocations if a.end is None].count("there") == 2
+    assert sizes(tracker) == [("here", 128), ("here", 128), ("models", 128), ("given", 12)]
+    tracker.move({"here"}, "there")
+    assert [a.part for a in tracker.allocations if a.end is None].count("there") == 2
     del out, other
 
 
 def test_a_module_without_a_part_is_left_out():
-    ledger = Ledger({__name__: None})
-    with FakeTensorMode(), ledger:
+    tracker = AllocationTracker({__name__: None})
+    with FakeTensorMode(), tracker:
         kept = torch.empty(3)
-    assert ledger.allocations == []
+    assert tracker.allocations == []
     del kept
 
 
 def test_a_resized_storage_is_counted_by_its_new_size():
-    ledger = Ledger({})
-    with FakeTensorMode(), ledger:
+    tracker = AllocationTracker({})
+    with FakeTensorMode(), tracker:
         a = torch.empty(100)
         a.untyped_storage().resize_(0)
-        assert sizes(ledger) == []
+        assert sizes(tracker) == []
         a.untyped_storage().resize_(80)
-        assert sizes(ledger) == [("other", 80)]
+        assert sizes(tracker) == [("other", 80)]
     before = torch.UntypedStorage.resize_
-    with FakeTensorMode(), Ledger({}):
+    with FakeTensorMode(), AllocationTracker({}):
         assert torch.UntypedStorage.resize_ is not before
     assert torch.UntypedStorage.resize_ is before
 
@@ -82,6 +82,6 @@ def test_the_peak_is_the_moment_of_the_largest_sum():
 
 def test_the_host_may_read_numbers_and_arrays_that_have_data_stay_readable():
     samples = torch.arange(3)
-    with FakeTensorMode(), Ledger({}):
+    with FakeTensorMode(), AllocationTracker({}):
         assert torch.empty(3).sum().item() == 1.0
         assert samples.numpy().tolist() == [0, 1, 2]

@@ -18,7 +18,7 @@ from train.config.presets import PRESETS
 from train.loop.corpus import DataConfig
 from train.optimizer.optim import OptimConfig
 from train.parallel.parallelize import ParallelConfig
-from train.planning.dry_run import plan
+from train.planning.dry_run import plan_run
 
 
 def make_config(**overrides):
@@ -48,7 +48,7 @@ WORDY = dataclasses.replace(make_config().model, n_layers=1, vocab_size=20_000)
 
 
 def test_the_plan_states_sizes_and_work():
-    text = plan(make_config(), DryRun(ranks=4))
+    text = plan_run(make_config(), DryRun(ranks=4))
     block = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
     total = 4 * block + 2 * 500 * 64 + 64
     assert f"{total:,}: 4 layers of {block:,}, embeddings and head {2 * 500 * 64 + 64:,}" in text
@@ -73,7 +73,7 @@ def test_the_plan_states_sizes_and_work():
 
 
 def test_exits_that_see_a_share_of_the_tokens_count_by_that_share():
-    text = plan(make_config(early_exit=EarlyExitConfig(token_fraction=0.5)), DryRun(ranks=4))
+    text = plan_run(make_config(early_exit=EarlyExitConfig(token_fraction=0.5)), DryRun(ranks=4))
     # 3 or 2 exits in turn, the last of which sees every token: 2 or 1.5.
     layer, head = 6 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 6 * 64 * 32, 6 * 64 * 500
     assert f"{(3 * layer + 1.75 * head) / 1e6:.2f} M on average: 3.00 of 4 layers, 1.75 ex" in text
@@ -81,7 +81,7 @@ def test_exits_that_see_a_share_of_the_tokens_count_by_that_share():
 
 def test_the_plan_of_a_frozen_backbone_counts_what_learns():
     model = dataclasses.replace(make_config().model, own_exits=(1, 3), own_exit_mlp=True)
-    text = plan(
+    text = plan_run(
         make_config(
             model=model,
             optim=OptimConfig(lr=1e-3, trains="exits"),
@@ -104,7 +104,7 @@ def test_the_plan_of_a_frozen_backbone_counts_what_learns():
 
 
 def test_muon_keeps_one_moment_of_the_blocks_matrices():
-    text = plan(make_config(optim=OptimConfig(lr=1e-3, name="muon")), DryRun(ranks=4))
+    text = plan_run(make_config(optim=OptimConfig(lr=1e-3, name="muon")), DryRun(ranks=4))
     matrices = 4 * (4 * 64 * 64 + 3 * 64 * 128)
     rest = 4 * 2 * 64 + 2 * 500 * 64 + 64
     assert f"{(8 * matrices + 12 * rest) / 2**20:.2f} MiB on disk" in text
@@ -112,7 +112,7 @@ def test_muon_keeps_one_moment_of_the_blocks_matrices():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_the_parts_add_up_to_the_whole(name):
-    text = plan(make_config(optim=OptimConfig(lr=1e-3, name=name)), DryRun(ranks=4))
+    text = plan_run(make_config(optim=OptimConfig(lr=1e-3, name=name)), DryRun(ranks=4))
     figures = [
         float(size)
         for size in re.findall(r"^  (?! all)\S.{29}\s+([0-9.]+) MiB", text, re.MULTILINE)
@@ -134,7 +134,7 @@ def test_the_parts_add_up_to_the_whole(name):
 )
 def test_what_does_not_divide_is_refused(overrides, machine, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        plan(make_config(**overrides), DryRun(**machine))
+        plan_run(make_config(**overrides), DryRun(**machine))
 
 
 @pytest.mark.parametrize(
@@ -171,23 +171,23 @@ def test_what_does_not_fit_is_refused_by_its_largest_part_and_what_lessens_it(
     ranks, overrides, part, lever
 ):
     with pytest.raises(ValueError, match=f"memory_gib: .* of it for {part}; try ") as error:
-        plan(make_config(**overrides), DryRun(ranks=ranks, memory_gib=1e-4))
+        plan_run(make_config(**overrides), DryRun(ranks=ranks, memory_gib=1e-4))
     assert lever in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_run_that_just_fits_is_planned_and_one_that_just_does_not_is_refused():
-    text = plan(make_config(), DryRun(ranks=4))
+    text = plan_run(make_config(), DryRun(ranks=4))
     [mib] = re.findall(r"^  all +([0-9.]+) MiB", text, re.MULTILINE)
     gib = float(mib) / 1024 / 0.95
-    plan(make_config(), DryRun(ranks=4, memory_gib=gib * 1.01))
+    plan_run(make_config(), DryRun(ranks=4, memory_gib=gib * 1.01))
     with pytest.raises(ValueError, match="memory_gib"):
-        plan(make_config(), DryRun(ranks=4, memory_gib=gib * 0.99))
+        plan_run(make_config(), DryRun(ranks=4, memory_gib=gib * 0.99))
 
 
 def test_7b_on_64_gpus_is_planned_in_under_a_minute_of_one_core():
     begin = time.process_time()
-    text = plan(PRESETS["scratch_7b"](), DryRun(ranks=64))
+    text = plan_run(PRESETS["scratch_7b"](), DryRun(ranks=64))
     assert time.process_time() - begin < 60
     assert "6,738,415,616: 32 layers of 202,383,360" in text
     # fp32, a 64th: 0.39 GiB and the rotary table; two moments; the whole gradient before its sum.
@@ -201,7 +201,7 @@ def test_7b_on_64_gpus_is_planned_in_under_a_minute_of_one_core():
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("demo")])
 def test_every_demo_is_planned(name):
-    assert plan(PRESETS[name](), DryRun(ranks=1)).startswith(f"{name} on 1 GPUs\n")
+    assert plan_run(PRESETS[name](), DryRun(ranks=1)).startswith(f"{name} on 1 GPUs\n")
 
 
 def test_the_command_prints_the_plan_without_data_or_refuses_in_one_line(

@@ -10,7 +10,7 @@ from train.loop.step import StepResult
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepMetrics:
     """One step's totals over all ranks; layers l count from 0."""
 
     t: int
@@ -41,14 +41,14 @@ class Outcome:
         ]
 
 
-class LateReader:
+class DeferredReader:
     """Hands out each step's outcome once the next step has been given to the device."""
 
     def __init__(self) -> None:
         """Hold nothing."""
         self._held: tuple[int, Tensor, StepResult, torch.cuda.Event | None] | None = None
 
-    def push(self, t: int, result: StepResult) -> list[Outcome]:
+    def push(self, t: int, result: StepResult) -> list[StepMetrics]:
         """Take in step t; return the outcome of the step before it, if it was not read yet."""
         event = None
         if result.totals.is_cuda:
@@ -62,7 +62,7 @@ class LateReader:
         self._held = (t, copy, result, event)
         return ready
 
-    def drain(self) -> list[Outcome]:
+    def drain(self) -> list[StepMetrics]:
         """Return the outcome that is still held, waiting for the device."""
         if self._held is None:
             return []
@@ -73,11 +73,11 @@ class LateReader:
         return [_outcome(t, copy.tolist(), result.local)]
 
 
-def _outcome(t: int, values: list[float], local: Tensor) -> Outcome:
+def _outcome(t: int, values: list[float], local: Tensor) -> StepMetrics:
     L = (len(values) - 4) // 2
     sums, counts = values[1 : L + 1], values[L + 1 : 2 * L + 1]
     losses = {
         l: total / count for l, (total, count) in enumerate(zip(sums, counts, strict=True)) if count
     }
     J, (density, grad_norm, stop) = values[0], values[-3:]
-    return Outcome(t, J, losses, density, grad_norm, stop > 0, local)
+    return StepMetrics(t, J, losses, density, grad_norm, stop > 0, local)

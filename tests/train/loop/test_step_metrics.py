@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from train.loop.outcome import LateReader
 from train.loop.step import StepResult
+from train.loop.step_metrics import DeferredReader
 
 # J, three exits' sums, their token counts, density, gradient norm, ranks that want to stop.
 TOTALS = [0.5, 8.0, 0.0, 12.0, 4.0, 0.0, 4.0, 0.75, 2.5, 0.0]
@@ -22,7 +22,7 @@ def changed(**values):
 
 
 def test_an_outcome_is_handed_out_when_the_next_step_is_pushed_or_on_demand():
-    reader = LateReader()
+    reader = DeferredReader()
     assert reader.push(4, result()) == []
     [first] = reader.push(5, result())
     assert first.t == 4
@@ -32,7 +32,7 @@ def test_an_outcome_is_handed_out_when_the_next_step_is_pushed_or_on_demand():
 
 
 def test_losses_are_means_over_the_tokens_of_the_exits_that_were_on():
-    reader = LateReader()
+    reader = DeferredReader()
     reader.push(0, result())
     [outcome] = reader.drain()
     assert outcome.J == 0.5
@@ -53,7 +53,7 @@ def test_losses_are_means_over_the_tokens_of_the_exits_that_were_on():
 )
 def test_what_is_not_finite_is_named_on_the_rank_where_it_is(index, found):
     bad = changed(**{f"i{index}": math.nan})
-    reader = LateReader()
+    reader = DeferredReader()
     reader.push(0, result(totals=bad, local=bad))
     [outcome] = reader.drain()
     assert not outcome.finite
@@ -61,7 +61,7 @@ def test_what_is_not_finite_is_named_on_the_rank_where_it_is(index, found):
 
 
 def test_a_wish_to_stop_of_any_rank_is_seen():
-    reader = LateReader()
+    reader = DeferredReader()
     reader.push(0, result(totals=changed(i9=1.0)))
     [outcome] = reader.drain()
     assert outcome.stop

@@ -23,7 +23,7 @@ COUNT_THEM = "count them with python -m inference.frequent_tokens and give its f
 
 
 @dataclass(frozen=True)
-class PartOfHead:
+class ReducedHead:
     """The LM head over some tokens alone."""
 
     tokens: Tensor
@@ -38,15 +38,15 @@ class PartOfHead:
         return wide.scatter(-1, self.tokens.expand(probs.shape), probs)
 
 
-def part_of_head(model: Llama, tokens: Tensor) -> PartOfHead:
+def reduced_head(model: Llama, tokens: Tensor) -> ReducedHead:
     """Copy a model's head for some tokens: (part,) int64; packed where the head is packed."""
     weight = model.head_weight.detach()[tokens]
     packed = isinstance(model.lm_head, PackedLinear) and weight.numel() >= PACKED_ELEMENTS
     linear = PackedLinear(weight) if packed else partial(F.linear, weight=weight)
-    return PartOfHead(tokens, linear, model.config.vocab_size)
+    return ReducedHead(tokens, linear, model.config.vocab_size)
 
 
-def load_part_of_head(model: Llama, path: Path, part: int) -> PartOfHead:
+def load_reduced_head(model: Llama, path: Path, part: int) -> ReducedHead:
     """Return the head of the `part` most frequent tokens, by the counts in a file.
 
     Raises:
@@ -67,7 +67,7 @@ def load_part_of_head(model: Llama, path: Path, part: int) -> PartOfHead:
     if part > vocab_size:
         raise ValueError(f"draft_vocab: {part}, give at most this model's {vocab_size} tokens")
     tokens = torch.from_numpy(most_frequent(counts, part))
-    return part_of_head(model, tokens.to(model.norm.weight.device))
+    return reduced_head(model, tokens.to(model.norm.weight.device))
 
 
 def most_frequent(counts: npt.NDArray[np.int64], part: int) -> npt.NDArray[np.int64]:

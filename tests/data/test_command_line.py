@@ -1,0 +1,117 @@
+"""Dataclasses as command lines: what is read, and every mistake in one line with its remedy."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from data.command_line import option_names, read_options, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """A section."""
+
+    lr: float = 1e-3
+    """Learning rate."""
+    steps: int = 3
+    """Steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A command."""
+
+    run: Path
+    """Where."""
+    source: Annotated[Literal["hf", "ours"], tyro.conf.arg(name="from")] = "hf"
+    """Format."""
+    bits: Literal["int8", "int4"] | None = None
+    """Bits."""
+    fuse: tyro.conf.FlagConversionOff[bool] = False
+    """A switch with a value."""
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """A switch without."""
+    optim: Optim = field(default_factory=Optim)
+    layers: int = 2
+    """Layers."""
+
+
+def read(text, **settings):
+    return read_options(Options, text.split(), prog="x", description="d", **settings)
+
+
+def test_options_are_the_fields():
+    assert [*option_names(Options)] == [
+        "run", "from", "bits", "fuse", "quick", "optim.lr", "optim.steps", "layers",
+    ]  # fmt: skip
+    options = read("--run a --from ours --quick --optim.lr 2e-3 --fuse True --bits int4")
+    assert options == Options(
+        run=Path("a"), source="ours", quick=True, optim=Optim(lr=2e-3), fuse=True, bits="int4"
+    )
+
+
+LONG = "/" + "very-long-folder-name" * 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "run: none, give --run PATH"),
+        ("--run", "run: no value, give a value"),
+        ("--run a --layers x", "layers: x, give an integer"),
+        ("--run a --layers", "layers: no value, give an integer"),
+        ("--run a --layers 2.5", "layers: 2.5, give an integer"),
+        ("--run a --optim.lr much", "optim.lr: much, give a number"),
+        ("--run a --optim.lr", "optim.lr: no value, give a number"),
+        ("--run a --fuse", "fuse: no value, give True or False"),
+        ("--run a --fuse maybe", "fuse: maybe, give one of False, True"),
+        ("--run a --bits int7", "bits: int7, give one of int4, int8"),
+        (f"--run a --layers {LONG}", f"layers: {LONG}, give an integer"),
+        ("--run a --quick True", "True: a value without an option, put its --option before it"),
+        ("--run a b", "b: a value without an option, put its --option before it, see --help"),
+        ("--run a --layer 3", "option: --layer does not exist, did you mean --layers?"),
+        ("--run a --lr 1", "option: --lr does not exist, did you mean --optim.lr?"),
+        ("--run a --learning-rate 1", "--learning-rate does not exist, did you mean --optim.lr?"),
+        ("--run a --optm.lr 1", "option: --optm.lr does not exist, did you mean --optim.lr?"),
+        ("--run a --zzzzzz 1", "option: --zzzzzz does not exist, give one of --run, --from"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy(words, message):
+    with pytest.raises(ValueError, match=".") as error:
+        read(words, synonyms={"learning_rate": "optim.lr"})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{name}" in text for name in option_names(Options))
+    assert max(map(len, text.splitlines())) <= 70
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--run", "a"], 2, "error: layers: 2, too few, give 3\n"),
+        (["--run", "a", "--layers", "5"], 130, ""),
+        (["--run"], 2, "error: run: no value, give a value\n"),
+    ],
+)
+def test_a_command_ends_with_its_code_and_one_line(monkeypatch, capsys, words, code, message):
+    def command(options):
+        if options.layers == 2:
+            raise ValueError("layers: 2,\ntoo few,\n give 3")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["x", *words])
+    with pytest.raises(SystemExit) as stop:
+        run_command(Options, command, prog="x", description="d")
+    assert stop.value.code == code
+    assert capsys.readouterr().err == message
