@@ -174,7 +174,7 @@ def test_files_and_functions_stay_short(path):
 
 def test_environment_is_read_in_one_file():
     readers = {name_of(path) for path in FILES if "os.environ" in path.read_text()}
-    # generate.py reads NO_COLOR, the terminal's own convention; command_line.py sets COLUMNS for tyro.
+    # generate.py reads NO_COLOR, the terminal's own convention; data sets COLUMNS for tyro.
     allowed = {"train/parallel/runtime.py", "inference/generate.py", "data/command_line.py"}
     assert readers <= allowed
     assert (ROOT / "inference" / "generate.py").read_text().count("os.environ") == 1
