@@ -9,28 +9,34 @@ from pathlib import Path
 from tests.docs.option_parsers import entry_points
 from tests.docs.pages import ROOT
 
-# What is written differently in the clone, so that pages run in minutes: the demos' steps.
+# What is written differently in the clone: {file: (expression, replacement), once}.
 SMALLER_FILES = {
-    "train/config/demos.py": (r"steps=500,", "steps=60,"),
+    "train/config/demos.py": (r"steps=500,", "steps=40,"),
     "train/config/presets.py": (r"steps=200,", "steps=40,"),
+    "launch/quickstart.sh": (r"--max_new_tokens \d+", "--max_new_tokens 16 --repeats 1"),
 }
-# What is rewritten in a command, or added at its end, where the later of two options counts.
+# What is written differently in commands, one after another; options at the end count most.
 SMALLER_COMMANDS = (
-    (r"--steps (\d+)", "--steps 60"),
-    (r"--tokens \S+", "--tokens 120e3"),
-    (r"--prompts \d+", "--prompts 4"),
+    (r"--steps \d+", "--steps 40"),
     (r"--repeats \d+", "--repeats 1"),
-    (r"--iterations \d+", "--iterations 4"),
-    (r"(-m inference\.skip_search.*)", r"\1 --iterations 4 --prompts 4 --max_new_tokens 16"),
+    (r"--prompts \d+", "--prompts 4"),
+    (r"--max_new_tokens \d+", "--max_new_tokens 16"),
+    (r"(-m inference\.evaluate .*)", r"\1 --max_tokens 4096"),
+    (r"(-m inference\.benchmark .*)", r"\1 --repeats 1 --prompts 4 --max_new_tokens 16"),
+    (r"(-m inference\.tune .*)", r"\1 --repeats 1 --prompts 2 --max_new_tokens 16"),
     (r"(-m inference\.(oracle|calibrate) .*)", r"\1 --prompts 4 --max_new_tokens 16"),
-    (r"(-m inference\.train_gate .*)", r"\1 --epochs 2 --train_tokens 4096"),
-    (r"(-m inference\.tune .*)", r"\1 --prompts 2 --max_new_tokens 24 --repeats 1"),
+    (r"(-m inference\.skip_search .*)", r"\1 --prompts 4 --max_new_tokens 16 --iterations 4"),
+    (r"(-m inference\.train_gate .*)", r"\1 --train_tokens 4096 --epochs 2"),
+    (r"(-m inference\.fit_jump .*)", r"\1 --train_tokens 4096"),
     (r"(-m data\.semantic_parsing .*)", r"\1 --examples 600 --held_out 40"),
-    # The suite itself has other callers.
-    (r"bash launch/test\.sh.*", "bash launch/test.sh tests/test_layout.py"),
+    (r"(benchmarks/recipes\.py .*)", r"\1 --steps 4"),
+    (r"(benchmarks/against_transformers\.py .*)", r"\1 --prompts 1 --max_new_tokens 8"),
+    (r"(benchmarks/checkpoint\.py .*)", r"\1 --dim 64 --n_layers 2"),
+    # The suite itself is run elsewhere.
+    (r"(bash launch/test\.sh).*", r"\1 tests/test_layout.py"),
     (r"(-m pytest -q) .*", r"\1 tests/test_layout.py"),
     # The environment is the one that runs the tests, see `install`.
-    (r"^(python3? -m venv|pip install|\.venv/bin/pip install) .*", ":"),
+    (r"^(python3 -m venv|pip install) .*", ":"),
 )
 SECONDS = 1200
 """How long a block may take."""
