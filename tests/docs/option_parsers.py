@@ -57,7 +57,7 @@ def parse_command(words):
     program, *rest = words
     if program == "torchrun":
         options = get_args_parser().parse_args(rest)
-        parse_script(options.training_script, options.training_script_args)
+        parse_script(options.training_script, options.training_script_args, options.nproc_per_node)
     elif program == "sbatch":
         script = rest.index("launch/train.slurm")
         assert all(word.startswith("--") for word in rest[:script])
@@ -69,7 +69,7 @@ def parse_command(words):
     elif program == "python":
         parse_script(rest[0], rest[1:])
     elif program == "skipstone":
-        parse_entry(words)
+        parse_verb(rest[0], rest[1:])
     elif program == "pip":
         parse_install(rest)
     elif program in ("bash", "pytest"):
@@ -78,11 +78,13 @@ def parse_command(words):
         assert program in OTHERS, f"{program}: unknown to the tests of the documentation"
 
 
-def parse_script(path, words):
-    """Parse the options of a script by its path."""
+def parse_script(path, words, ranks=None):
+    """Parse the options of a script by its path; training on so many ranks must be possible."""
     if path == "train/main.py":
         with redirect_stdout(StringIO()):
-            parse(words, show=True)
+            command = parse(words, show=True)
+        if ranks is not None:
+            command.config.check(int(ranks))
         return
     spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / path)
     module = importlib.util.module_from_spec(spec)
@@ -100,18 +102,14 @@ def parse_module(name, words):
         parse_main(importlib.import_module(name).main, [name, *words])
 
 
-def parse_entry(words):
-    """Parse the options of a program that setup.cfg installs."""
-    module, _, function = entry_points()[words[0]].partition(":")
-    parse_main(getattr(importlib.import_module(module), function), words)
-
-
-def entry_points():
-    """Return {program: module:function} of setup.cfg."""
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    lines = setup.get("options.entry_points", "console_scripts", fallback="").split("\n")
-    return dict(re.split(r"\s*=\s*", line) for line in lines if line)
+def parse_verb(verb, words):
+    """Parse the options of `skipstone verb`; those of torchrun come before a preset."""
+    if verb == "train":
+        while words and words[0].startswith(("--nproc", "--nnodes")):
+            words = words[1:]
+        parse_script("train/main.py", words)
+    elif verb != "--help":
+        parse_module(importlib.import_module("launch.main").VERBS[verb][0], words)
 
 
 def parse_main(main, words):
@@ -157,11 +155,17 @@ def check_strategies(options):
 
 def parse_install(words):
     """Check that what `pip install` names is there: files, and extras of ours."""
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
+    setup = read_setup()
     for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
         assert setup.has_option("options.extras_require", extra), extra
     check_paths(words)
+
+
+def read_setup():
+    """Return the contents of setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup
 
 
 def check_paths(words):

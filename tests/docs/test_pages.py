@@ -96,8 +96,8 @@ def test_numbers_are_masked_and_lines_keep_their_order():
 def messages():
     """Return the texts in our code, one a line, with ... for what is put into them."""
     found = []
-    for room in ("train", "models", "loss", "data", "inference"):
-        for path in (ROOT / room).rglob("*.py"):
+    for package in ("train", "models", "loss", "data", "inference"):
+        for path in (ROOT / package).rglob("*.py"):
             nodes = [*ast.walk(ast.parse(path.read_text()))]
             found += [text_of(node) for node in nodes if isinstance(node, ast.JoinedStr)]
             found += [
