@@ -5,17 +5,20 @@ in `train`, `inference`, `data` and `models`. Imports no other file of ours.
 """
 
 import difflib
+import inspect
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import dropwhile
+from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 T = TypeVar("T")
 
@@ -25,6 +28,47 @@ _NUMBERS = {
     r"invalid literal for int\(\) with base 10: '(.*?)'?": "an integer",
     r"could not convert string to float: '(.*?)'?": "a number",
 }
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read `X | None` as X, or as None for the word None; tyro alone names no fault of X."""
+    kinds = get_args(info.type)
+    if len(kinds) != 2 or NoneType not in kinds:
+        return None
+    [kind] = {*kinds} - {NoneType}
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        spec,
+        instance_from_str=lambda words: (
+            None if words == ["None"] else spec.instance_from_str(words)
+        ),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda v: ["None"] if v is None else spec.str_from_instance(v),
+        choices=spec.choices and (*spec.choices, "None"),
+    )
+
+
+def read_as(
+    metavar: str, read: Callable[[str], T], write: Callable[[T], str] = str
+) -> PrimitiveConstructorSpec[T]:
+    """Return the annotation of a type that is written as one word.
+
+    Args:
+        metavar: What the help calls the word.
+        read: Returns the value; the message of its ValueError is shown after the option's name.
+        write: Returns the word for a value, for the defaults in the help.
+    """
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [write(value)],
+    )
 
 
 def read_options(
@@ -32,7 +76,7 @@ def read_options(
     words: Sequence[str],
     *,
     prog: str,
-    description: str,
+    description: str | None = None,
     default: T | None = None,
     synonyms: Mapping[str, str] | None = None,
     show: bool = True,
@@ -43,7 +87,7 @@ def read_options(
         kind: A frozen dataclass; its fields are the options, their docstrings the help.
         words: The command line without the program's name.
         prog: How the command is called.
-        description: What it does, shown above the options.
+        description: What it does, shown above the options; the docstring of `kind` if None.
         default: Values of the options that are not given; those of `kind` if None.
         synonyms: {what people type for an option: the option}, both without the dashes.
         show: Whether this process may print help.
@@ -59,13 +103,14 @@ def read_options(
             options, unknown = tyro.cli(
                 kind,
                 prog=prog,
-                description=description,
+                description=_paragraphs(kind) if description is None else description,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 args=words,
                 use_underscores=True,
                 console_outputs=show,
                 return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=_REGISTRY,
             )
     except SystemExit as stop:
         if not stop.code or not show:
@@ -81,7 +126,7 @@ def run_command(
     command: Callable[[T], None],
     *,
     prog: str,
-    description: str,
+    description: str | None = None,
     synonyms: Mapping[str, str] | None = None,
 ) -> None:
     """Run a command on its options; a user's error becomes one line on stderr and exit code 2."""
@@ -125,6 +170,11 @@ def suggest(name: str, known: Sequence[str], synonyms: Mapping[str, str] | None 
     if near:
         return f"did you mean {near[0]}?"
     return f"give one of {', '.join(known)}" if len(known) < 20 else "see --help"
+
+
+def _paragraphs(kind: type) -> str:
+    """Return a docstring, each paragraph one line; lines that are indented stay as they are."""
+    return re.sub(r"(?<!\n)\n(?![\n ])", " ", inspect.getdoc(kind) or "")
 
 
 def _last(option: str) -> str:

@@ -1,4 +1,7 @@
-"""What the commands share: arguments, one-line errors, tables, progress, JSON."""
+"""The options that several commands share, and the types that options are read as.
+
+A command's options are a dataclass that inherits those it takes, so that its help is one flat list.
+"""
 
 import argparse
 import os
@@ -6,14 +9,17 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Literal, NoReturn
 
+import tyro
+
+from data.command_line import read_as
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
 from inference.engine.sampling import Sampling
-from inference.loading.quantized import BITS
+from inference.loading.quantized import BITS, Bits
 from inference.loading.run import DTYPES, Run, load_run
 
 _PICTURES = (".jpg", ".pdf", ".png", ".svg")
@@ -197,3 +203,125 @@ def run_command(parser: Parser, command: Callable[[argparse.Namespace], None]) -
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+# -- options as dataclasses --------------------------------------------------------------------
+
+
+def _output_file(text: str) -> Path:
+    try:
+        return output_file(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _picture_file(text: str) -> Path:
+    try:
+        return picture_file(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 20 or int(text) > _LAST_SEED:
+        raise ValueError(f"{text}, give 0 to {_LAST_SEED}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(f"{text}, give at least 1")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(_count, text.split(",")))
+    except ValueError:
+        raise ValueError(f"{text}, give whole numbers, at least 1, as in 1,4") from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise ValueError(f"{text}, give numbers, as in 0.5,0.9") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _joined(values: tuple[object, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+Folder = Annotated[Path, read_as("DIR", Path)]
+OutputFile = Annotated[Path, read_as("PATH", _output_file)]
+"""A file to write, which can be written."""
+PictureFile = Annotated[Path, read_as("PATH", _picture_file)]
+"""An `OutputFile` of a kind that pictures have."""
+Seed = Annotated[int, read_as("N", _seed)]
+"""What torch takes as a seed."""
+Count = Annotated[int, read_as("N", _count)]
+"""A whole number, at least 1."""
+Names = Annotated[tuple[str, ...], read_as("A,B,...", _names, _joined)]
+Counts = Annotated[tuple[int, ...], read_as("N,...", _counts, _joined)]
+Numbers = Annotated[tuple[float, ...], read_as("X,...", _numbers, _joined)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The run to open, and where results go."""
+
+    run: Folder
+    """Run folder (its newest checkpoint is used) or one checkpoint folder."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of weights and KV cache; float32 on a CPU, bfloat16 on CUDA if not given."""
+    quantize: Bits | None = None
+    """Hold the layers' matrices in so few bits, by torchao; in --dtype if not given, as those of
+    another model that drafts always are."""
+    json: OutputFile | None = None
+    """Also write the results here."""
+
+    def open_run(self) -> Run:
+        """Load the run."""
+        return load_run(self.run, device=self.device, dtype=self.dtype, quantize=self.quantize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions(RunOptions):
+    """The run to open for decoding."""
+
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile the layers, and on CUDA run whole rounds as graphs: faster, after seconds for each
+    shape of a pass."""
+
+    def open_run(self) -> Run:
+        """Load the run; compiled, its rounds are kept as graphs on a device that has them."""
+        run = super().open_run()
+        if not self.compile:
+            return run
+        compile_layers(run.model)
+        return replace(run, graphs=round_graphs(run.model.norm.weight.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are drawn."""
+
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    seed: Seed = 0
+    """Seed of every random draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(RunOptions):
+    """What is fitted to a checkpoint: on which text, and where it is kept."""
+
+    data: Folder | None = None
+    """Dataset; the one trained on if not given."""
+    output: OutputFile | None = None
+    """Where to; beside the checkpoint if not given."""
