@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.engine.state import Decoder, DecodeState
 from inference.engine.strategy import Strategy
-from inference.strategies.gates import Gate, load_gate
+from inference.strategies.gate_classifiers import GateClassifier, load_gate
 from inference.strategies.jump import load_jump
 from inference.strategies.row_exits import (
     ExitMap,
@@ -157,7 +157,7 @@ class _Patient:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gated(Strategy):
+class Gate(Strategy):
     """Leave at the first exit where a fitted classifier is sure enough.
 
     BERxiT (2021.eacl-main.8), CALM's classifier, the Depth-Adaptive Transformer (arXiv 1910.10073):
@@ -193,7 +193,7 @@ class Gated(Strategy):
 class _Gating:
     """Asks a classifier about one token of each row, and keeps its state at the first exit."""
 
-    def __init__(self, gate: Gate, threshold_at: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, gate: GateClassifier, threshold_at: Callable[[Tensor], Tensor]) -> None:
         self._gate, self._threshold_at = gate, threshold_at
         self._h_first: Tensor | None = None
 

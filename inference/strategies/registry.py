@@ -10,14 +10,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from inference.engine.strategy import Strategy
 from inference.strategies.autoregressive import Autoregressive, EarlyExit
 from inference.strategies.dynamic import Dynamic
-from inference.strategies.exit_rules import Calm, Gated, Patience
+from inference.strategies.exit_rules import Calm, Gate, Patience
 from inference.strategies.free import Free
 from inference.strategies.jump import Jump
 from inference.strategies.routed import Routed
 from inference.strategies.schedules import Pruned, SkipDecode, Unified
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
-from inference.strategies.two_model import Speculative
+from inference.strategies.speculative import Speculative
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     kind.name: kind
@@ -30,7 +30,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Speculative,
         Calm,
         Patience,
-        Gated,
+        Gate,
         Jump,
         Free,
         Unified,

@@ -18,9 +18,9 @@ from inference.loading.packed import pack
 from inference.strategies.autoregressive import Autoregressive, EarlyExit
 from inference.strategies.drafting import draft
 from inference.strategies.dynamic import Dynamic
-from inference.strategies.exit_rules import Calm, Gated
+from inference.strategies.exit_rules import Calm, Gate
 from inference.strategies.free import Free
-from inference.strategies.gates import save_gate
+from inference.strategies.gate_classifiers import save_gate
 from inference.strategies.jump import Jump, JumpMap, save_jump
 from inference.strategies.reduced_head import reduced_head
 from inference.strategies.self_speculative import SelfSpeculative
@@ -111,7 +111,7 @@ def test_tokens_that_wait_leave_where_the_slow_form_says(model, rule):
 
 def test_a_gate_leaves_to_the_exits_own_parts(model, tmp_path):
     save_gate(tmp_path / "gate", random_gate("linear"), model)
-    asked = Gated(path=tmp_path / "gate", threshold=0.45)
+    asked = Gate(path=tmp_path / "gate", threshold=0.45)
 
     def leaves(E, h, before, said, t):
         gate = random_gate("linear")
