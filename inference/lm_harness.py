@@ -18,7 +18,7 @@ from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.loading.run import Run
-from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import STRATEGIES, describe, parse_strategy
 from inference.strategies.speculative import check_tokenizer
 

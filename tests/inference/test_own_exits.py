@@ -15,13 +15,16 @@ from inference.evaluation.greedy_traces import record_exits
 from inference.fitting.jump_fitting import measure_jump
 from inference.fitting.traces import record
 from inference.loading.packed import pack
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.calm import Calm
 from inference.strategies.drafting import draft
 from inference.strategies.dynamic import Dynamic
-from inference.strategies.exit_rules import Calm, Gate
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.free import Free
+from inference.strategies.gate import Gate
 from inference.strategies.gate_classifiers import save_gate
-from inference.strategies.jump import Jump, JumpMap, save_jump
+from inference.strategies.jump import Jump
+from inference.strategies.jump_maps import JumpMap, save_jump
 from inference.strategies.reduced_head import reduced_head
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft

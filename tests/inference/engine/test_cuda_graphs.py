@@ -16,12 +16,14 @@ from inference.engine.state import GraphableDecoder, Round, advancing
 from inference.evaluation.costs import measure_costs
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
 from inference.strategies import speculative
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.early_exit import EarlyExit
+from inference.strategies.pruned import Pruned
 from inference.strategies.registry import describe, parse_strategy
-from inference.strategies.schedules import Pruned, Unified
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
 from inference.strategies.speculative import Speculative
+from inference.strategies.unified import Unified
 from models.llama import NOTHING, Llama
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.recorders import Rerunner, on_device_alone, rerunning

@@ -15,7 +15,8 @@ from inference.fitting.gate_training import (
 )
 from inference.fitting.traces import Trace, record
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.exit_rules import Calm, Gate
+from inference.strategies.calm import Calm
+from inference.strategies.gate import Gate
 from inference.strategies.gate_classifiers import FORMS, STOPPING, new_gate, save_gate
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.models.test_llama import build, small
