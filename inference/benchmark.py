@@ -25,7 +25,7 @@ from inference.evaluation.report import LEGEND, check_draft_fits, machine, table
 from inference.loading.run import Run
 from inference.strategies.registry import STRATEGIES, parse_strategy
 from inference.strategies.self_speculative import SelfSpeculative
-from inference.strategies.two_model import check_tokenizer
+from inference.strategies.speculative import check_tokenizer
 from models.llama import Llama
 
 

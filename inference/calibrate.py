@@ -15,7 +15,7 @@ from inference.engine.generation import Generation
 from inference.evaluation.prompts import add_prompt_arguments, prompts_from
 from inference.fitting.learn_then_test import certify
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.exit_rules import Calm
+from inference.strategies.calm import Calm
 from inference.strategies.registry import describe, parse_strategy
 from models.llama import Llama
 

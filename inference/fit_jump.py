@@ -9,7 +9,7 @@ from inference.cli.terminal import format_table, write_json
 from inference.fitting.jump_fitting import fit_jump, measure_jump
 from inference.fitting.traces import read_windows
 from inference.loading.adapters import decode_folder
-from inference.strategies.jump import save_jump
+from inference.strategies.jump_maps import save_jump
 
 
 def rank_of(text: str) -> int | None:

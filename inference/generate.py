@@ -24,7 +24,7 @@ from inference.engine.generation import Emission, Generation
 from inference.loading.run import Run
 from inference.loading.tuned import conditions_of, read_tuned, tuned_path
 from inference.strategies.registry import STRATEGIES, describe, has_threshold, parse_strategy
-from inference.strategies.two_model import check_tokenizer
+from inference.strategies.speculative import check_tokenizer
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
 _COLORS = {ACCEPTED: "\033[32m", CORRECTED: "\033[33m", PLAIN: ""}

@@ -18,9 +18,9 @@ from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.loading.run import Run
-from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import STRATEGIES, describe, parse_strategy
-from inference.strategies.two_model import check_tokenizer
+from inference.strategies.speculative import check_tokenizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lm_eval"):
     from lm_eval.api.instance import Instance

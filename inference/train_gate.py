@@ -23,7 +23,7 @@ from inference.evaluation.rule_quality import (
 from inference.fitting.gate_training import all_scores, fit_gate
 from inference.fitting.traces import Trace, read_windows, record
 from inference.loading.adapters import decode_folder
-from inference.strategies.gates import FORMS, save_gate
+from inference.strategies.gate_classifiers import FORMS, save_gate
 from inference.strategies.row_exits import exit_problems, exits_from
 
 LEGEND = """

@@ -13,8 +13,8 @@ from inference.engine.generation import wait_for
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.engine.state import DecodeState
-from inference.strategies.autoregressive import EarlyExit
 from inference.strategies.drafting import NgramDrafts
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.self_speculative import SelfSpeculative, accept_round, verify
 from models.llama import NOTHING, Llama
 

@@ -16,7 +16,8 @@ from inference.engine.state import Work
 from inference.engine.strategy import Strategy
 from inference.evaluation.calibration import read_continuation
 from inference.evaluation.peak_memory import peak_since, reset_peak_memory
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import describe
 from inference.strategies.self_speculative import SelfSpeculative
 from models.llama import NOTHING, Llama

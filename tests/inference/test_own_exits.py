@@ -15,13 +15,16 @@ from inference.evaluation.greedy_traces import record_exits
 from inference.fitting.jump_fitting import measure_jump
 from inference.fitting.traces import record
 from inference.loading.packed import pack
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.calm import Calm
 from inference.strategies.drafting import draft
 from inference.strategies.dynamic import Dynamic
-from inference.strategies.exit_rules import Calm, Gated
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.free import Free
-from inference.strategies.gates import save_gate
-from inference.strategies.jump import Jump, JumpMap, save_jump
+from inference.strategies.gate import Gate
+from inference.strategies.gate_classifiers import save_gate
+from inference.strategies.jump import Jump
+from inference.strategies.jump_maps import JumpMap, save_jump
 from inference.strategies.reduced_head import reduced_head
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
@@ -111,7 +114,7 @@ def test_tokens_that_wait_leave_where_the_slow_form_says(model, rule):
 
 def test_a_gate_leaves_to_the_exits_own_parts(model, tmp_path):
     save_gate(tmp_path / "gate", random_gate("linear"), model)
-    asked = Gated(path=tmp_path / "gate", threshold=0.45)
+    asked = Gate(path=tmp_path / "gate", threshold=0.45)
 
     def leaves(E, h, before, said, t):
         gate = random_gate("linear")

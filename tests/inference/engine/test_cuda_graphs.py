@@ -15,13 +15,15 @@ from inference.engine.sampling import Sampling
 from inference.engine.state import GraphableDecoder, Round, advancing
 from inference.evaluation.costs import measure_costs
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
-from inference.strategies import two_model
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies import speculative
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.early_exit import EarlyExit
+from inference.strategies.pruned import Pruned
 from inference.strategies.registry import describe, parse_strategy
-from inference.strategies.schedules import Pruned, Unified
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
-from inference.strategies.two_model import Speculative
+from inference.strategies.speculative import Speculative
+from inference.strategies.unified import Unified
 from models.llama import NOTHING, Llama
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.recorders import Rerunner, on_device_alone, rerunning
@@ -52,7 +54,7 @@ def another_model(monkeypatch):
     class Loaded:
         model = draft
 
-    monkeypatch.setattr(two_model, "_load", lambda *where: Loaded)
+    monkeypatch.setattr(speculative, "_load", lambda *where: Loaded)
     return draft
 
 
@@ -275,7 +277,7 @@ def start_on_no_data(strategy, *, temperature=0.0):
 @pytest.mark.parametrize("strategy", FIXED, ids=describe)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_rounds_neither_ask_nor_take_anything_of_the_host(monkeypatch, strategy, temperature):
-    monkeypatch.setattr(two_model._load(), "model", on_no_data(n_layers=2))
+    monkeypatch.setattr(speculative._load(), "model", on_no_data(n_layers=2))
     state, decoder = start_on_no_data(strategy, temperature=temperature)
     assert isinstance(decoder, GraphableDecoder)
     for n in range(1, decoder.most + 1):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.exit_rules import Calm, Patience, softmax_gap
+from inference.strategies.calm import Calm
+from inference.strategies.confidence import softmax_gap
+from inference.strategies.patience import Patience
 from inference.strategies.row_exits import ExitObservation
 from models.rope import apply_rope
 from tests.inference.every_strategy import PROMPTS, decode, make_model

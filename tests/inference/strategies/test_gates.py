@@ -15,8 +15,9 @@ from inference.fitting.gate_training import (
 )
 from inference.fitting.traces import Trace, record
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.exit_rules import Calm, Gated
-from inference.strategies.gates import FORMS, STOPPING, new_gate, save_gate
+from inference.strategies.calm import Calm
+from inference.strategies.gate import Gate
+from inference.strategies.gate_classifiers import FORMS, STOPPING, new_gate, save_gate
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.models.test_llama import build, small
 
@@ -133,14 +134,14 @@ def test_a_trace_holds_what_the_exits_see_and_say(model):
 def test_rows_leave_where_the_gate_says_and_as_they_would_alone(model, gate_file, form):
     path = gate_file(form)
     plain = decode(model, PROMPTS, Autoregressive()).tokens
-    assert decode(model, PROMPTS, Gated(path=path, threshold=1.5)).tokens == plain
-    asked = Gated(path=path, threshold=0.45)
+    assert decode(model, PROMPTS, Gate(path=path, threshold=1.5)).tokens == plain
+    asked = Gate(path=path, threshold=0.45)
     together = decode(model, PROMPTS, asked)
     assert together.tokens == [decode(model, [p], asked).tokens[0] for p in PROMPTS]
     assert together.counters.layers_per_token < 6
     calm = Calm(confidence="gate", gate=path, threshold=0.45)
     assert decode(model, PROMPTS, calm).tokens == together.tokens
-    at_once = decode(model, PROMPTS, Gated(path=path, threshold=0.0)).counters
+    at_once = decode(model, PROMPTS, Gate(path=path, threshold=0.0)).counters
     assert at_once.syncs <= at_once.rounds  # all leave at the first exit
 
 
@@ -151,12 +152,12 @@ def test_what_does_not_fit_is_refused_in_one_line(model, gate_file, tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert message(Gated()).startswith("path: none, give a file that")
-    assert message(Gated(path=tmp_path / "x")).startswith("gate: there is no")
+    assert message(Gate()).startswith("path: none, give a file that")
+    assert message(Gate(path=tmp_path / "x")).startswith("gate: there is no")
     path = gate_file()
     other = build(small(n_layers=6, n_kv_heads=2), seed=9).eval().requires_grad_(False)
-    assert "was fitted to another checkpoint" in message(Gated(path=path), other)
-    assert message(Gated(path=path, threshold=-0.1)).startswith("threshold: -0.1")
+    assert "was fitted to another checkpoint" in message(Gate(path=path), other)
+    assert message(Gate(path=path, threshold=-0.1)).startswith("threshold: -0.1")
     assert message(Calm(confidence="gate")).startswith("gate: none, give a file")
     assert "it needs confidence=gate" in message(Calm(gate=path))
     sparse = gate_file("multinomial", range(2, 6, 2))

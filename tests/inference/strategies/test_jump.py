@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from inference.fitting.jump_fitting import fit_jump, measure_jump
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
-from inference.strategies.exit_rules import Calm, Patience
-from inference.strategies.jump import Jump, JumpMap, load_jump, save_jump
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.calm import Calm
+from inference.strategies.early_exit import EarlyExit
+from inference.strategies.jump import Jump
+from inference.strategies.jump_maps import JumpMap, load_jump, save_jump
+from inference.strategies.patience import Patience
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.models.test_llama import build, small
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import STRATEGIES, describe, parse_strategy
 from inference.strategies.self_speculative import SelfSpeculative
 

@@ -7,7 +7,9 @@ import torch
 
 from inference.engine.generation import Generation
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.schedules import Pruned, SkipDecode, Unified
+from inference.strategies.pruned import Pruned
+from inference.strategies.skipdecode import SkipDecode
+from inference.strategies.unified import Unified
 from models.llama import NOTHING, whole_layers
 from models.token_depth import evenly_spaced
 from tests.inference.every_strategy import PROMPTS, decode, make_model, slow_greedy
