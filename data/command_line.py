@@ -9,6 +9,7 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -134,6 +135,10 @@ def run_command(
         command(
             read_options(kind, sys.argv[1:], prog=prog, description=description, synonyms=synonyms)
         )
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone: write no more, nor at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from inference.engine.compiled import compile_layers, is_compiled
+from inference.engine.compiled import is_compiled
 from inference.engine.prefill import allocate
 from inference.engine.sampling import sample
 from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
@@ -74,12 +74,9 @@ class Speculative(Strategy):
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
 def _load(path: Path, device: str, dtype: str, bits: Bits | None, compiled: bool) -> Run:
     try:
-        run = load_run(path, device=device, dtype=dtype, quantize=bits)
+        return load_run(path, device=device, dtype=dtype, quantize=bits, compiled=compiled)
     except ValueError as error:
         raise ValueError(f"draft: {error}") from None
-    if compiled:
-        compile_layers(run.model)
-    return run
 
 
 def check_tokenizer(strategy: Strategy, run: Run) -> None:
