@@ -338,7 +338,7 @@ def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
     assert rounds._count_lookups(guesses) == (5, 3)
     rounds.state.finished[2:] = True
     assert rounds._count_lookups(guesses) == (0, 2)
-    assert rounds.state.work.syncs == 2
+    assert rounds.state.counters.syncs == 2
 
 
 @pytest.mark.usefixtures("no_layer_drafts")

@@ -93,7 +93,7 @@ def test_a_draft_that_is_the_model_is_right_after_rounds_without_room(model, mon
     for room in (9, 9, 1, 9, 1, 1, 1, 9, 9, 2, 9):
         result = decoder(room)
         assert (result.accepted == result.drafted).all()
-        syncs.append(state.work.syncs)
+        syncs.append(state.counters.syncs)
     assert syncs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3], "it asks only where it may be behind"
 
 
