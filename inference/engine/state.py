@@ -8,7 +8,7 @@ rounds.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,17 @@ class Round:
     depths: Tensor | None = None
     """(batch, n) int64, layers behind each token where it may be fewer than the strategy's
     deepest."""
+
+    @classmethod
+    def plain(cls, token: Tensor, depths: Tensor | None = None) -> Self:
+        """Return a round without drafts.
+
+        Args:
+            token: (batch, 1) int64.
+            depths: (batch,) int64, layers behind it.
+        """
+        none = token.new_zeros(len(token))
+        return cls(token, none, none, None if depths is None else depths[:, None])
 
 
 @dataclass(kw_only=True)

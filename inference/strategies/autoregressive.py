@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-
 from inference.engine.sampling import sample
 from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
@@ -32,5 +30,4 @@ def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, max_tokens
     """Draw one token after each pending one from the first layers, less those skipped."""
     h = state.run(state.model.embed(state.pending[:, None]), 0, depth, skipped=skipped)
     tokens = sample(state.distribution(h, depth), state.generator)
-    none = torch.zeros_like(state.positions)
-    return Round(tokens, accepted=none, drafted=none)
+    return Round.plain(tokens)

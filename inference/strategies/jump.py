@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
-import torch
-
 from inference.engine.sampling import sample
 from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
@@ -56,5 +54,4 @@ class Jump(Strategy):
         assert self.E is not None
         h = state.run(state.model.embed(state.pending[:, None]), 0, self.E)
         tokens = sample(state.distribution(jump(self.E, h)), state.generator)
-        none = torch.zeros_like(state.positions)
-        return Round(tokens, accepted=none, drafted=none)
+        return Round.plain(tokens)

@@ -81,5 +81,4 @@ class SkipDecode(Strategy):
             h = torch.where(takes[:, None, None], state.run(h, l, l + 1), h)
         h = state.run(h, some.stop, n_layers)
         tokens = sample(state.distribution(h), state.generator)
-        none = torch.zeros_like(state.positions)
-        return Round(tokens, accepted=none, drafted=none, depths=budgets[:, None])
+        return Round.plain(tokens, budgets)
