@@ -224,7 +224,7 @@ def _round_seconds(
             start = time.perf_counter()
             for _ in range(_ROUNDS_PER_TIMING):
                 decoder(deepest + 1)
-            wait_for(state.pending.device)
+            wait_for(state.batch.device)
             samples[config].append((time.perf_counter() - start) / _ROUNDS_PER_TIMING)
     return {config: statistics.median(times) for config, times in samples.items()}
 
