@@ -132,7 +132,7 @@ def measure_costs(
             start = time.perf_counter()
             for _ in range(_PASSES_PER_TIMING):
                 run()
-            wait_for(state.pending.device)
+            wait_for(state.batch.device)
             seconds[key].append((time.perf_counter() - start) / _PASSES_PER_TIMING)
     full = statistics.median(seconds["step", L])
     steps = {key: statistics.median(times) / full for key, times in seconds.items()}
@@ -174,18 +174,18 @@ def _round(state: DecodeState, E: int, d: int) -> Callable[[], object]:
 
 
 def _guesses(state: DecodeState, d: int) -> Callable[[], object]:
-    tokens = state.pending[:, None].expand(-1, d).contiguous()
-    drafted = NgramDrafts(tokens, ~state.finished, state.model.config.vocab_size).alone()
+    tokens = state.batch.pending[:, None].expand(-1, d).contiguous()
+    drafted = NgramDrafts(tokens, ~state.batch.finished, state.model.config.vocab_size).alone()
     return lambda: accept_round(state, drafted, verify(state, 0, drafted))
 
 
 def _layers(state: DecodeState, n: int) -> Callable[[], object]:
-    tokens, L = state.pending[:, None].expand(-1, n), state.model.config.n_layers
+    tokens, L = state.batch.pending[:, None].expand(-1, n), state.model.config.n_layers
     return lambda: state.run(state.model.embed(tokens), 0, L)
 
 
 def _head(state: DecodeState, n: int) -> Callable[[], object]:
-    h = state.model.embed(state.pending[:, None].expand(-1, n))
+    h = state.model.embed(state.batch.pending[:, None].expand(-1, n))
     return lambda: state.distribution(h).argmax(-1)
 
 

@@ -12,7 +12,6 @@ from inference.engine.cuda_graphs import RoundGraphs, graphed
 from inference.engine.generation import Generation, wait_for
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.engine.state import Work
 from inference.engine.strategy import Strategy
 from inference.evaluation.calibration import read_continuation
 from inference.evaluation.peak_memory import peak_since, reset_peak_memory
@@ -91,7 +90,7 @@ class ArmResult:
     scores: dict[str, float]
     """Of a task; empty for plain prompts."""
     passes: list[tuple[int, int, int, int]]
-    """Of layers, in all rounds: start, stop, tokens of each row, and times; see `Work.passes`."""
+    """Of layers, in all rounds: start, stop, tokens of each row, and times, see `Counters`."""
     head_passes: list[tuple[int, int]]
     """Of the head, in all rounds: tokens of each row, and times."""
     peak_bytes: int | None
@@ -103,7 +102,6 @@ class ArmResult:
 @dataclass(frozen=True)
 class _Repeat:
     counters: Counters
-    work: Work
     tokens: list[list[int]]
     peak_bytes: int | None
 
@@ -192,7 +190,7 @@ def _decode(
     peak = peak_since(before, device)
     if peak is not None and graphs is not None:
         peak += graphs.idle_bytes()
-    return _Repeat(generation.counters, generation.work, generation.tokens, peak)
+    return _Repeat(generation.counters, generation.tokens, peak)
 
 
 @torch.inference_mode()
@@ -226,7 +224,7 @@ def _round_seconds(
             start = time.perf_counter()
             for _ in range(_ROUNDS_PER_TIMING):
                 decoder(deepest + 1)
-            wait_for(state.pending.device)
+            wait_for(state.batch.device)
             samples[config].append((time.perf_counter() - start) / _ROUNDS_PER_TIMING)
     return {config: statistics.median(times) for config, times in samples.items()}
 
@@ -244,7 +242,7 @@ def _summarise(
     speeds = [repeat.counters.tokens_per_second for repeat in repeats]
     baseline = [repeat.counters.tokens_per_second for repeat in reference]
     speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
-    counters, work, tokens = repeats[0].counters, repeats[0].work, repeats[0].tokens
+    counters, tokens = repeats[0].counters, repeats[0].tokens
     peaks = [repeat.peak_bytes for repeat in repeats if repeat.peak_bytes is not None]
     read = [read_continuation(model, *pair) for pair in zip(workload.prompts, tokens, strict=True)]
     greedy = workload.sampling.temperature == 0.0
@@ -273,8 +271,8 @@ def _summarise(
         full_choice=sum(chosen for _, chosen in read) / counters.tokens,
         log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
         scores=dict(score(tokens)) if score is not None else {},
-        passes=[(*key, times) for key, times in sorted(work.passes.items())],
-        head_passes=sorted(work.head_passes.items()),
+        passes=[(*key, times) for key, times in sorted(counters.passes.items())],
+        head_passes=sorted(counters.head_passes.items()),
         peak_bytes=max(peaks, default=None),
     )
 

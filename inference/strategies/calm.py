@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from inference.engine.state import Decoder, DecodeState
+from inference.engine.decoder import Decoder
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.confidence import softmax_gap
-from inference.strategies.gate import TRAINED_BY, _Gating
-from inference.strategies.gate_classifiers import load_gate
+from inference.strategies.gate import TRAINED_BY, decode_gated
 from inference.strategies.jump_maps import load_exit_map
 from inference.strategies.row_exits import (
     ExitObservation,
@@ -67,19 +67,11 @@ class Calm(Strategy):
         return found
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         exits = exits_from(self.first, self.interval, state.model.config.n_layers)
+        if self.gate is not None:
+            return decode_gated(state, self.gate, self.threshold_at, exits=exits, jump=self.jump)
         exit_map = load_exit_map(self.jump, state.model)
-        if self.gate is None:
-            return decode_until_sure(state, exits, lambda: self.leaves, exit_map)
-        gate = load_gate(self.gate, state.model)
-        sees_first = exits.start == gate.exits.start or gate.form != "multinomial"
-        if not sees_first or not set(exits) <= set(gate.exits):
-            raise ValueError(
-                f"gate: {self.gate} was fitted for first={gate.exits.start}"
-                f":interval={gate.exits.step}, give these to calm or fit another"
-            )
-        return decode_until_sure(state, exits, lambda: _Gating(gate, self.threshold_at), exit_map)
+        return decode_until_sure(state, exits, lambda: self.leaves, exit_map)
 
     def leaves(self, seen: ExitObservation) -> Tensor:
         """Say which rows leave, by what needs no file."""

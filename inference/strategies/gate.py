@@ -5,18 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from inference.engine.state import Decoder, DecodeState
+from inference.engine.decoder import Decoder
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.gate_classifiers import GateClassifier, load_gate
 from inference.strategies.jump_maps import load_exit_map
-from inference.strategies.row_exits import (
-    ExitObservation,
-    Rule,
-    decode_until_sure,
-)
+from inference.strategies.row_exits import ExitObservation, decode_until_sure
 
 TRAINED_BY = "give a file that python -m inference.train_gate wrote"
 
@@ -45,20 +41,50 @@ class Gate(Strategy):
         return found
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         assert self.path is not None
-        gate = load_gate(self.path, state.model)
-
-        def new_rule() -> Rule:
-            return _Gating(gate, lambda t: torch.full(t.shape, self.threshold, device=t.device))
-
-        return decode_until_sure(state, gate.exits, new_rule, load_exit_map(self.jump, state.model))
+        return decode_gated(state, self.path, lambda new_tokens: self.threshold, jump=self.jump)
 
 
-class _Gating:
-    """Asks a classifier about one token of each row, and keeps its state at the first exit."""
+def decode_gated(
+    state: DecodeState,
+    path: Path,
+    threshold_at: Callable[[Tensor], Tensor | float],
+    *,
+    exits: range | None = None,
+    jump: Path | None,
+) -> Decoder:
+    """Return a decoder whose rows leave at the first exit where a classifier is sure enough.
 
-    def __init__(self, gate: GateClassifier, threshold_at: Callable[[Tensor], Tensor]) -> None:
+    Args:
+        state: The batch.
+        path: File of the classifier.
+        threshold_at: Returns the least score at which rows leave, for the number of tokens each
+            has been given: (batch,) int64.
+        exits: The E at which rows may leave; those the classifier was fitted for if None.
+        jump: File of the linear maps before the head, if any.
+
+    Raises:
+        ValueError: A file is missing or belongs to other weights, or the classifier was not fitted
+            for these exits.
+    """
+    gate, exit_map = load_gate(path, state.model), load_exit_map(jump, state.model)
+    if exits is None:
+        exits = gate.exits
+    has_first = exits.start == gate.exits.start or gate.form != "multinomial"
+    if not has_first or not set(exits) <= set(gate.exits):
+        raise ValueError(
+            f"gate: {path} was fitted for first={gate.exits.start}:interval={gate.exits.step}, "
+            "give these or train another"
+        )
+    return decode_until_sure(state, exits, lambda: _GateRule(gate, threshold_at), exit_map)
+
+
+class _GateRule:
+    """Scores one token of each row exit by exit, and keeps its state at the first."""
+
+    def __init__(
+        self, gate: GateClassifier, threshold_at: Callable[[Tensor], Tensor | float]
+    ) -> None:
         self._gate, self._threshold_at = gate, threshold_at
         self._h_first: Tensor | None = None
 

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
-import torch
-
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder, GraphableDecoder
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.early_exit import a_quarter
 from inference.strategies.jump_maps import JumpMap, load_jump
@@ -54,7 +54,6 @@ class Jump(Strategy):
 
     def _decode_one(self, state: DecodeState, jump: JumpMap, max_tokens: int) -> Round:
         assert self.E is not None
-        h = state.run(state.model.embed(state.pending[:, None]), 0, self.E)
+        h = state.run(state.embed_pending(), 0, self.E)
         tokens = sample(state.distribution(jump(self.E, h)), state.generator)
-        none = torch.zeros_like(state.positions)
-        return Round(tokens, accepted=none, drafted=none)
+        return Round.plain(tokens)

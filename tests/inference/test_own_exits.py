@@ -30,8 +30,8 @@ from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
 from models.llama import NOTHING
 from tests.inference.every_strategy import PROMPTS, decode, make_model
-from tests.inference.strategies import test_exit_rules, test_free
-from tests.inference.strategies.test_gates import random_gate
+from tests.inference.strategies import test_free, test_row_exits
+from tests.inference.strategies.test_gate_classifiers import random_gate
 from tests.models.test_exit_parts import shake, slow_reading
 
 L, EXITS = 6, (2, 4)
@@ -95,9 +95,9 @@ def test_drafts_are_what_the_exit_says_through_its_own_parts(model, part):
         assert drafted.tokens.tolist() == [slow_greedy(model, prompt, 4, E) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("rule", "leaves"), test_exit_rules.RULES, ids=range(4))
+@pytest.mark.parametrize(("rule", "leaves"), test_row_exits.RULES, ids=range(4))
 def test_rows_leave_where_the_slow_form_says_and_say_what_it_says(model, rule, leaves):
-    expected = [test_exit_rules.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
+    expected = [test_row_exits.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
     for options in ({}, {"batch_size": 1}):
         found = decode(model, PROMPTS, rule, max_new_tokens=15, **options)
         assert found.tokens == [tokens for tokens, _ in expected]
@@ -120,7 +120,7 @@ def test_a_gate_leaves_to_the_exits_own_parts(model, tmp_path):
         gate = random_gate("linear")
         return gate.score(E, h[None], h[None]).item() >= 0.45
 
-    expected = [test_exit_rules.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
+    expected = [test_row_exits.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
     found = decode(model, PROMPTS, asked, max_new_tokens=15)
     assert found.tokens == [tokens for tokens, _ in expected]
     assert len(found.counters.depths) > 2
@@ -154,7 +154,7 @@ def test_agreement_that_dynamic_sees_is_what_a_full_forward_finds(model, started
     generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30)
     ids = [7, 8, 7] + generation.tokens[0]
     said = slow_choices(model, ids)[:, 2:-1]
-    started[0].learn(started[0].rounds + 1)
+    started[0].read_stats(started[0].rounds + 1)
     for E in range(1, L):
         agreed = (said[E - 1] == said[L - 1]).sum().item()
         assert started[0].exits[E].agreed == pytest.approx(1.0 + agreed, abs=0.01)
