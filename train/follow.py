@@ -119,7 +119,7 @@ class TrainingMonitor:
         batch = batch_number(step.t, self.state.skipped_batches)
         found = [
             f"rank {rank}: {text}"
-            for rank, texts in enumerate(self._job.runtime.gather(step.bad_losses_here()))
+            for rank, texts in enumerate(self._job.runtime.gather(step.local_bad_losses()))
             for text in texts
         ] or ["every loss is finite, but the gradient is not"]
         self._job.events.append("update_skipped", step.t, batch=batch, found=found)

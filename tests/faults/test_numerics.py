@@ -24,9 +24,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_updates_nothing_on_any(launch):
     assert job.wait() == [0, 0], job.output
     [event] = events(job.run, "update_skipped")
     assert (event["step"], event["batch"]) == (4, 4)
-    assert event["found"] == ["rank 1: the loss of the exit after layer 3 is nan"]
+    assert event["found"] == ["rank 1: the loss of the exit after 4 layers is nan"]
     assert (
-        "step 5 updates nothing (batch 4): rank 1: the loss of the exit after layer 3" in job.output
+        "step 5 updates nothing (batch 4): rank 1: the loss of the exit after 4 layers"
+        in job.output
     )
 
     before, after, next_one = (

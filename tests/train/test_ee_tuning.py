@@ -108,11 +108,11 @@ def check_gradients(runtime, configs):
         t = STEPS[0]
         batch = make_loader(config, runtime.rank, runtime.world_size).batch(t)
         keywords = {"config": config.step_config, "runtime": runtime}
-        J, *_ = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
+        totals = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
         slow_J = slow_loss(slow, config, t)
         slow_J.backward()
         if not config.early_exit.distill:  # the teacher's own loss is among those reported
-            torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J.detach())
+            torch.testing.assert_close(runtime.sum_over_ranks(totals.J), slow_J.detach())
         for (name, ours), theirs in zip(model.named_parameters(), slow.parameters(), strict=True):
             own = name.startswith("own_exits.")
             assert ours.requires_grad == (own or config.optim.trains == "all"), name
@@ -220,8 +220,8 @@ def check_half_precision(runtime, configs):
             plan, batch = config.layerskip.at(t), loader.batch(t)
             assert len(batch) > 1
             asked = {"config": config.step_config, "runtime": runtime}
-            J, *_ = accumulate_gradients(model, batch, plan, t, **asked)
-            assert J.isfinite()
+            totals = accumulate_gradients(model, batch, plan, t, **asked)
+            assert totals.J.isfinite()
             for name, parameter in model.named_parameters():
                 part, number, *_ = name.split(".")
                 on = parameter.requires_grad and (

@@ -17,7 +17,7 @@ from train.loop.recovery import (
     score,
     skip_after_rollback,
 )
-from train.loop.step_metrics import StepMetrics
+from train.loop.step_metrics import StepMetrics, StepTotals
 
 L = 4
 CONFIG = RecoveryConfig(on_spike="rollback")
@@ -26,7 +26,13 @@ CONFIG = RecoveryConfig(on_spike="rollback")
 def outcome(t, loss=3.0, grad_norm=1.0, J=None, exits=None):
     exits = {L - 1: loss} if exits is None else exits
     return StepMetrics(
-        t, loss if J is None else J, exits, 0.0, grad_norm, False, torch.zeros(2 * L + 4)
+        t=t,
+        J=loss if J is None else J,
+        exit_losses=exits,
+        density=0.0,
+        grad_norm=grad_norm,
+        stop=False,
+        local=StepTotals.zeros(L, torch.device("cpu")),
     )
 
 
@@ -136,7 +142,7 @@ def test_judging_goes_on_from_a_saved_state_as_if_nothing_had_happened():
     history = LossHistory()
     for one in steps:
         saved = json.loads(json.dumps(RunState(history).as_dict()))
-        assert run_state_from_dict(saved).history.after(one, L - 1, CONFIG) == history.after(
+        assert run_state_from_dict(saved).loss_history.after(one, L - 1, CONFIG) == history.after(
             one, L - 1, CONFIG
         )
         history = history.after(one, L - 1, CONFIG)
