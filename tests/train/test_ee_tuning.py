@@ -457,13 +457,13 @@ def test_the_command_tunes_the_exits_of_a_plain_run_and_leaves_its_last_layer(la
     plain, tuned = (
         [r for r in records(job.run) if "validation/loss" in r][-1] for job in (before, after)
     )
-    assert tuned["validation/loss_exit_03"] == plain["validation/loss_exit_03"]
-    assert tuned["validation/loss_exit_01"] == plain["validation/loss_exit_01"]
-    for exit_ in ("00", "02"):
+    assert tuned["validation/loss_exit_04"] == plain["validation/loss_exit_04"]
+    assert tuned["validation/loss_exit_02"] == plain["validation/loss_exit_02"]
+    for exit_ in ("01", "03"):
         assert tuned[f"validation/loss_exit_{exit_}"] < plain[f"validation/loss_exit_{exit_}"]
     steps = [r for r in records(after.run) if "train/J" in r]
     exits = {name for r in steps for name in r if name.startswith("train/loss")}
-    assert exits == {"train/loss_exit_00", "train/loss_exit_02"}
+    assert exits == {"train/loss_exit_01", "train/loss_exit_03"}
     groups = {n for r in records(after.run) for n in r if "adam/update_rms" in n}
     assert groups == {"adam/update_rms/own_exits_01", "adam/update_rms/own_exits_03"}
     models = [
