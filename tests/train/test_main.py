@@ -184,7 +184,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run(training, capsys, quiet):
     assert main(wild) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: recovery: 2 steps in a row were not finite")
-    assert "no checkpoint from before step 1 to go back to" in line
+    assert "no checkpoint from before step 1 to roll back to" in line
 
 
 def test_weights_that_are_not_finite_are_never_saved(training, quiet):
