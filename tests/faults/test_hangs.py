@@ -1,4 +1,4 @@
-"""A rank that hangs is named in bounded time, the job ends, and the run goes on from there."""
+"""A rank that hangs is named in bounded time, the job ends, and the run resumes from there."""
 
 import signal
 

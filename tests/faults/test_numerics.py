@@ -90,7 +90,7 @@ def test_a_spike_rolls_back_and_the_rest_is_as_if_its_batches_had_never_been(
     assert rollback["to"] == first == 30
     assert stop == 50
     assert [r["step"] for r in records(poisoned) if "train/loss" in r] == list(range(1, 61))
-    # A run that is told from the start never to read those batches.
+    # A run that skips those batches from the start.
     never = training.output / "never"
     never.mkdir(parents=True)
     (never / "events.jsonl").write_text(json.dumps(rollback) + "\n")
@@ -110,7 +110,7 @@ def test_a_rolled_back_run_that_is_killed_remembers_what_it_must_not_read(launch
     assert len(events(again.run, "rollback")) == 1
 
 
-def test_a_spike_is_only_told_where_that_is_asked(launch):
+def test_a_spike_is_only_logged_where_that_is_configured(launch):
     job = launch(faults=[POISON], **LONG | {"recovery__on_spike": "warn"})
     assert job.wait(120) == [0, 0], job.output
     assert not events(job.run, "rollback")

@@ -1,4 +1,4 @@
-"""Where attention stays within documents, training and validation are told which those are."""
+"""Where attention stays within documents, training and validation number the documents."""
 
 import dataclasses
 
@@ -85,7 +85,7 @@ def data_config(path, *, mask):
 
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])
-def test_training_rows_number_their_documents_where_asked(short_documents, packing):
+def test_training_rows_number_their_documents_where_configured(short_documents, packing):
     runtime = Runtime(rank=0, world_size=1, device=torch.device("cpu"), job="")
     for mask in (True, False):
         config = dataclasses.replace(data_config(short_documents, mask=mask), packing=packing)
@@ -119,5 +119,5 @@ def check_job(runtime, root, path):
     assert losses[True] != losses[False]
 
 
-def test_a_job_trains_and_validates_within_documents_where_asked(tmp_path, short_documents):
+def test_a_job_trains_and_validates_within_documents_where_configured(tmp_path, short_documents):
     run_distributed(check_job, 1, tmp_path, short_documents)

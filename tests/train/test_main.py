@@ -38,7 +38,7 @@ def records(run):
 
 
 def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(training, launch):
-    # Written at once: the checkpoint of step 3 is there when step 4 is told. Kills while one is
+    # Written at once: the checkpoint of step 3 is there when step 4 is logged. Kills while one is
     # written in the background are tests/faults/test_checkpoints.py's.
     often = {"ranks": 2, "metrics__interval_steps": 1, "checkpoint__asynchronous": False}
     job = launch(**often, name="straight")
@@ -105,7 +105,7 @@ def test_offline_wandb_gets_the_metrics(launch):
         (
             {"early_exit__distill": 0.5, "curriculum__last_layer_always_on": False}
             | {"curriculum__C": "rot"},
-            "error: curriculum.last_layer_always_on: False, but distillation needs the last layer",
+            "error: curriculum.last_layer_always_on: False, but in distillation the last layer",
         ),
         (
             {"optim__trains": "exits", "model__own_exits": 2, "checkpoint__init_from": "gone"}
@@ -153,7 +153,7 @@ def test_a_run_folder_of_another_model_size_is_refused(training, launch):
     assert launch(name="sized", steps=1).wait() == [0, 0]
     status, output = training.run(name="sized", steps=2, model__n_layers=3, ranks=2)
     assert status == 1  # torchrun's own, after our line
-    assert "is of another model, with model.n_layers 4 (asked for: 3)" in output
+    assert "is of another model, with model.n_layers 4 (configured: 3)" in output
     assert output.count("error: name:") == 1
 
 

@@ -28,11 +28,11 @@ from train.parallel.titan import OptimizersContainer, clip_grad_norm_
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step needs to know of the run, besides its plan."""
+    """The settings of the run that a step depends on, besides its plan."""
 
     seed: int
     T: int
-    """Steps of the whole run."""
+    """Total steps of the run."""
     optim: OptimConfig
     layer_dropout: LayerDropoutConfig
     early_exit: EarlyExitConfig
@@ -59,7 +59,7 @@ def train_step(
     """Take the gradient of J, clip it and update the weights.
 
     Where a loss of any exit or the gradient is not finite on any rank, no rank updates anything:
-    weights and moments stay as they were. All of it is decided on the device.
+    weights and moments stay as they were. The decision is made on the device.
     """
     local = accumulate_gradients(model, microbatches, plan, t, config=config, runtime=runtime)
     grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
@@ -87,16 +87,16 @@ def accumulate_gradients(
 ) -> StepTotals:
     """Run forward and backward of J over this rank's microbatches.
 
-    J is summed and divided by the number of tokens with a loss in the whole global batch, the
-    density penalty in it by the number of rows, so the gradient is the same however the batch is
-    split over ranks and microbatches.
+    J is a sum divided by the number of tokens with a loss in the global batch, its density penalty
+    one divided by the number of rows, so the gradient is the same however the batch is split over
+    ranks and microbatches.
 
     Returns:
         This rank's part of the totals, less the gradient norm, which is 0.
     """
     L, device = model.config.n_layers, runtime.device
     num_labels = [microbatch.num_labels for microbatch in microbatches]
-    # Of the global batch. Not waited for: the host goes on while the ranks add theirs up.
+    # Of the global batch; the host does not wait for the sum.
     num_tokens = torch.tensor(float(sum(num_labels))).to(device, non_blocking=True)
     runtime.sum_over_ranks(num_tokens)
     num_rows = runtime.world_size * sum(len(microbatch.tokens) for microbatch in microbatches)
@@ -137,7 +137,7 @@ def accumulate_gradients(
         objective.backward()
         for l, exit_sum in loss.per_exit.items():
             totals.exit_sums[l] += exit_sum
-            exit_tokens[l] += num_labels[m]  # on the host, as these numbers are
+            exit_tokens[l] += num_labels[m]
     totals.exit_tokens.copy_(exit_tokens, non_blocking=True)
     return totals
 
@@ -164,7 +164,7 @@ def _kept_rows(
 def _token_layers(
     config: StepConfig, n_layers: int, batch: Microbatch, t: int
 ) -> TokenLayers | None:
-    """Return which layers this microbatch's tokens run."""
+    """Return the layers that each token of this microbatch runs."""
     depth, exits = config.token_depth, None
     if depth.kind == "mixed":
         drawn = draw_exits(
@@ -178,7 +178,7 @@ def _token_layers(
 def _exit_tokens(
     plan: StepPlan, config: StepConfig, runtime: Runtime, microbatch: Microbatch, t: int
 ) -> Tensor | None:
-    """Draw which tokens of this microbatch the exits before the last learn from; None: all."""
+    """Draw the tokens of this microbatch that the exits before the last learn from; None: all."""
     if plan.token_fraction == 1.0:
         return None
     tokens = draw_tokens(
@@ -194,12 +194,15 @@ def _exit_tokens(
 def dropout_keys(
     config: LayerDropoutConfig, samples: NDArray[np.int64], m: int
 ) -> NDArray[np.int64]:
-    """Return what the draw of each row of microbatch m hangs on, besides seed, t and layer.
+    """Return the key of each row's draw in microbatch m, beside seed, t and layer.
 
     Args:
-        config: Says what is dropped together.
-        samples: (batch,) each row's place in the global batch.
-        m: Number of the microbatch on this rank, from 0.
+        config: The granularity of layer dropout.
+        samples: (batch,) int64 index of each row in the global batch.
+        m: Index of the microbatch on this rank, from 0.
+
+    Returns:
+        (batch,) int64.
     """
     if config.granularity == "per_batch":
         return np.full_like(samples, m)

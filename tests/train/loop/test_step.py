@@ -1,4 +1,4 @@
-"""Gradients of J on any number of ranks equal a slow form that knows no ranks."""
+"""Gradients of J on any number of ranks equal a slow form without ranks."""
 
 import dataclasses
 from collections import Counter
@@ -303,7 +303,7 @@ def test_without_dropout_and_exits_training_is_a_plain_trainer_bit_for_bit():
     run_distributed(check_plain, 1)
 
 
-def test_dropout_keys_follow_the_asked_grouping():
+def test_dropout_keys_follow_the_granularity():
     samples = np.array([6, 7])
     assert dropout_keys(LayerDropoutConfig(), samples, 1).tolist() == [6, 7]
     per_batch = LayerDropoutConfig(granularity="per_batch")
