@@ -10,12 +10,12 @@ import torch
 
 from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
-from inference.engine.host_copy import HostCopy
 from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
 from inference.engine.state import Round, advancing
 from inference.engine.strategy import Strategy
 from models.config import LlamaConfig
+from models.host_copy import HostCopy
 from models.llama import Llama
 
 

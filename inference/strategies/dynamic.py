@@ -20,7 +20,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inference.engine.host_copy import HostCopy
 from inference.engine.state import Decoder, DecodeState, Round
 from inference.engine.strategy import Strategy, exits_problems
 from inference.strategies.agreement import (
@@ -40,6 +39,7 @@ from inference.strategies.self_speculative import (
     verify,
 )
 from models.config import LlamaConfig
+from models.host_copy import HostCopy
 from models.llama import NOTHING
 
 

@@ -108,11 +108,11 @@ def check_gradients(runtime, configs):
         t = STEPS[0]
         batch = make_loader(config, runtime.rank, runtime.world_size).batch(t)
         keywords = {"config": config.step_config, "runtime": runtime}
-        J, *_ = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
+        totals = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
         slow_J = slow_loss(slow, config, t)
         slow_J.backward()
         if not config.early_exit.distill:  # the teacher's own loss is among those reported
-            torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J.detach())
+            torch.testing.assert_close(runtime.sum_over_ranks(totals.J), slow_J.detach())
         for (name, ours), theirs in zip(model.named_parameters(), slow.parameters(), strict=True):
             own = name.startswith("own_exits.")
             assert ours.requires_grad == (own or config.optim.trains == "all"), name
@@ -220,8 +220,8 @@ def check_half_precision(runtime, configs):
             plan, batch = config.layerskip.at(t), loader.batch(t)
             assert len(batch) > 1
             asked = {"config": config.step_config, "runtime": runtime}
-            J, *_ = accumulate_gradients(model, batch, plan, t, **asked)
-            assert J.isfinite()
+            totals = accumulate_gradients(model, batch, plan, t, **asked)
+            assert totals.J.isfinite()
             for name, parameter in model.named_parameters():
                 part, number, *_ = name.split(".")
                 on = parameter.requires_grad and (
@@ -457,13 +457,13 @@ def test_the_command_tunes_the_exits_of_a_plain_run_and_leaves_its_last_layer(la
     plain, tuned = (
         [r for r in records(job.run) if "validation/loss" in r][-1] for job in (before, after)
     )
-    assert tuned["validation/loss_exit_03"] == plain["validation/loss_exit_03"]
-    assert tuned["validation/loss_exit_01"] == plain["validation/loss_exit_01"]
-    for exit_ in ("00", "02"):
+    assert tuned["validation/loss_exit_04"] == plain["validation/loss_exit_04"]
+    assert tuned["validation/loss_exit_02"] == plain["validation/loss_exit_02"]
+    for exit_ in ("01", "03"):
         assert tuned[f"validation/loss_exit_{exit_}"] < plain[f"validation/loss_exit_{exit_}"]
     steps = [r for r in records(after.run) if "train/J" in r]
     exits = {name for r in steps for name in r if name.startswith("train/loss")}
-    assert exits == {"train/loss_exit_00", "train/loss_exit_02"}
+    assert exits == {"train/loss_exit_01", "train/loss_exit_03"}
     groups = {n for r in records(after.run) for n in r if "adam/update_rms" in n}
     assert groups == {"adam/update_rms/own_exits_01", "adam/update_rms/own_exits_03"}
     models = [

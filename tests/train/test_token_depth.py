@@ -86,12 +86,12 @@ def check_gradients(runtime, configs):
     for config in configs:
         config.check(runtime.world_size)
         model = build_model(config.model, config.parallel, runtime, config.seed)
-        J, *_ = accumulate_gradients(
+        totals = accumulate_gradients(
             model, microbatches_of(runtime), plan_of(config), STEP,
             config=config.step_config, runtime=runtime,
         )  # fmt: skip
         slow_J, slow = slow_gradients(config)
-        torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(runtime.sum_over_ranks(totals.J), slow_J, atol=1e-6, rtol=1e-6)
         for name, parameter in model.named_parameters():
             expected = torch.zeros_like(parameter) if slow[name] is None else slow[name]
             torch.testing.assert_close(

@@ -203,8 +203,9 @@ class TrainConfig:
                 ]
             if not any(exit_weights(active, t, L, self.early_exit).values()):
                 return [
-                    f"curriculum.last_layer_always_on: False leaves step {t} with the exits "
-                    f"{list(active)}, whose weights are 0, set it to True or lower curriculum.R"
+                    f"curriculum.last_layer_always_on: False leaves step {t} with the exits E = "
+                    f"{[l + 1 for l in active]}, whose weights are 0, set it to True or lower "
+                    "curriculum.R"
                 ]
         return []
 

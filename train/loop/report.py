@@ -60,8 +60,14 @@ class StepReport:
 
 
 def exit_metrics(split: str, losses: Mapping[int, float], L: int) -> dict[str, float]:
-    """Name the loss of the exit after each layer l, and the last layer's as the loss."""
-    metrics = {f"{split}/loss_exit_{l:02d}": loss for l, loss in losses.items()}
+    """Name the loss of each exit by its E, the layers run, and the last one's "loss" too.
+
+    Args:
+        split: "train" or "validation".
+        losses: {l: loss of the exit after layer l}; E = l + 1.
+        L: Number of layers.
+    """
+    metrics = {f"{split}/loss_exit_{l + 1:02d}": loss for l, loss in losses.items()}
     return {f"{split}/loss": losses[L - 1], **metrics} if L - 1 in losses else metrics
 
 
@@ -73,7 +79,7 @@ def step_line(
     if "train/J" in metrics:
         exits = [name for name in metrics if name.startswith("train/loss_exit_")]
         shown = dict.fromkeys((exits[0], exits[(len(exits) - 1) // 2], exits[-1]))
-        losses = ", ".join(f"{name[-2:]} {metrics[name]:.3f}" for name in shown)
+        losses = ", ".join(f"{_exit_of(name)} {metrics[name]:.3f}" for name in shown)
         parts += [
             f"J {metrics['train/J']:.3f}",
             f"exit loss {losses}",
@@ -98,9 +104,14 @@ def step_line(
 
 
 def validation_line(losses: Sequence[float], done_steps: int) -> str:
-    """Write the held-out loss of every exit in one line."""
-    exits = " ".join(f"{l:02d} {loss:.3f}" for l, loss in enumerate(losses))
+    """Write the held-out loss of every exit, E = 1, ..., L, in one line."""
+    exits = " ".join(f"E={E} {loss:.3f}" for E, loss in enumerate(losses, 1))
     return f"held-out loss at step {done_steps}, by exit: {exits}"
+
+
+def _exit_of(name: str) -> str:
+    """Return the exit of a metric's name: E=8 of train/loss_exit_08."""
+    return f"E={int(name.rpartition('_')[2])}"
 
 
 def _clock(seconds: float) -> str:
