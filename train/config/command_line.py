@@ -1,19 +1,17 @@
 """The command line of training: a preset, any field of it overridden, and what is to be done."""
 
 import dataclasses
-import difflib
-import io
 import math
 from collections.abc import Container, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Annotated
 
 import tyro
 
-from train.config.config import TrainConfig, flat_fields
+from data.command_line import read_options, suggest
+from train.config.config import TrainConfig
 from train.config.presets import PRESETS
+from train.config.synonyms import SYNONYMS
 
 DEFAULT_PRESET = "demo"
 
@@ -42,7 +40,7 @@ _DRY_RUN_FIELDS = tuple(field.name for field in dataclasses.fields(DryRun))
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for."""
+    """A command line that has been read."""
 
     config: TrainConfig
     """The run."""
@@ -71,21 +69,14 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     Raises:
         ValueError: If there is no such preset or field, a value does not parse, an option of
             --dry_run stands alone, or --tokens stands beside --steps.
-        SystemExit: After --help; where `show` is False also on a value that does not parse.
+        SystemExit: After --help.
     """
     name, *rest = arguments if arguments else (DEFAULT_PRESET,)
     if name.startswith("-"):
         name, rest = DEFAULT_PRESET, list(arguments)
     if name not in PRESETS:
-        raise ValueError(f"preset: {name} does not exist, {_suggest(name, [*PRESETS])}")
-    line, unknown = _read(name, rest, show=show)
-    if unknown and unknown[0] in PRESETS:
-        raise ValueError(f"preset: {unknown[0]} comes after an option, name the preset first")
-    if unknown:
-        options = [f"--{name}" for name, _ in flat_fields(line.config.as_dict())]
-        options += ["--tokens", "--dry_run", *(f"--{name}" for name in _DRY_RUN_FIELDS)]
-        hint = _suggest(unknown[0].split("=")[0], options)
-        raise ValueError(f"option: {unknown[0]} does not exist, {hint}")
+        raise ValueError(f"preset: {name} does not exist, {suggest(name, [*PRESETS])}")
+    line = _read(name, rest, show=show)
     given = {word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")}
     if not line.dry_run and (alone := [name for name in _DRY_RUN_FIELDS if name in given]):
         raise ValueError(f"{alone[0]}: belongs to a plan and not to training, add --dry_run")
@@ -95,33 +86,17 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     return Command(config, line.machine if line.dry_run else None)
 
 
-def _read(preset: str, words: Sequence[str], *, show: bool) -> tuple[_CommandLine, list[str]]:
-    """Return the preset with the options among `words`, and the words that are none."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return tyro.cli(
-                _CommandLine,
-                prog="train/main.py [PRESET]",
-                description=_description(preset),
-                default=_CommandLine(config=PRESETS[preset]()),
-                args=words,
-                use_underscores=True,
-                console_outputs=show,
-                return_unknown_args=True,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code or not show:
-            raise
-        raise ValueError(_first_part(said.getvalue())) from None
-
-
-def _first_part(box: str) -> str:
-    """Return the error in one line from the box that tyro draws around it and the help."""
-    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
-    error = " ".join(takewhile(lambda line: line.strip("─-"), lines))
-    return error.removeprefix("Error parsing ").rstrip(".") + ", see --help"
+def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:
+    """Return the preset with the options among `words`."""
+    return read_options(
+        _CommandLine,
+        words,
+        prog="train/main.py [PRESET]",
+        description=_description(preset),
+        default=_CommandLine(config=PRESETS[preset]()),
+        synonyms=SYNONYMS | dict.fromkeys(PRESETS, "name the preset first"),
+        show=show or not {"-h", "--help"} & {*words},
+    )
 
 
 def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
@@ -132,13 +107,6 @@ def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
         raise ValueError(f"tokens: {tokens:g}, must be positive")
     # Where there is no token in a step, the configuration is refused for that.
     return math.ceil(tokens / max(config.data.tokens_per_step, 1))
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"choose one of {', '.join(known)}" if len(known) < 20 else "see --help"
 
 
 def _description(chosen: str) -> str:
