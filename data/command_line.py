@@ -53,6 +53,24 @@ def read_options(
         ValueError: An option is missing, unknown or cannot be read; one line.
         SystemExit: After --help; where `show` is False also where ValueError is raised otherwise.
     """
+    options, unknown = read_known_options(
+        kind, words, prog=prog, description=description, default=default, show=show
+    )
+    if unknown:
+        raise ValueError(_unknown(unknown, [*option_names(kind)], synonyms or {}))
+    return options
+
+
+def read_known_options(
+    kind: type[T],
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default: T | None = None,
+    show: bool = True,
+) -> tuple[T, list[str]]:
+    """Return what a command line asks for as `read_options` does, and the words that are none."""
     box = io.StringIO()
     try:
         wide = nullcontext() if {"-h", "--help"} & {*words} else _wide_terminal()
@@ -72,9 +90,7 @@ def read_options(
         if not stop.code or not show:
             raise
         raise ValueError(_one_line(box.getvalue(), kind)) from None
-    if unknown:
-        raise ValueError(_unknown(unknown, [*option_names(kind)], synonyms or {}))
-    return options
+    return options, unknown
 
 
 def run_command(
@@ -165,9 +181,10 @@ def _one_line(box: str, kind: type) -> str:
     """Return the error in the box that tyro draws around it and the help, as one line."""
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]  # the first is the title
     lines = [*dropwhile(lambda line: not line.strip("-"), lines)]
-    if missing := [line.split() for line in lines if "Missing from" in box and line[:2] == "--"]:
-        option, metavar = missing[0][:2]
-        return f"{option[2:]}: none, give {option} {metavar}"
+    found = re.search(r"(?m)^[│| ] {5}(--|)(\S+)(| .*?) *[│|]?$", box)
+    if "Missing from" in box and found:
+        dashes, name, metavar = found.groups()
+        return f"{name if dashes else name.lower()}: none, give {dashes}{name}{metavar}"
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
     text = " ".join(lines[:end]).removeprefix("Error parsing ").rstrip(".")
     if found := re.match(r"Missing value for argument '--([^']*)'\. Expected (\d*)", text):

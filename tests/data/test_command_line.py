@@ -100,6 +100,12 @@ def test_the_error_is_found_in_a_box_of_plain_characters_too():
 | Argument helptext:      |
 ---------------------------"""
     assert _one_line(box, Options) == "steps: invalid 'abc'"
+    missing = """ Required options
+ --------------------
+  Missing from x:
+      --run PATH
+          Where. (required)"""
+    assert _one_line(missing, Options) == "run: none, give --run PATH"
 
 
 def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):
