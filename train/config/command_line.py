@@ -1,15 +1,18 @@
-"""The command line of training: a preset, any field of it overridden, and what is to be done."""
+"""The command line of training: a preset or a file, any field of it overridden, and what to do."""
 
 import dataclasses
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from data.command_line import read_options, suggest
 from train.config.config import TrainConfig
+from train.config.config_file import read_config
 from train.config.presets import PRESETS
 from train.config.synonyms import SYNONYMS
 
@@ -51,6 +54,9 @@ class Command:
 @dataclass(frozen=True, kw_only=True)
 class _CommandLine:
     config: tyro.conf.FlagConversionOff[Annotated[TrainConfig, tyro.conf.arg(name="")]]
+    file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Fields of the run, from a run's config.json or YAML or TOML of the same fields: over those of
+    PRESET, under the options. Without PRESET the file alone is the run."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the plan of the run (sizes, memory per GPU, FLOPs, steps) and end; refuse what cannot
     work. Needs one process, no GPU and no data."""
@@ -60,7 +66,7 @@ class _CommandLine:
 
 
 def parse(arguments: Sequence[str], *, show: bool) -> Command:
-    """Return what `[PRESET] [--section.field VALUE ...] [--dry_run ...]` asks for.
+    """Return what `[PRESET] [--config FILE] [--section.field VALUE ...] [--dry_run ...]` asks for.
 
     Args:
         arguments: The command line without the program's name.
@@ -68,13 +74,13 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
 
     Raises:
         ValueError: If there is no such preset or field, a value does not parse, an option of
-            --dry_run stands alone, or --tokens stands beside --steps.
+            --dry_run stands alone, or --tokens stands beside --steps; one line for each problem.
         SystemExit: After --help.
     """
-    name, *rest = arguments if arguments else (DEFAULT_PRESET,)
+    name, *rest = arguments if arguments else ("",)
     if name.startswith("-"):
-        name, rest = DEFAULT_PRESET, list(arguments)
-    if name not in PRESETS:
+        name, rest = "", list(arguments)
+    if name and name not in PRESETS:
         raise ValueError(f"preset: {name} does not exist, {suggest(name, [*PRESETS])}")
     line = _read(name, rest, show=show)
     given = {word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")}
@@ -87,16 +93,30 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
 
 
 def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:
-    """Return the preset with the options among `words`."""
+    """Return the options among `words` over the file they name over a preset, the demo if ""."""
+    file = _config_file(words)
+    if file is None:
+        base, origin = PRESETS[preset or DEFAULT_PRESET](), f"the preset {preset or DEFAULT_PRESET}"
+    else:
+        base, origin = read_config(file, PRESETS[preset]() if preset else None), str(file)
     return read_options(
         _CommandLine,
         words,
         prog="train/main.py [PRESET]",
-        description=_description(preset),
-        default=_CommandLine(config=PRESETS[preset]()),
+        description=_description(origin),
+        default=_CommandLine(config=base),
         synonyms=SYNONYMS | dict.fromkeys(PRESETS, "name the preset first"),
         show=show or not {"-h", "--help"} & {*words},
     )
+
+
+def _config_file(words: Sequence[str]) -> Path | None:
+    """Return the file that --config names, which decides the defaults of all other options."""
+    files = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    files += [after for word, after in pairwise(words) if word == "--config"]
+    if len(files) > 1:
+        raise ValueError(f"config: {', '.join(files)}, give one file")
+    return Path(files[0]) if files else None
 
 
 def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
@@ -109,7 +129,7 @@ def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
     return math.ceil(tokens / max(config.data.tokens_per_step, 1))
 
 
-def _description(chosen: str) -> str:
+def _description(origin: str) -> str:
     lines = [
         "Pretrain a Llama that can stop early: LayerSkip's layer dropout and early-exit loss under",
         "FSDP2. Run under torchrun, one process per GPU; the same command again resumes.",
@@ -119,5 +139,5 @@ def _description(chosen: str) -> str:
     for name, preset in PRESETS.items():
         summary = (preset.__doc__ or "").split("\n")[0]
         lines.append(f"  {name:22s} {summary}")
-    lines += ["", f"The defaults shown below are those of the preset {chosen}."]
+    lines += ["", f"The defaults shown below are those of {origin}."]
     return "\n".join(lines)

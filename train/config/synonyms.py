@@ -22,6 +22,7 @@ _OPTIONS = {
         "optim.max_grad_norm",
     "max_steps num_steps train_steps total_steps iterations iters max_iters": "steps",
     "max_tokens num_tokens train_tokens": "tokens",
+    "config_file conf yaml": "config",
     "output output_folder out out_dir outdir save_dir checkpoint_dir": "output_dir",
     "run run_name experiment experiment_name exp_name": "name",
     "random_seed": "seed",
