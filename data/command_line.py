@@ -4,7 +4,6 @@ The lowest file that every command may import, so that options, suggestions and 
 in `train`, `inference`, `data` and `models`. Imports no other file of ours.
 """
 
-import difflib
 import io
 import os
 import re
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from itertools import dropwhile
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -45,13 +45,32 @@ def read_options(
         prog: How the command is called.
         description: What it does, shown above the options.
         default: Values of the options that are not given; those of `kind` if None.
-        synonyms: {what people type for an option: the option}, both without the dashes.
+        synonyms: {what people type for an option: the option, or what to do instead}, both without
+            the dashes.
         show: Whether this process may print help.
 
     Raises:
         ValueError: An option is missing, unknown or cannot be read; one line.
         SystemExit: After --help; where `show` is False also where ValueError is raised otherwise.
     """
+    options, unknown = read_known_options(
+        kind, words, prog=prog, description=description, default=default, show=show
+    )
+    if unknown:
+        raise ValueError(_unknown(unknown, [*option_names(kind)], synonyms or {}))
+    return options
+
+
+def read_known_options(
+    kind: type[T],
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default: T | None = None,
+    show: bool = True,
+) -> tuple[T, list[str]]:
+    """Return what a command line asks for as `read_options` does, and the words that are none."""
     box = io.StringIO()
     try:
         wide = nullcontext() if {"-h", "--help"} & {*words} else _wide_terminal()
@@ -71,9 +90,7 @@ def read_options(
         if not stop.code or not show:
             raise
         raise ValueError(_one_line(box.getvalue(), kind)) from None
-    if unknown:
-        raise ValueError(_unknown(unknown, [*option_names(kind)], synonyms or {}))
-    return options
+    return options, unknown
 
 
 def run_command(
@@ -107,53 +124,73 @@ def option_names(kind: type, prefix: str = "") -> Iterator[str]:
             yield prefix + renamed
 
 
-def suggest(name: str, known: Sequence[str], synonyms: Mapping[str, str] | None = None) -> str:
-    """Return a hint at what `name` was meant to be: one of `known`, or a synonym's option.
+def suggest(
+    name: str,
+    known: Sequence[str],
+    synonyms: Mapping[str, str] | None = None,
+    *,
+    prefix: str = "",
+) -> str:
+    """Return a hint at what `name` was meant to be.
 
-    A word that ends the name of exactly one option, as in `lr` for `optim.lr`, means that one.
+    Args:
+        name: What was typed.
+        known: All that exists.
+        synonyms: {what people type: one of `known`, or what to do instead}.
+        prefix: Of all these names, where they are written in the hint.
     """
-    if (synonyms or {}).get(name) in known:
-        return f"did you mean {(synonyms or {})[name]}?"
-    last = _last(name)
-    ends = [option for option in known if _last(option) == last]
-    if len(ends) > 1:
-        return f"did you mean one of {', '.join(ends)}?"
-    near = ends or difflib.get_close_matches(name, known, n=1)
-    if not near:
-        tails = {_last(option): option for option in reversed(known)}
-        near = [tails[tail] for tail in difflib.get_close_matches(last, [*tails], n=1)]
+    near = _nearest(name, known, synonyms or {})
+    if near and near[0] not in known:
+        return near[0]
+    names = [prefix + other for other in near or known]
     if near:
-        return f"did you mean {near[0]}?"
-    return f"give one of {', '.join(known)}" if len(known) < 20 else "see --help"
+        return f"did you mean {'one of ' if len(names) > 1 else ''}{', '.join(names)}?"
+    return f"give one of {', '.join(names)}" if len(names) < 20 else "see --help"
 
 
-def _last(option: str) -> str:
-    """Return the name of an option without its section and dashes."""
-    return option.lstrip("-").rpartition(".")[2]
+def _nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str]) -> list[str]:
+    """Return what is meant by `name`: one or several of `known`, or the entry of a synonym.
+
+    A word that ends the name of an option, as in `lr` for `optim.lr`, means that one.
+    """
+    if name in synonyms:
+        return [synonyms[name]]
+    section, _, last = name.rpartition(".")
+    if section and (near := get_close_matches(name, known, n=1, cutoff=0.8)):
+        return near
+    if near := get_close_matches(last, synonyms, n=1, cutoff=0.9):
+        return [synonyms[near[0]]]
+    tails = {option.rpartition(".")[2]: option for option in reversed(known)}
+    if last in tails:
+        return [option for option in known if option.rpartition(".")[2] == last]
+    near = get_close_matches(name, known, n=1)
+    return near or [tails[tail] for tail in get_close_matches(last, tails, n=1)]
 
 
 def _unknown(words: Sequence[str], known: Sequence[str], synonyms: Mapping[str, str]) -> str:
     """Return the error for words that are no option, of which the first decides."""
     word = words[0].split("=")[0]
     if not word.startswith("-"):
-        return f"{word}: a value without an option, put its --option before it, see --help"
+        remedy = synonyms.get(word, "put its --option before it, see --help")
+        return f"{word}: a value without an option, {remedy}"
     name = word.lstrip("-").replace("-", "_")
-    options = [f"--{option}" for option in known]
-    dashed = {f"--{typed}": f"--{option}" for typed, option in synonyms.items()}
-    return f"option: {word} does not exist, {suggest(f'--{name}', options, dashed)}"
+    return f"option: {word} does not exist, {suggest(name, known, synonyms, prefix='--')}"
 
 
 def _one_line(box: str, kind: type) -> str:
     """Return the error in the box that tyro draws around it and the help, as one line."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first is the title
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]  # the first is the title
     lines = [*dropwhile(lambda line: not line.strip("-"), lines)]
-    if missing := [line.split() for line in lines if "Missing from" in box and line[:2] == "--"]:
-        option, metavar = missing[0][:2]
-        return f"{option[2:]}: none, give {option} {metavar}"
+    found = re.search(r"(?m)^[│| ] {5}(--|)(\S+)(| .*?) *[│|]?$", box)
+    if "Missing from" in box and found:
+        dashes, name, metavar = found.groups()
+        return f"{name if dashes else name.lower()}: none, give {dashes}{name}{metavar}"
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
     text = " ".join(lines[:end]).removeprefix("Error parsing ").rstrip(".")
-    if found := re.match(r"Missing value for argument '--([^']*)'", text):
-        return f"{found[1]}: no value, give {_wanted(kind, found[1])}"
+    if found := re.match(r"Missing value for argument '--([^']*)'\. Expected (\d*)", text):
+        several = int(found[2] or 0) > 1
+        wanted = f"{found[2]} values" if several else _wanted(kind, found[1])
+        return f"{found[1]}: {'too few values' if several else 'no value'}, give {wanted}"
     if found := re.match(r"invalid choice '(.*)' for argument '--([^']*)'. Expected one of", text):
         choices = sorted({*re.findall(r"'([^']*)'", text[found.end() :])} - {"None"})
         return f"{found[2]}: {found[1]}, give one of {', '.join(choices)}"

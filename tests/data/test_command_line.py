@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from data.command_line import option_names, read_options, run_command
+from data.command_line import _one_line, option_names, read_options, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,28 @@ def test_a_mistake_is_one_line_with_its_remedy(words, message):
         read(words, synonyms={"learning_rate": "optim.lr"})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_synonym_may_be_a_remedy():
+    for words in ("--run a --gpus 2", "--run a --layers 3 gpus"):
+        with pytest.raises(ValueError, match="(exist|option), run it under torchrun$"):
+            read(words, synonyms={"gpus": "run it under torchrun"})
+
+
+def test_the_error_is_found_in_a_box_of_plain_characters_too():
+    box = """------ Value error ------
+| Error parsing --steps:  |
+| invalid 'abc'.          |
+| ----------------------- |
+| Argument helptext:      |
+---------------------------"""
+    assert _one_line(box, Options) == "steps: invalid 'abc'"
+    missing = """ Required options
+ --------------------
+  Missing from x:
+      --run PATH
+          Where. (required)"""
+    assert _one_line(missing, Options) == "run: none, give --run PATH"
 
 
 def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):
