@@ -20,6 +20,7 @@ import tyro
 T = TypeVar("T")
 
 _WIDTH = "9999"
+_POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 _WORDS = {bool: "True or False", int: "an integer", float: "a number"}
 _NUMBERS = {
     r"invalid literal for int\(\) with base 10: '(.*?)'?": "an integer",
@@ -40,7 +41,8 @@ def read_options(
     """Return what a command line asks for.
 
     Args:
-        kind: A frozen dataclass; its fields are the options, their docstrings the help.
+        kind: A frozen dataclass; its fields are the options, their docstrings the help. A field
+            marked tyro.conf.Positional is given without its name.
         words: The command line without the program's name.
         prog: How the command is called.
         description: What it does, shown above the options.
@@ -70,9 +72,9 @@ def read_options(
     except SystemExit as stop:
         if not stop.code or not show:
             raise
-        raise ValueError(_one_line(box.getvalue(), kind)) from None
+        raise ValueError(_refusal(words, box.getvalue(), kind, synonyms or {})) from None
     if unknown:
-        raise ValueError(_unknown(unknown, [*option_names(kind)], synonyms or {}))
+        raise ValueError(_unknown(unknown, kind, synonyms or {}))
     return options
 
 
@@ -99,6 +101,8 @@ def run_command(
 def option_names(kind: type, prefix: str = "") -> Iterator[str]:
     """Yield the options of a dataclass by name, nested ones as section.field."""
     for name, hint in _hints(kind):
+        if _POSITIONAL in get_args(hint):
+            continue
         inner = _plain(hint)
         renamed = _renamed(hint, name)
         if is_dataclass(inner) and isinstance(inner, type):
@@ -132,13 +136,25 @@ def _last(option: str) -> str:
     return option.lstrip("-").rpartition(".")[2]
 
 
-def _unknown(words: Sequence[str], known: Sequence[str], synonyms: Mapping[str, str]) -> str:
+def _typed(word: str) -> str:
+    """Return the option that a word such as --seq-len=512 names, without its dashes."""
+    return word.split("=")[0].lstrip("-").replace("-", "_")
+
+
+def _refusal(words: Sequence[str], box: str, kind: type, synonyms: Mapping[str, str]) -> str:
+    """Return why tyro refused the words; an option that does not exist may hide behind others."""
+    known = [*option_names(kind)]
+    mistyped = [word for word in words if word[:2] == "--" and _typed(word) not in known]
+    return _unknown(mistyped, kind, synonyms) if mistyped else _one_line(box, kind)
+
+
+def _unknown(words: Sequence[str], kind: type, synonyms: Mapping[str, str]) -> str:
     """Return the error for words that are no option, of which the first decides."""
     word = words[0].split("=")[0]
     if not word.startswith("-"):
         return f"{word}: a value without an option, put its --option before it, see --help"
-    name = word.lstrip("-").replace("-", "_")
-    options = [f"--{option}" for option in known]
+    name = _typed(word)
+    options = [f"--{option}" for option in option_names(kind)]
     dashed = {f"--{typed}": f"--{option}" for typed, option in synonyms.items()}
     return f"option: {word} does not exist, {suggest(f'--{name}', options, dashed)}"
 
@@ -147,9 +163,9 @@ def _one_line(box: str, kind: type) -> str:
     """Return the error in the box that tyro draws around it and the help, as one line."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first is the title
     lines = [*dropwhile(lambda line: not line.strip("-"), lines)]
-    if missing := [line.split() for line in lines if "Missing from" in box and line[:2] == "--"]:
-        option, metavar = missing[0][:2]
-        return f"{option[2:]}: none, give {option} {metavar}"
+    if "Missing from" in box and (missing := re.search(r"│ {5}(--|)(\S+)(| .*?) *│", box)):
+        dashes, name, metavar = missing.groups()
+        return f"{name if dashes else name.lower()}: none, give {dashes}{name}{metavar}"
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
     text = " ".join(lines[:end]).removeprefix("Error parsing ").rstrip(".")
     if found := re.match(r"Missing value for argument '--([^']*)'", text):
