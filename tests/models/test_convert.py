@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models.convert
+from data.command_line import read_options
 from models.checkpoint_format import load_model, read_manifest
 from models.conversion.hugging_face import hugging_face_name
+from models.conversion.options import Options
 from models.conversion.safetensors_folder import CONFIG, INDEX, read_config
-from models.convert import build_parser, convert, main
+from models.convert import convert, main
 from models.rope import RopeScaling
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.models.test_llama import build
@@ -60,7 +62,7 @@ def llama3(tmp_path_factory):
 
 def run(source, target, input_, output, *options):
     words = ["--from", source, "--to", target, str(input_), str(output), *map(str, options)]
-    convert(build_parser().parse_args(words))
+    convert(read_options(Options, words, prog="convert", description=""))
 
 
 def tensors(folder):
@@ -318,6 +320,7 @@ def test_a_changed_bit_is_not_published(llama2, tmp_path, monkeypatch):
         (("--layers", "1,0"), "in ascending order"),
         (("--layers", "1,3"), "give some of 0 to 2"),
         (("--layers", "some"), "give every_other or indices"),
+        (("--layers", "1", "--first_layers", 1), "layers: 1, but first_layers is given too"),
         (("--max_seq_len", 1), "must be at least 2"),
         (("--max_shard_bytes", 0), "give at least 1"),
     ],

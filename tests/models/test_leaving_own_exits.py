@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.command_line import read_options
 from models.checkpoint_format import load_model
 from models.conversion.hugging_face import hugging_face_name
+from models.conversion.options import Options
 from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
-from models.convert import build_parser, convert
+from models.convert import convert
 from tests.models.test_exit_parts import EXITS, with_own_exits
 
 
@@ -28,7 +30,8 @@ def run_folder(model, tokenizer_path, tmp_path_factory):
 
 
 def run(target, *words):
-    convert(build_parser().parse_args(["--from", "skipstone", "--to", target, *map(str, words)]))
+    words = ["--from", "skipstone", "--to", target, *map(str, words)]
+    convert(read_options(Options, words, prog="convert", description=""))
 
 
 def test_a_copy_keeps_them(model, run_folder, tmp_path):
