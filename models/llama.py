@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from models.block import KVCache, LayerKV, RMSNorm, TransformerBlock, open_cache
 from models.config import LlamaConfig
-from models.document_mask import DocumentMask, document_mask
+from models.document_mask import document_mask
 from models.exit_parts import ExitParts
 from models.initialization import initial_value
 from models.layer_dropout import KeptRows, choice_at, run_kept_rows
+from models.layer_masks import NO_MASKS, LayerMasks
 from models.rope import rope_frequencies
 from models.router import Router, Routing, route
 from models.token_depth import TokenLayers
@@ -147,10 +148,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        kept_rows: KeptRows | None = None,
-        documents: DocumentMask | None = None,
-        token_layers: TokenLayers | None = None,
-        routing: Routing | None = None,
+        masks: LayerMasks = NO_MASKS,
         skipped: SkippedParts = NOTHING,
         exit_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -162,10 +160,7 @@ class Llama(nn.Module):
             stop: One past the last layer index to run.
             positions: (batch, seq) int64, needed with `cache`; None is 0, ..., seq - 1 in each row.
             cache: Keys and values of earlier tokens, written as the layers run.
-            kept_rows: Which rows each layer runs on (stochastic depth); None runs all.
-            documents: Keeps attention within documents; not with `cache`.
-            token_layers: Which tokens run each layer; the others keep their state. None: all.
-            routing: Limits what routers let run, and takes down what they say; not with `cache`.
+            masks: Which rows and tokens run each layer, and what attention sees; not with `cache`.
             skipped: Parts of layers that no row runs, when decoding; they write no keys and values.
             exit_layers: Layer indices l whose output x_{l+1} is returned as well.
 
@@ -174,17 +169,17 @@ class Llama(nn.Module):
         """
         cos, sin = self.rotary(positions, h)
         slots, layer_kv = open_cache(cache, positions)
-        mask = slots if documents is None else documents.seen
+        mask = slots if masks.documents is None else masks.documents.seen
         exits = {}
         for l in range(start, stop):
             p = self.gate(l, h)
-            seen = documents if p is None or routing is None else routing.admit(l, p, documents)
-            if kept_rows is not None or seen is not documents:
-                out = run_kept_rows(self.block(l), h, cos, sin, choice_at(l, kept_rows), seen)
+            seen = masks.attention(l, p)
+            if masks.kept_rows is not None or seen is not masks.documents:
+                choice = choice_at(l, masks.kept_rows)
+                out = run_kept_rows(self.block(l), h, cos, sin, choice, seen)
             else:
                 out = self._run_block(l, h, cos, sin, mask, layer_kv, skipped)
-            out = route(h, out, p)
-            h = out if token_layers is None else token_layers.select(l, h, out)
+            h = masks.select(l, h, route(h, out, p))
             if l in exit_layers:
                 exits[l] = h
         return h, exits
@@ -286,15 +281,15 @@ class Llama(nn.Module):
             capacity: Share of a row's tokens that a layer with a router has room for.
         """
         routing = Routing(capacity)
-        _, outputs = self.run_layers(
-            self.embed(tokens),
-            0,
-            max(exit_layers, default=-1) + 1,
+        masks = LayerMasks(
             kept_rows=kept_rows,
-            documents=None if documents is None else document_mask(documents),
             token_layers=token_layers,
+            documents=None if documents is None else document_mask(documents),
             routing=routing,
-            exit_layers=exit_layers,
+        )
+        stop = max(exit_layers, default=-1) + 1
+        _, outputs = self.run_layers(
+            self.embed(tokens), 0, stop, masks=masks, exit_layers=exit_layers
         )
         exits = {l: self.before_head(x, l + 1) for l, x in outputs.items()}
         return Hidden(exits, routing.gates)

@@ -15,6 +15,7 @@ from models.conversion.hugging_face import hugging_face_config
 from models.conversion.pruning import prune
 from models.document_mask import attend, document_mask, query_mask
 from models.layer_dropout import draw_kept_rows
+from models.layer_masks import LayerMasks
 from models.llama import Llama
 from models.router import RouterConfig, Routing, most_probable, route
 from tests.models.test_llama import build, small
@@ -66,10 +67,10 @@ def straight_through(model, l, states, capacity):
 def run(model, tokens, capacity, documents, kept_rows=None):
     """Return {l: x_{l+1}} and {l: p} of one training pass."""
     routing = Routing(capacity)
-    _, states = model.run_layers(
-        model.embed(tokens), 0, L, kept_rows=kept_rows, routing=routing, exit_layers=range(L),
-        documents=None if documents is None else document_mask(documents),
-    )  # fmt: skip
+    documents = None if documents is None else document_mask(documents)
+    masks = LayerMasks(kept_rows=kept_rows, documents=documents, routing=routing)
+    h = model.embed(tokens)
+    _, states = model.run_layers(h, 0, L, masks=masks, exit_layers=range(L))
     return states, routing.gates
 
 
