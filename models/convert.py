@@ -1,7 +1,7 @@
 """Hugging Face folders to and from checkpoints of ours: `python -m models.convert --help`.
 
-What was written is read back and compared before it gets its name. The one file in this room that
-knows of tokenizers: a model comes and goes with its own.
+The output is read back and compared before it is published under its name. The one file of `models`
+that imports `data`: a model is converted together with its tokenizer.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -40,30 +40,30 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model as it was read, and what is known of it."""
+    """A model as it was read, with its history."""
 
     config: LlamaConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer
     logits: Tensor | None
-    """Transformers' logits of the whole model; None where it did not read it."""
+    """Transformers' logits of the whole model; None if it did not read it."""
     training: dict[str, Any]
-    """The resolved configuration it was trained with; {} where not known."""
+    """The resolved configuration it was trained with; {} if unknown."""
     step: int
     data_fingerprint: str
     checkpoint: Path | None
-    """The checkpoint of these very weights; None where there is none."""
+    """The checkpoint of these very weights; None if there is none."""
     note: str = ""
-    """What was done to it since."""
+    """How the model was changed after it was read."""
     left_out: tuple[str, ...] = ()
-    """What the input says that what is written will not."""
+    """Properties of the input that the output will not have."""
 
 
 def read_source(options: Options) -> Source:
     """Read the input: weights, shape and tokenizer.
 
     Raises:
-        ValueError: If it cannot be used.
+        ValueError: If the input cannot be used.
     """
     dtype = _DTYPES[options.dtype] if options.dtype else None
     if options.source == "hf":
@@ -98,11 +98,11 @@ def read_hugging_face(folder: Path, path: Path | None, dtype: torch.dtype | None
     Args:
         folder: The folder.
         path: The tokenizer's file; None takes the folder's own.
-        dtype: What transformers is to round the weights to, before its logits are kept.
+        dtype: transformers rounds the weights to it before it computes the logits.
     """
     config = read_config(folder)
     tokenizer = Tokenizer(path or find_tokenizer(folder, config.vocab_size))
-    lost = left_out(folder, tokenizer)  # First: transformers reads those files too.
+    lost = left_out(folder, tokenizer)  # Before transformers reads the same files.
     return Source(
         config=config,
         state=read_weights(folder, config),
@@ -117,7 +117,7 @@ def read_hugging_face(folder: Path, path: Path | None, dtype: torch.dtype | None
 
 
 def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Return a line for each thing a Hugging Face folder says that is not kept."""
+    """Return a line for each property of a Hugging Face folder that is not kept."""
     found = []
     if others := sorted(read_eos_ids(folder) - {tokenizer.eos_id}):
         found.append(
@@ -125,7 +125,7 @@ def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
             f"{tokenizer.eos_id} alone"
         )
     if has_chat_template(folder):
-        found.append("chat_template: write a chat as it says before it is encoded")
+        found.append("chat_template: format a chat by it before encoding")
     return found
 
 
@@ -133,15 +133,15 @@ def change(source: Source, options: Options) -> Source:
     """Return the model to write: some layers of the source, with another context.
 
     Raises:
-        ValueError: If it has no such layers, or the context is none, or its exits have parts of
-            their own that what is to be written has no place for.
+        ValueError: If it has no such layers, the context is too short, or its exits have parts of
+            their own that the output's format cannot hold.
     """
     if options.drop_own_exits:
         source = leave_own_exits(source)
     if options.target == "hf" and source.config.own_exits:
         raise ValueError(
-            f"own_exits: {source.config.own_exits} have parts that a Hugging Face Llama has no "
-            "place for, give --drop_own_exits to write the model without them"
+            f"own_exits: {source.config.own_exits} have parts that a Hugging Face Llama cannot "
+            "hold, give --drop_own_exits to write the model without them"
         )
     if options.layers is not None:
         source = keep_layers(source, layers_to_keep(options.layers, source.config.n_layers))
@@ -163,7 +163,7 @@ def change(source: Source, options: Options) -> Source:
 
 
 def keep_layers(source: Source, keep: list[int]) -> Source:
-    """Return the model that has the layers `keep` alone, see `models.conversion.pruning`."""
+    """Return the model of the layers `keep` alone, see `prune`."""
     config, state = prune(source.config, source.state, keep)
     note = f"It has layers {', '.join(map(str, keep))} of a model of {source.config.n_layers}."
     note = f"{source.note} {note}".lstrip()
@@ -171,7 +171,7 @@ def keep_layers(source: Source, keep: list[int]) -> Source:
 
 
 def leave_own_exits(source: Source) -> Source:
-    """Return the model without what exits have of their own, see `models.conversion.pruning`."""
+    """Return the model without its exits' own parts, see `drop_own_exits`."""
     exits = ", ".join(map(str, source.config.own_exits))
     config, state = drop_own_exits(source.config, source.state)
     note = f"Its exits after {exits} layers had parts of their own, which are left out here."
@@ -214,9 +214,9 @@ def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
     """Write a checkpoint of weights alone and return what was proven of it.
 
     Args:
-        model: What to write.
-        folder: Where to.
-        name: What to call it, where its training has not.
+        model: The model to write.
+        folder: An empty folder.
+        name: Of the run, if its training configuration has none.
     """
     write_checkpoint(
         folder,
@@ -238,7 +238,7 @@ def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
 
 
 def expected_logits(model: Source) -> Tensor:
-    """Return what the written model must give: transformers' logits, or else our own."""
+    """Return the logits that the written model must have: transformers', or else our own."""
     return our_logits(model.config, model.state) if model.logits is None else model.logits
 
 

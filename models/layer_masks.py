@@ -1,4 +1,4 @@
-"""What each layer computes of a batch in training: the parts of the recipe that mask, together."""
+"""Which part of a batch each layer computes in training: rows, tokens, documents and routers."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from models.token_depth import TokenLayers
 
 @dataclass(frozen=True)
 class LayerMasks:
-    """Which rows and tokens run each layer, and what attention sees; by default all of them."""
+    """Which rows and tokens run each layer, and what they attend to; by default all of them."""
 
     kept_rows: KeptRows | None = None
     """Rows that each layer runs on (stochastic depth); None: all."""
@@ -24,11 +24,14 @@ class LayerMasks:
     """Limits the tokens that routers let run, and records their gates; None: no limit."""
 
     def attention(self, l: int, p: Tensor | None) -> DocumentMask | None:
-        """Return what attention of layer l sees, where a router runs it with probability p.
+        """Return the attention mask of layer l, which a router runs with probability p.
 
         Args:
             l: Layer index.
             p: (batch, seq); None: the layer has no router.
+
+        Returns:
+            None: attention is causal and nothing else.
         """
         if p is None or self.routing is None:
             return self.documents

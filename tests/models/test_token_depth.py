@@ -44,7 +44,7 @@ def layers_of(layers, row=0):
     """Return the layers l that each token of a row runs."""
     seq = LEARNT.shape[1]
     runs = [torch.ones(2, seq).bool() if each is None else each for each in layers.runs]
-    return [[l for l in range(L) if runs[l][row, place]] for place in range(seq)]
+    return [[l for l in range(L) if runs[l][row, i]] for i in range(seq)]
 
 
 def test_unified_runs_all_layers_for_prompts_and_the_kept_ones_for_new_tokens():
