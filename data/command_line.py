@@ -20,6 +20,7 @@ import tyro
 T = TypeVar("T")
 
 _WIDTH = "9999"
+_POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 _WORDS = {bool: "True or False", int: "an integer", float: "a number"}
 _NUMBERS = {
     r"invalid literal for int\(\) with base 10: '(.*?)'?": "an integer",
@@ -40,7 +41,8 @@ def read_options(
     """Return what a command line asks for.
 
     Args:
-        kind: A frozen dataclass; its fields are the options, their docstrings the help.
+        kind: A frozen dataclass; its fields are the options, their docstrings the help. A field
+            marked tyro.conf.Positional is given without its name.
         words: The command line without the program's name.
         prog: How the command is called.
         description: What it does, shown above the options.
@@ -53,11 +55,18 @@ def read_options(
         ValueError: An option is missing, unknown or cannot be read; one line.
         SystemExit: After --help; where `show` is False also where ValueError is raised otherwise.
     """
-    options, unknown = read_known_options(
-        kind, words, prog=prog, description=description, default=default, show=show
-    )
+    try:
+        options, unknown = read_known_options(
+            kind, words, prog=prog, description=description, default=default, show=show
+        )
+    except ValueError as error:  # perhaps since a mistyped option hides one that is required
+        known = {*option_names(kind)}
+        unknown = [word for word in words if word[:2] == "--" and _typed(word) not in known]
+        raise ValueError(
+            _unknown(unknown, kind, synonyms or {}) if unknown else str(error)
+        ) from None
     if unknown:
-        raise ValueError(_unknown(unknown, [*option_names(kind)], synonyms or {}))
+        raise ValueError(_unknown(unknown, kind, synonyms or {}))
     return options
 
 
@@ -116,6 +125,8 @@ def run_command(
 def option_names(kind: type, prefix: str = "") -> Iterator[str]:
     """Yield the options of a dataclass by name, nested ones as section.field."""
     for name, hint in _hints(kind):
+        if _POSITIONAL in get_args(hint):
+            continue
         inner = _plain(hint)
         renamed = _renamed(hint, name)
         if is_dataclass(inner) and isinstance(inner, type):
@@ -167,14 +178,19 @@ def _nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str]) -> li
     return near or [tails[tail] for tail in get_close_matches(last, tails, n=1)]
 
 
-def _unknown(words: Sequence[str], known: Sequence[str], synonyms: Mapping[str, str]) -> str:
+def _typed(word: str) -> str:
+    """Return the option that a word such as --seq-len=512 names, without its dashes."""
+    return word.split("=")[0].lstrip("-").replace("-", "_")
+
+
+def _unknown(words: Sequence[str], kind: type, synonyms: Mapping[str, str]) -> str:
     """Return the error for words that are no option, of which the first decides."""
     word = words[0].split("=")[0]
     if not word.startswith("-"):
         remedy = synonyms.get(word, "put its --option before it, see --help")
         return f"{word}: a value without an option, {remedy}"
-    name = word.lstrip("-").replace("-", "_")
-    return f"option: {word} does not exist, {suggest(name, known, synonyms, prefix='--')}"
+    hint = suggest(_typed(word), [*option_names(kind)], synonyms, prefix="--")
+    return f"option: {word} does not exist, {hint}"
 
 
 def _one_line(box: str, kind: type) -> str:

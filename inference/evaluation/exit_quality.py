@@ -15,6 +15,7 @@ from inference.cli.terminal import with_progress
 from inference.evaluation.calibration import bin_confidence, mean_confidence
 from inference.evaluation.rule_quality import BINS, calibration_error
 from models.document_mask import document_mask
+from models.layer_masks import LayerMasks
 from models.llama import Llama
 
 _BATCH = 8
@@ -127,9 +128,8 @@ def _sums(model: Llama, batch: Microbatch) -> tuple[Tensor, Tensor]:
     """
     n_layers, device = model.config.n_layers, batch.labels.device
     documents = None if batch.documents is None else document_mask(batch.documents)
-    _, exits = model.run_layers(
-        model.embed(batch.tokens), 0, n_layers, documents=documents, exit_layers=range(n_layers)
-    )
+    masks, h = LayerMasks(documents=documents), model.embed(batch.tokens)
+    _, exits = model.run_layers(h, 0, n_layers, masks=masks, exit_layers=range(n_layers))
     sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=device)
     bins = torch.zeros(n_layers, BINS, 3, dtype=torch.float64, device=device)
     learnt = batch.labels != NO_LOSS

@@ -108,6 +108,44 @@ def test_the_error_is_found_in_a_box_of_plain_characters_too():
     assert _one_line(missing, Options) == "run: none, give --run PATH"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A command with words that have no option's name."""
+
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """Where to."""
+    source: Annotated[Literal["hf", "ours"], tyro.conf.arg(name="from")]
+    """Format."""
+    parts: tuple[str, ...] = ()
+    """Parts."""
+
+
+@pytest.mark.parametrize("words", ["--from hf a", "a --from hf", "--parts x y --from hf a"])
+def test_positional_words_stand_before_or_after_options(words):
+    parts = ("x", "y") if "--parts" in words else ()
+    assert read_copy(words) == Copy(target=Path("a"), source="hf", parts=parts)
+    assert [*option_names(Copy)] == ["from", "parts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from hf", "target: none, give TARGET"),
+        ("a", "from: none, give --from {hf,ours}"),
+        ("--from hf a b", "b: a value without an option, put its --option before it, see --help"),
+        ("--form hf a", "option: --form does not exist, did you mean --from?"),
+    ],
+)
+def test_a_mistake_beside_positional_words_is_one_line(words, message):
+    with pytest.raises(ValueError, match=".") as error:
+        read_copy(words)
+    assert str(error.value) == message
+
+
+def read_copy(words):
+    return read_options(Copy, words.split(), prog="x", description="d")
+
+
 def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     with pytest.raises(SystemExit) as stop:
