@@ -4,18 +4,21 @@ The lowest file that every command may import, so that options, suggestions and 
 in `train`, `inference`, `data` and `models`. Imports no other file of ours.
 """
 
+import inspect
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from itertools import dropwhile
+from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 T = TypeVar("T")
 
@@ -26,6 +29,47 @@ _NUMBERS = {
     r"invalid literal for int\(\) with base 10: '(.*?)'?": "an integer",
     r"could not convert string to float: '(.*?)'?": "a number",
 }
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read `X | None` as X, or as None for the word None; tyro alone names no fault of X."""
+    kinds = get_args(info.type)
+    if len(kinds) != 2 or NoneType not in kinds:
+        return None
+    [kind] = {*kinds} - {NoneType}
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        spec,
+        instance_from_str=lambda words: (
+            None if words == ["None"] else spec.instance_from_str(words)
+        ),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda v: ["None"] if v is None else spec.str_from_instance(v),
+        choices=spec.choices and (*spec.choices, "None"),
+    )
+
+
+def read_as(
+    metavar: str, read: Callable[[str], T], write: Callable[[T], str] = str
+) -> PrimitiveConstructorSpec[T]:
+    """Return the annotation of a type that is written as one word.
+
+    Args:
+        metavar: What the help calls the word.
+        read: Returns the value; the message of its ValueError is shown after the option's name.
+        write: Returns the word for a value, for the defaults in the help.
+    """
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [write(value)],
+    )
 
 
 def read_options(
@@ -33,7 +77,7 @@ def read_options(
     words: Sequence[str],
     *,
     prog: str,
-    description: str,
+    description: str | None = None,
     default: T | None = None,
     synonyms: Mapping[str, str] | None = None,
     show: bool = True,
@@ -45,7 +89,7 @@ def read_options(
             marked tyro.conf.Positional is given without its name.
         words: The command line without the program's name.
         prog: How the command is called.
-        description: What it does, shown above the options.
+        description: What it does, shown above the options; the docstring of `kind` if None.
         default: Values of the options that are not given; those of `kind` if None.
         synonyms: {what people type for an option: the option, or what to do instead}, both without
             the dashes.
@@ -75,7 +119,7 @@ def read_known_options(
     words: Sequence[str],
     *,
     prog: str,
-    description: str,
+    description: str | None = None,
     default: T | None = None,
     show: bool = True,
 ) -> tuple[T, list[str]]:
@@ -87,13 +131,14 @@ def read_known_options(
             options, unknown = tyro.cli(
                 kind,
                 prog=prog,
-                description=description,
+                description=_paragraphs(kind) if description is None else description,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 args=words,
                 use_underscores=True,
                 console_outputs=show,
                 return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=_REGISTRY,
             )
     except SystemExit as stop:
         if not stop.code or not show:
@@ -107,7 +152,7 @@ def run_command(
     command: Callable[[T], None],
     *,
     prog: str,
-    description: str,
+    description: str | None = None,
     synonyms: Mapping[str, str] | None = None,
 ) -> None:
     """Run a command on its options; a user's error becomes one line on stderr and exit code 2."""
@@ -176,6 +221,11 @@ def _nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str]) -> li
         return [option for option in known if option.rpartition(".")[2] == last]
     near = get_close_matches(name, known, n=1)
     return near or [tails[tail] for tail in get_close_matches(last, tails, n=1)]
+
+
+def _paragraphs(kind: type) -> str:
+    """Return a docstring, each paragraph one line; lines that are indented stay as they are."""
+    return re.sub(r"(?<!\n)\n(?![\n ])", " ", inspect.getdoc(kind) or "")
 
 
 def _typed(word: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from data.shards import TokenStream
 from inference import benchmark
-from inference.benchmark import expand_arms
+from inference.evaluation.candidates import expand_arms
 from inference.evaluation.prompts import held_out_prompts
 from inference.evaluation.report import LEGEND
 from inference.strategies.autoregressive import Autoregressive
