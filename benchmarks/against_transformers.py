@@ -20,8 +20,9 @@ import torch
 import transformers
 import tyro
 
-from data.command_line import run_command, suggest
+from data.command_line import run_command
 from data.dataset import VALIDATION
+from data.suggestion import suggest
 from inference.cli.arguments import Count, Folder, OutputFile
 from inference.engine.compiled import compile_layers
 from inference.engine.generation import Generation

@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 
-from data.command_line import run_command, suggest
+from data.command_line import run_command
+from data.suggestion import suggest
 from inference.cli.arguments import Count, Names, OutputFile
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from data.command_line import read_options, suggest
+from data.command_line import read_options
+from data.suggestion import suggest
 from train.config.config import TrainConfig
 from train.config.config_file import read_config
 from train.config.presets import PRESETS

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from data.command_line import suggest
+from data.suggestion import suggest
 from train.config.config import TrainConfig, flat_fields
 from train.config.synonyms import SYNONYMS
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from data.command_line import option_names, suggest
+from data.command_line import option_names
+from data.suggestion import suggest
 from train.config.command_line import DryRun, _CommandLine, parse
 from train.config.presets import PRESETS
 from train.config.synonyms import SYNONYMS
