@@ -27,11 +27,13 @@ class RowLayout:
     """How the named fields of a row become a document."""
 
     text_field: str = "text"
-    """Field that holds the text; not looked at where there is a response."""
+    """JSON field or Parquet column that holds the text; unused where there is a response."""
     prompt: str = ""
-    """Format string of what is read but not learnt, such as "Utterance: {utterance}\\nParse:"."""
+    """Rows are pairs: the prompt, which is read but not learnt, such as
+    'Utterance: {utterance}\\nParse:' with the names of fields in braces; \\n is a new line."""
     response: str = ""
-    """Format string of what is learnt after it, such as " {parse}"; empty: rows are plain text."""
+    """Rows are pairs: what follows the prompt and is learnt, such as ' {parse}'; empty: rows are
+    plain text."""
 
     @property
     def fields(self) -> tuple[str, ...]:

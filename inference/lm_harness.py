@@ -3,24 +3,25 @@
 Likelihoods are those of any exit; what tasks ask to be written, any strategy writes.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import tyro
 from torch.nn import functional as F
 
-from inference.cli.arguments import Parser, add_compile_argument, decoding_run_from, run_command
+from data.command_line import run_command
+from inference.cli.arguments import Count, DecodingOptions, Folder, Names
 from inference.cli.terminal import format_table, with_progress, write_json
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.loading.run import Run
-from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import STRATEGIES, describe, parse_strategy
-from inference.strategies.two_model import check_tokenizer
+from inference.strategies.speculative import check_tokenizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lm_eval"):
     from lm_eval.api.instance import Instance
@@ -164,60 +165,63 @@ def _cut(text: str, until: str | Sequence[str]) -> str:
     return text
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(
-        "inference.lm_harness",
-        description="Score a checkpoint on tasks of lm-evaluation-harness: likelihoods from any"
-        " exit, continuations by any strategy.",
-        example="--run outputs/demo --tasks lambada_openai --E 6 --strategy self_speculative",
-    )
-    parser.add_argument("--tasks", required=True, metavar="A,B", help="names the harness knows")
-    parser.add_argument(
-        "--include_path", type=Path, metavar="DIR", help="folder of further tasks, as .yaml"
-    )
-    parser.add_argument(
-        "--E", type=int, help="layers behind every likelihood; all of them if not given"
-    )
-    parser.add_argument(
-        "--strategy",
-        help="writes continuations; early_exit with --E layers if not given; of "
-        + ", ".join(STRATEGIES),
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="rows run at once")
-    parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
-    parser.add_argument("--num_fewshot", type=int, help="answered examples before each question")
-    parser.add_argument(
-        "--gen_tokens", type=int, help="most tokens of a continuation; the task's if not given"
-    )
-    add_compile_argument(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions(DecodingOptions):
+    """Score a checkpoint on tasks of lm-evaluation-harness.
+
+    Likelihoods are those of any exit; continuations are written by any strategy.
+
+    Example:
+      python -m inference.lm_harness --run outputs/demo --tasks lambada_openai --E 6
+    """
+
+    tasks: Names
+    """Tasks of the harness, by name."""
+    include_path: Folder | None = None
+    """Folder of further tasks, as .yaml."""
+    E: int | None = None
+    """Layers behind every likelihood; all of them if not given."""
+    strategy: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Writes continuations; early_exit with --E layers if not given; of "
+            f"{', '.join(STRATEGIES)}."
+        ),
+    ] = None
+    batch_size: Count = 8
+    """Rows run at once."""
+    limit: int | None = None
+    """Examples of each task; all if not given."""
+    num_fewshot: int | None = None
+    """Answered examples before each question."""
+    gen_tokens: int | None = None
+    """Most tokens of a continuation; the task's if not given."""
 
 
-def lm_harness(args: argparse.Namespace) -> None:
-    """Run the command."""
+def lm_harness(options: HarnessOptions) -> None:
+    """Run the tasks; print and write their scores."""
     if TemplateLM is object:
         raise ValueError("tasks: lm_eval is not installed, pip install -e .[lm_eval]")
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    run = decoding_run_from(args)
+    run = options.open_run()
     n_layers = run.model.config.n_layers
-    E = n_layers if args.E is None else args.E
-    strategy = EarlyExit(E=E) if args.strategy is None else parse_strategy(args.strategy)
+    E = n_layers if options.E is None else options.E
+    strategy = EarlyExit(E=E) if options.strategy is None else parse_strategy(options.strategy)
     strategy = strategy.with_defaults(n_layers)
     check_tokenizer(strategy, run)
-    model = HarnessModel(run, E=E, strategy=strategy, batch_size=args.batch_size)
-    manager = TaskManager(include_path=args.include_path and str(args.include_path))
-    tasks = args.tasks.split(",")
+    model = HarnessModel(run, E=E, strategy=strategy, batch_size=options.batch_size)
+    manager = TaskManager(include_path=options.include_path and str(options.include_path))
+    tasks = [*options.tasks]
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"tasks: the harness knows no {', '.join(unknown)}, see lm-eval ls tasks")
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        gen_kwargs=None if args.gen_tokens is None else {"max_gen_toks": args.gen_tokens},
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        gen_kwargs=None if options.gen_tokens is None else {"max_gen_toks": options.gen_tokens},
         task_manager=manager,
         log_samples=False,
         bootstrap_iters=0,
@@ -235,12 +239,12 @@ def lm_harness(args: argparse.Namespace) -> None:
         "E": E,
         "strategy": describe(strategy),
     }
-    write_json(args.json, header | {"results": found["results"]})
+    write_json(options.json, header | {"results": found["results"]})
 
 
 def main() -> None:
     """Enter from the command line."""
-    run_command(build_parser(), lm_harness)
+    run_command(HarnessOptions, lm_harness, prog="python -m inference.lm_harness")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from typing import Protocol, TypeVar
 import torch
 
 from inference.engine.compiled import WINDOW_STEP
+from inference.engine.counters import Counters
 from inference.engine.prefill import allocate, reset
 from inference.engine.sampling import Sampling
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round, Work, advancing
+from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round, advancing
 from inference.engine.strategy import Strategy
 from models.llama import Llama
 
@@ -78,7 +79,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 @dataclass(frozen=True)
 class _Graph:
     replay: Callable[[], Round]
-    work: Work
+    counters: Counters
     max_position: int
     """How far it moves the state's `max_position`."""
 
@@ -109,12 +110,12 @@ class GraphedRounds:
             graph = self._graphs[key] or self._record(n)
             self._graphs[key] = graph
             result = graph.replay()
-            state.work = state.work + graph.work
+            state.counters += graph.counters
             state.max_position += graph.max_position
         else:
-            asked = state.work.syncs
+            syncs = state.counters.syncs
             result = self._rounds.run(n)
-            assert state.work.syncs == asked, "fixed rounds ask nothing"
+            assert state.counters.syncs == syncs, "graphable rounds may not sync with the host"
             self._graphs[key] = None
         state.max_position -= beyond
         return result
@@ -126,11 +127,11 @@ class GraphedRounds:
 
     def _record(self, n: int) -> _Graph:
         state = self._state
-        work, max_position = state.work, state.max_position
-        state.work = Work()
+        counters, max_position = state.counters, state.max_position
+        state.counters = Counters()
         replay = self._recorder.record(partial(self._rounds.run, n), state)
-        graph = _Graph(replay, state.work, state.max_position - max_position)
-        state.work, state.max_position = work, max_position
+        graph = _Graph(replay, state.counters, state.max_position - max_position)
+        state.counters, state.max_position = counters, max_position
         return graph
 
 

@@ -12,7 +12,7 @@ from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
 from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
-from inference.engine.state import Round, Work, advancing
+from inference.engine.state import Round, advancing
 from inference.engine.strategy import Strategy
 from models.config import LlamaConfig
 from models.host_copy import HostCopy
@@ -82,7 +82,6 @@ class Generation:
         self.prompts = [list(prompt) for prompt in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
         """New tokens of each prompt so far."""
-        self.counters = Counters()
         self._prefill_layers = strategy.prefill_layers(config.n_layers)
         self._stop_tokens = frozenset(stop_tokens)
         self._ends = [min(len(p) + max_new_tokens, config.max_seq_len) for p in self.prompts]
@@ -102,6 +101,7 @@ class Generation:
         else:
             self._batch = graphs.take(model, rows, slots=slots, sampling=sampling, seed=seed)
             self._state, self._run_round = self._batch.state, self._batch.start(strategy)
+        self.counters = self._state.counters
 
     def __iter__(self) -> Iterator[list[Emission]]:
         """Return itself: a loop that was left goes on where it was."""
@@ -122,20 +122,9 @@ class Generation:
         if self._reads_late and self._max_tokens() > 0:
             self._launch()
         emissions = self._read()
-        work, counters = self.work, self.counters
-        counters.token_layers = work.token_layers
-        counters.head_evaluations = work.head_evaluations
-        counters.projected, counters.syncs = work.projected, work.syncs
-        counters.draft_token_layers = work.draft_token_layers
-        counters.draft_head_evaluations = work.draft_head_evaluations
-        admitting = counters.prefill_seconds - prefill_seconds
-        counters.decode_seconds += time.perf_counter() - start - admitting
+        admitting = self.counters.prefill_seconds - prefill_seconds
+        self.counters.decode_seconds += time.perf_counter() - start - admitting
         return emissions
-
-    @property
-    def work(self) -> Work:
-        """What the rounds so far computed, prompts left out."""
-        return self._state.work
 
     def finish(self) -> "Generation":
         """Run to the end and return itself."""
@@ -219,11 +208,11 @@ class Generation:
     @contextmanager
     def _timing_prefill(self) -> Iterator[None]:
         state, start = self._state, time.perf_counter()
-        rounds, state.work = state.work, Work()
+        state.counters = Counters()
         yield
         wait_for(state.pending.device)
-        self.counters.prompt_token_layers += state.work.token_layers
-        state.work = rounds
+        self.counters.prompt_token_layers += state.counters.token_layers
+        state.counters = self.counters
         self.counters.prefill_seconds += time.perf_counter() - start
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from inference.engine.compiled import window_step
+from inference.engine.counters import Counters
 from inference.engine.kv_cache import StaticKVCache
 from inference.engine.sampling import Sampling
-from inference.engine.state import DecodeState, Work
+from inference.engine.state import DecodeState
 from models.llama import Llama, SkippedParts
 
 
@@ -54,7 +55,7 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
 
 def reset(state: DecodeState, seed: int) -> None:
     """Make a batch as good as new, for prompts in all its rows."""
-    state.work = Work()
+    state.counters = Counters()
     if state.generator is not None:
         state.generator.manual_seed(seed)
 

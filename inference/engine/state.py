@@ -6,52 +6,17 @@ strategy turns the pending tokens into a `Round`, using `run`, `write_keys_and_v
 rounds.
 """
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from inference.engine.counters import Counters
 from inference.engine.kv_cache import StaticKVCache
 from inference.engine.sampling import Sampling, probabilities
 from models.llama import NOTHING, Llama, SkippedParts
-
-
-@dataclass
-class Work:
-    """What was really computed, junk in padding and finished rows included."""
-
-    token_attentions: int = 0
-    """Tokens times attention parts run."""
-    token_feed_forwards: int = 0
-    """Tokens times feed-forward parts run."""
-    head_evaluations: float = 0
-    """Tokens the final norm and LM head were applied to; a part of the head counts as that part."""
-    projected: int = 0
-    """Tokens times layers whose keys and values alone were computed."""
-    draft_token_layers: float = 0
-    """Tokens times layers run by another model that drafts."""
-    draft_head_evaluations: float = 0
-    """Tokens that model's LM head was applied to."""
-    syncs: int = 0
-    """Times a strategy made the host wait for an answer of the device."""
-    passes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    """Times layers start, ..., stop - 1 were run on n tokens of each row, by (start, stop, n); also
-    where parts of them were skipped."""
-    head_passes: Counter[int] = field(default_factory=Counter)
-    """Times the head, or a part of it, was applied to n tokens of each row, by n."""
-
-    @property
-    def token_layers(self) -> float:
-        """Tokens times layers; attention and feed-forward count half a layer each."""
-        return (self.token_attentions + self.token_feed_forwards) / 2
-
-    def __add__(self, other: "Work") -> "Work":
-        """Return the work of both together."""
-        names = [field.name for field in fields(self)]
-        return Work(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -67,6 +32,17 @@ class Round:
     depths: Tensor | None = None
     """(batch, n) int64, layers behind each token where it may be fewer than the strategy's
     deepest."""
+
+    @classmethod
+    def plain(cls, token: Tensor, depths: Tensor | None = None) -> Self:
+        """Return a round without drafts.
+
+        Args:
+            token: (batch, 1) int64.
+            depths: (batch,) int64, layers behind it.
+        """
+        none = token.new_zeros(len(token))
+        return cls(token, none, none, None if depths is None else depths[:, None])
 
 
 @dataclass(kw_only=True)
@@ -95,7 +71,7 @@ class DecodeState:
     device."""
     num_prefills: int = 0
     """Times prompts were put into rows."""
-    work: Work = field(default_factory=Work)
+    counters: Counters = field(default_factory=Counters)
 
     def run(
         self,
@@ -138,9 +114,11 @@ class DecodeState:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Do as `run` does, and return {l: x_{l+1}} for l in `exit_layers` as well."""
         tokens = h.shape[0] * h.shape[1]
-        self.work.token_attentions += tokens * _count(start, stop, skipped.attention)
-        self.work.token_feed_forwards += tokens * _count(start, stop, skipped.feed_forward)
-        self.work.passes[start, stop, h.shape[1]] += 1
+        parts = 2 * (stop - start) - sum(
+            start <= l < stop for part in (skipped.attention, skipped.feed_forward) for l in part
+        )
+        self.counters.token_layers += tokens * parts / 2
+        self.counters.passes[start, stop, h.shape[1]] += 1
         return self.model.run_layers(
             h,
             start,
@@ -156,7 +134,7 @@ class DecodeState:
 
         See `Llama.write_keys_and_values`; `offset` as in `run`.
         """
-        self.work.projected += h.shape[0] * h.shape[1] * (stop - start)
+        self.counters.projected += h.shape[0] * h.shape[1] * (stop - start)
         self.model.write_keys_and_values(
             h, start, stop, positions=self._places(h.shape[1], offset, None), cache=self.cache
         )
@@ -186,7 +164,7 @@ class DecodeState:
         """Return what the head reads for h = x_E: (batch, seq, dim), same shape."""
         config = self.model.config
         if config.own_exit_mlp and E in config.own_exits:
-            self.work.token_feed_forwards += h.shape[0] * h.shape[1]
+            self.counters.token_layers += h.shape[0] * h.shape[1] / 2
         return self.model.before_head(h, E)
 
     def head(self, x: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -197,18 +175,18 @@ class DecodeState:
         logits = self.model.head(x) if part is None else part(x)
         share = logits.shape[-1] / self.model.config.vocab_size
         tokens = x.shape[0] * x.shape[1]
-        self.work.head_evaluations += tokens * share
-        self.work.head_passes[tokens // len(self.pending)] += 1
+        self.counters.head_evaluations += tokens * share
+        self.counters.head_passes[tokens // len(self.pending)] += 1
         return logits
 
     def sync_bool(self, condition: Tensor) -> bool:
         """Return a condition of one element: the host waits for the device."""
-        self.work.syncs += 1
+        self.counters.syncs += 1
         return bool(condition)
 
     def sync_list(self, numbers: Tensor) -> list[Any]:
         """Return the numbers of a vector: the host waits for the device."""
-        self.work.syncs += 1
+        self.counters.syncs += 1
         return list(numbers.tolist())
 
     def advance(self, result: Round) -> None:
@@ -220,10 +198,6 @@ class DecodeState:
         self.pending.copy_(result.tokens.gather(1, result.accepted[:, None]).squeeze(1))
         self.positions.add_((result.accepted + 1).masked_fill(self.finished, 0))
         self.max_position += n
-
-
-def _count(start: int, stop: int, skipped: frozenset[int]) -> int:
-    return stop - start - sum(start <= l < stop for l in skipped)
 
 
 Decoder = Callable[[int], Round]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -131,7 +132,9 @@ def _summary(source: str, answer: str) -> Task:
     )
 
 
-TASKS: Mapping[str, Task] = {
+TaskName = Literal["cnn_dm", "xsum", "humaneval", "topv2"]
+
+TASKS: Mapping[TaskName, Task] = {
     "cnn_dm": _summary("article", "highlights"),
     "xsum": _summary("document", "summary"),
     "humaneval": Task(

@@ -22,9 +22,15 @@ from torch import Tensor
 
 from inference.engine.state import Decoder, DecodeState, Round
 from inference.engine.strategy import Strategy, exits_problems
-from inference.strategies.agreement import Agreement, drafts_that_agreed, lookups_that_agreed
+from inference.strategies.agreement import (
+    Agreement,
+    best_pair,
+    by_parameters,
+    cost_problems,
+    drafts_that_agreed,
+    lookups_that_agreed,
+)
 from inference.strategies.autoregressive import decode_one
-from inference.strategies.best_pair import best_pair, by_parameters, cost_problems
 from inference.strategies.drafting import Draft, NgramDrafts, Stop, draft, lookup_drafts
 from inference.strategies.self_speculative import (
     accept_round,

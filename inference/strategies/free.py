@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from inference.engine.sampling import accept, sample
 from inference.engine.state import Decoder, DecodeState, Round
 from inference.engine.strategy import Strategy, exits_problems
-from inference.strategies.autoregressive import a_quarter
 from inference.strategies.beta_mixture import RowThresholds
-from inference.strategies.exit_rules import softmax_gap
+from inference.strategies.confidence import softmax_gap
+from inference.strategies.early_exit import a_quarter
 
 
 @dataclass(frozen=True, kw_only=True)

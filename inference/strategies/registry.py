@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from inference.engine.strategy import Strategy
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.calm import Calm
 from inference.strategies.dynamic import Dynamic
-from inference.strategies.exit_rules import Calm, Gated, Patience
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.free import Free
+from inference.strategies.gate import Gate
 from inference.strategies.jump import Jump
+from inference.strategies.patience import Patience
+from inference.strategies.pruned import Pruned
 from inference.strategies.routed import Routed
-from inference.strategies.schedules import Pruned, SkipDecode, Unified
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
-from inference.strategies.two_model import Speculative
+from inference.strategies.skipdecode import SkipDecode
+from inference.strategies.speculative import Speculative
+from inference.strategies.unified import Unified
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     kind.name: kind
@@ -30,7 +35,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Speculative,
         Calm,
         Patience,
-        Gated,
+        Gate,
         Jump,
         Free,
         Unified,

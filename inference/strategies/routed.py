@@ -49,5 +49,4 @@ def _decode_one(state: DecodeState, max_tokens: int) -> Round:
         else:
             state.write_keys_and_values(h, l, l + 1)
     tokens = sample(state.distribution(h), state.generator)
-    none = torch.zeros_like(state.positions)
-    return Round(tokens, accepted=none, drafted=none, depths=depths[:, None])
+    return Round.plain(tokens, depths)

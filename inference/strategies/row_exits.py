@@ -113,8 +113,7 @@ def _decode_one(
     if logits is None:
         logits = _read_each(state, read, depths, exits if exit_map is None else range(0))
     tokens = sample(state.filtered(logits[:, None]), state.generator)
-    none = torch.zeros_like(state.positions)
-    return Round(tokens, accepted=none, drafted=none, depths=depths[:, None])
+    return Round.plain(tokens, depths)
 
 
 def _read_each(state: DecodeState, read: Tensor, depths: Tensor, exits: range) -> Tensor:

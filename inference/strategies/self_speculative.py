@@ -16,8 +16,8 @@ from torch import Tensor
 from inference.engine.sampling import accept
 from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
 from inference.engine.strategy import Strategy
-from inference.strategies.autoregressive import a_quarter
 from inference.strategies.drafting import Draft, Stop, draft, lookup_drafts
+from inference.strategies.early_exit import a_quarter
 from inference.strategies.reduced_head import COUNT_THEM, ReducedHead, load_reduced_head
 
 

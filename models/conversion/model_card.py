@@ -1,4 +1,4 @@
-"""The README.md of an export: how to decode with it, what each exit is worth, its recipe."""
+"""The README.md of an export: how to decode with it, the loss of each exit, its recipe."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,13 @@ def write_model_card(
     """Write README.md.
 
     Args:
-        folder: Where to.
+        folder: The export.
         config: The shape of the exported model.
-        training: The resolved configuration it was trained with; {} where not known.
-        step: Optimizer steps behind it.
-        checkpoint: Of these very weights, in whose run the table is looked for; None has none.
-        note: What was done to the model since; may be empty.
+        training: The resolved configuration it was trained with; {} if unknown.
+        step: Optimizer steps it was trained for.
+        checkpoint: The checkpoint of these very weights, whose run holds the losses of the exits;
+            None: no table.
+        note: How the model was changed after training; may be empty.
     """
     name = training.get("name", "model")
     parts = [

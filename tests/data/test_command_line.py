@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from data.command_line import option_names, read_options, run_command
+from data.command_line import _one_line, option_names, read_options, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,66 @@ def test_a_mistake_is_one_line_with_its_remedy(words, message):
         read(words, synonyms={"learning_rate": "optim.lr"})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_synonym_may_be_a_remedy():
+    for words in ("--run a --gpus 2", "--run a --layers 3 gpus"):
+        with pytest.raises(ValueError, match="(exist|option), run it under torchrun$"):
+            read(words, synonyms={"gpus": "run it under torchrun"})
+
+
+def test_the_error_is_found_in_a_box_of_plain_characters_too():
+    box = """------ Value error ------
+| Error parsing --steps:  |
+| invalid 'abc'.          |
+| ----------------------- |
+| Argument helptext:      |
+---------------------------"""
+    assert _one_line(box, Options) == "steps: invalid 'abc'"
+    missing = """ Required options
+ --------------------
+  Missing from x:
+      --run PATH
+          Where. (required)"""
+    assert _one_line(missing, Options) == "run: none, give --run PATH"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A command with words that have no option's name."""
+
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """Where to."""
+    source: Annotated[Literal["hf", "ours"], tyro.conf.arg(name="from")]
+    """Format."""
+    parts: tuple[str, ...] = ()
+    """Parts."""
+
+
+@pytest.mark.parametrize("words", ["--from hf a", "a --from hf", "--parts x y --from hf a"])
+def test_positional_words_stand_before_or_after_options(words):
+    parts = ("x", "y") if "--parts" in words else ()
+    assert read_copy(words) == Copy(target=Path("a"), source="hf", parts=parts)
+    assert [*option_names(Copy)] == ["from", "parts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from hf", "target: none, give TARGET"),
+        ("a", "from: none, give --from {hf,ours}"),
+        ("--from hf a b", "b: a value without an option, put its --option before it, see --help"),
+        ("--form hf a", "option: --form does not exist, did you mean --from?"),
+    ],
+)
+def test_a_mistake_beside_positional_words_is_one_line(words, message):
+    with pytest.raises(ValueError, match=".") as error:
+        read_copy(words)
+    assert str(error.value) == message
+
+
+def read_copy(words):
+    return read_options(Copy, words.split(), prog="x", description="d")
 
 
 def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):

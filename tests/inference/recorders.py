@@ -1,7 +1,6 @@
 """What stands in for a GPU: a recorder as forgetful as a CUDA graph, a watch over the device."""
 
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import RoundGraphs
 from inference.engine.state import Round
 
@@ -67,9 +67,10 @@ class Rerunner:
             if first:
                 first.clear()
                 return static
-            longest, work = state.max_position, deepcopy(state.work)
+            max_position, counters = state.max_position, state.counters
+            state.counters = Counters()
             new = run()
-            state.max_position, state.work = longest, work
+            state.max_position, state.counters = max_position, counters
             pairs = zip(pytree.tree_leaves(static), pytree.tree_leaves(new), strict=True)
             for old, now in pairs:
                 if old is not None:

@@ -8,10 +8,11 @@ import pytest
 
 from data.shards import TokenStream
 from inference import benchmark
-from inference.benchmark import expand_arms
+from inference.evaluation.candidates import expand_arms
 from inference.evaluation.prompts import held_out_prompts
 from inference.evaluation.report import LEGEND
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.self_speculative import SelfSpeculative
 
 

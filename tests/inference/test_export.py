@@ -5,17 +5,20 @@ import json
 import pytest
 import torch
 
+from data.command_line import read_options
 from inference.engine.generation import Generation
 from inference.evaluate import main as evaluate
 from inference.loading.run import load_run
 from inference.strategies.registry import parse_strategy
-from models.convert import build_parser, convert
+from models.conversion.options import Options
+from models.convert import convert
 
 transformers = pytest.importorskip("transformers")
 
 
 def run(source, target, *words):
-    convert(build_parser().parse_args(["--from", source, "--to", target, *map(str, words)]))
+    words = ["--from", source, "--to", target, *map(str, words)]
+    convert(read_options(Options, words, prog="convert", description=""))
 
 
 @pytest.fixture(scope="module")

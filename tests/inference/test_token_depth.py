@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.strategies.row_exits import decode_until_sure
-from inference.strategies.schedules import SkipDecode, Unified
+from inference.strategies.skipdecode import SkipDecode
+from inference.strategies.unified import Unified
 from models.llama import NOTHING
 from models.token_depth import TokenDepthConfig, draw_exits, token_layers
 from tests.inference.every_strategy import PROMPTS, make_model

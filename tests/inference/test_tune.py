@@ -13,6 +13,12 @@ from inference.engine.sampling import Sampling
 from inference.evaluation.candidates import candidates
 from inference.evaluation.costs import predict
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
+from inference.evaluation.round_breakdown import (
+    prediction_table,
+    round_cost_breakdown,
+    round_table,
+    round_terms,
+)
 from inference.loading.run import load_run
 from inference.loading.tuned import (
     Conditions,
@@ -24,7 +30,6 @@ from inference.loading.tuned import (
 )
 from inference.strategies.dynamic import Dynamic
 from inference.strategies.self_speculative import SelfSpeculative
-from inference.tune import cost_table
 from tests.inference.evaluation.test_costs import OF_FOUR_LAYERS, OF_THREE_LAYERS
 from tests.inference.every_strategy import PROMPTS, make_model
 
@@ -32,7 +37,7 @@ from tests.inference.every_strategy import PROMPTS, make_model
 def test_the_table_of_predictions():
     last = [5, 6, 7, 8, 9, 1]
     trace = torch.tensor([[5, 0, 7, 8, 0, 1], last, last])
-    table = cost_table(predict([trace], OF_THREE_LAYERS, 2), 3).splitlines()
+    table = prediction_table(predict([trace], OF_THREE_LAYERS, 2), 3).splitlines()
     assert [row.split()[0] for row in table] == ["E", "1", "2"]
     of = dict(zip(table[0].split(), table[2].split(), strict=True))
     assert of == {
@@ -44,17 +49,17 @@ def test_the_table_of_predictions():
 
 def test_a_round_shorter_than_one_of_its_terms_is_no_negative_speedup():
     costs = replace(OF_THREE_LAYERS, rounds=[(0.1, 0.2), (0.1, 0.2)])
-    table = cost_table(predict([torch.tensor([[5, 6, 7]] * 3)], costs, 2), 3).splitlines()
+    table = prediction_table(predict([torch.tensor([[5, 6, 7]] * 3)], costs, 2), 3).splitlines()
     assert table[1].split()[-2] == "-"
     assert "x" in table[1].split()[-3]
 
 
 def test_dynamic_is_told_the_costs_that_were_measured():
     rounds = [(0.1234, 1.7), (0.3, 1.5), (0.5, 1.45), (0.7, -0.1), (2.0, 2.0)]
-    costs = replace(OF_FOUR_LAYERS, draft=[0.2, 0.3, 0.5, 0.7, 1.0], rounds=rounds, guesses=1.234)
+    costs = replace(OF_FOUR_LAYERS, draft=[0.2, 0.3, 0.5, 0.7, 1.0], rounds=rounds, lookup=1.234)
     predictions = predict([torch.tensor([[5, 6, 7, 8]] * 6)], costs, 2)
     # By prediction E = 4, 2, 1, 3, 5 in this order, as all agree.
-    arms = candidates(predictions, costs, 5, 1)
+    arms = candidates(predictions, costs, 5, top=1)
     told = Dynamic(
         d=5,
         exits=(1, 2, 4),
@@ -80,7 +85,7 @@ def test_every_arm_has_a_row_of_where_its_time_went():
         Dynamic(d=2, probe=1, verify_costs=(0.2,), lookup_cost=0.2, ngram=1),
     ]
     results = measure(model, arms, workload, repeats=1, report=lambda line: None)
-    plain, drafted, *_ = map(tune.round_cost_breakdown, results, [costs] * 4)
+    plain, drafted, *_ = map(round_cost_breakdown, results, [costs] * 4)
     assert plain == pytest.approx({"draft": 0.0, "verify": 0.8, "head": 0.1})
     assert drafted["draft"] == pytest.approx(3 * 0.4, rel=0.2)  # the last round has less room
     assert drafted["verify"] == pytest.approx(1.2 * 2 / 3, rel=0.1)
@@ -89,12 +94,12 @@ def test_every_arm_has_a_row_of_where_its_time_went():
         results[1], passes=[(0, 1, 1, 6), (0, 3, 1, 1), (0, 3, 3, 1), (1, 3, 3, 2)],
         head_passes=[(1, 5), (3, 3)],
     )  # fmt: skip
-    terms = tune.round_cost_breakdown(by_hand, costs)
+    terms = round_cost_breakdown(by_hand, costs)
     assert terms["draft"] == pytest.approx(6 * 0.4 / 4)
     assert terms["verify"] == pytest.approx((0.8 + 1.2 + 2 * 1.2 * 2 / 3) / 4)
     assert terms["head"] == pytest.approx((5 * 0.1 + 3 * 0.3) / 4)
-    rounds = tune.round_terms(results, costs)
-    header, *rows = (line.split() for line in tune.round_table(rounds).splitlines())
+    rounds = round_terms(results, costs)
+    header, *rows = (line.split() for line in round_table(rounds).splitlines())
     assert [row[0] for row in rows] == [result.settings for result in results]
     for result, row in zip(results, rows, strict=True):
         of = dict(zip(header, row, strict=True))

@@ -210,9 +210,7 @@ def test_training_and_inference_measure_the_same_held_out_loss(launch, corpus):
     assert tokens == 11 * 16
     [record] = [r for r in records(job.run) if "validation/loss" in r]
     for quality in exits:
-        assert record[f"validation/loss_exit_{quality.l + 1:02d}"] == pytest.approx(
-            quality.loss, 1e-5
-        )
+        assert record[f"validation/loss_exit_{quality.E:02d}"] == pytest.approx(quality.loss, 1e-5)
 
 
 def test_due_steps_are_the_multiples_and_the_last():

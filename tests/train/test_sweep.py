@@ -270,8 +270,8 @@ def assert_one_line(argv, message, monkeypatch, capsys):
     [
         (["demo", "--bogus"], "options: --bogus are none of the sweep's, see --help"),
         (["demo", "--nodes=2", "--grid", GRID[0]], "options: --nodes=2 are none"),
-        (["demo", "--print", "--sbatch"], "argument --sbatch: not allowed with argument --print"),
-        ([], "the following arguments are required: preset"),
+        (["demo", "--print", "--sbatch"], "sbatch: does not go with --print, choose one"),
+        ([], "preset: none, give PRESET"),
     ],
 )
 def test_options_that_are_not_the_sweeps_are_one_line(arguments, message, monkeypatch, capsys):

@@ -14,13 +14,15 @@ from inference.engine.sampling import Sampling
 from inference.engine.state import GraphableDecoder, Round, advancing
 from inference.evaluation.costs import measure_costs
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
-from inference.strategies import two_model
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies import speculative
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.early_exit import EarlyExit
+from inference.strategies.pruned import Pruned
 from inference.strategies.registry import describe, parse_strategy
-from inference.strategies.schedules import Pruned, Unified
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
-from inference.strategies.two_model import Speculative
+from inference.strategies.speculative import Speculative
+from inference.strategies.unified import Unified
 from models.host_copy import HostCopy
 from models.llama import NOTHING, Llama
 from tests.inference.every_strategy import PROMPTS, decode, make_model
@@ -52,7 +54,7 @@ def another_model(monkeypatch):
     class Loaded:
         model = draft
 
-    monkeypatch.setattr(two_model, "_load", lambda *where: Loaded)
+    monkeypatch.setattr(speculative, "_load", lambda *where: Loaded)
     return draft
 
 
@@ -140,7 +142,9 @@ def test_the_host_knows_the_same_length_after_every_round(model, strategy):
         for room in (9, 9, 9, 9, 2, 2, 2, 9, 1, 1, 1, 9):
             decoder(room)
             assert state.max_position >= int(state.positions.max())
-            seen[-1].append((state.max_position, deepcopy(state.work), state.positions.tolist()))
+            seen[-1].append(
+                (state.max_position, deepcopy(state.counters), state.positions.tolist())
+            )
     assert seen[0] == seen[1]
     assert recorder.replayed > 3
 
@@ -248,7 +252,7 @@ def test_a_decoder_that_asks_is_found_out_before_it_is_recorded(model):
         return Round(state.pending[:, None], state.positions * 0, state.positions * 0)
 
     recorder = Rerunner()
-    with pytest.raises(AssertionError, match="fixed rounds ask nothing"):
+    with pytest.raises(AssertionError, match="may not sync with the host"):
         GraphedRounds(state, GraphableDecoder(1, asks), recorder)(1)
     assert recorder.recorded == 0
 
@@ -275,7 +279,7 @@ def start_on_no_data(strategy, *, temperature=0.0):
 @pytest.mark.parametrize("strategy", FIXED, ids=describe)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_rounds_neither_ask_nor_take_anything_of_the_host(monkeypatch, strategy, temperature):
-    monkeypatch.setattr(two_model._load(), "model", on_no_data(n_layers=2))
+    monkeypatch.setattr(speculative._load(), "model", on_no_data(n_layers=2))
     state, decoder = start_on_no_data(strategy, temperature=temperature)
     assert isinstance(decoder, GraphableDecoder)
     for n in range(1, decoder.most + 1):

@@ -10,7 +10,7 @@ from inference.engine.cuda_graphs import round_graphs
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
-from inference.strategies import two_model
+from inference.strategies import speculative
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import describe
 from inference.strategies.self_speculative import SelfSpeculative
@@ -30,7 +30,7 @@ def another_model(monkeypatch):
     class Loaded:
         model = draft
 
-    monkeypatch.setattr(two_model, "_load", lambda *where: Loaded)
+    monkeypatch.setattr(speculative, "_load", lambda *where: Loaded)
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_confidences_all_alike_give_no_nan():
 def thresholds_of(stream, cuts, prompts=((0, 400),)):
     """Feed rounds that end at `cuts`; return the threshold of every new token, prompt by prompt."""
     state = SimpleNamespace(
-        positions=torch.tensor([4]), prompt_lengths=torch.tensor([5]), ask=lambda x: bool(x)
+        positions=torch.tensor([4]), prompt_lengths=torch.tensor([5]), sync_bool=lambda x: bool(x)
     )
     memory = RowThresholds(state, exits=1, first=0.5, zeta=0.6, longest_round=8)
     found = []

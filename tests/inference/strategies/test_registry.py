@@ -2,9 +2,14 @@
 
 import pytest
 
-from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import STRATEGIES, describe, parse_strategy
 from inference.strategies.self_speculative import SelfSpeculative
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_is_found_in_the_file_of_its_name(name):
+    assert STRATEGIES[name].__module__ == f"inference.strategies.{name}"
 
 
 def test_settings_are_read_by_their_types():

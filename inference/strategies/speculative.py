@@ -5,7 +5,7 @@ Leviathan et al. (arXiv 2211.17192). The draft model keeps its own keys and valu
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from inference.engine.compiled import compile_layers, is_compiled
+from inference.engine.counters import Counters
 from inference.engine.prefill import allocate
 from inference.engine.sampling import sample
 from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
@@ -141,12 +142,11 @@ class TwoModels:
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        """Count what the draft model does."""
-        before, work = replace(self._own.work), self._state.work
+        """Count what the draft model runs as that of a draft model."""
+        self._own.counters = own = Counters()
         yield
-        after = self._own.work
-        work.draft_token_layers += after.token_layers - before.token_layers
-        work.draft_head_evaluations += after.head_evaluations - before.head_evaluations
+        self._state.counters.draft_token_layers += own.token_layers
+        self._state.counters.draft_head_evaluations += own.head_evaluations
 
     def _nothing(self) -> Draft:
         rows, vocab = len(self._state.positions), self._state.model.config.vocab_size
