@@ -49,8 +49,7 @@ class GenerateOptions(SamplingOptions, DecodingOptions):
         ),
     ] = None
     E: str | None = None
-    """Layers run before the exit, for early_exit and self_speculative; a quarter of the model's if
-    not given."""
+    """Layers run before the exit, for early_exit and self_speculative; a quarter if not given."""
     d: str | None = None
     """Tokens drafted per round, for self_speculative; 4 if not given."""
     max_new_tokens: int = 100

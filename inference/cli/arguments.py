@@ -116,8 +116,7 @@ class RunOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and KV cache; float32 on a CPU, bfloat16 on CUDA if not given."""
     quantize: Bits | None = None
-    """Hold the layers' matrices in so few bits, by torchao; in --dtype if not given, as those of
-    another model that drafts always are."""
+    """Hold the layers' matrices in so few bits (torchao), but not those of a draft model."""
     json: OutputFile | None = None
     """Also write the results here."""
 
@@ -131,8 +130,7 @@ class DecodingOptions(RunOptions):
     """The run to decode with."""
 
     compile: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Compile the layers, and on CUDA run whole rounds as graphs: faster, after seconds for each
-    shape of a pass."""
+    """Compile the layers, and on CUDA run rounds as graphs; takes seconds per shape of a pass."""
 
     def open_run(self) -> Run:
         """Load the run; compiled, its rounds are kept as graphs on a device that has them."""
