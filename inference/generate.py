@@ -245,7 +245,11 @@ def result(
     options: GenerateOptions, run: Run, strategy: Strategy, found: Sequence[Continuation]
 ) -> dict[str, object]:
     """Return what --json writes; one text stands at the top, several are a list."""
-    calls = {id(continuation.counters): continuation.counters for continuation in found}
+    counters = Counters()
+    for call in {
+        id(continuation.counters): continuation.counters for continuation in found
+    }.values():
+        counters += call
     texts = [
         {
             "prompt": continuation.prompt,
@@ -261,7 +265,7 @@ def result(
         "sampling": asdict(options.sampling),
         "seed": options.seed,
         **(texts[0] if len(texts) == 1 and not options.interactive else {"results": texts}),
-        "counters": sum(calls.values(), Counters()).content(),
+        "counters": counters.content(),
     }
 
 

@@ -12,11 +12,11 @@ from inference.engine.batch import Round
 from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
 from inference.engine.decoder import advancing
-from inference.engine.host_copy import HostCopy
 from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from models.config import LlamaConfig
+from models.host_copy import HostCopy
 from models.llama import Llama
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from inference.engine.batch import Round
 from inference.engine.decoder import Decoder
-from inference.engine.host_copy import HostCopy
 from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy, exits_problems
 from inference.strategies.agreement import (
@@ -42,6 +41,7 @@ from inference.strategies.self_speculative import (
     verify,
 )
 from models.config import LlamaConfig
+from models.host_copy import HostCopy
 from models.llama import NOTHING
 
 

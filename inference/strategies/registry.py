@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from data.command_line import suggest
+from data.suggestion import suggest
 from inference.engine.strategy import Strategy
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.calm import Calm
@@ -74,9 +74,7 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
         if not equals:
             raise ValueError(f"strategy: {part!r} in {text!r} is no setting, write name=value")
         if key not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            near = suggest(key, [*known]) if known else ""
-            hint = near if near.startswith("did you mean") else has
+            hint = suggest(key, [*known]) if known else "it has none"
             raise ValueError(f"strategy: {name} has no setting {key}, {hint}")
         given[key] = value
     values = {key: _read(f"{name}: {key}", value, known[key]) for key, value in given.items()}

@@ -11,7 +11,6 @@ from inference.engine.compiled import WINDOW_STEP
 from inference.engine.cuda_graphs import GraphedRounds, graphed, round_graphs
 from inference.engine.decoder import GraphableDecoder, advancing
 from inference.engine.generation import Generation
-from inference.engine.host_copy import HostCopy
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.evaluation.costs import measure_costs
@@ -25,6 +24,7 @@ from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
 from inference.strategies.speculative import Speculative
 from inference.strategies.unified import Unified
+from models.host_copy import HostCopy
 from models.llama import NOTHING, Llama
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.recorders import Rerunner, on_device_alone, rerunning

@@ -10,7 +10,7 @@ import torch
 from data.shards import TokenStream
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.frequent_tokens import build_parser, count_tokens, run_count
+from inference.frequent_tokens import FrequentTokensOptions, count_tokens, run_count
 from inference.strategies.drafting import NgramDrafts, Stop, draft
 from inference.strategies.reduced_head import load_reduced_head, most_frequent, reduced_head
 from models.llama import NOTHING
@@ -158,8 +158,7 @@ def test_tokens_are_counted_and_the_most_frequent_found():
 
 def test_the_command_counts_what_drafts_then_read(run_folder, tmp_path, capsys):
     copy = tmp_path / "counts.json"
-    arguments = ["--run", str(run_folder), "--device", "cpu", "--json", str(copy)]
-    run_count(build_parser().parse_args(arguments))
+    run_count(FrequentTokensOptions(run=run_folder, device="cpu", json=copy))
     assert "the 256 most frequent tokens of" in capsys.readouterr().out
     [path] = run_folder.glob("checkpoints/*.decode/token_counts.json")
     assert path.read_text() == copy.read_text()

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from inference.engine.generation import Generation
-from inference.engine.host_copy import HostCopy
 from inference.engine.prefill import allocate
 from inference.engine.sampling import Sampling
 from inference.strategies import dynamic
@@ -16,6 +15,7 @@ from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.drafting import NgramDrafts
 from inference.strategies.dynamic import Dynamic
 from inference.strategies.ngram import look_up
+from models.host_copy import HostCopy
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.strategies.test_self_speculative import excess
 from tests.models.test_llama import build, small
