@@ -1,7 +1,7 @@
 """Command lines from frozen dataclasses: each documented field is an option; errors are one line.
 
 The lowest file that every command may import, so that options, suggestions and errors are the same
-in `train`, `inference`, `data` and `models`. Imports no other file of ours.
+in `train`, `inference`, `data` and `models`. Imports no other file of ours but `command_help`.
 """
 
 import difflib
@@ -16,6 +16,8 @@ from itertools import dropwhile
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+
+from data.command_help import JOINED_HELP
 
 T = TypeVar("T")
 
@@ -57,7 +59,7 @@ def read_options(
     box = io.StringIO()
     try:
         wide = nullcontext() if {"-h", "--help"} & {*words} else _wide_terminal()
-        with redirect_stderr(box), wide:
+        with redirect_stderr(box), wide, JOINED_HELP:
             options, unknown = tyro.cli(
                 kind,
                 prog=prog,

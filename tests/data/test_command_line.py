@@ -86,44 +86,6 @@ def test_a_mistake_is_one_line_with_its_remedy(words, message):
     assert "\n" not in str(error.value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copy:
-    """A command with words that have no option's name."""
-
-    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
-    """Where to."""
-    source: Annotated[Literal["hf", "ours"], tyro.conf.arg(name="from")]
-    """Format."""
-    parts: tuple[str, ...] = ()
-    """Parts."""
-
-
-@pytest.mark.parametrize("words", ["--from hf a", "a --from hf", "--parts x y --from hf a"])
-def test_positional_words_stand_before_or_after_options(words):
-    parts = ("x", "y") if "--parts" in words else ()
-    assert read_copy(words) == Copy(target=Path("a"), source="hf", parts=parts)
-    assert [*option_names(Copy)] == ["from", "parts"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--from hf", "target: none, give TARGET"),
-        ("a", "from: none, give --from {hf,ours}"),
-        ("--from hf a b", "b: a value without an option, put its --option before it, see --help"),
-        ("--form hf a", "option: --form does not exist, did you mean --from?"),
-    ],
-)
-def test_a_mistake_beside_positional_words_is_one_line(words, message):
-    with pytest.raises(ValueError, match=".") as error:
-        read_copy(words)
-    assert str(error.value) == message
-
-
-def read_copy(words):
-    return read_options(Copy, words.split(), prog="x", description="d")
-
-
 def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     with pytest.raises(SystemExit) as stop:
@@ -153,3 +115,48 @@ def test_a_command_ends_with_its_code_and_one_line(monkeypatch, capsys, words, c
         run_command(Options, command, prog="x", description="d")
     assert stop.value.code == code
     assert capsys.readouterr().err == message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A command with words that have no option's name."""
+
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """Where to."""
+    source: Annotated[Literal["hf", "ours"], tyro.conf.arg(name="from")]
+    """Format."""
+    parts: tuple[str, ...] = ()
+    """Parts, which are listed
+    one after the other."""
+
+
+@pytest.mark.parametrize("words", ["--from hf a", "a --from hf", "--parts x y --from hf a"])
+def test_positional_words_stand_before_or_after_options(words):
+    parts = ("x", "y") if "--parts" in words else ()
+    assert read_copy(words) == Copy(target=Path("a"), source="hf", parts=parts)
+    assert [*option_names(Copy)] == ["from", "parts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from hf", "target: none, give TARGET"),
+        ("a", "from: none, give --from {hf,ours}"),
+        ("--from hf a b", "b: a value without an option, put its --option before it, see --help"),
+        ("--form hf a", "option: --form does not exist, did you mean --from?"),
+    ],
+)
+def test_a_mistake_beside_positional_words_is_one_line(words, message):
+    with pytest.raises(ValueError, match=".") as error:
+        read_copy(words)
+    assert str(error.value) == message
+
+
+def test_lines_of_a_docstring_are_joined_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        read_copy("--help")
+    assert "Parts, which are listed one after the other." in capsys.readouterr().out
+
+
+def read_copy(words):
+    return read_options(Copy, words.split(), prog="x", description="d")
