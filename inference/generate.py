@@ -3,20 +3,16 @@
 Text goes to stdout as it comes, legend and statistics to stderr.
 """
 
-import argparse
 import os
 import sys
 import unicodedata
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from inference.cli.arguments import (
-    Parser,
-    add_compile_argument,
-    add_sampling_arguments,
-    decoding_run_from,
-    run_command,
-    sampling_from,
-)
+import tyro
+
+from data.command_line import run_command
+from inference.cli.arguments import DecodingOptions, SamplingOptions
 from inference.cli.terminal import write_json
 from inference.cli.text_stream import TextStream
 from inference.engine.counters import Counters
@@ -24,47 +20,40 @@ from inference.engine.generation import Emission, Generation
 from inference.loading.run import Run
 from inference.loading.tuned import conditions_of, read_tuned, tuned_path
 from inference.strategies.registry import STRATEGIES, describe, has_threshold, parse_strategy
-from inference.strategies.two_model import check_tokenizer
+from inference.strategies.speculative import check_tokenizer
 
 ACCEPTED, CORRECTED, PLAIN = "accepted", "corrected", "plain"
 _COLORS = {ACCEPTED: "\033[32m", CORRECTED: "\033[33m", PLAIN: ""}
 _RESET = "\033[0m"
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(
-        "inference.generate",
-        description="Continue a prompt and stream the text. On a terminal, drafted tokens that were"
-        " accepted are green, tokens the full model put after them yellow.",
-        example="--run outputs/demo --prompt 'Once upon a time'"
-        " --strategy self_speculative --E 2 --d 4",
-    )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
-    parser.add_argument(
-        "--strategy",
-        help="the fastest lossless one that inference.tune found, or else self_speculative, if not"
-        " given; name or name:setting=value:setting=value, of "
-        + ", ".join(STRATEGIES)
-        + "; a name alone takes the threshold that inference.tune found for it",
-    )
-    parser.add_argument(
-        "--E",
-        help="layers run before the exit, for early_exit and self_speculative;"
-        " a quarter of the model's if not given",
-    )
-    parser.add_argument(
-        "--d", help="tokens drafted per round, for self_speculative; 4 if not given"
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        default=100,
-        help="most tokens to add; ends earlier at EOS or at the end of the model's context",
-    )
-    add_sampling_arguments(parser)
-    add_compile_argument(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(SamplingOptions, DecodingOptions):
+    """Continue a prompt and stream the text.
+
+    On a terminal, drafted tokens that were accepted are green, tokens the full model put after them
+    yellow.
+
+    Example:
+      python -m inference.generate --run outputs/demo --prompt 'Once upon a time'
+    """
+
+    prompt: str
+    """Text to continue."""
+    strategy: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="The fastest lossless one that inference.tune found, or else self_speculative, if"
+            f" not given; name or name:setting=value:setting=value, of {', '.join(STRATEGIES)}; a"
+            " name alone takes the threshold that inference.tune found for it."
+        ),
+    ] = None
+    E: str | None = None
+    """Layers run before the exit, for early_exit and self_speculative; a quarter if not given."""
+    d: str | None = None
+    """Tokens drafted per round, for self_speculative; 4 if not given."""
+    max_new_tokens: int = 100
+    """Most tokens to add; ends earlier at EOS or at the end of the model's context."""
 
 
 def provenance(emission: Emission) -> list[str]:
@@ -118,17 +107,17 @@ def stream(
     return text + rest, sources
 
 
-def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
+def tuned_for(run: Run, options: GenerateOptions) -> tuple[str | None, str]:
     """Return the tuned strategy the arguments ask for, None if there is none, and a note on it.
 
     Raises:
         ValueError: what was tuned cannot be used.
     """
     tuned = None
-    if args.strategy is None and args.E is None and args.d is None:
+    if options.strategy is None and options.E is None and options.d is None:
         tuned = read_tuned(run, None)
-    elif args.strategy in STRATEGIES and has_threshold(STRATEGIES[args.strategy]):
-        tuned = read_tuned(run, args.strategy)
+    elif (kind := STRATEGIES.get(options.strategy or "")) and has_threshold(kind):
+        tuned = read_tuned(run, options.strategy)
     if tuned is None or tuned.strategy is None:
         return None, ""
     try:
@@ -137,38 +126,40 @@ def tuned_for(run: Run, args: argparse.Namespace) -> tuple[str | None, str]:
         remedy = f"delete {tuned_path(run)} or run inference.tune"
         raise ValueError(f"tuned: {tuned.strategy} cannot be used ({error}), {remedy}") from None
     note = f"strategy, tuned for this checkpoint: {tuned.strategy}"
-    now = conditions_of(run, batch_size=1, quantize=args.quantize)
+    now = conditions_of(run, batch_size=1, quantize=options.quantize)
     if others := tuned.conditions.differences(now):
         note += f", but with {', '.join(others)}: tune again to know what is best here"
     return tuned.strategy, note
 
 
-def generate(args: argparse.Namespace) -> None:
+def generate(options: GenerateOptions) -> None:
     """Run the command."""
-    run = decoding_run_from(args)
-    tuned, note = tuned_for(run, args)
-    asked = "self_speculative" if args.strategy is None else args.strategy
+    run = options.open_run()
+    tuned, note = tuned_for(run, options)
+    asked = "self_speculative" if options.strategy is None else options.strategy
     text = asked if tuned is None else tuned
-    strategy = parse_strategy(text, E=args.E, d=args.d).with_defaults(run.model.config.n_layers)
+    strategy = parse_strategy(text, E=options.E, d=options.d).with_defaults(
+        run.model.config.n_layers
+    )
     check_tokenizer(strategy, run)
-    if any("\ud800" <= char <= "\udfff" for char in args.prompt):
+    if any("\ud800" <= char <= "\udfff" for char in options.prompt):
         raise ValueError("prompt: not valid UTF-8, give text")
-    prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(args.prompt)]
+    prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(options.prompt)]
     generation = Generation(
         run.model,
         [prompt],
         strategy,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         stop_tokens=[run.tokenizer.eos_id],
-        sampling=sampling_from(args),
-        seed=args.seed,
+        sampling=options.sampling,
+        seed=options.seed,
         graphs=run.graphs,
     )
     if tuned is not None:
         print(note, file=sys.stderr)
     on_terminal = sys.stdout.isatty()
     colored = on_terminal and "NO_COLOR" not in os.environ
-    print(args.prompt, end="", flush=True)
+    print(options.prompt, end="", flush=True)
     text_stream = TextStream(run.tokenizer, prompt)
     text, sources = stream(generation, text_stream, on_terminal=on_terminal, colored=colored)
     if colored:
@@ -178,20 +169,20 @@ def generate(args: argparse.Namespace) -> None:
     result = {
         "checkpoint": str(run.checkpoint),
         "strategy": describe(strategy),
-        "sampling": asdict(sampling_from(args)),
-        "seed": args.seed,
-        "prompt": args.prompt,
+        "sampling": asdict(options.sampling),
+        "seed": options.seed,
+        "prompt": options.prompt,
         "text": text,
         "tokens": generation.tokens[0],
         "provenance": sources,
         "counters": generation.counters.content(),
     }
-    write_json(args.json, result)
+    write_json(options.json, result)
 
 
 def main() -> None:
     """Enter from the command line."""
-    run_command(build_parser(), generate)
+    run_command(GenerateOptions, generate, prog="python -m inference.generate")
 
 
 if __name__ == "__main__":

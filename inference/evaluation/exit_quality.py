@@ -12,8 +12,12 @@ from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
 from data.windows import Windows, spread
 from inference.cli.terminal import with_progress
-from inference.evaluation.calibration import bin_confidence, mean_confidence
-from inference.evaluation.rule_quality import BINS, calibration_error
+from inference.evaluation.calibration import (
+    BINS,
+    bin_confidence,
+    calibration_error,
+    mean_confidence,
+)
 from models.document_mask import document_mask
 from models.layer_masks import LayerMasks
 from models.llama import Llama
@@ -26,10 +30,8 @@ _LOGITS_ROWS = 1024
 class ExitQuality:
     """How well one exit predicts."""
 
-    l: int
-    """Layer index; the exit reads x_{l+1}."""
     E: int
-    """Layers run, l + 1."""
+    """Layers run before the exit."""
     loss: float
     """Nats per token."""
     perplexity: float
@@ -67,7 +69,7 @@ def evaluate_exits(
         bos_id: Keep attention within the documents that begin with this token; None does not.
 
     Returns:
-        The exits, in ascending l, and the number of tokens predicted.
+        The exits, in ascending E, and the number of tokens predicted.
 
     Raises:
         ValueError: max_tokens is below 1.
@@ -88,14 +90,14 @@ def evaluate_exits(
         bins += more_bins.cpu()
     means = (sums / predicted).tolist()
     exits = [
-        _quality(l, loss, accuracy, agreement, bins[l], bytes_per_token=bytes_per_token)
-        for l, (loss, accuracy, agreement) in enumerate(means)
+        _quality(E, loss, accuracy, agreement, bins[E - 1], bytes_per_token=bytes_per_token)
+        for E, (loss, accuracy, agreement) in enumerate(means, start=1)
     ]
     return exits, predicted
 
 
 def _quality(
-    l: int,
+    E: int,
     loss: float,
     accuracy: float,
     agreement: float,
@@ -104,8 +106,7 @@ def _quality(
     bytes_per_token: float,
 ) -> ExitQuality:
     return ExitQuality(
-        l=l,
-        E=l + 1,
+        E=E,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp(710) is beyond a float
         bits_per_byte=loss / bytes_per_token / math.log(2),

@@ -24,7 +24,7 @@ def run(source, target, *words):
 @pytest.fixture(scope="module")
 def export(run_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "hf"
-    losses = {f"validation/loss_exit_{l:02d}": 5.0 - l for l in range(4)}
+    losses = {f"validation/loss_exit_{E:02d}": 6.0 - E for E in range(1, 5)}
     others = dict.fromkeys(losses, 9.0)
     rows = [{"step": 6} | others, {"step": 7} | losses, {"step": 8} | others]
     metrics = run_folder / "metrics.jsonl"
