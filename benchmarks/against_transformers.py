@@ -9,24 +9,26 @@ Greedy, batch 1, the prompt's time left out on neither side. Plain decoding is p
 `--size` has random weights: they cost what trained ones cost, but no draft is ever right.
 """
 
-import argparse
 import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
 import torch
 import transformers
+import tyro
 
+from data.command_line import run_command
 from data.dataset import VALIDATION
+from data.suggestion import suggest
+from inference.cli.arguments import Count, Folder, OutputFile
 from inference.engine.compiled import compile_layers
 from inference.engine.generation import Generation
 from inference.engine.strategy import Strategy
+from inference.evaluation.machine import machine
 from inference.evaluation.prompts import held_out_prompts
-from inference.evaluation.report import machine
 from inference.loading.packed import can_pack, pack
 from inference.loading.run import load_run
 from inference.strategies.autoregressive import Autoregressive
@@ -38,37 +40,55 @@ from models.sizes import SIZES
 Decode = Callable[[list[int]], list[int]]
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, help="run or checkpoint folder")
-    parser.add_argument("--size", choices=[*SIZES], help="instead: random weights of this size")
-    parser.add_argument("--E", type=int, required=True, help="layers that draft")
-    parser.add_argument("--d", type=int, required=True, help="tokens drafted in a round")
-    parser.add_argument("--strategy", help="our speculative strategy, if it is not E and d alone")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--prompt_tokens", type=int, default=64)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="compile our layers")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Decode the same weights with skipstone and with transformers' `generate`, taking turns."""
+
+    run: Folder | None = None
+    """Run or checkpoint folder."""
+    size: str | None = None
+    """Instead: random weights of this size."""
+    E: int
+    """Layers that draft."""
+    d: int
+    """Tokens drafted in a round."""
+    strategy: str | None = None
+    """Our speculative strategy, if it is not E and d alone."""
+    prompts: Count = 4
+    """Number of prompts."""
+    prompt_tokens: Count = 64
+    """Tokens of each."""
+    max_new_tokens: Count = 128
+    """Tokens to add to each."""
+    repeats: Count = 5
+    """Times everything is measured."""
+    threads: int = field(default_factory=torch.get_num_threads)
+    """Threads of torch."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile our layers."""
+    json: OutputFile | None = None
+    """Also write the results here."""
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.size is None):
+            raise ValueError("run, size: give one of them")
+        if self.size is not None and self.size not in SIZES:
+            raise ValueError(f"size: {self.size}, {suggest(self.size, [*SIZES])}")
 
 
-def load(args: argparse.Namespace) -> tuple[Llama, list[list[int]]]:
+def load(options: Options) -> tuple[Llama, list[list[int]]]:
     """Return the model, not yet packed, and the prompts."""
-    if args.run is not None:
-        run = load_run(args.run, device="cpu", packed=False)
+    if options.run is not None:
+        run = load_run(options.run, device="cpu", packed=False)
         stream = run.open_data(None).stream(VALIDATION)
-        return run.model, held_out_prompts(stream, args.prompts, args.prompt_tokens)
-    config = SIZES[args.size]
+        return run.model, held_out_prompts(stream, options.prompts, options.prompt_tokens)
+    config = SIZES[options.size or ""]
     with torch.device("meta"):
         model = Llama(config)
     model.to_empty(device="cpu")
     model.init_weights(seed=0)
     draw = torch.Generator().manual_seed(0)
-    shape = (args.prompts, args.prompt_tokens)
+    shape = (options.prompts, options.prompt_tokens)
     prompts = torch.randint(config.vocab_size, shape, generator=draw).tolist()
     return model.eval().requires_grad_(False), prompts
 
@@ -114,46 +134,43 @@ def ours(model: Llama, strategy: Strategy, max_new_tokens: int) -> Decode:
     return decode
 
 
-def main() -> None:
+def compare(options: Options) -> None:
     """Measure and print."""
-    args = parse()
-    if (args.run is None) == (args.size is None):
-        raise SystemExit("error: give one of --run and --size")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    model, prompts = load(args)
-    generate = theirs(model, args.max_new_tokens)
+    model, prompts = load(options)
+    generate = theirs(model, options.max_new_tokens)
     if can_pack(model):
         pack(model)
-    if args.compile:
+    if options.compile:
         compile_layers(model)
-    text = args.strategy or f"self_speculative:E={args.E}:d={args.d}"
+    text = options.strategy or f"self_speculative:E={options.E}:d={options.d}"
     speculative = parse_strategy(text)
     same_d = {
-        "num_assistant_tokens": args.d,
+        "num_assistant_tokens": options.d,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
     arms: dict[str, Decode] = {
-        "skipstone autoregressive": ours(model, Autoregressive(), args.max_new_tokens),
+        "skipstone autoregressive": ours(model, Autoregressive(), options.max_new_tokens),
         "transformers generate": generate(),
-        f"skipstone {describe(speculative)}": ours(model, speculative, args.max_new_tokens),
-        f"transformers assistant_early_exit={args.E}": generate(assistant_early_exit=args.E),
-        f"transformers assistant_early_exit={args.E}, {args.d} drafted": generate(
-            assistant_early_exit=args.E, **same_d
+        f"skipstone {describe(speculative)}": ours(model, speculative, options.max_new_tokens),
+        f"transformers assistant_early_exit={options.E}": generate(assistant_early_exit=options.E),
+        f"transformers assistant_early_exit={options.E}, {options.d} drafted": generate(
+            assistant_early_exit=options.E, **same_d
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     tokens: dict[str, list[list[int]]] = {}
     for decode in arms.values():
         decode(prompts[0])  # warm-up
-    for _ in range(args.repeats):
+    for _ in range(options.repeats):
         for name, decode in arms.items():
             start = time.perf_counter()
             tokens[name] = [decode(prompt) for prompt in prompts]
             seconds[name].append(time.perf_counter() - start)
-    plain, count = tokens["transformers generate"], len(prompts) * args.max_new_tokens
+    plain, count = tokens["transformers generate"], len(prompts) * options.max_new_tokens
     rows = [
         {
             "arm": name,
@@ -171,12 +188,16 @@ def main() -> None:
             f"{row['arm']:52} {row['tokens_per_second']:8.1f} tokens/s "
             f"{row['over_transformers_generate']:6.2f}x  same tokens: {row['same_tokens']}"
         )
-    if args.json is not None:
-        told = {key: str(value) for key, value in vars(args).items()}
-        content = {"options": told, "model": asdict(model.config), "machine": machine()}
+    if options.json is not None:
+        given = {key: str(value) for key, value in asdict(options).items()}
+        content: dict[str, object] = {
+            "options": given,
+            "model": asdict(model.config),
+            "machine": machine(),
+        }
         content |= {"transformers": transformers.__version__, "arms": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Options, compare, prog="python benchmarks/against_transformers.py")

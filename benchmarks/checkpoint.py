@@ -6,7 +6,6 @@ Trains a small Llama on random tokens three times from the same weights, with no
 synchronous and with asynchronous ones, and compares the losses, which must be equal bit for bit.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -14,10 +13,12 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from data.command_line import run_command
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.flops import total_params
@@ -31,16 +32,26 @@ SEQ_LEN = 64
 MODES = ("none", "synchronous", "asynchronous")
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure how long training stands still for a checkpoint."""
+
+    dim: int = 512
+    """Model width."""
+    n_layers: int = 12
+    """Layers."""
+    steps: int = 24
+    """Steps per run."""
+    interval: int = 8
+    """Steps per save."""
+    folder: Path | None = None
+    """Where to write; a temporary folder if not given."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+
+
+def compare(options: Options) -> None:
     """Measure, print, and write the numbers down."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=512, help="model width (default: 512)")
-    parser.add_argument("--n_layers", type=int, default=12, help="layers (default: 12)")
-    parser.add_argument("--steps", type=int, default=24, help="steps per run (default: 24)")
-    parser.add_argument("--interval", type=int, default=8, help="steps per save (default: 8)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    options = parser.parse_args()
     config = LlamaConfig(
         dim=options.dim,
         n_layers=options.n_layers,
@@ -59,7 +70,7 @@ def main() -> None:
 
 
 def measure(
-    mode: str, config: LlamaConfig, options: argparse.Namespace, root: Path, runtime: Runtime
+    mode: str, config: LlamaConfig, options: Options, root: Path, runtime: Runtime
 ) -> dict[str, list[float]]:
     """Train once; return losses, seconds of each step and seconds of each save."""
     model = build_model(config, ParallelConfig(), runtime, seed=0)
@@ -130,4 +141,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Options, compare, prog="benchmarks/checkpoint.py")

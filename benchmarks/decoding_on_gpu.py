@@ -8,22 +8,25 @@ random: they cost what trained ones cost. So that drafts are right now and then,
 from the first E on add is made small by --later.
 """
 
-import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 
-from inference.benchmark import expand_arms, names
+from data.command_line import run_command
+from data.suggestion import suggest
+from inference.cli.arguments import Count, Counts, OutputFile
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
 from inference.engine.generation import wait_for
 from inference.engine.sampling import Sampling
+from inference.evaluation.candidates import expand_arms
+from inference.evaluation.machine import machine
 from inference.evaluation.measurement import ArmResult, Workload, measure
-from inference.evaluation.report import LEGEND, machine, table
+from inference.evaluation.report import LEGEND, table
 from inference.loading.run import DTYPES
 from models.config import LlamaConfig
 from models.flops import block_params
@@ -31,33 +34,48 @@ from models.llama import Llama
 from models.sizes import SIZES
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=[*SIZES], required=True)
-    parser.add_argument("--E", type=names, required=True, help="layers that draft, each in turn")
-    parser.add_argument("--d", type=names, required=True, help="tokens drafted, each in turn")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--prompt_tokens", type=int, default=64)
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--later", type=float, default=0.1, help="factor; 1 leaves them as drawn")
-    parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16")
-    parser.add_argument("--device", default="cuda", help="cpu: to see that this file works")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure decoding speed as a share of memory bandwidth and of the bound."""
+
+    size: str
+    """Model size, see models/sizes.py."""
+    E: Counts
+    """Layers that draft, each in turn."""
+    d: Counts
+    """Tokens drafted, each in turn."""
+    batch_size: Count = 1
+    """Prompts decoded at once."""
+    prompt_tokens: Count = 64
+    """Tokens of each prompt."""
+    max_new_tokens: Count = 512
+    """Tokens to add to each."""
+    repeats: Count = 5
+    """Times everything is measured."""
+    later: float = 0.1
+    """Factor of what the layers from the first E on add; 1 leaves them as drawn."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of weights and KV cache."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu: to see that this file works."""
+    json: OutputFile | None = None
+    """Also write the results here."""
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"size: {self.size}, {suggest(self.size, [*SIZES])}")
 
 
-def build(args: argparse.Namespace, first_exit: int) -> Llama:
+def build(options: Options, first_exit: int) -> Llama:
     """Return the model."""
     with torch.device("meta"):
-        model = Llama(SIZES[args.size])
-    model.to_empty(device=args.device)
+        model = Llama(SIZES[options.size])
+    model.to_empty(device=options.device)
     model.init_weights(seed=0)
     for l in range(first_exit, model.config.n_layers):
         for linear in (model.block(l).attention.wo, model.block(l).feed_forward.w2):
-            linear.weight.data.mul_(args.later)
-    return model.to(DTYPES[args.dtype]).eval().requires_grad_(False)
+            linear.weight.data.mul_(options.later)
+    return model.to(DTYPES[options.dtype]).eval().requires_grad_(False)
 
 
 def bandwidth(device: torch.device, size: int, repeats: int = 20) -> float:
@@ -93,47 +111,47 @@ def bytes_per_token(
     return element_size * (drafts + config.n_layers * layer + head) / tokens
 
 
-def main() -> None:
+def decode(options: Options) -> None:
     """Measure and print."""
-    args = parse()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: device: cuda, this machine has no CUDA device")
-    device, config = torch.device(args.device), SIZES[args.size]
-    try:
-        arms = expand_arms(["self_speculative"], args.E, args.d, config.n_layers)
-        model = build(args, min(map(int, args.E)))
-        on_gpu = device.type == "cuda"
-        if on_gpu:
-            compile_layers(model)
-        draw = torch.Generator().manual_seed(0)
-        shape = (args.batch_size, args.prompt_tokens)
-        workload = Workload(
-            prompts=torch.randint(config.vocab_size, shape, generator=draw).tolist(),
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-            sampling=Sampling(),
-            seed=0,
-        )
-        speed = bandwidth(device, 2**30 if on_gpu else 2**24)
-        results = measure(
-            model, arms, workload, repeats=args.repeats, report=print, graphs=round_graphs(device)
-        )
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda, this machine has no CUDA device")
+    device, config = torch.device(options.device), SIZES[options.size]
+    arms = expand_arms(["self_speculative"], options.E, options.d, config.n_layers)
+    model = build(options, min(options.E))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        compile_layers(model)
+    draw = torch.Generator().manual_seed(0)
+    shape = (options.batch_size, options.prompt_tokens)
+    workload = Workload(
+        prompts=torch.randint(config.vocab_size, shape, generator=draw).tolist(),
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        sampling=Sampling(),
+        seed=0,
+    )
+    speed = bandwidth(device, 2**30 if on_gpu else 2**24)
+    results = measure(
+        model, arms, workload, repeats=options.repeats, report=print, graphs=round_graphs(device)
+    )
     print(f"{table(results)}\n{LEGEND}\na copy reads and writes {speed / 1e9:.0f} GB/s")
-    rows, context = [], args.prompt_tokens + args.max_new_tokens / 2
+    rows, context = [], options.prompt_tokens + options.max_new_tokens / 2
     for arm in results:
         size = model.norm.weight.element_size()
         needed = bytes_per_token(config, arm, context=context, element_size=size)
         share = needed * arm.tokens_per_second / speed
         print(f"{arm.settings}: {arm.tokens_per_second:.0f} tokens/s, {share:.0%} of bandwidth")
         rows.append(asdict(arm) | {"bytes_per_token": needed, "share_of_bandwidth": share})
-    if args.json is not None:
-        told = {key: str(value) for key, value in vars(args).items()}
-        content = {"options": told, "model": asdict(config), "machine": machine()}
+    if options.json is not None:
+        given = {key: str(value) for key, value in asdict(options).items()}
+        content: dict[str, object] = {
+            "options": given,
+            "model": asdict(config),
+            "machine": machine(),
+        }
         content |= {"bytes_per_second": speed, "arms": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Options, decode, prog="python benchmarks/decoding_on_gpu.py")

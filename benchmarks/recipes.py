@@ -6,15 +6,29 @@ Prints a table in Markdown: held-out loss after E layers. Runs lie in outputs/re
 that is there already is resumed, or only read if it is done.
 """
 
-import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from inference.evaluation.report import machine
+from data.command_line import run_command
+from inference.cli.arguments import Count, OutputFile
+from inference.evaluation.machine import machine
 from train.config.demos import DEMOS
 from train.sweep import last_validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train every recipe on the same tokens and compare the exits."""
+
+    steps: Count = 200
+    """Optimizer steps of each."""
+    ranks: Count = 2
+    """Processes of each."""
+    json: OutputFile | None = None
+    """Also write the losses here."""
 
 
 def train(preset: str, steps: int, ranks: int, folder: Path) -> list[float]:
@@ -27,24 +41,21 @@ def train(preset: str, steps: int, ranks: int, folder: Path) -> list[float]:
     return [last[key] for key in sorted(last) if key.startswith("validation/loss_exit_")]
 
 
-def main() -> None:
+def compare(options: Options) -> None:
     """Train and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of each")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the losses here")
-    args = parser.parse_args()
-    folder = Path(f"outputs/recipes-{args.steps}")
-    losses = {demo.__name__: train(demo.__name__, args.steps, args.ranks, folder) for demo in DEMOS}
+    folder = Path(f"outputs/recipes-{options.steps}")
+    losses = {
+        demo.__name__: train(demo.__name__, options.steps, options.ranks, folder) for demo in DEMOS
+    }
     exits = range(1, 1 + len(losses["demo"]))
     print("| preset |", *(f"E={E} |" for E in exits))
     print("|---|" + "---:|" * len(exits))
     for name, row in losses.items():
         print(f"| `{name}` |", *(f"{loss:.3f} |" for loss in row))
-    if args.json is not None:
-        content = {"machine": machine(), "steps": args.steps, "ranks": args.ranks}
-        args.json.write_text(json.dumps(content | {"held_out_loss": losses}, indent=2) + "\n")
+    if options.json is not None:
+        content = {"machine": machine(), "steps": options.steps, "ranks": options.ranks}
+        options.json.write_text(json.dumps(content | {"held_out_loss": losses}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Options, compare, prog="python benchmarks/recipes.py")

@@ -1,30 +1,79 @@
 """Command lines from frozen dataclasses: each documented field is an option; errors are one line.
 
 The lowest file that every command may import, so that options, suggestions and errors are the same
-in `train`, `inference`, `data` and `models`. Imports no other file of ours.
+in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`
+and `suggestion` alone.
 """
 
-import difflib
+import inspect
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import dropwhile
+from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from data.command_help import JOINED_HELP
+from data.suggestion import suggest
 
 T = TypeVar("T")
 
 _WIDTH = "9999"
+_POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 _WORDS = {bool: "True or False", int: "an integer", float: "a number"}
 _NUMBERS = {
     r"invalid literal for int\(\) with base 10: '(.*?)'?": "an integer",
     r"could not convert string to float: '(.*?)'?": "a number",
 }
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read `X | None` as X, or as None for the word None; tyro alone names no fault of X."""
+    kinds = get_args(info.type)
+    if len(kinds) != 2 or NoneType not in kinds:
+        return None
+    [kind] = {*kinds} - {NoneType}
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        spec,
+        instance_from_str=lambda words: (
+            None if words == ["None"] else spec.instance_from_str(words)
+        ),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda v: ["None"] if v is None else spec.str_from_instance(v),
+        choices=spec.choices and (*spec.choices, "None"),
+    )
+
+
+def read_as(
+    metavar: str, read: Callable[[str], T], write: Callable[[T], str] = str
+) -> PrimitiveConstructorSpec[T]:
+    """Return the annotation of a type that is written as one word.
+
+    Args:
+        metavar: What the help calls the word.
+        read: Returns the value; the message of its ValueError is shown after the option's name.
+        write: Returns the word for a value, for the defaults in the help.
+    """
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [write(value)],
+    )
 
 
 def read_options(
@@ -32,7 +81,7 @@ def read_options(
     words: Sequence[str],
     *,
     prog: str,
-    description: str,
+    description: str | None = None,
     default: T | None = None,
     synonyms: Mapping[str, str] | None = None,
     show: bool = True,
@@ -40,40 +89,66 @@ def read_options(
     """Return what a command line asks for.
 
     Args:
-        kind: A frozen dataclass; its fields are the options, their docstrings the help.
+        kind: A frozen dataclass; its fields are the options, their docstrings the help. A field
+            marked tyro.conf.Positional is given without its name.
         words: The command line without the program's name.
         prog: How the command is called.
-        description: What it does, shown above the options.
+        description: What it does, shown above the options; the docstring of `kind` if None.
         default: Values of the options that are not given; those of `kind` if None.
-        synonyms: {what people type for an option: the option}, both without the dashes.
+        synonyms: {what people type for an option: the option, or what to do instead}, both without
+            the dashes.
         show: Whether this process may print help.
 
     Raises:
         ValueError: An option is missing, unknown or cannot be read; one line.
         SystemExit: After --help; where `show` is False also where ValueError is raised otherwise.
     """
+    try:
+        options, unknown = read_known_options(
+            kind, words, prog=prog, description=description, default=default, show=show
+        )
+    except ValueError as error:  # perhaps since a mistyped option hides one that is required
+        known = {*option_names(kind)}
+        unknown = [word for word in words if word[:2] == "--" and _typed(word) not in known]
+        raise ValueError(
+            _unknown(unknown, kind, synonyms or {}) if unknown else str(error)
+        ) from None
+    if unknown:
+        raise ValueError(_unknown(unknown, kind, synonyms or {}))
+    return options
+
+
+def read_known_options(
+    kind: type[T],
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str | None = None,
+    default: T | None = None,
+    show: bool = True,
+) -> tuple[T, list[str]]:
+    """Return what a command line asks for as `read_options` does, and the words that are none."""
     box = io.StringIO()
     try:
         wide = nullcontext() if {"-h", "--help"} & {*words} else _wide_terminal()
-        with redirect_stderr(box), wide:
+        with redirect_stderr(box), wide, JOINED_HELP:
             options, unknown = tyro.cli(
                 kind,
                 prog=prog,
-                description=description,
+                description=_paragraphs(kind) if description is None else description,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 args=words,
                 use_underscores=True,
                 console_outputs=show,
                 return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=_REGISTRY,
             )
     except SystemExit as stop:
         if not stop.code or not show:
             raise
         raise ValueError(_one_line(box.getvalue(), kind)) from None
-    if unknown:
-        raise ValueError(_unknown(unknown, [*option_names(kind)], synonyms or {}))
-    return options
+    return options, unknown
 
 
 def run_command(
@@ -81,7 +156,7 @@ def run_command(
     command: Callable[[T], None],
     *,
     prog: str,
-    description: str,
+    description: str | None = None,
     synonyms: Mapping[str, str] | None = None,
 ) -> None:
     """Run a command on its options; a user's error becomes one line on stderr and exit code 2."""
@@ -89,6 +164,10 @@ def run_command(
         command(
             read_options(kind, sys.argv[1:], prog=prog, description=description, synonyms=synonyms)
         )
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone: write no more, nor at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -99,6 +178,8 @@ def run_command(
 def option_names(kind: type, prefix: str = "") -> Iterator[str]:
     """Yield the options of a dataclass by name, nested ones as section.field."""
     for name, hint in _hints(kind):
+        if _POSITIONAL in get_args(hint):
+            continue
         inner = _plain(hint)
         renamed = _renamed(hint, name)
         if is_dataclass(inner) and isinstance(inner, type):
@@ -107,53 +188,40 @@ def option_names(kind: type, prefix: str = "") -> Iterator[str]:
             yield prefix + renamed
 
 
-def suggest(name: str, known: Sequence[str], synonyms: Mapping[str, str] | None = None) -> str:
-    """Return a hint at what `name` was meant to be: one of `known`, or a synonym's option.
-
-    A word that ends the name of exactly one option, as in `lr` for `optim.lr`, means that one.
-    """
-    if (synonyms or {}).get(name) in known:
-        return f"did you mean {(synonyms or {})[name]}?"
-    last = _last(name)
-    ends = [option for option in known if _last(option) == last]
-    if len(ends) > 1:
-        return f"did you mean one of {', '.join(ends)}?"
-    near = ends or difflib.get_close_matches(name, known, n=1)
-    if not near:
-        tails = {_last(option): option for option in reversed(known)}
-        near = [tails[tail] for tail in difflib.get_close_matches(last, [*tails], n=1)]
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"give one of {', '.join(known)}" if len(known) < 20 else "see --help"
+def _paragraphs(kind: type) -> str:
+    """Return a docstring, each paragraph one line; lines that are indented stay as they are."""
+    return re.sub(r"(?<!\n)\n(?![\n ])", " ", inspect.getdoc(kind) or "")
 
 
-def _last(option: str) -> str:
-    """Return the name of an option without its section and dashes."""
-    return option.lstrip("-").rpartition(".")[2]
+def _typed(word: str) -> str:
+    """Return the option that a word such as --seq-len=512 names, without its dashes."""
+    return word.split("=")[0].lstrip("-").replace("-", "_")
 
 
-def _unknown(words: Sequence[str], known: Sequence[str], synonyms: Mapping[str, str]) -> str:
+def _unknown(words: Sequence[str], kind: type, synonyms: Mapping[str, str]) -> str:
     """Return the error for words that are no option, of which the first decides."""
     word = words[0].split("=")[0]
     if not word.startswith("-"):
-        return f"{word}: a value without an option, put its --option before it, see --help"
-    name = word.lstrip("-").replace("-", "_")
-    options = [f"--{option}" for option in known]
-    dashed = {f"--{typed}": f"--{option}" for typed, option in synonyms.items()}
-    return f"option: {word} does not exist, {suggest(f'--{name}', options, dashed)}"
+        remedy = synonyms.get(word, "put its --option before it, see --help")
+        return f"{word}: a value without an option, {remedy}"
+    hint = suggest(_typed(word), [*option_names(kind)], synonyms, prefix="--")
+    return f"option: {word} does not exist, {hint}"
 
 
 def _one_line(box: str, kind: type) -> str:
     """Return the error in the box that tyro draws around it and the help, as one line."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first is the title
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]  # the first is the title
     lines = [*dropwhile(lambda line: not line.strip("-"), lines)]
-    if missing := [line.split() for line in lines if "Missing from" in box and line[:2] == "--"]:
-        option, metavar = missing[0][:2]
-        return f"{option[2:]}: none, give {option} {metavar}"
+    found = re.search(r"(?m)^[│| ] {5}(--|)(\S+)(| .*?) *[│|]?$", box)
+    if "Missing from" in box and found:
+        dashes, name, metavar = found.groups()
+        return f"{name if dashes else name.lower()}: none, give {dashes}{name}{metavar}"
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
     text = " ".join(lines[:end]).removeprefix("Error parsing ").rstrip(".")
-    if found := re.match(r"Missing value for argument '--([^']*)'", text):
-        return f"{found[1]}: no value, give {_wanted(kind, found[1])}"
+    if found := re.match(r"Missing value for argument '--([^']*)'\. Expected (\d*)", text):
+        several = int(found[2] or 0) > 1
+        wanted = f"{found[2]} values" if several else _wanted(kind, found[1])
+        return f"{found[1]}: {'too few values' if several else 'no value'}, give {wanted}"
     if found := re.match(r"invalid choice '(.*)' for argument '--([^']*)'. Expected one of", text):
         choices = sorted({*re.findall(r"'([^']*)'", text[found.end() :])} - {"None"})
         return f"{found[2]}: {found[1]}, give one of {', '.join(choices)}"

@@ -1,8 +1,8 @@
 """Making a dataset out of text, from reading the input to naming the finished folder.
 
 Two passes over the input: the first counts, splits and trains the tokenizer, the second encodes.
-The dataset appears under its name only when it is whole. Training calls this too, so it prints
-nothing; `data.prepare` is the command around it.
+The dataset appears under its name only when it is complete. Prints nothing, for training calls it
+too; `data.prepare` is its command.
 """
 
 import hashlib
@@ -14,6 +14,9 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from data.dataset import (
     DESCRIPTION_NAME,
@@ -36,12 +39,6 @@ from data.tokenizer import Tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SHARD_TOKENS = 50_000_000
-"""100 MB of a shard with two bytes per token, held in memory until it is written."""
-
-DEFAULT_VALIDATION_FRACTION = 0.01
-DEFAULT_MAX_SKIPPED_FRACTION = 0.1
-
 _TOKENIZER_SAMPLE_BYTES = 8_000_000
 
 
@@ -49,49 +46,55 @@ _TOKENIZER_SAMPLE_BYTES = 8_000_000
 class PrepareConfig:
     """What fixes the bytes of a dataset, together with the input itself."""
 
-    input: tuple[str, ...]
-    """Files, folders, globs, or "embedded"."""
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]
+    """Files (.txt .jsonl .jsonl.gz .parquet and source code), folders (recursive, without hidden
+    entries), globs, or the word embedded: the sources of the running Python and of torch, about
+    58 MB that need no download, or hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that
+    its save_to_disk wrote or a name on the hub, streamed twice (split train if not given). JSON
+    lines and Parquet hold a document per row, other files one each."""
     tokenizer: Path | None = None
-    """A SentencePiece model, or a tokenizer.json with its tokenizer_config.json beside it; None
-    trains one."""
+    """A SentencePiece model, or a Hugging Face tokenizer.json with its tokenizer_config.json beside
+    it, which names BOS and EOS; not beside vocab_size."""
     vocab_size: int | None = None
-    """Size of the tokenizer to train; None exactly when `tokenizer` is given."""
-    validation_fraction: float = DEFAULT_VALIDATION_FRACTION
-    """Expected fraction of documents that are held out; of a single document, of its text."""
-    layout: RowLayout = field(default_factory=RowLayout)
+    """Train a SentencePiece BPE model of this many tokens on a sample of 8 MB; not beside
+    tokenizer."""
+    validation_fraction: float = 0.01
+    """Expected fraction of documents to hold out, chosen by a hash of their text; at least one
+    document is, of a single document its end."""
+    layout: Annotated[RowLayout, tyro.conf.arg(name="")] = field(default_factory=RowLayout)
     """JSON fields or Parquet columns that hold the text, or prompt and response."""
-    shard_tokens: int = DEFAULT_SHARD_TOKENS
-    """Tokens after which a shard ends."""
-    max_skipped_fraction: float = DEFAULT_MAX_SKIPPED_FRACTION
+    shard_tokens: int = 50_000_000
+    """End a shard with the document that reaches this many tokens; a shard is held in memory until
+    it is written, 2 or 4 bytes per token."""
+    max_skipped_fraction: float = 0.1
     """Refuse the input when more of its documents than this fraction cannot be used. Empty
     documents and files of an unknown kind do not count. Changes no byte of a dataset."""
 
-    def __post_init__(self) -> None:
-        """Check every field and name all faults at once."""
-        problems = []
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = []
         if not self.input:
-            problems.append("input is empty, give a file, a folder, a glob or embedded")
+            found.append("input is empty, give a file, a folder, a glob or embedded")
         if (self.tokenizer is None) == (self.vocab_size is None):
-            problems.append(
+            found.append(
                 f"tokenizer is {self.tokenizer} and vocab_size is {self.vocab_size},"
                 " give exactly one of them"
             )
         if not 0 < self.validation_fraction < 1:
-            problems.append(
+            found.append(
                 f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"
             )
-        problems += self.layout.problems()
+        found += self.layout.problems()
         if self.shard_tokens < 1:
-            problems.append(f"shard_tokens {self.shard_tokens} is below 1, give more")
+            found.append(f"shard_tokens {self.shard_tokens} is below 1, give more")
         if not 0 <= self.max_skipped_fraction <= 1:
-            problems.append(
+            found.append(
                 f"max_skipped_fraction {self.max_skipped_fraction} is not between 0 and 1, try 0.1"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
+        return found
 
     def arguments(self) -> dict[str, object]:
-        """Return what `dataset.json` remembers: the tokenizer by content, the rest as given."""
+        """Return the arguments for `dataset.json`: the tokenizer by its hash, the rest as given."""
         layout = self.layout
         given: dict[str, object] = {
             "input": list(self.input),
@@ -109,13 +112,13 @@ class PrepareConfig:
 def prepare(
     config: PrepareConfig, output: Path, *, workers: int | None = None, overwrite: bool = False
 ) -> Dataset:
-    """Make the dataset of `config` in the folder `output`, or find it already there.
+    """Make the dataset of `config` in the folder `output`, or open it if it is already there.
 
     The bytes written depend on the config and the input alone, not on `workers`. Worker processes
     are spawned: a script that calls this needs an `if __name__ == "__main__"` guard.
 
     Args:
-        config: what to read and how to cut it.
+        config: the input, the tokenizer and the splits.
         output: the folder of the dataset; the work happens in a hidden folder beside it.
         workers: processes that encode; None means every core this process may use.
         overwrite: replace a dataset that is already at `output`.
@@ -123,11 +126,13 @@ def prepare(
     Raises:
         ValueError: the input or the output cannot be used.
     """
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
     if workers is None:
         workers = _available_cores()
     if workers < 1:
         raise ValueError(f"workers {workers} is below 1, give at least 1")
-    arguments = config.arguments()  # Loads the tokenizer, so a fault shows before any work.
+    arguments = config.arguments()  # Loads the tokenizer, whose faults are raised first.
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -144,14 +149,14 @@ def prepare(
 
 
 def _available_cores() -> int:
-    """Return how many cores a scheduler has left to this process."""
+    """Return the number of cores this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _is_free(output: Path) -> bool:
-    """Whether nothing is at `output`; what is no dataset is refused, it is not ours to replace."""
+    """Whether `output` is free; anything there but a dataset is refused, not replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return True
     if not (output / DESCRIPTION_NAME).is_file():
@@ -160,7 +165,7 @@ def _is_free(output: Path) -> bool:
 
 
 def _open_existing(arguments: Mapping[str, object], output: Path) -> Dataset:
-    """Open the dataset that is already there, if it is the one asked for."""
+    """Open the dataset at `output`, if it was made with the same arguments."""
     dataset = open_dataset(output)
     if dataset.arguments != arguments:
         raise ValueError(
@@ -183,12 +188,12 @@ def _fill(
             validation_fraction=config.validation_fraction,
             sample_bytes=0 if config.tokenizer else _TOKENIZER_SAMPLE_BYTES,
         )
-    finally:  # Also when nothing was left: the faults say why.
+    finally:  # Also when nothing was left: the faults are the reason.
         for line in faults.lines():
             logger.warning("%s", line)
     if survey.cut is not None:
         logger.info(
-            "one document only: what follows its first %d characters is validation", survey.cut
+            "one document only: all after its first %d characters is validation", survey.cut
         )
     tokenizer_path = folder / TOKENIZER_NAME
     if config.vocab_size is not None:

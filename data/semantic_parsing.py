@@ -1,4 +1,4 @@
-"""A small task to finetune on: requests to an assistant, and what they mean as a tree.
+"""A small task to finetune on: requests to an assistant, and their parse trees.
 
     python -m data.semantic_parsing --output datasets/parsing --examples 20000 --held_out 500
 
@@ -6,24 +6,36 @@ Made by a grammar from a seed, in the layout of TOPv2 (arXiv 2010.03546): intent
 brackets, words that fill no slot left out, slots that may hold an intent of their own.
 """
 
-import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-DEFAULT_EXAMPLES = 20_000
-DEFAULT_HELD_OUT = 500
-MOST = 50_000
-"""The grammar has more requests than twice this."""
+from data.command_line import run_command
+
+MAX_EXAMPLES = 50_000
+"""Of each split; the grammar has more requests than twice this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    output: Path
+    """Folder to write."""
+    examples: int = 20_000
+    """Examples to train on."""
+    held_out: int = 500
+    """Examples to test on."""
+    seed: int = 0
+    """Fixes the examples."""
 
 
 @dataclass(frozen=True)
 class Intent:
-    """What is asked for, and how it may be said."""
+    """An intent and its phrases."""
 
     name: str
     phrases: tuple[str, ...]
@@ -56,7 +68,7 @@ SLOTS: Mapping[str, Sequence[str]] = {
     "CATEGORY": _CATEGORIES,
     "ERRAND": _TASKS,
 }
-"""What may stand in each slot, besides the intents of NESTED."""
+"""Values of each slot, besides the intents of NESTED."""
 
 NESTED: Mapping[str, tuple[Intent, ...]] = {
     "LOCATION": (
@@ -110,7 +122,7 @@ INTENTS = (
     ),
     Intent("CALL", ("call {CONTACT}", "call {CONTACT} {DATE_TIME}")),
 )
-"""What a request may be as a whole."""
+"""Intents of whole requests."""
 
 _NESTED_SHARE = 0.4
 
@@ -119,18 +131,18 @@ def examples(seed: int) -> Iterator[tuple[str, str]]:
     """Yield requests and their parses without end, no request twice.
 
     Args:
-        seed: The same gives the same, in the same order.
+        seed: Fixes the requests and their order.
     """
     draw, seen = random.Random(seed), set()
     while True:
-        utterance, parse = _say(draw.choice(INTENTS), draw)
+        utterance, parse = _utter(draw.choice(INTENTS), draw)
         if utterance not in seen:
             seen.add(utterance)
             yield utterance, parse
 
 
-def _say(intent: Intent, draw: random.Random) -> tuple[str, str]:
-    """Return an utterance of an intent and its parse."""
+def _utter(intent: Intent, draw: random.Random) -> tuple[str, str]:
+    """Return a random utterance of an intent, and its parse."""
     words, tree = [], [f"[IN:{intent.name}"]
     for word in draw.choice(intent.phrases).split():
         if not word.startswith("{"):
@@ -138,7 +150,7 @@ def _say(intent: Intent, draw: random.Random) -> tuple[str, str]:
             continue
         slot = word.strip("{}")
         if slot in NESTED and draw.random() < _NESTED_SHARE:
-            text, meaning = _say(draw.choice(NESTED[slot]), draw)
+            text, meaning = _utter(draw.choice(NESTED[slot]), draw)
         else:
             text = meaning = draw.choice(SLOTS[slot])
         words.append(text)
@@ -146,44 +158,31 @@ def _say(intent: Intent, draw: random.Random) -> tuple[str, str]:
     return " ".join(words), " ".join([*tree, "]"])
 
 
-def write(folder: Path, *, count: int, held_out: int, seed: int) -> None:
+def write(options: Options) -> None:
     """Write train.jsonl and test.jsonl, which share no request, with TOPv2's names of fields."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = list(islice(examples(seed), count + held_out))
-    random.Random(seed).shuffle(made)  # what can be said in few ways comes early
+    count, held_out = options.examples, options.held_out
+    if not (0 < count <= MAX_EXAMPLES and 0 < held_out <= MAX_EXAMPLES):
+        raise ValueError(f"examples {count}, held_out {held_out}: give 1 to {MAX_EXAMPLES}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    made = list(islice(examples(options.seed), count + held_out))
+    random.Random(options.seed).shuffle(made)  # requests of intents with few phrases come early
     for name, part in (("test", made[:held_out]), ("train", made[held_out:])):
-        with (folder / f"{name}.jsonl").open("w") as file:
+        with (options.output / f"{name}.jsonl").open("w") as file:
             for utterance, parse in part:
                 record = {"utterance": utterance, "semantic_parse": parse}
                 file.write(json.dumps(record) + "\n")
+    print(f"{options.output}: train.jsonl {count}, test.jsonl {held_out}")
 
 
-def main() -> int:
-    """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(
+def main() -> None:
+    run_command(
+        Options,
+        write,
         prog="python -m data.semantic_parsing",
         description="Write requests to an assistant and their parses, made by a grammar, into "
         "train.jsonl and test.jsonl.",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--examples", type=int, default=DEFAULT_EXAMPLES, metavar="N", help="to train on"
-    )
-    parser.add_argument(
-        "--held_out", type=int, default=DEFAULT_HELD_OUT, metavar="N", help="to test on"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="fixes the examples")
-    options = parser.parse_args()
-    if not (0 < options.examples <= MOST and 0 < options.held_out <= MOST):
-        print(
-            f"error: examples {options.examples}, held_out {options.held_out}: give 1 to {MOST}",
-            file=sys.stderr,
-        )
-        return 2
-    write(options.output, count=options.examples, held_out=options.held_out, seed=options.seed)
-    print(f"{options.output}: train.jsonl {options.examples}, test.jsonl {options.held_out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

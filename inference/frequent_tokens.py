@@ -1,19 +1,20 @@
-"""Which tokens are frequent: `python -m inference.frequent_tokens --run DIR` counts them.
+"""Count the tokens of the training text: `python -m inference.frequent_tokens --run DIR`.
 
-The ids do not tell. A tokenizer of ours has control tokens and bytes first, then merges by rank,
-and characters last, among them most punctuation, digits and the space. Of 2048 tokens trained on
-source code, the first 512 were 38 % of the text, and the most frequent 512 were 82 %.
+Frequency does not follow from the ids. A tokenizer of ours has control tokens and bytes first,
+then merges by rank, and characters last, among them most punctuation, digits and the space. Of
+2048 tokens trained on source code, the first 512 were 38 % of the text, and the most frequent 512
+were 82 %.
 """
 
-import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from data.command_line import run_command
 from data.dataset import TRAIN
 from data.shards import TokenStream
-from inference.cli.arguments import Parser, run_command, run_from
+from inference.cli.arguments import Count, Folder, RunOptions
 from inference.cli.terminal import with_progress, write_json
 from inference.loading.adapters import decode_folder
 from inference.strategies.reduced_head import most_frequent
@@ -32,38 +33,34 @@ def count_tokens(stream: TokenStream, vocab_size: int, most: int) -> npt.NDArray
     return counts
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(
-        "inference.frequent_tokens",
-        description="Count the tokens of the training text, for drafts that choose from the most"
-        " frequent ones alone (FR-Spec, arXiv 2502.14856), and keep the counts beside the"
-        " checkpoint.",
-        example="--run outputs/demo",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="dataset to count; the run's if not given"
-    )
-    parser.add_argument(
-        "--max_tokens", type=int, default=100_000_000, help="count about this many at most"
-    )
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class FrequentTokensOptions(RunOptions):
+    """Count the tokens of the training text, and keep the counts beside the checkpoint.
+
+    They are for drafts that choose from the most frequent tokens alone (FR-Spec, arXiv 2502.14856).
+
+    Example:
+      python -m inference.frequent_tokens --run outputs/demo
+    """
+
+    data: Folder | None = None
+    """Dataset to count; the run's if not given."""
+    max_tokens: Count = 100_000_000
+    """Count about this many at most."""
 
 
-def run_count(args: argparse.Namespace) -> None:
-    """Run the command."""
-    if args.max_tokens < 1:
-        raise ValueError(f"max_tokens: {args.max_tokens}, give at least 1")
-    run = run_from(args)
+def run_count(options: FrequentTokensOptions) -> None:
+    """Count; print the share of the most frequent tokens, and write the counts."""
+    run = options.open_run()
     counts = count_tokens(
-        run.open_data(args.data).stream(TRAIN), run.model.config.vocab_size, args.max_tokens
+        run.open_data(options.data).stream(TRAIN), run.model.config.vocab_size, options.max_tokens
     )
     if not counts.any():
         raise ValueError("data: no training tokens to count, give --data")
     content = {"tokenizer": run.tokenizer.fingerprint, "counts": counts.tolist()}
     path = decode_folder(run.checkpoint) / "token_counts.json"
     write_json(path, content)
-    write_json(args.json, content)
+    write_json(options.json, content)
     size = 256
     while size < len(counts):
         share = counts[most_frequent(counts, size)].sum() / counts.sum()
@@ -74,7 +71,7 @@ def run_count(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Enter from the command line."""
-    run_command(build_parser(), run_count)
+    run_command(FrequentTokensOptions, run_count, prog="python -m inference.frequent_tokens")
 
 
 if __name__ == "__main__":

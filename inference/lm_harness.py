@@ -1,26 +1,27 @@
 """A checkpoint under lm-evaluation-harness: `python -m inference.lm_harness --run DIR --tasks A,B`.
 
-Likelihoods are those of any exit; what tasks ask to be written, any strategy writes.
+Likelihoods are those of any exit; continuations are written by any strategy.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import tyro
 from torch.nn import functional as F
 
-from inference.cli.arguments import Parser, add_compile_argument, decoding_run_from, run_command
+from data.command_line import run_command
+from inference.cli.arguments import Count, DecodingOptions, Folder, Names
 from inference.cli.terminal import format_table, with_progress, write_json
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.loading.run import Run
-from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import STRATEGIES, describe, parse_strategy
-from inference.strategies.two_model import check_tokenizer
+from inference.strategies.speculative import check_tokenizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lm_eval"):
     from lm_eval.api.instance import Instance
@@ -33,7 +34,7 @@ _MAX_GEN_TOKS = 256  # the harness's own
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """What the harness asks of a model: log-likelihoods and continuations.
+    """The harness's interface to a model: log-likelihoods and continuations.
 
     Args:
         run: The checkpoint.
@@ -43,7 +44,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     """
 
     def __init__(self, run: Run, *, E: int, strategy: Strategy, batch_size: int) -> None:
-        """Check E and batch_size; see the class."""
         super().__init__()
         n_layers = run.model.config.n_layers
         if not 1 <= E <= n_layers:
@@ -54,12 +54,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
+        """Id of the token that ends a text."""
         return self._run.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The id every text begins with."""
+        """Id of the token that every text begins with."""
         return self._run.tokenizer.bos_id
 
     def tok_encode(
@@ -99,8 +99,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         A context that does not fit is cut at its beginning.
         """
         model = self._run.model
-        room = model.config.max_seq_len + 1  # the last token is only predicted
-        rows = [(context + continuation)[-room:] for _, context, continuation in requests]
+        longest = model.config.max_seq_len + 1  # the last token is only predicted
+        rows = [(context + continuation)[-longest:] for _, context, continuation in requests]
         answers = [(0.0, True)] * len(rows)
         longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         batches = [longest_first[i : i + self._batch] for i in range(0, len(rows), self._batch)]
@@ -128,15 +128,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             by_settings.setdefault(_generation_settings(request.args[1]), []).append(i)
         texts = [""] * len(requests)
         for (max_new_tokens, temperature, top_p), indices in by_settings.items():
-            room = self._run.model.config.max_seq_len - max_new_tokens
-            if room < 1:
+            max_prompt = self._run.model.config.max_seq_len - max_new_tokens
+            if max_prompt < 1:
                 raise ValueError(
                     f"max_gen_toks: {max_new_tokens} leaves no room for a prompt in the model's "
                     f"context of {self._run.model.config.max_seq_len}, give --gen_tokens"
                 )
             generation = Generation(
                 self._run.model,
-                [self.tok_encode(requests[i].args[0])[-room:] for i in indices],
+                [self.tok_encode(requests[i].args[0])[-max_prompt:] for i in indices],
                 self._strategy,
                 max_new_tokens=max_new_tokens,
                 batch_size=self._batch,
@@ -151,7 +151,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 
 def _generation_settings(options: dict[str, Any]) -> tuple[int, float, float | None]:
-    """Return what the harness's options say: most tokens, temperature, top_p."""
+    """Return the most tokens, the temperature and top_p of the harness's options."""
     samples = options.get("do_sample", options.get("temperature", 0.0) > 0)
     temperature = float(options.get("temperature", 1.0)) if samples else 0.0
     most = int(options.get("max_gen_toks", _MAX_GEN_TOKS))
@@ -164,60 +164,63 @@ def _cut(text: str, until: str | Sequence[str]) -> str:
     return text
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(
-        "inference.lm_harness",
-        description="Score a checkpoint on tasks of lm-evaluation-harness: likelihoods from any"
-        " exit, continuations by any strategy.",
-        example="--run outputs/demo --tasks lambada_openai --E 6 --strategy self_speculative",
-    )
-    parser.add_argument("--tasks", required=True, metavar="A,B", help="names the harness knows")
-    parser.add_argument(
-        "--include_path", type=Path, metavar="DIR", help="folder of further tasks, as .yaml"
-    )
-    parser.add_argument(
-        "--E", type=int, help="layers behind every likelihood; all of them if not given"
-    )
-    parser.add_argument(
-        "--strategy",
-        help="writes continuations; early_exit with --E layers if not given; of "
-        + ", ".join(STRATEGIES),
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="rows run at once")
-    parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
-    parser.add_argument("--num_fewshot", type=int, help="answered examples before each question")
-    parser.add_argument(
-        "--gen_tokens", type=int, help="most tokens of a continuation; the task's if not given"
-    )
-    add_compile_argument(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions(DecodingOptions):
+    """Score a checkpoint on tasks of lm-evaluation-harness.
+
+    Likelihoods are those of any exit; continuations are written by any strategy.
+
+    Example:
+      python -m inference.lm_harness --run outputs/demo --tasks lambada_openai --E 6
+    """
+
+    tasks: Names
+    """Tasks of the harness, by name."""
+    include_path: Folder | None = None
+    """Folder of further tasks, as .yaml."""
+    E: int | None = None
+    """Layers behind every likelihood; all of them if not given."""
+    strategy: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="Writes continuations; early_exit with --E layers if not given; of "
+            f"{', '.join(STRATEGIES)}."
+        ),
+    ] = None
+    batch_size: Count = 8
+    """Rows run at once."""
+    limit: int | None = None
+    """Examples of each task; all if not given."""
+    num_fewshot: int | None = None
+    """Answered examples before each question."""
+    gen_tokens: int | None = None
+    """Most tokens of a continuation; the task's if not given."""
 
 
-def lm_harness(args: argparse.Namespace) -> None:
-    """Run the command."""
+def lm_harness(options: HarnessOptions) -> None:
+    """Run the tasks; print and write their scores."""
     if TemplateLM is object:
         raise ValueError("tasks: lm_eval is not installed, pip install -e .[lm_eval]")
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    run = decoding_run_from(args)
+    run = options.open_run()
     n_layers = run.model.config.n_layers
-    E = n_layers if args.E is None else args.E
-    strategy = EarlyExit(E=E) if args.strategy is None else parse_strategy(args.strategy)
+    E = n_layers if options.E is None else options.E
+    strategy = EarlyExit(E=E) if options.strategy is None else parse_strategy(options.strategy)
     strategy = strategy.with_defaults(n_layers)
     check_tokenizer(strategy, run)
-    model = HarnessModel(run, E=E, strategy=strategy, batch_size=args.batch_size)
-    manager = TaskManager(include_path=args.include_path and str(args.include_path))
-    tasks = args.tasks.split(",")
+    model = HarnessModel(run, E=E, strategy=strategy, batch_size=options.batch_size)
+    manager = TaskManager(include_path=options.include_path and str(options.include_path))
+    tasks = [*options.tasks]
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ValueError(f"tasks: the harness knows no {', '.join(unknown)}, see lm-eval ls tasks")
+        raise ValueError(f"tasks: the harness has no {', '.join(unknown)}, see lm-eval ls tasks")
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        gen_kwargs=None if args.gen_tokens is None else {"max_gen_toks": args.gen_tokens},
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        gen_kwargs=None if options.gen_tokens is None else {"max_gen_toks": options.gen_tokens},
         task_manager=manager,
         log_samples=False,
         bootstrap_iters=0,
@@ -235,12 +238,12 @@ def lm_harness(args: argparse.Namespace) -> None:
         "E": E,
         "strategy": describe(strategy),
     }
-    write_json(args.json, header | {"results": found["results"]})
+    write_json(options.json, header | {"results": found["results"]})
 
 
 def main() -> None:
     """Enter from the command line."""
-    run_command(build_parser(), lm_harness)
+    run_command(HarnessOptions, lm_harness, prog="python -m inference.lm_harness")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,47 @@
-"""The least depth any exit rule could do with: `python -m inference.oracle --run DIR`.
+"""The least depth that any exit rule can reach: `python -m inference.oracle --run DIR`.
 
-Along each greedy continuation every exit's most probable token is recorded. A rule that leaves a
-token only where its exit says what the last layer says cannot leave before the oracle does.
+Along each greedy continuation every exit's most probable token is recorded. A rule that exits only
+where the exit predicts the last layer's token cannot exit before the oracle does.
 """
 
-import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from inference.cli.arguments import Parser, run_command, run_from
+from data.command_line import run_command
+from inference.cli.arguments import Count, RunOptions
 from inference.cli.terminal import format_table, write_json
-from inference.evaluation.greedy_traces import find_oracle, record_continuations, speed_model
-from inference.evaluation.prompts import add_prompt_arguments, prompts_from
+from inference.evaluation.greedy_traces import record_continuations
+from inference.evaluation.oracle import find_oracle, speed_model
+from inference.evaluation.prompts import PromptOptions, prompts_from
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(
-        "inference.oracle",
-        description="The least number of layers, by token and by sequence, that gives what all of"
-        " them give, along greedy continuations: the ceiling of every exit rule.",
-        example="--run outputs/demo --prompts 16",
-    )
-    parser.add_argument("--lanes", type=int, default=4, help="tokens in flight, for SPEED's model")
-    add_prompt_arguments(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class OracleOptions(PromptOptions, RunOptions):
+    """Find the least number of layers, by token and by sequence, that predict what all of them do.
+
+    Along greedy continuations: the ceiling of every exit rule. E: layers run before the exit.
+    agrees: share of tokens where the exit predicts the last layer's token. least, settled: share of
+    tokens by the least E that agrees, and by the least from which on all exits agree. sequences:
+    continuations by the least E that agrees at every token. in_flight, flushed: a model of SPEED.
+
+    Example:
+      python -m inference.oracle --run outputs/demo --prompts 16
+    """
+
+    lanes: Count = 4
+    """Tokens in flight, for SPEED's model."""
 
 
-def oracle(args: argparse.Namespace) -> None:
-    """Run the command."""
-    if args.lanes < 1:
-        raise ValueError(f"lanes: {args.lanes}, give at least 1")
-    run = run_from(args)
-    prompts = prompts_from(run, args)
+def oracle(options: OracleOptions) -> None:
+    """Record what the exits predict; print and write what that allows."""
+    run = options.open_run()
+    prompts = prompts_from(run, options)
     _, traces = record_continuations(
-        run.model, prompts, max_new_tokens=args.max_new_tokens, batch_size=8
+        run.model, prompts, max_new_tokens=options.max_new_tokens, batch_size=8
     )
     found, L = find_oracle(traces), run.model.config.n_layers
     rows = []
     for E in range(1, L + 1):
-        kept, flushed = speed_model(traces, E, args.lanes)
+        kept, flushed = speed_model(traces, E, options.lanes)
         rows.append(
             [str(E), f"{found.agreement[E - 1]:.1%}"]
             + [f"{found.least_depth.get(E, 0) / found.tokens:.1%}"]
@@ -50,13 +53,13 @@ def oracle(args: argparse.Namespace) -> None:
         format_table(["E", "agrees", "least", "settled", "sequences", "in_flight", "flushed"], rows)
     )
     print(f"mean layers: {found.mean_least:.2f} least, {found.mean_settled:.2f} settled, of {L}")
-    print(f"in_flight, flushed: a model of SPEED with {args.lanes} lanes, not its decoding")
-    write_json(args.json, asdict(found))
+    print(f"in_flight, flushed: a model of SPEED with {options.lanes} lanes, not its decoding")
+    write_json(options.json, asdict(found))
 
 
 def main() -> None:
     """Enter from the command line."""
-    run_command(build_parser(), oracle)
+    run_command(OracleOptions, oracle, prog="python -m inference.oracle")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Find what drafts can do without: `python -m inference.skip_search --run DIR`.
+"""Find parts that drafts can leave out: `python -m inference.skip_search --run DIR`.
 
 Draft & Verify (arXiv 2309.08168), section 3.2: Bayesian optimisation over the 2 L attention and
 feed-forward parts of a model. The paper maximises tokens/s, which another machine or another load
@@ -7,22 +7,17 @@ is fitted to the choices themselves: the paper's is fitted to [0, 1]^(2 L), cut 
 measures one choice many times.
 """
 
-import argparse
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
-from inference.cli.arguments import (
-    Parser,
-    add_sampling_arguments,
-    run_command,
-    run_from,
-    sampling_from,
-)
+from data.command_line import run_command
+from inference.cli.arguments import Count, RunOptions, SamplingOptions
 from inference.cli.terminal import format_table, report_line, write_json
 from inference.engine.counters import Counters, speedup_bound
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
-from inference.evaluation.prompts import add_prompt_arguments, prompts_from
+from inference.evaluation.prompts import PromptOptions, prompts_from
 from inference.fitting.bayesian_search import Choice, search
 from inference.loading.run import Run
 from inference.strategies.autoregressive import Autoregressive
@@ -51,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """How strategies are measured."""
+    """A way to measure strategies."""
 
     model: Llama
     objective: str
@@ -117,7 +112,7 @@ def strategy_of(choice: Choice) -> SkipDraft:
 def draft_cost(skipped: SkippedParts, config: LlamaConfig) -> float:
     """Return c: parameters that a draft step reads over those of a full step, head included.
 
-    Keys and values are not counted: where texts are long, attention costs more than this says.
+    Keys and values are not counted: where texts are long, attention costs more than this.
     """
     feed_forward = 3 * config.dim * config.ffn_dim + config.dim
     attention = block_params(config) - feed_forward
@@ -146,31 +141,25 @@ def starting_points(n_layers: int) -> list[Choice]:
     return [*dict.fromkeys((*attention, *feed_forward) for attention, feed_forward in given)]
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(
-        "inference.skip_search",
-        description="Search for the attention and feed-forward parts that drafts of skip_draft can"
-        " leave out, on every other prompt. The best few are then measured on the prompts between,"
-        " which give the table its order. The other commands take the strategies as they are"
-        " written there.",
-        example="--run outputs/demo --iterations 100 --json outputs/demo/reports/skip.json",
-    )
-    parser.add_argument(
-        "--objective",
-        choices=[MODEL_COST, TOKENS_PER_SECOND],
-        default=MODEL_COST,
-        help="what to maximise: the speedup that measured agreement and the parameters read allow,"
-        " or measured tokens/s, one prompt at a time",
-    )
-    parser.add_argument("--iterations", type=int, default=200, help="choices to try")
-    parser.add_argument(
-        "--d", type=int, default=8, help="tokens drafted per round at most; model_cost finds fewer"
-    )
-    add_prompt_arguments(parser)
-    parser.set_defaults(prompts=16, max_new_tokens=32)
-    add_sampling_arguments(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class SkipSearchOptions(SamplingOptions, PromptOptions, RunOptions):
+    """Search for the attention and feed-forward parts that drafts of skip_draft can leave out.
+
+    Every other prompt is searched on. The best few are then measured on the prompts between, which
+    give the table its order. The other commands take the strategies as they are written there.
+
+    Example:
+      python -m inference.skip_search --run outputs/demo --iterations 100 --json skip.json
+    """
+
+    objective: Literal["model_cost", "tokens_per_second"] = "model_cost"
+    """Maximise the speedup by agreement and parameters read, or measured tokens/s, batch 1."""
+    iterations: Count = 200
+    """Choices to try."""
+    d: Count = 8
+    """Tokens drafted per round at most; model_cost finds fewer."""
+    prompts: Count = 16
+    max_new_tokens: Count = 32
 
 
 def find(
@@ -205,57 +194,48 @@ def table(pairs: list[tuple[Trial, Trial]], plain: list[float]) -> str:
     return format_table(["strategy", "searched", "other prompts", "a", "c"], rows)
 
 
-def skip_search(args: argparse.Namespace) -> None:
-    """Run the command."""
-    _check(args)
-    run = run_from(args)
-    prompts = prompts_from(run, args)
+def skip_search(options: SkipSearchOptions) -> None:
+    """Search; print and write the best few."""
+    if options.max_new_tokens < 2:
+        raise ValueError(f"max_new_tokens: {options.max_new_tokens}, give at least 2")
+    run = options.open_run()
+    prompts = prompts_from(run, options)
     if len(prompts) < 2:
-        raise ValueError(f"prompts: {len(prompts)}, give at least 2, of which one is not seen")
+        raise ValueError(f"prompts: {len(prompts)}, give at least 2, one to search on")
     measurement = Measurement(
         model=run.model,
-        objective=args.objective,
-        d=args.d,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling_from(args),
-        seed=args.seed,
+        objective=options.objective,
+        d=options.d,
+        max_new_tokens=options.max_new_tokens,
+        sampling=options.sampling,
+        seed=options.seed,
     )
-    pairs = find(measurement, prompts, iterations=args.iterations)
+    pairs = find(measurement, prompts, iterations=options.iterations)
     plain = [1.0, 1.0]
-    if args.objective == TOKENS_PER_SECOND:
+    if options.objective == TOKENS_PER_SECOND:
         runs = [
             measurement.decode(Autoregressive(), part) for part in (prompts[::2], prompts[1::2])
         ]
         plain = [counters.tokens_per_second for counters in runs]
-    unit = "speedup by the cost model" if args.objective == MODEL_COST else "tokens/s"
-    print(f"{run.checkpoint}, step {run.manifest.step}, {args.iterations} trials, {unit}")
+    unit = "speedup by the cost model" if options.objective == MODEL_COST else "tokens/s"
+    print(f"{run.checkpoint}, step {run.manifest.step}, {options.iterations} trials, {unit}")
     print(table(pairs, plain))
-    write_json(args.json, _content(args, run, prompts, pairs) | {"autoregressive": plain})
-
-
-def _check(args: argparse.Namespace) -> None:
-    problems = [
-        f"{name}: {getattr(args, name)}, give at least {least}"
-        for name, least in (("iterations", 1), ("d", 1), ("max_new_tokens", 2))
-        if getattr(args, name) < least
-    ]
-    if problems:
-        raise ValueError("; ".join(problems))
+    write_json(options.json, _content(options, run, prompts, pairs) | {"autoregressive": plain})
 
 
 def _content(
-    args: argparse.Namespace, run: Run, prompts: list[list[int]], pairs: list[tuple[Trial, Trial]]
+    options: SkipSearchOptions, run: Run, prompts: list[list[int]], pairs: list[tuple[Trial, Trial]]
 ) -> dict[str, object]:
     return {
         "checkpoint": str(run.checkpoint),
         "step": run.manifest.step,
-        "objective": args.objective,
-        "iterations": args.iterations,
-        "d": args.d,
+        "objective": options.objective,
+        "iterations": options.iterations,
+        "d": options.d,
         "prompts": prompts,
-        "max_new_tokens": args.max_new_tokens,
-        "sampling": asdict(sampling_from(args)),
-        "seed": args.seed,
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": asdict(options.sampling),
+        "seed": options.seed,
         "found": [
             {
                 "strategy": describe(again.strategy),
@@ -269,7 +249,7 @@ def _content(
 
 def main() -> None:
     """Enter from the command line."""
-    run_command(build_parser(), skip_search)
+    run_command(SkipSearchOptions, skip_search, prog="python -m inference.skip_search")
 
 
 if __name__ == "__main__":

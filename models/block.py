@@ -1,4 +1,4 @@
-"""One layer of the Llama: attention, feed-forward and their norms. Knows nothing of the others."""
+"""One layer of the Llama: attention, feed-forward and their norms."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -24,13 +24,13 @@ class LayerKV(Protocol):
 
 
 class KVCache(Protocol):
-    """Keys and values of every layer, and which of them each query may see."""
+    """Keys and values of every layer, and which of them each query attends to."""
 
     def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], LayerKV]]:
         """Open the cache for tokens at `positions`: (batch, seq) int64.
 
         Returns:
-            The attention mask, (batch, 1, seq, slots) bool, True where a query may look, and a
+            The attention mask, (batch, 1, seq, slots) bool, True where a query attends, and a
             function from layer index l to that layer's storage.
         """
         ...
@@ -39,7 +39,7 @@ class KVCache(Protocol):
 def open_cache(
     cache: KVCache | None, positions: Tensor | None
 ) -> tuple[Tensor | None, Callable[[int], LayerKV] | None]:
-    """Do as `KVCache.at`; without a cache, nothing is masked and nothing kept."""
+    """Return what `KVCache.at` returns; without a cache, no mask and no storage."""
     if cache is None:
         return None, None
     assert positions is not None, "decoding with a cache needs positions"
@@ -50,7 +50,6 @@ class RMSNorm(nn.Module):
     """Root-mean-square layer norm (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float) -> None:
-        """Make the norm of a residual stream `dim` wide."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -64,7 +63,6 @@ class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Make the four projections of one layer."""
         super().__init__()
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
@@ -82,20 +80,20 @@ class Attention(nn.Module):
         sin: Tensor,
         mask: "Tensor | BlockMask | None",
         kv: LayerKV | None,
-        places: Tensor | None = None,
+        query_positions: Tensor | None = None,
     ) -> Tensor:
         """Attend within x: (batch, seq, dim), and to `kv` where it is given.
 
-        With `places`, (batch, n) int64, only the tokens there look.
+        With `query_positions`, (batch, n) int64, the tokens at those positions alone have queries.
         """
-        if places is None:
+        if query_positions is None:
             q = self.queries(x, cos, sin)
         else:
             own_cos, own_sin = (
-                at_places(each[:, 0].expand(len(x), -1, -1), places).unsqueeze(1)
+                gather_tokens(each[:, 0].expand(len(x), -1, -1), query_positions).unsqueeze(1)
                 for each in (cos, sin)
             )
-            q = self.queries(at_places(x, places), own_cos, own_sin)
+            q = self.queries(gather_tokens(x, query_positions), own_cos, own_sin)
         k, v = self.keys_and_values(x, cos, sin)
         if kv is not None:
             k, v = kv.update(k, v)
@@ -120,14 +118,13 @@ class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Make the three projections of one layer."""
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform x: (batch, seq, dim) position by position."""
+        """Transform x: (batch, seq, dim) token by token."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -135,7 +132,6 @@ class TransformerBlock(nn.Module):
     """One layer: x_{l+1} = x_l + f_l(x_l), attention then feed-forward, each pre-normed."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Make one layer."""
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
@@ -149,26 +145,28 @@ class TransformerBlock(nn.Module):
         sin: Tensor,
         mask: "Tensor | BlockMask | None" = None,
         kv: LayerKV | None = None,
-        places: Tensor | None = None,
+        query_positions: Tensor | None = None,
         *,
         attend: bool = True,
         feed: bool = True,
     ) -> Tensor:
         """Map h: (batch, seq, dim) to the next layer's input, same shape.
 
-        With `places`, (batch, n) int64, ascending, the tokens there alone run; the others have keys
-        and values, and pass unchanged. Without `attend` or `feed`, that part adds nothing.
+        With `query_positions`, (batch, n) int64, ascending, the tokens at those positions alone
+        run; the others have keys and values, and pass unchanged. Without `attend` or `feed`, that
+        part adds nothing.
         """
-        if places is not None:
+        if query_positions is not None:
             x = self.attention_norm(h)
-            own = at_places(h, places) + self.attention(x, cos, sin, mask, kv, places)
+            own = gather_tokens(h, query_positions)
+            own = own + self.attention(x, cos, sin, mask, kv, query_positions)
             own = own + self.feed_forward(self.ffn_norm(own))
-            return h.scatter(1, places.unsqueeze(-1).expand_as(own), own)
+            return h.scatter(1, query_positions.unsqueeze(-1).expand_as(own), own)
         if attend:
             h = h + self.attention(self.attention_norm(h), cos, sin, mask, kv)
         return h + self.feed_forward(self.ffn_norm(h)) if feed else h
 
 
-def at_places(x: Tensor, places: Tensor) -> Tensor:
-    """Return the tokens of x: (batch, seq, width) at places: (batch, n) int64."""
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """Return the tokens of x: (batch, seq, width) at positions: (batch, n) int64."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,8 +1,8 @@
 """What a checkpoint folder holds, and how it is read: verified first, without running any code.
 
 A checkpoint is a folder of torch.distributed.checkpoint (DCP) shards that hold tensors only,
-`tokenizer.model`, and, written last, `manifest.json` with everything else: without it, it is none.
-The one file outside `train/` that knows DCP, and its reader alone.
+`tokenizer.model`, and, written last, `manifest.json` with everything else: a folder without it is
+no checkpoint. Imports the reader of DCP alone; `conversion/plain_checkpoint.py` has its writer.
 """
 
 import hashlib
@@ -52,10 +52,10 @@ class Manifest:
     files: dict[str, dict[str, int | str]]
     """{file name: {"bytes": size, "sha256": digest}} of every other file in the folder."""
     state: dict[str, Any] = field(default_factory=dict)
-    """What else the trainer wants back, as JSON."""
+    """Further state of the training run, as JSON."""
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`, in one piece, and to the disk itself."""
+        """Write `manifest.json` into `folder`, atomically, and flush it to the disk."""
         fields = {"format": _FORMAT} | asdict(self)
         text = json.dumps(fields | {"sha256": _digest(fields)}, indent=1)
         aside = folder / (MANIFEST + ".tmp")
@@ -153,7 +153,7 @@ def check_listing(checkpoint: Path) -> Manifest:
 
 
 def check_content(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Raise a ValueError if what is in one of the files `names` is not what was written."""
+    """Raise a ValueError if the content of one of the files `names` is not what was written."""
     for name in names:
         path = checkpoint / name
         _compare(path, "sha256", file_entry(path)["sha256"], manifest.files[name])
@@ -185,7 +185,7 @@ def find_checkpoint(run: Path, field: str = "run") -> Path:
     """Return the newest checkpoint of a run folder, or `run` itself if it is a checkpoint.
 
     Raises:
-        ValueError: If there is none; it names the `field` that the user gave.
+        ValueError: If there is none; the message begins with `field`, the user's option.
     """
     if (run / MANIFEST).is_file():
         return run
@@ -211,7 +211,7 @@ class TensorReader(FileSystemReader):
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read `.metadata` without running what it names."""
+        """Read `.metadata` without running any code it names."""
         with self.fs.create_stream(self.fs.concat_path(self.path, ".metadata"), "rb") as stream:
             metadata = _AllowListUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
@@ -219,9 +219,9 @@ class TensorReader(FileSystemReader):
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 raise ValueError(f"checkpoint: {self.path} holds {name}, which is not a tensor")
-        for place in (metadata.storage_data or {}).values():
-            if not _is_plain(place.relative_path):
-                raise ValueError(f"checkpoint: {self.path} points to {place.relative_path!r}")
+        for storage in (metadata.storage_data or {}).values():
+            if not _is_plain(storage.relative_path):
+                raise ValueError(f"checkpoint: {self.path} points to {storage.relative_path!r}")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -257,7 +257,7 @@ class _AllowListUnpickler(pickle.Unpickler):
 def check_tensors(reader: TensorReader, prefix: str, state: dict[str, Tensor]) -> None:
     """Refuse a checkpoint whose tensors under `prefix` are not those of `state`, shape by shape.
 
-    DCP itself passes over what the model lacks, so a deeper checkpoint would load half.
+    DCP itself ignores tensors that the model lacks, so a deeper checkpoint would load in part.
     """
     stored = {
         (name.removeprefix(prefix), tuple(entry.size))
@@ -278,8 +278,8 @@ def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) ->
 
     Args:
         checkpoint: A checkpoint folder, see `find_checkpoint`.
-        device: Where the model goes.
-        dtype: What its weights become.
+        device: Of the model.
+        dtype: Of its weights.
 
     Raises:
         ValueError: If a file is missing or damaged, or the tensors do not fit the manifest.

@@ -1,4 +1,4 @@
-"""The shape of a Llama model, and what is wrong with one."""
+"""The shape of a Llama model."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +33,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     """Use the token embedding as the LM head."""
     router: Literal["none", "linear", "mlp"] = "none"
-    """A gate for each layer that says token by token whether it runs: linear in the state, or an
+    """A gate for each layer that decides token by token whether it runs: linear in the state, or an
     MLP a quarter as wide as dim. none: every token runs every layer."""
     own_exits: tuple[int, ...] = ()
     """E, the layers run, of the exits that read through a norm of their own; all others read
@@ -94,7 +94,7 @@ class LlamaConfig:
 
 
 def config_from_dict(fields: dict[str, Any]) -> LlamaConfig:
-    """Rebuild a LlamaConfig from what JSON keeps of `dataclasses.asdict`'s output."""
+    """Rebuild a LlamaConfig from `dataclasses.asdict`'s output after a round trip through JSON."""
     scaling = fields.get("rope_scaling")
     exact = {
         "rope_scaling": None if scaling is None else RopeScaling(**scaling),

@@ -1,11 +1,9 @@
 """Hugging Face folders to and from checkpoints of ours: `python -m models.convert --help`.
 
-What was written is read back and compared before it gets its name. The one file in this room that
-knows of tokenizers: a model comes and goes with its own.
+The output is read back and compared before it is published under its name. The one file of `models`
+that imports `data`: a model is converted together with its tokenizer.
 """
 
-import argparse
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.command_line import run_command
 from data.hugging_face import find_tokenizer, has_chat_template, prove_same_ids, write_tokenizer
 from data.tokenizer import Tokenizer
 from models.checkpoint_format import TOKENIZER, find_checkpoint
 from models.config import LlamaConfig
 from models.conversion.model_card import write_model_card
-from models.conversion.options import DTYPES, HUGGING_FACE, build_parser
+from models.conversion.options import DESCRIPTION, Options
 from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
 from models.conversion.proof import (
     our_logits,
@@ -36,44 +35,46 @@ from models.conversion.safetensors_folder import (
     write_model,
 )
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model as it was read, and what is known of it."""
+    """A model as it was read, with its history."""
 
     config: LlamaConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer
     logits: Tensor | None
-    """Transformers' logits of the whole model; None where it did not read it."""
+    """Transformers' logits of the whole model; None if it did not read it."""
     training: dict[str, Any]
-    """The resolved configuration it was trained with; {} where not known."""
+    """The resolved configuration it was trained with; {} if unknown."""
     step: int
     data_fingerprint: str
     checkpoint: Path | None
-    """The checkpoint of these very weights; None where there is none."""
+    """The checkpoint of these very weights; None if there is none."""
     note: str = ""
-    """What was done to it since."""
+    """How the model was changed after it was read."""
     left_out: tuple[str, ...] = ()
-    """What the input says that what is written will not."""
+    """Properties of the input that the output will not have."""
 
 
-def read_source(args: argparse.Namespace) -> Source:
+def read_source(options: Options) -> Source:
     """Read the input: weights, shape and tokenizer.
 
     Raises:
-        ValueError: If it cannot be used.
+        ValueError: If the input cannot be used.
     """
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    if args.source == HUGGING_FACE:
-        source = read_hugging_face(args.input, args.tokenizer, dtype)
+    dtype = _DTYPES[options.dtype] if options.dtype else None
+    if options.source == "hf":
+        source = read_hugging_face(options.input, options.tokenizer, dtype)
     else:
-        checkpoint = find_checkpoint(args.input, "input")
+        checkpoint = find_checkpoint(options.input, "input")
         manifest, state = read_checkpoint(checkpoint)
         source = Source(
             config=manifest.model,
             state=state,
-            tokenizer=Tokenizer(args.tokenizer or checkpoint / TOKENIZER),
+            tokenizer=Tokenizer(options.tokenizer or checkpoint / TOKENIZER),
             logits=None,
             training=manifest.config,
             step=manifest.step,
@@ -97,11 +98,11 @@ def read_hugging_face(folder: Path, path: Path | None, dtype: torch.dtype | None
     Args:
         folder: The folder.
         path: The tokenizer's file; None takes the folder's own.
-        dtype: What transformers is to round the weights to, before its logits are kept.
+        dtype: transformers rounds the weights to it before it computes the logits.
     """
     config = read_config(folder)
     tokenizer = Tokenizer(path or find_tokenizer(folder, config.vocab_size))
-    lost = left_out(folder, tokenizer)  # First: transformers reads those files too.
+    lost = left_out(folder, tokenizer)  # Before transformers reads the same files.
     return Source(
         config=config,
         state=read_weights(folder, config),
@@ -116,7 +117,7 @@ def read_hugging_face(folder: Path, path: Path | None, dtype: torch.dtype | None
 
 
 def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Return a line for each thing a Hugging Face folder says that is not kept."""
+    """Return a line for each property of a Hugging Face folder that is not kept."""
     found = []
     if others := sorted(read_eos_ids(folder) - {tokenizer.eos_id}):
         found.append(
@@ -124,34 +125,34 @@ def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
             f"{tokenizer.eos_id} alone"
         )
     if has_chat_template(folder):
-        found.append("chat_template: write a chat as it says before it is encoded")
+        found.append("chat_template: format a chat by it before encoding")
     return found
 
 
-def change(source: Source, args: argparse.Namespace) -> Source:
+def change(source: Source, options: Options) -> Source:
     """Return the model to write: some layers of the source, with another context.
 
     Raises:
-        ValueError: If it has no such layers, or the context is none, or its exits have parts of
-            their own that what is to be written has no place for.
+        ValueError: If it has no such layers, the context is too short, or its exits have parts of
+            their own that the output's format cannot hold.
     """
-    if args.drop_own_exits:
+    if options.drop_own_exits:
         source = leave_own_exits(source)
-    if args.target == HUGGING_FACE and source.config.own_exits:
+    if options.target == "hf" and source.config.own_exits:
         raise ValueError(
-            f"own_exits: {source.config.own_exits} have parts that a Hugging Face Llama has no "
-            "place for, give --drop_own_exits to write the model without them"
+            f"own_exits: {source.config.own_exits} have parts that a Hugging Face Llama cannot "
+            "hold, give --drop_own_exits to write the model without them"
         )
-    if args.layers is not None:
-        source = keep_layers(source, layers_to_keep(args.layers, source.config.n_layers))
-    if args.first_layers is not None:
-        if not 1 <= args.first_layers <= source.config.n_layers:
+    if options.layers is not None:
+        source = keep_layers(source, layers_to_keep(options.layers, source.config.n_layers))
+    if options.first_layers is not None:
+        if not 1 <= options.first_layers <= source.config.n_layers:
             raise ValueError(
-                f"first_layers: {args.first_layers}, give 1 to {source.config.n_layers}"
+                f"first_layers: {options.first_layers}, give 1 to {source.config.n_layers}"
             )
-        source = keep_layers(source, list(range(args.first_layers)))
-    if args.max_seq_len is not None:
-        config = replace(source.config, max_seq_len=args.max_seq_len)
+        source = keep_layers(source, list(range(options.first_layers)))
+    if options.max_seq_len is not None:
+        config = replace(source.config, max_seq_len=options.max_seq_len)
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         same = probe(config).shape == probe(source.config).shape
@@ -162,7 +163,7 @@ def change(source: Source, args: argparse.Namespace) -> Source:
 
 
 def keep_layers(source: Source, keep: list[int]) -> Source:
-    """Return the model that has the layers `keep` alone, see `models.conversion.pruning`."""
+    """Return the model of the layers `keep` alone, see `prune`."""
     config, state = prune(source.config, source.state, keep)
     note = f"It has layers {', '.join(map(str, keep))} of a model of {source.config.n_layers}."
     note = f"{source.note} {note}".lstrip()
@@ -170,7 +171,7 @@ def keep_layers(source: Source, keep: list[int]) -> Source:
 
 
 def leave_own_exits(source: Source) -> Source:
-    """Return the model without what exits have of their own, see `models.conversion.pruning`."""
+    """Return the model without its exits' own parts, see `drop_own_exits`."""
     exits = ", ".join(map(str, source.config.own_exits))
     config, state = drop_own_exits(source.config, source.state)
     note = f"Its exits after {exits} layers had parts of their own, which are left out here."
@@ -213,9 +214,9 @@ def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
     """Write a checkpoint of weights alone and return what was proven of it.
 
     Args:
-        model: What to write.
-        folder: Where to.
-        name: What to call it, where its training has not.
+        model: The model to write.
+        folder: An empty folder.
+        name: Of the run, if its training configuration has none.
     """
     write_checkpoint(
         folder,
@@ -237,22 +238,22 @@ def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
 
 
 def expected_logits(model: Source) -> Tensor:
-    """Return what the written model must give: transformers' logits, or else our own."""
+    """Return the logits that the written model must have: transformers', or else our own."""
     return our_logits(model.config, model.state) if model.logits is None else model.logits
 
 
-def convert(args: argparse.Namespace) -> None:
-    """Run the command."""
-    if args.max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: {args.max_shard_bytes}, give at least 1")
-    with published(args.output) as folder:
-        model = change(read_source(args), args)
-        if args.target == HUGGING_FACE:
-            proven = write_hugging_face(model, folder, args.max_shard_bytes)
+def convert(options: Options) -> None:
+    """Convert, and print what was proven of the result."""
+    if problems := options.problems():
+        raise ValueError("; ".join(problems))
+    with published(options.output) as folder:
+        model = change(read_source(options), options)
+        if options.target == "hf":
+            proven = write_hugging_face(model, folder, options.max_shard_bytes)
         else:
-            proven = write_skipstone(model, folder, args.output.name)
+            proven = write_skipstone(model, folder, options.output.name)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state.values()})
-    print(f"{args.output}: {model.config.n_layers} layers, {' and '.join(dtypes)}")
+    print(f"{options.output}: {model.config.n_layers} layers, {' and '.join(dtypes)}")
     for line in proven:
         print(f"  {line}")
     for line in model.left_out:
@@ -260,12 +261,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Enter from the command line; a user's error becomes one line and exit code 2."""
-    try:
-        convert(build_parser().parse_args())
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(Options, convert, prog="python -m models.convert", description=DESCRIPTION)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention that stays within documents: each token sees those before it in its own document.
+"""Attention that stays within documents: a token attends to those before it in its own document.
 
 On GPUs the mask is FlexAttention's, which skips the blocks between documents (torch.compile makes
 its kernel once); elsewhere it is a tensor.
@@ -19,39 +19,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DocumentMask:
-    """Which tokens each token of some rows sees."""
+    """Which tokens each query of some rows attends to."""
 
     documents: Tensor | None
     """(batch, seq) int64, the number of each token's document; None: a row is one."""
-    seen: "Tensor | BlockMask"
-    """(batch, 1, seq or n, seq) bool, True where a query may look; or its blocks."""
+    mask: "Tensor | BlockMask"
+    """(batch, 1, seq or n, seq) bool, True where a query attends; or its blocks."""
     queries: Tensor | None = None
-    """(batch, n) int64, the places of the tokens that look; None: all."""
+    """(batch, n) int64, token positions of the queries; None: all."""
 
     def arguments(self, rows: Tensor | None) -> tuple[Any, ...]:
-        """Return what a block takes after cos and sin, for some rows: (kept,) int64; None: all."""
+        """Return a block's arguments after cos and sin, for some rows: (kept,) int64; None: all."""
         if rows is None:
-            return (self.seen,) if self.queries is None else (self.seen, None, self.queries)
+            return (self.mask,) if self.queries is None else (self.mask, None, self.queries)
         queries = _pick(self.queries, rows)
         return (self.rows(rows),) if queries is None else (self.rows(rows), None, queries)
 
     def rows(self, rows: Tensor) -> "Tensor | BlockMask":
-        """Return `seen` of some rows: (kept,) int64."""
-        if isinstance(self.seen, Tensor):
-            return self.seen.index_select(0, rows)
+        """Return `mask` of some rows: (kept,) int64."""
+        if isinstance(self.mask, Tensor):
+            return self.mask.index_select(0, rows)
         from torch.nn.attention.flex_attention import BlockMask
 
-        seen = self.seen
-        assert seen.full_kv_num_blocks is not None
-        assert seen.full_kv_indices is not None
+        mask = self.mask
+        assert mask.full_kv_num_blocks is not None
+        assert mask.full_kv_indices is not None
         return BlockMask.from_kv_blocks(
-            seen.kv_num_blocks.index_select(0, rows),
-            seen.kv_indices.index_select(0, rows),
-            seen.full_kv_num_blocks.index_select(0, rows),
-            seen.full_kv_indices.index_select(0, rows),
-            BLOCK_SIZE=seen.BLOCK_SIZE,
-            mask_mod=_sees(_pick(self.documents, rows), _pick(self.queries, rows)),
-            seq_lengths=seen.seq_lengths,
+            mask.kv_num_blocks.index_select(0, rows),
+            mask.kv_indices.index_select(0, rows),
+            mask.full_kv_num_blocks.index_select(0, rows),
+            mask.full_kv_indices.index_select(0, rows),
+            BLOCK_SIZE=mask.BLOCK_SIZE,
+            mask_mod=_mask_mod(_pick(self.documents, rows), _pick(self.queries, rows)),
+            seq_lengths=mask.seq_lengths,
         )
 
 
@@ -59,8 +59,8 @@ def document_mask(documents: Tensor, *, blocks: bool | None = None) -> DocumentM
     """Return the mask of documents: (batch, seq) int64, the number of each token's document.
 
     Args:
-        documents: Where it is, attention is.
-        blocks: Make blocks; where not given, on CUDA.
+        documents: On the device of the attention.
+        blocks: Whether to make blocks; None: on CUDA.
     """
     if blocks is None:
         blocks = documents.is_cuda
@@ -70,33 +70,33 @@ def document_mask(documents: Tensor, *, blocks: bool | None = None) -> DocumentM
     batch, seq = documents.shape
     make = _flex("create_block_mask", compiled=documents.is_cuda)
     device = str(documents.device)
-    seen = make(_sees(documents, None), batch, None, seq, seq, device=device)
-    return DocumentMask(documents, seen)
+    mask = make(_mask_mod(documents, None), batch, None, seq, seq, device=device)
+    return DocumentMask(documents, mask)
 
 
 def query_mask(
     queries: Tensor, seq: int, documents: Tensor | None, *, blocks: bool | None = None
 ) -> DocumentMask:
-    """Return the mask of some tokens that look at all before them.
+    """Return the mask of some queries that attend to every token before them.
 
     Args:
-        queries: (batch, n) int64, their places in their rows.
+        queries: (batch, n) int64, their token positions.
         seq: Tokens of a row.
         documents: (batch, seq) int64, see `document_mask`; None: a row is one document.
-        blocks: Make blocks; where not given, on CUDA.
+        blocks: Whether to make blocks; None: on CUDA.
     """
     if blocks is None:
         blocks = queries.is_cuda
     batch, n = queries.shape
-    sees = _sees(documents, queries)
+    mask_mod = _mask_mod(documents, queries)
     if not blocks:
-        rows, places = (torch.arange(count, device=queries.device) for count in (batch, n))
+        rows, numbers = (torch.arange(count, device=queries.device) for count in (batch, n))
         keys = torch.arange(seq, device=queries.device)
-        seen = sees(rows[:, None, None], None, places[:, None], keys)
-        return DocumentMask(documents, seen.unsqueeze(1), queries)
+        mask = mask_mod(rows[:, None, None], None, numbers[:, None], keys)
+        return DocumentMask(documents, mask.unsqueeze(1), queries)
     make = _flex("create_block_mask", compiled=queries.is_cuda)
-    seen = make(sees, batch, None, n, seq, device=str(queries.device))
-    return DocumentMask(documents, seen, queries)
+    mask = make(mask_mod, batch, None, n, seq, device=str(queries.device))
+    return DocumentMask(documents, mask, queries)
 
 
 def attend(
@@ -125,14 +125,14 @@ def _pick(values: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values is None else values.index_select(0, rows)
 
 
-def _sees(documents: Tensor | None, queries: Tensor | None) -> Callable[..., Tensor]:
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        place = query if queries is None else queries[b, query]
+def _mask_mod(documents: Tensor | None, queries: Tensor | None) -> Callable[..., Tensor]:
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        position = query if queries is None else queries[b, query]
         if documents is None:
-            return place >= key
-        return (place >= key) & (documents[b, place] == documents[b, key])
+            return position >= key
+        return (position >= key) & (documents[b, position] == documents[b, key])
 
-    return sees
+    return mask_mod
 
 
 @cache

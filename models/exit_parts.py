@@ -1,4 +1,4 @@
-"""What one exit has of its own in front of the LM head, which stays shared: EE-Tuning.
+"""Parts that one exit has of its own in front of the shared LM head: EE-Tuning.
 
 EE-LLM (arXiv 2312.04916) and EE-Tuning (arXiv 2402.00518): a norm, or a feed-forward layer and a
 norm. Theirs may have an output embedding of their own as well; ours do not.
@@ -15,14 +15,13 @@ class ExitParts(nn.Module):
     """Reads norm(h), or norm(h + feed_forward(ffn_norm(h))), for the exit after E layers."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Make the parts of one exit."""
         super().__init__()
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if config.own_exit_mlp else None
         self.feed_forward = FeedForward(config) if config.own_exit_mlp else None
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return what the head reads for h = x_E: (..., dim), same shape."""
+        """Return the head's input for h = x_E: (..., dim), same shape."""
         if self.feed_forward is not None and self.ffn_norm is not None:
             h = h + self.feed_forward(self.ffn_norm(h))
         x: Tensor = self.norm(h)
@@ -30,11 +29,11 @@ class ExitParts(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, norm: RMSNorm, block: TransformerBlock) -> None:
-        """Become a copy of the model's own parts, in place, as EE-Tuning begins.
+        """Copy the model's own parts into these, the start of EE-Tuning.
 
         Args:
             norm: The final norm.
-            block: The last layer, whose feed-forward and its norm are taken.
+            block: The last layer, whose feed-forward and its norm are copied.
         """
         copies: list[tuple[nn.Module, nn.Module]] = [(self.norm, norm)]
         if self.feed_forward is not None and self.ffn_norm is not None:

@@ -1,6 +1,6 @@
-"""A hash that tells weights apart, so that what was fitted to some is not used with others.
+"""A hash of weights, so that what was fitted to some is not used with others.
 
-It looks at a few elements of every parameter: training moves them all.
+It covers a few elements of every parameter: training moves them all.
 """
 
 import hashlib
@@ -12,26 +12,26 @@ import torch
 from models.llama import Llama
 
 ELEMENTS = 64
-"""Looked at in each parameter, evenly spread from the first to the last."""
+"""Hashed of each parameter, evenly spread from the first to the last."""
 
 
 def weights_fingerprint(model: Llama) -> str:
-    """Return the hash of a model's weights as they were stored, or are if it was not loaded.
+    """Return the hash of a model's weights as stored, or as they are if it was not loaded.
 
-    So a loaded model has the same in every dtype and on every device, packed and quantised too.
+    A loaded model has the same one in every dtype, on every device, packed or quantised.
     """
     return compute_fingerprint(model) if model.fingerprint is None else model.fingerprint
 
 
 def compute_fingerprint(model: Llama) -> str:
     """Return the hash of a model's configuration and weights, the same in float32 and bfloat16."""
-    # What is as it is by default is left out: a configuration may get new fields.
+    # Fields at their defaults are left out: a configuration may get new ones.
     defaults = {field.name: field.default for field in fields(model.config)}
     shape = {name: x for name, x in asdict(model.config).items() if x != defaults[name]}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for weight in model.parameters():
         flat = weight.detach().flatten()
-        places = torch.arange(ELEMENTS, device=flat.device) * (len(flat) - 1) // (ELEMENTS - 1)
-        rounded = flat[places].to("cpu", torch.bfloat16)
+        indices = torch.arange(ELEMENTS, device=flat.device) * (len(flat) - 1) // (ELEMENTS - 1)
+        rounded = flat[indices].to("cpu", torch.bfloat16)
         digest.update(rounded.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -25,7 +25,7 @@ def router_params(config: LlamaConfig) -> int:
 
 
 def own_exit_params(config: LlamaConfig) -> int:
-    """Return the number of parameters that belong to exits of their own."""
+    """Return the number of parameters of all exits' own parts."""
     feed_forward = 3 * config.dim * config.ffn_dim + config.dim if config.own_exit_mlp else 0
     return len(config.own_exits) * (config.dim + feed_forward)
 
@@ -39,8 +39,8 @@ def layer_flops_per_token(config: LlamaConfig, seq_len: int, capacity: float = 1
     """Return the FLOPs of one layer, forward and backward, for one token of a causal sequence.
 
     6 per weight, plus attention's 6 n_heads head_dim seq_len (PaLM, arXiv 2204.02311, appendix B,
-    halved because a causal query sees half the keys on average). Of a layer that has room for the
-    share `capacity` of the tokens, the others compute keys, values and the router alone.
+    halved because a causal query attends to half the keys on average). Where a layer runs the share
+    `capacity` of the tokens, the others compute keys, values and the router alone.
     """
     of_all = 2 * config.dim * config.head_dim * config.n_kv_heads + config.dim
     attention = 6.0 * config.n_heads * config.head_dim * seq_len
@@ -63,12 +63,12 @@ def train_flops_per_token(
     Args:
         config: The model.
         seq_len: Tokens per sequence.
-        mean_layers: Layers really run per token: n_layers less what layer dropout drops.
-        mean_exits: LM heads really evaluated per token, the last layer's included.
-        capacity: Share of the tokens that each of these layers has room for.
+        mean_layers: Layers run per token: n_layers less what layer dropout drops.
+        mean_exits: LM heads evaluated per token, the last layer's included.
+        capacity: Share of the tokens that each of these layers runs.
         mean_own_exits: Those of the heads that read through parts of an exit's own.
-        frozen: Nothing but these parts learns: layers have no backward, and the head's gives the
-            gradient of its input alone.
+        frozen: Only these parts learn: layers have no backward, and the head's backward computes
+            the gradient of its input alone.
     """
     layer = layer_flops_per_token(config, seq_len, capacity)
     layers = mean_layers * layer * (1 / 3 if frozen else 1)

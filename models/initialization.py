@@ -1,4 +1,4 @@
-"""What the parameters of a model are before its first step: a pure function of seed and name."""
+"""Initial values of a model's parameters: a pure function of seed and name."""
 
 import zlib
 
@@ -10,9 +10,9 @@ from models.config import LlamaConfig
 
 
 def initial_value(name: str, parameter: Tensor, config: LlamaConfig, seed: int) -> Tensor:
-    """Return the whole first value of a parameter, fp32, on its device.
+    """Return the initial value of a whole parameter, fp32, on its device.
 
-    Norm weights and the routers' biases are 1, what these are added to is 0. Every other matrix is
+    Norm weights and the routers' biases are 1, the routers' last weights 0. Every other matrix is
     N(0, std) cut at 3 std, drawn in fp32:
       tok_embeddings, lm_head, wq, wk, wv, w1, w3   std = dim^-0.5
       wo                                            std = dim^-0.5 / sqrt(2 L)
@@ -22,8 +22,8 @@ def initial_value(name: str, parameter: Tensor, config: LlamaConfig, seed: int) 
     how the model is sharded.
 
     Args:
-        name: The parameter's.
-        parameter: Has the shape and the device; its values are not read.
+        name: Name of the parameter.
+        parameter: Of which shape and device are read, not values.
         config: The model.
         seed: Any non-negative integer.
     """

@@ -42,8 +42,8 @@ class LayerDropoutConfig:
     """Multiply the residual branch of kept samples by 1 / (1 - p). The paper does not."""
     same_rows_on_every_rank: bool = False
     """Drop the same local rows on every rank, as the paper does, so that no rank waits for one
-    that kept more. False draws by the sample's place in the global batch: independent of the
-    number of ranks."""
+    that kept more. False draws by the sample's row in the global batch: independent of the number
+    of ranks."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -72,7 +72,7 @@ def S(t: int, T: int, schedule: TimeSchedule = "exponential") -> float:
     """Return the time factor of step t of T.
 
     LayerSkip (arXiv 2404.16710), eq. 3 and 4: S(t) = 1, or S_exp(t) = exp(t ln2 / (T - 1)) - 1.
-    The linear forms, up t / (T - 1) and down 1 - t / (T - 1), are later work's. Progressive layer
+    The linear forms, up t / (T - 1) and down 1 - t / (T - 1), are of later work. Progressive layer
     dropping (arXiv 2010.13369) keeps with theta(t) = (1 - theta_bar) exp(-gamma t) + theta_bar, so
     that 1 - theta(t) = (1 - theta_bar) (1 - exp(-gamma t)), with gamma = 100 / T.
     """
@@ -124,7 +124,7 @@ def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one layer does with one microbatch."""
+    """Which rows of one microbatch one layer runs on, and their scale."""
 
     rows: Tensor | None
     """(kept,) int64 row indices to run; None runs all rows."""
@@ -139,12 +139,11 @@ class KeptRows:
     choices: tuple[LayerChoice, ...]
 
     def at(self, l: int) -> LayerChoice:
-        """Return layer l's choice."""
         return self.choices[l]
 
 
 def choice_at(l: int, kept_rows: KeptRows | None) -> LayerChoice:
-    """Return what layer l does; None keeps all rows."""
+    """Return layer l's choice; None keeps all rows."""
     return LayerChoice(None, 1.0) if kept_rows is None else kept_rows.at(l)
 
 
@@ -165,7 +164,7 @@ def draw_kept_rows(
         t: Optimizer step.
         keys: (batch,) int64; rows with equal keys are dropped together.
         scale_kept: Whether kept branches are multiplied by 1 / (1 - p).
-        device: Where the row indices are needed; they are drawn on the host and sent once.
+        device: Of the row indices; they are drawn on the host and copied once.
 
     Returns:
         The choice of every layer, or None when every p(l, t) is 0.
@@ -196,8 +195,8 @@ def run_kept_rows(
     """Run a block on the kept rows of h: (batch, seq, dim); dropped rows pass unchanged.
 
     x_{l+1} = x_l + M f_l(x_l) (LayerSkip, eq. 1), with no compute for rows whose M is 0. The block
-    is called even when no row is kept, on one token whose result is thrown away: under FSDP the
-    call carries the all-gather and the reduce-scatter that every rank must reach.
+    is called even when no row is kept, on one token whose result is discarded: under FSDP the call
+    carries the all-gather and the reduce-scatter that every rank must reach.
     """
     if choice.rows is None:
         arguments = (None,) if documents is None else documents.arguments(None)

@@ -1,7 +1,7 @@
 """The Llama decoder, written to be read top to bottom.
 
-This file knows nothing of ranks, losses, optimizers, files or flags: parallelism is applied from
-outside. Its verbs are `embed`, `run_layers` and `exit_logits`; training, drafting and verifying all
+Independent of ranks, losses, optimizers, files and flags: parallelism is applied from outside. Its
+verbs are `embed`, `run_layers` and `exit_logits`; training, drafting and verifying all
 call the one loop over layers in `run_layers`. Rotary embeddings use the half-split layout of
 Hugging Face checkpoints, so weights pass between the two by renaming alone.
 """
@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from models.block import KVCache, LayerKV, RMSNorm, TransformerBlock, open_cache
 from models.config import LlamaConfig
-from models.document_mask import DocumentMask, document_mask
+from models.document_mask import document_mask
 from models.exit_parts import ExitParts
 from models.initialization import initial_value
 from models.layer_dropout import KeptRows, choice_at, run_kept_rows
+from models.layer_masks import NO_MASKS, LayerMasks
 from models.rope import rope_frequencies
 from models.router import Router, Routing, route
 from models.token_depth import TokenLayers
@@ -52,7 +53,7 @@ def whole_layers(layers: Collection[int]) -> SkippedParts:
 
 
 class Hidden(NamedTuple):
-    """What a forward pass leaves to the losses, each (batch, seq, dim), in ascending l."""
+    """What a forward pass returns for the losses, each (batch, seq, dim), in ascending l."""
 
     exits: dict[int, Tensor]
     """{l: norm(x_{l+1})}, see `Llama.before_head`; logits are F.linear(that, model.head_weight)."""
@@ -69,11 +70,11 @@ class Llama(nn.Module):
     """
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Make the modules; build under `torch.device("meta")` and call `init_weights` after."""
+        """Build the modules, under `torch.device("meta")` if `init_weights` is to follow."""
         super().__init__()
         self.config = config
         self.fingerprint: str | None = None
-        """Of the weights as they were stored, see `models.fingerprint`; None if not loaded."""
+        """Of the weights as stored, see `models.fingerprint`; None if they were not loaded."""
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict(
             {str(l): TransformerBlock(config) for l in range(config.n_layers)}
@@ -147,10 +148,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        kept_rows: KeptRows | None = None,
-        documents: DocumentMask | None = None,
-        token_layers: TokenLayers | None = None,
-        routing: Routing | None = None,
+        masks: LayerMasks = NO_MASKS,
         skipped: SkippedParts = NOTHING,
         exit_layers: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -162,10 +160,7 @@ class Llama(nn.Module):
             stop: One past the last layer index to run.
             positions: (batch, seq) int64, needed with `cache`; None is 0, ..., seq - 1 in each row.
             cache: Keys and values of earlier tokens, written as the layers run.
-            kept_rows: Which rows each layer runs on (stochastic depth); None runs all.
-            documents: Keeps attention within documents; not with `cache`.
-            token_layers: Which tokens run each layer; the others keep their state. None: all.
-            routing: Limits what routers let run, and takes down what they say; not with `cache`.
+            masks: Which rows and tokens run each layer, and what they attend to; not with `cache`.
             skipped: Parts of layers that no row runs, when decoding; they write no keys and values.
             exit_layers: Layer indices l whose output x_{l+1} is returned as well.
 
@@ -174,17 +169,17 @@ class Llama(nn.Module):
         """
         cos, sin = self.rotary(positions, h)
         slots, layer_kv = open_cache(cache, positions)
-        mask = slots if documents is None else documents.seen
+        mask = slots if masks.documents is None else masks.documents.mask
         exits = {}
         for l in range(start, stop):
             p = self.gate(l, h)
-            seen = documents if p is None or routing is None else routing.admit(l, p, documents)
-            if kept_rows is not None or seen is not documents:
-                out = run_kept_rows(self.block(l), h, cos, sin, choice_at(l, kept_rows), seen)
+            own_mask = masks.attention(l, p)
+            if masks.kept_rows is not None or own_mask is not masks.documents:
+                choice = choice_at(l, masks.kept_rows)
+                out = run_kept_rows(self.block(l), h, cos, sin, choice, own_mask)
             else:
                 out = self._run_block(l, h, cos, sin, mask, layer_kv, skipped)
-            out = route(h, out, p)
-            h = out if token_layers is None else token_layers.select(l, h, out)
+            h = masks.select(l, h, route(h, out, p))
             if l in exit_layers:
                 exits[l] = h
         return h, exits
@@ -213,15 +208,15 @@ class Llama(nn.Module):
     ) -> None:
         """Fill the cache of layers start, ..., stop - 1 as if h were the input of each of them.
 
-        State propagation of CALM (arXiv 2207.07061, section 3.1): a token that left early passes
+        State propagation of CALM (arXiv 2207.07061, section 3.1): a token that exited early passes
         through each later layer's own norm and key and value projections, and nothing else.
 
         Args:
-            h: (batch, seq, dim), where the tokens left.
+            h: (batch, seq, dim), the states at which the tokens exited.
             start: First layer index l to write.
             stop: One past the last.
             positions: (batch, seq) int64.
-            cache: Where to.
+            cache: Written to.
         """
         cos, sin = self.rotary(positions, h)
         _, layer_kv = cache.at(positions)
@@ -245,17 +240,17 @@ class Llama(nn.Module):
         return cos.to(h.dtype), sin.to(h.dtype)
 
     def before_head(self, h: Tensor, E: int | None = None) -> Tensor:
-        """Return what the head reads of h: (..., dim), same shape.
+        """Return the head's input for h: (..., dim), same shape.
 
         Args:
             h: x_E.
-            E: Layers behind it; None where h is x_L, or stands for it.
+            E: Layers run; None where h is x_L, or stands for it.
         """
         x: Tensor = self.own_exits[str(E)](h) if E in self.config.own_exits else self.norm(h)
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        """Return logits, (..., vocab), for what `before_head` gave: (..., dim)."""
+        """Return logits, (..., vocab), for the output of `before_head`: (..., dim)."""
         return F.linear(x, self.head_weight) if self.lm_head is None else self.lm_head(x)
 
     def exit_logits(self, h: Tensor, E: int | None = None) -> Tensor:
@@ -272,29 +267,29 @@ class Llama(nn.Module):
         token_layers: TokenLayers | None = None,
         capacity: float = 1.0,
     ) -> Hidden:
-        """Run the layers up to the deepest that is wanted, and return what the exits read.
+        """Run the layers up to the deepest exit, and return what the head reads at each exit.
 
-        The head is left to the caller, so that a loss can work through the vocabulary in chunks.
+        The head is left to the caller, so that a loss can be computed in chunks of tokens.
 
         Args:
             tokens: (batch, seq) int64.
-            exit_layers: Layer indices l whose exit is wanted.
+            exit_layers: Layer indices l of the exits.
             kept_rows: Stochastic depth's choice for this microbatch; None runs every layer.
             documents: (batch, seq) int64, the number of each token's document in its row, which
                 attention stays within; None: attention is causal and nothing else.
             token_layers: Which tokens run each layer; the others keep their state. None: all.
-            capacity: Share of a row's tokens that a layer with a router has room for.
+            capacity: Share of a row's tokens that a layer with a router runs at most.
         """
         routing = Routing(capacity)
-        _, outputs = self.run_layers(
-            self.embed(tokens),
-            0,
-            max(exit_layers, default=-1) + 1,
+        masks = LayerMasks(
             kept_rows=kept_rows,
-            documents=None if documents is None else document_mask(documents),
             token_layers=token_layers,
+            documents=None if documents is None else document_mask(documents),
             routing=routing,
-            exit_layers=exit_layers,
+        )
+        stop = max(exit_layers, default=-1) + 1
+        _, outputs = self.run_layers(
+            self.embed(tokens), 0, stop, masks=masks, exit_layers=exit_layers
         )
         exits = {l: self.before_head(x, l + 1) for l, x in outputs.items()}
         return Hidden(exits, routing.gates)

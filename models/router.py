@@ -21,9 +21,9 @@ class RouterConfig:
     """How a model with routers, see model.router, is trained."""
 
     capacity: float = 1.0
-    """Share of a row's tokens, rounded up, that a layer has room for in training, above 0 to 1: the
-    most probable, decided with all of the row in view; queries and feed-forward of the others are
-    not computed. Validation and decoding have room for all, and ask the gates alone."""
+    """Share of a row's tokens, rounded up, that a layer runs at most in training, above 0 to 1: the
+    most probable of the whole row; queries and feed-forward of the others are not computed.
+    Validation and decoding have no such limit."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -39,7 +39,6 @@ class Router(nn.Module):
     """
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Make the gate of a model whose `router` is linear or mlp."""
         super().__init__()
         self.eps = config.norm_eps
         width = config.router_width
@@ -67,7 +66,7 @@ def route(h: Tensor, out: Tensor, p: Tensor | None) -> Tensor:
 
     Args:
         h: (batch, seq, dim), x_l.
-        out: (batch, seq, dim), what the layer makes of it.
+        out: (batch, seq, dim), the layer's output.
         p: (batch, seq), the probability that it runs; None: it always does.
     """
     if p is None:
@@ -80,15 +79,15 @@ def route(h: Tensor, out: Tensor, p: Tensor | None) -> Tensor:
 
 @dataclass
 class Routing:
-    """What the routers of one training pass are given, and what they say."""
+    """The capacity of the routers in one training pass, and their gates."""
 
     capacity: float = 1.0
-    """See RouterConfig."""
+    """As in RouterConfig."""
     gates: dict[int, Tensor] = field(default_factory=dict)
     """{l: p of layer l, (batch, seq) fp32}, filled as the layers run."""
 
     def admit(self, l: int, p: Tensor, documents: DocumentMask | None) -> DocumentMask | None:
-        """Take in layer l's p; return what its attention sees, of the tokens it has room for."""
+        """Record layer l's p, (batch, seq); return the mask whose queries are those admitted."""
         self.gates[l] = p
         if self.capacity == 1.0:
             return documents
@@ -97,7 +96,7 @@ class Routing:
 
 
 def most_probable(p: Tensor, capacity: float) -> Tensor:
-    """Return the places of each row's tokens of highest p, ascending; of equal ones the first.
+    """Return the positions of each row's tokens of highest p, ascending; of equal ones the first.
 
     Args:
         p: (batch, seq).
@@ -106,6 +105,6 @@ def most_probable(p: Tensor, capacity: float) -> Tensor:
     Returns:
         (batch, ceil(capacity * seq)) int64.
     """
-    room = math.ceil(round(capacity * p.shape[1], 6))  # 0.07 * 100 is a little over 7
+    count = math.ceil(round(capacity * p.shape[1], 6))  # 0.07 * 100 is a little over 7
     order = p.detach().argsort(dim=1, descending=True, stable=True)
-    return order[:, :room].sort(dim=1).values
+    return order[:, :count].sort(dim=1).values

@@ -3,8 +3,8 @@
 Unified Layer Skipping (arXiv 2404.06954), SkipDecode (arXiv 2307.02628) and the mixed training of
 the Depth-Adaptive Transformer (arXiv 1910.10073). A token that does not run layer l keeps its
 state, from which the layer still makes keys and values. In training every layer is computed for
-every token and the result thrown away where it is not wanted: no compute is saved, and every rank
-calls every layer. Layers l count from 0; L layers; E = number of layers run.
+every token and the result discarded where the token does not run it: no compute is saved, and every
+rank calls every layer. Layers l count from 0; L layers; E = number of layers run.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Kind = Literal["all", "unified", "skipdecode", "mixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDepthConfig:
-    """Layers that some tokens do not run in training, as they will not when decoding."""
+    """Layers that some tokens do not run in training, as in decoding."""
 
     kind: Kind = "all"
     """all: each token runs all layers. unified: response tokens run the layers that decoding with
@@ -86,7 +86,7 @@ class FallingBudget:
     The n-th new token, n from 0, has the budget
       e(n) = max - (max - min) min(n / length, 1), rounded,
     and runs layers 0, ..., W - 1 and the top e - W. A later token's layers are a subset of an
-    earlier one's, so every key it looks for is there.
+    earlier one's, so every key it attends to exists.
     """
 
     warmup: int
@@ -182,22 +182,22 @@ def token_layers(
 
 
 def new_tokens(learnt: Tensor, documents: Tensor | None) -> Tensor:
-    """Return n of each token, its place in its text less the length of the prompt: (batch, seq).
+    """Return n of each token, its position in its text less the length of the prompt: (batch, seq).
 
-    The prompt ends with the first token whose next one is learnt, n = -1; the n-th new token has n
-    from 0. Plain text has a prompt of one token; a text without a loss is all prompt.
+    The prompt ends with the first token whose next one is learnt, n = -1; new tokens count n from
+    0. Plain text has a prompt of one token; a text without a loss is all prompt.
 
     Args:
         learnt: (batch, seq) bool, whether the token after each is to be learnt.
         documents: (batch, seq) int64, the number of each token's text in its row; None: one.
     """
     batch, seq = learnt.shape
-    places = torch.arange(seq, device=learnt.device).expand(batch, seq)
+    positions = torch.arange(seq, device=learnt.device).expand(batch, seq)
     first = learnt.new_full((batch, seq + 1), seq, dtype=torch.int64)
-    number = torch.zeros_like(places) if documents is None else documents
+    number = torch.zeros_like(positions) if documents is None else documents
     # Documents are numbered from 0, or from 1 where the row begins with one: seq + 1 at most.
-    first = first.scatter_reduce(1, number, places.masked_fill(~learnt, seq), "amin")
-    return places - first.gather(1, number) - 1
+    first = first.scatter_reduce(1, number, positions.masked_fill(~learnt, seq), "amin")
+    return positions - first.gather(1, number) - 1
 
 
 def draw_exits(
@@ -216,7 +216,7 @@ def draw_exits(
         n_layers: L.
         seed: Any non-negative integer.
         t: Optimizer step.
-        samples: (batch,) each row's place in the global batch.
+        samples: (batch,) int64, each row's index in the global batch.
         seq_len: Tokens of a row.
     """
     exits = np.array(config.exits or range(1, n_layers + 1), dtype=np.int64)
@@ -225,4 +225,4 @@ def draw_exits(
 
 
 _EXITS = 2**32
-"""Stands where layer dropout has the layer, so that the two do not draw alike."""
+"""Hashed in place of layer dropout's layer index, so that the two draw independently."""

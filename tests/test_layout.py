@@ -16,16 +16,16 @@ ALLOWED = {
     "loss": set(),
     "data": set(),
 }
-# A model comes and goes with its tokenizer, so the command that converts both names both.
+# The command that converts a model converts its tokenizer with it.
 ALSO_ALLOWED = {
     "models/convert.py": {"data.command_line", "data.hugging_face", "data.tokenizer"},
-    "models/conversion/options.py": {"data.command_line"},
 }
 CHECKPOINT_FILES = {"models/checkpoint_format.py", "models/conversion/plain_checkpoint.py"}
 ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
     "inference": {
+        "text": {"strategies", "loading", "engine"},
         "cli": {"loading", "engine"},
         "fitting": {"strategies", "cli"},
         "evaluation": {"strategies", "loading", "engine", "cli"},

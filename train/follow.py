@@ -1,4 +1,4 @@
-"""What the host makes of the steps: the log, the run's history, and whether to go on."""
+"""Follow the steps of a run on the host: log them, detect anomalies, decide whether to go on."""
 
 import logging
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingMonitor:
-    """Follows the steps of steps; all ranks see the same ones and come to the same end."""
+    """Observes the metrics of each step, which are the same on all ranks, as are its decisions."""
 
     def __init__(self, job: Job, start: int, state: RunState, metrics: Metrics) -> None:
-        """Go on from `state`, which `start` steps led to."""
-        self.done, self.state = start, state
+        """Continue from the state after `start` steps."""
+        self.done_steps, self.state = start, state
         self.stop = False
-        """Whether a rank has been asked to stop."""
+        """Whether any rank was requested to stop."""
         self.anomaly: tuple[int, Anomaly] | None = None
-        """The first step of anomaly that asks for going back, and the anomaly."""
+        """The first anomaly to roll back from, after its first step."""
         self._job, self._metrics = job, metrics
-        job.sections.read()  # what was before these steps is not theirs
+        job.sections.read()  # leaves out the time before these steps
         config = job.config
         self._report = StepReport(
             config.model.n_layers,
@@ -49,12 +49,12 @@ class TrainingMonitor:
             done_steps=start,
         )
 
-    def follow(self, steps: Sequence[StepMetrics]) -> None:
-        """Take in steps that have become known; every rank calls this alike."""
+    def observe(self, steps: Sequence[StepMetrics]) -> None:
+        """Add steps to the report and to the run's state; every rank calls this alike."""
         config, monitored_layer = self._job.config.recovery, self._job.layerskip.monitored_layer
         for step in steps:
             self._report.add(step, self._job.layerskip.at(step.t))
-            self.done = step.t + 1
+            self.done_steps = step.t + 1
             self.stop = self.stop or step.stop
             if not step.finite:
                 self._record_skipped(step)
@@ -66,8 +66,8 @@ class TrainingMonitor:
                 if anomaly.rollback and self.anomaly is None:
                     self.anomaly = (step.t - anomaly.steps + 1, anomaly)
 
-    def watch(self, done: int) -> None:
-        """Look for what goes wrong in silence, where a look is due; every rank calls this.
+    def run_checks(self, done: int) -> None:
+        """Check replicas, stragglers and Adam's updates where that is due; every rank calls this.
 
         Raises:
             ReplicasDifferError: On every rank, if ranks hold different bits for one tensor.
@@ -93,11 +93,11 @@ class TrainingMonitor:
                 self._record("alarm", done - 1, line)
 
     def close(self) -> None:
-        """End what watches in the background."""
+        """End the threads in the background."""
         self._stragglers.close()
 
     def log(self, done: int) -> None:
-        """Log the steps since the last time; every rank calls this."""
+        """Log the steps since the last log line; every rank calls this."""
         job, config = self._job, self._job.config
         spent = job.sections.read()
         seconds = spent["data"] + spent["step"]
@@ -115,11 +115,11 @@ class TrainingMonitor:
         )
 
     def _record_skipped(self, step: StepMetrics) -> None:
-        """Name the ranks, exits and batch of a step that updated nothing."""
+        """Record a step that updated nothing: its batch, and the bad losses by rank and exit."""
         batch = batch_number(step.t, self.state.skipped_batches)
         found = [
             f"rank {rank}: {text}"
-            for rank, texts in enumerate(self._job.runtime.gather(step.bad_losses_here()))
+            for rank, texts in enumerate(self._job.runtime.gather(step.local_bad_losses()))
             for text in texts
         ] or ["every loss is finite, but the gradient is not"]
         self._job.events.append("update_skipped", step.t, batch=batch, found=found)

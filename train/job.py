@@ -1,4 +1,4 @@
-"""What a training run is made of: opened in order, closed in order, its end written down."""
+"""A training job: its parts, opened and closed in order, and the record of how it ended."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run, ready to take steps."""
+    """All parts of one run, ready to take steps."""
 
     config: TrainConfig
     runtime: Runtime
@@ -60,11 +60,11 @@ class Job:
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the run's checkpoints are."""
+        """The folder of the run's checkpoints."""
         return self.config.run_dir / "checkpoints"
 
     def initial_state(self) -> RunState:
-        """Return the state of the checkpoint, less the batches that going back has ruled out."""
+        """Return the state of the checkpoint, and the batches skipped by rollbacks since."""
         ranges = [
             (first, stop)
             for event in self.events.read()
@@ -85,21 +85,25 @@ class Job:
         )
 
     def local_stop_requested(self) -> bool:
-        """Whether this rank has been asked to stop, or has lost the run to another job."""
+        """Whether this rank was requested to stop, or has lost the run to another job."""
         return bool(self.interruption.reason or self.lock.lost)
 
     def any_rank_stop_requested(self) -> bool:
-        """Whether any rank wants to stop; all ranks call this at the same place."""
+        """Whether any rank was requested to stop; every rank calls this after the same step."""
         return any(self.runtime.gather(self.local_stop_requested()))
 
     def save(self, done: int, state: RunState, *, required: bool) -> None:
-        """Write a checkpoint, if the run folder is still this job's."""
+        """Write the checkpoint of `done` steps; see `CheckpointWriter.save`.
+
+        Raises:
+            ValueError: On rank 0, if another job has taken the run over.
+        """
         self.runtime.on_every_rank(self.lock.check)
         self.checkpoints.save(done, state.as_dict(), required=required)
         _write_status(self.config, self.runtime, "running", done)
 
     def lifetime(self, state: RunState) -> dict[str, float]:
-        """Return what became of the run's time so far, over all its starts; on rank 0."""
+        """Return restarts, rollbacks and goodput over all starts of the run; {} but on rank 0."""
         if not self.runtime.is_main:
             return {}
         events = self.events.read()
@@ -110,7 +114,7 @@ class Job:
         }
 
     def finish(self, done: int) -> None:
-        """Write down how the run ended: after its last step, or because a rank was asked to."""
+        """Record the end of the run: after its last step, or as a rank was requested to stop."""
         if done < self.config.steps:
             reason = next(filter(None, self.runtime.gather(self.interruption.reason)), "")
             self.events.append("preempted", done, reason=reason)
@@ -131,7 +135,7 @@ class Job:
 def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> Iterator[Job]:
     """Lock the run folder, build everything and load the newest checkpoint.
 
-    Where the `with` block fails, the run's status says so.
+    A failure of the `with` block is recorded in the run's events and status.
 
     Raises:
         ValueError: On rank 0, if the run cannot begin.
@@ -142,7 +146,7 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
     with ExitStack() as stack:
         lock = stack.enter_context(lock_run(run_dir, runtime))
         events = EventLog(run_dir / "events.jsonl", writes=runtime.is_main)
-        stack.enter_context(_failure_written_down(config, runtime, lock, events, sections))
+        stack.enter_context(_record_failure(config, runtime, lock, events, sections))
         stack.enter_context(
             Watchdog(
                 sections,
@@ -152,12 +156,12 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
                 world_size=runtime.world_size,
                 timeout_seconds=config.runtime.timeout_seconds,
                 setup_timeout_seconds=config.runtime.setup_timeout_seconds,
-                record=lambda verdict, t: _record_hang(config, verdict, t),
+                record=partial(_record_hang, run_dir / "events.jsonl"),
             )
         )
         job = _build(config, runtime, interruption, sections, lock, events, stack)
         if job.resumed.t < config.steps:
-            _announce(config, runtime, events, job.resumed.t)
+            _record_start(config, runtime, events, job.resumed.t)
         yield job
 
 
@@ -170,7 +174,7 @@ def _build(
     events: EventLog,
     stack: ExitStack,
 ) -> Job:
-    """Open the data, build the model, and go on from the newest checkpoint."""
+    """Open the data, build the model, and load the newest checkpoint."""
     corpus, loader, held_out = _open_data(config, runtime)
     model, optimizer = _build_model(config, runtime)
     identity = RunIdentity(
@@ -211,7 +215,7 @@ def _build(
 
 
 def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, OptimizersContainer]:
-    """Build the model and its optimizer, if there is room for their checkpoints."""
+    """Build the model and its optimizer, and check that a checkpoint of them fits on the disk."""
     model = build_model(
         config.model, config.parallel, runtime, config.seed, trains=config.optim.trains
     )
@@ -220,7 +224,7 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
 
 
 def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoader, HeldOut]:
-    """Open the datasets, preparing what is missing: rank 0 first."""
+    """Open the datasets; rank 0 first prepares what is missing."""
     data, seed = config.data, config.seed
     corpus = runtime.main_first(lambda: open_corpus(data, config.model.vocab_size))
     if data.verify_shards:
@@ -235,8 +239,8 @@ def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoad
     return corpus, loader, HeldOut(windows, data.seq_len, bos_id)
 
 
-def _announce(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:
-    """Write `config.json` into the run folder, and say what is about to run."""
+def _record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:
+    """Record the start of the run, write its `config.json` and log its size."""
     events.append("start", start, world_size=runtime.world_size)
     _write_status(config, runtime, "running", start)
     if not runtime.is_main:
@@ -254,10 +258,10 @@ def _announce(config: TrainConfig, runtime: Runtime, events: EventLog, start: in
 
 
 @contextmanager
-def _failure_written_down(
+def _record_failure(
     config: TrainConfig, runtime: Runtime, lock: RunLock, events: EventLog, sections: Sections
 ) -> Iterator[None]:
-    """Note in the run folder, if it is still ours, that the `with` block failed, and why."""
+    """Record in the run folder, if it is still ours, that the `with` block failed, and why."""
     try:
         yield
     except Exception as error:
@@ -269,16 +273,16 @@ def _failure_written_down(
         raise
 
 
-def _record_hang(config: TrainConfig, verdict: str, t: int) -> None:
-    """Note who hangs; called by one rank, and not by rank 0 if that is the one."""
-    append_event(config.run_dir / "events.jsonl", "hang", t, reason=verdict)
+def _record_hang(path: Path, reason: str, t: int) -> None:
+    """Append a hang to the events; not by EventLog, as the rank may be another than rank 0."""
+    append_event(path, "hang", t, reason=reason)
 
 
 def _write_status(
     config: TrainConfig, runtime: Runtime, state: State, step: int, reason: str = ""
 ) -> None:
-    """Write how the run stands: into its folder, and where a job script looks for it."""
+    """Write the status of the run to its folder and to runtime.status_file, if there is one."""
     if runtime.is_main:
-        elsewhere = config.runtime.status_file
-        paths = [config.run_dir / "status.json", *([Path(elsewhere)] if elsewhere else [])]
+        status_file = config.runtime.status_file
+        paths = [config.run_dir / "status.json", *([Path(status_file)] if status_file else [])]
         write_status(paths, state, step, reason)

@@ -45,14 +45,14 @@ def train(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> 
             monitor = run_steps(job, t, state, metrics)
             monitor.close()
             metrics.close()
-            t, state = monitor.done, monitor.state
+            t, state = monitor.done_steps, monitor.state
             if monitor.anomaly is not None:
                 t, state = roll_back(job, *monitor.anomaly, t, state)
         job.finish(t)
 
 
 def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> TrainingMonitor:
-    """Take steps from `start` on, to the last, or until one asks to stop or to go back."""
+    """Take steps from `start` on, to the last, a requested stop or an anomaly to roll back from."""
     config, runtime, sections = job.config, job.runtime, job.sections
     monitor = TrainingMonitor(job, start, state, metrics)
     reader = DeferredReader()
@@ -72,15 +72,15 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
             adam_monitor=job.adam_monitor,
             local_stop_requested=job.local_stop_requested(),
         )  # minimises J(X, Y, t)
-        monitor.follow(reader.push(t, result))
+        monitor.observe(reader.push(t, result))
         done = t + 1
         logs = due(config.metrics.interval_steps, done, config.steps)
         saves = due(config.checkpoint.interval_steps, done, config.steps)
         if logs or saves or monitor.stop:
-            monitor.follow(reader.drain())
+            monitor.observe(reader.drain())
         if monitor.anomaly is not None:
             break
-        monitor.watch(done)
+        monitor.run_checks(done)
         if logs:
             sections.enter("log", t)
             monitor.log(done)
@@ -98,7 +98,7 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
 
 
 def report_validation(job: Job, done_steps: int, metrics: Metrics) -> None:
-    """Measure the held-out loss of every exit and say it."""
+    """Measure and log the held-out loss of every exit."""
     config = job.config
     losses = validate(
         job.model,

@@ -1,4 +1,4 @@
-"""Going back: to a checkpoint from before the anomaly, and past the batches around it."""
+"""Roll back to a checkpoint from before an anomaly, and skip the batches around it."""
 
 import logging
 
@@ -19,20 +19,22 @@ logger = logging.getLogger(__name__)
 def roll_back(
     job: Job, anomaly_start: int, anomaly: Anomaly, t: int, state: RunState
 ) -> tuple[int, RunState]:
-    """Load an earlier checkpoint, and leave the batches since out for good.
+    """Load an earlier checkpoint; the batches since are never read again.
 
     Args:
         job: The run; its weights and moments are replaced.
         anomaly_start: First step of the anomaly.
-        anomaly: What it is.
+        anomaly: The anomaly.
         t: Steps done.
-        state: The state they led to.
+        state: The state after these.
 
     Returns:
-        Steps done at the checkpoint, and the state to go on from.
+        Steps done at the checkpoint, and the state to continue from.
 
     Raises:
-        ValueError: If there is nothing to go back to, or the run has gone back too often.
+        ValueError: On rank 0, if there is no earlier checkpoint, or recovery.max_rollbacks are
+            used up.
+        SystemExit: On the other ranks then.
     """
     config, runtime = job.config.recovery, job.runtime
     job.sections.enter("checkpoint", t)
@@ -51,11 +53,11 @@ def roll_back(
     skipped = skip_after_rollback(
         to=resumed.t, anomaly_t=t - 1, skipped=state.skipped_batches, config=config
     )
-    # Recorded only now: a job that dies before this meets the same anomaly and comes back here.
+    # Recorded only now: a job that dies before this meets the same anomaly and rolls back again.
     job.events.append_required("rollback", t, to=resumed.t, skipped=skipped, reason=anomaly.reason)
     if runtime.is_main:
         logger.warning(
-            "%s: back from step %d to %d, leaving out the batches %d to %d",
+            "%s: rolled back from step %d to %d, skipping the batches %d to %d",
             anomaly.reason,
             t,
             resumed.t,
@@ -67,7 +69,7 @@ def roll_back(
 
 
 def _choose_checkpoint(job: Job, anomaly_start: int, anomaly: Anomaly, t: int) -> int:
-    """Return the step of the checkpoint to go back to, as rank 0 chooses it."""
+    """Return the step of the checkpoint to roll back to, as rank 0 chooses it."""
     config, runtime = job.config.recovery, job.runtime
 
     def choose() -> int:
@@ -83,7 +85,7 @@ def _choose_checkpoint(job: Job, anomaly_start: int, anomaly: Anomaly, t: int) -
         if step is None:
             raise ValueError(
                 f"recovery: {anomaly.reason} at step {t}, and no checkpoint from before step "
-                f"{anomaly_start} to go back to, lower optim.lr or checkpoint.interval_steps"
+                f"{anomaly_start} to roll back to, lower optim.lr or checkpoint.interval_steps"
             )
         return step
 

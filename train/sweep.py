@@ -5,36 +5,73 @@ again. `--sbatch` has a cluster train all of them as one array job instead, each
 the options that `--print` prints; `--table` compares what is finished.
 """
 
-import argparse
 import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated
 
+import tyro
+
+from data.command_line import read_known_options
 from train.config.command_line import parse
 from train.config.config import TrainConfig
 
-_EXAMPLE = """\
-example:
+_DESCRIPTION = """\
+Train a preset with every combination of some fields' values and compare the held-out losses. What
+follows -- goes to every run; --sbatch passes all other options (--nodes=4) to sbatch.
+
   python -m train.sweep demo --grid optim.lr=2e-3,4e-3 --grid early_exit.e_scale=0.2,1.0 \\
       --nproc_per_node 2 -- --steps 200
   python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --sbatch --nodes=4
-  python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --table
-"""
+  python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --table"""
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that leaves the reporting of errors to `main`."""
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What comes before `--`."""
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}, see --help")
+    preset: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PRESET")]]
+    """As of train/main.py."""
+    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A field and its values, FIELD=V,V; once for each field. A value of several numbers joins them
+    by +: early_exit.exits=2+4,2."""
+    nproc_per_node: str = ""
+    """Processes of a run, as torchrun's; empty: 1."""
+    print: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the options of each run and train nothing."""
+    sbatch: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Submit an array job, a task for each run."""
+    table: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compare the runs that are finished and train nothing."""
+    json: Path | None = None
+    """Also write the losses here."""
+
+    def check(self, others: Sequence[str]) -> None:
+        """Raise a ValueError where options do not go together.
+
+        Args:
+            others: The words that are none of the sweep's.
+        """
+        instead = [name for name in ("print", "sbatch", "table") if getattr(self, name)]
+        if len(instead) > 1:
+            raise ValueError(f"{instead[1]}: does not go with --{instead[0]}, choose one")
+        if others and not self.sbatch:
+            raise ValueError(f"options: {' '.join(others)} are none of the sweep's, see --help")
+        if self.nproc_per_node and instead:
+            raise ValueError(
+                f"nproc_per_node: {self.nproc_per_node}, nothing is run here, leave it out"
+            )
+        if self.json and (self.print or self.sbatch):
+            raise ValueError(f"json: {self.json}, there are no losses yet, use it with --table")
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -135,84 +172,49 @@ def table(grid: dict[str, list[str]], runs: Sequence[dict[str, float] | None]) -
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of what comes before `--`."""
-    parser = _Parser(
-        prog="python -m train.sweep",
-        description="Train a preset with every combination of some fields' values and compare the"
-        " held-out losses. What follows -- goes to every run.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("preset", help="as of train/main.py")
-    parser.add_argument(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="FIELD=V,V",
-        help="a field and its values; give it again for another field. A value of several numbers"
-        " joins them by +: early_exit.exits=2+4,2",
-    )
-    parser.add_argument("--nproc_per_node", help="processes of a run, as torchrun's (default: 1)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--print", action="store_true", help="print the options of each run and train nothing"
-    )
-    instead.add_argument(
-        "--sbatch",
-        action="store_true",
-        help="submit an array job, a task for each run; other options (--nodes=4) are sbatch's",
-    )
-    instead.add_argument(
-        "--table", action="store_true", help="train nothing and compare the runs that are finished"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the losses here")
-    return parser
-
-
 def sweep(arguments: Sequence[str]) -> None:
-    """Run the command."""
     words = list(arguments)
     cut = words.index("--") if "--" in words else len(words)
-    parser = build_parser()
-    args, others = parser.parse_known_args(words[:cut])
-    if others and not args.sbatch:
-        raise ValueError(f"options: {' '.join(others)} are none of the sweep's, see --help")
-    if args.nproc_per_node and (args.print or args.sbatch or args.table):
-        raise ValueError(
-            f"nproc_per_node: {args.nproc_per_node}, nothing is run here, leave it out"
-        )
-    if args.json and (args.print or args.sbatch):
-        raise ValueError(f"json: {args.json}, there are no losses yet, ask with --table")
-    grid = read_grid(args.grid)
-    runs = expand(args.preset, grid, words[cut + 1 :])
-    configs = [parse([args.preset, *run], show=True).config for run in runs]
-    if not args.table:
-        unknown = args.print or args.sbatch
-        check(configs, None if unknown else args.nproc_per_node or "1")
-    if args.print:
+    options, others = read_known_options(
+        SweepOptions, words[:cut], prog="python -m train.sweep", description=_DESCRIPTION
+    )
+    options.check(others)
+    grid, preset = read_grid(options.grid), options.preset
+    runs = expand(preset, grid, words[cut + 1 :])
+    configs = [parse([preset, *run], show=True).config for run in runs]
+    ranks = options.nproc_per_node or "1"
+    if not options.table:
+        check(configs, None if options.print or options.sbatch else ranks)
+    if options.print:
         print(options_of_each(runs), end="")
-        return
-    if args.sbatch:
-        submit(args.preset, runs, others)
-        return
-    if not args.table:
+    elif options.sbatch:
+        submit(preset, runs, others)
+    else:
         for i, (config, run) in enumerate(zip(configs, runs, strict=True)):
-            print(f"run {i + 1} of {len(runs)}: {config.name}", file=sys.stderr, flush=True)
-            train(args.preset, run, config.name, args.nproc_per_node or "1")
-    report(grid, configs, args.json)
+            if not options.table:
+                print(f"run {i + 1} of {len(runs)}: {config.name}", file=sys.stderr, flush=True)
+                train(preset, run, config.name, ranks)
+        report(grid, configs, options.json)
 
 
 def train(preset: str, run: Sequence[str], name: str, ranks: str) -> None:
     """Train one run, or go on with it.
 
     Raises:
-        ValueError: it fails.
+        ValueError: It fails.
+        KeyboardInterrupt: Ctrl-C has stopped it.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={ranks}", "train/main.py", preset, *run]
-    if subprocess.run(command, check=False).returncode:
+    interrupts: list[int] = []  # a Ctrl-C reaches torchrun too, which ends once the run is saved
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        status = subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
+    if status:
         raise ValueError(f"run: {name} failed, see above; the sweep goes on from there")
 
 
@@ -278,18 +280,19 @@ def report(
 
 
 def state_of(run_dir: Path) -> str:
-    """Return what a run is doing or how it ended."""
     path = run_dir / "status.json"
     return str(json.loads(path.read_text())["state"]) if path.is_file() else "not begun"
 
 
 def main() -> None:
-    """Enter from the command line; a user's error becomes one line."""
+    """Sweep as the command line asks for; a user's error becomes one line and exit code 2."""
     try:
         sweep(sys.argv[1:])
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

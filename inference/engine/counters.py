@@ -7,7 +7,11 @@ from typing import Any
 
 @dataclass
 class Counters:
-    """Counts of one or more runs; rates are properties."""
+    """Counts of one run; rates are properties.
+
+    Layers and heads are counted as they are computed, padding and finished rows included; tokens
+    and drafts as rows receive them.
+    """
 
     tokens: int = 0
     """New tokens, stop tokens included."""
@@ -20,34 +24,40 @@ class Counters:
     rejections: int = 0
     """Rounds in which a drafted token was rejected."""
     depths: Counter[int] = field(default_factory=Counter)
-    """New tokens by the number of layers behind them, where a strategy says so."""
-    token_layers: float = 0
+    """New tokens by the number of layers behind them, where a strategy reports it."""
+    token_layers: float = 0.0
     """Tokens times layers run, after the prompt; a half for attention or feed-forward alone."""
-    head_evaluations: float = 0
-    """Tokens the LM head was applied to; a part of the head counts as that part."""
+    head_evaluations: float = 0.0
+    """Tokens the final norm and LM head were applied to; a part of the head counts as that part."""
     projected: int = 0
     """Tokens times layers of which keys and values alone were computed."""
-    draft_token_layers: float = 0
-    """Tokens times layers run by another model that drafts; in no other count."""
-    draft_head_evaluations: float = 0
+    draft_token_layers: float = 0.0
+    """Tokens times layers run by a separate draft model; in no other count."""
+    draft_head_evaluations: float = 0.0
     """Tokens that model's LM head was applied to; in no other count."""
     syncs: int = 0
-    """Times the host waited inside a round for an answer of the device."""
-    prompt_token_layers: float = 0
+    """Times the host waited for the device inside a round."""
+    passes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    """Times layers start, ..., stop - 1 were run on n tokens of each row, by (start, stop, n); also
+    where parts of them were skipped."""
+    head_passes: Counter[int] = field(default_factory=Counter)
+    """Times the head, or a part of it, was applied to n tokens of each row, by n."""
+    prompt_token_layers: float = 0.0
     """Tokens times layers run on the prompts."""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     """Everything after the prompt."""
 
-    def __add__(self, other: "Counters") -> "Counters":
-        """Return the counts of both runs together."""
-        names = [field.name for field in fields(self)]
-        return Counters(**{name: getattr(self, name) + getattr(other, name) for name in names})
+    def __iadd__(self, other: "Counters") -> "Counters":
+        for name in (each.name for each in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
 
     def content(self) -> dict[str, Any]:
-        """Return the counts by name, as JSON can hold them."""
+        """Return the counts by name, as JSON can hold them; passes by shape are left out."""
         # Not by asdict: Python 3.11 rebuilds a Counter out of its pairs.
-        counts = {field.name: getattr(self, field.name) for field in fields(self)}
+        counts = {each.name: getattr(self, each.name) for each in fields(self)}
+        del counts["passes"], counts["head_passes"]
         return counts | {"depths": dict(sorted(self.depths.items()))}
 
     @property

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from inference.engine.batch import Round
 from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
-from inference.engine.host_copy import HostCopy
+from inference.engine.decoder import advancing
 from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
-from inference.engine.state import Round, Work, advancing
 from inference.engine.strategy import Strategy
 from models.config import LlamaConfig
+from models.host_copy import HostCopy
 from models.llama import Llama
 
 
@@ -82,7 +83,6 @@ class Generation:
         self.prompts = [list(prompt) for prompt in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
         """New tokens of each prompt so far."""
-        self.counters = Counters()
         self._prefill_layers = strategy.prefill_layers(config.n_layers)
         self._stop_tokens = frozenset(stop_tokens)
         self._ends = [min(len(p) + max_new_tokens, config.max_seq_len) for p in self.prompts]
@@ -98,10 +98,11 @@ class Generation:
         self._batch: GraphedBatch | None = None
         if graphs is None:
             self._state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed)
-            self._run_round = advancing(self._state, strategy.start(self._state))
+            self._run_round = advancing(self._state.batch, strategy.start(self._state))
         else:
             self._batch = graphs.take(model, rows, slots=slots, sampling=sampling, seed=seed)
             self._state, self._run_round = self._batch.state, self._batch.start(strategy)
+        self.counters = self._state.counters
 
     def __iter__(self) -> Iterator[list[Emission]]:
         """Return itself: a loop that was left goes on where it was."""
@@ -122,20 +123,9 @@ class Generation:
         if self._reads_late and self._max_tokens() > 0:
             self._launch()
         emissions = self._read()
-        work, counters = self.work, self.counters
-        counters.token_layers = work.token_layers
-        counters.head_evaluations = work.head_evaluations
-        counters.projected, counters.syncs = work.projected, work.syncs
-        counters.draft_token_layers = work.draft_token_layers
-        counters.draft_head_evaluations = work.draft_head_evaluations
-        admitting = counters.prefill_seconds - prefill_seconds
-        counters.decode_seconds += time.perf_counter() - start - admitting
+        admitting = self.counters.prefill_seconds - prefill_seconds
+        self.counters.decode_seconds += time.perf_counter() - start - admitting
         return emissions
-
-    @property
-    def work(self) -> Work:
-        """What the rounds so far computed, prompts left out."""
-        return self._state.work
 
     def finish(self) -> "Generation":
         """Run to the end and return itself."""
@@ -158,7 +148,7 @@ class Generation:
         """Return the most tokens a round may give: 0 if every prompt may be done."""
         sure = len(self._in_flight)  # each in_flight round gave every row a token at least
         left = max(self._left(p) for p in self._rows if p is not None) - sure
-        return max(0, min(left, self._state.cache.slots - self._state.max_position))
+        return max(0, min(left, self._state.cache.slots - self._state.batch.max_position))
 
     def _read(self) -> list[Emission]:
         """Take in the oldest in_flight round; rows whose prompts are done get the next ones."""
@@ -206,24 +196,24 @@ class Generation:
                     prefill_row(state, row, self.prompts[self._next_prompt], self._prefill_layers)
                 self._next_prompt += 1
             else:
-                state.finished[row] = True
-                state.positions[row] = 0
+                state.batch.finished[row] = True
+                state.batch.positions[row] = 0
         in_flight = sum(round.n for round in self._in_flight)
         places = [
             len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1
             for prompt in self._rows
             if prompt is not None
         ]
-        state.max_position = max(places, default=0) + in_flight
+        state.batch.max_position = max(places, default=0) + in_flight
 
     @contextmanager
     def _timing_prefill(self) -> Iterator[None]:
         state, start = self._state, time.perf_counter()
-        rounds, state.work = state.work, Work()
+        state.counters = Counters()
         yield
-        wait_for(state.pending.device)
-        self.counters.prompt_token_layers += state.work.token_layers
-        state.work = rounds
+        wait_for(state.batch.pending.device)
+        self.counters.prompt_token_layers += state.counters.token_layers
+        state.counters = self.counters
         self.counters.prefill_seconds += time.perf_counter() - start
 
 

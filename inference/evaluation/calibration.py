@@ -1,13 +1,34 @@
-"""How far an exit is to be trusted: its confidence beside its accuracy, a text beside the model."""
-
-from collections.abc import Sequence
+"""How far a score in [0, 1] is a probability: cases in bins, and the expected calibration error."""
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from inference.evaluation.rule_quality import bin_scores
-from models.llama import Llama
+BINS = 15
+
+
+def bin_scores(scores: Tensor, labels: Tensor) -> Tensor:
+    """Sort cases by their score, in [0, 1], into bins of equal width.
+
+    Args:
+        scores: Any shape.
+        labels: Same shape, bool.
+
+    Returns:
+        (BINS, 3) fp64: of the cases in (b / BINS, (b + 1) / BINS] their number, the sum of their
+        scores, and how many are true.
+    """
+    scores, true = scores.flatten(), labels.flatten()
+    index = (scores * BINS).ceil().long().clamp(1, BINS) - 1
+    values = torch.stack((torch.ones_like(scores), scores, true.to(scores.dtype)), dim=1).double()
+    return values.new_zeros(BINS, 3).index_add_(0, index, values)
+
+
+def calibration_error(bins: Tensor) -> float:
+    """Return the expected calibration error (Guo et al., arXiv 1706.04599, eq. 3).
+
+    ECE = sum_b (n_b / n) |share of true cases_b - mean score_b|, of what `bin_scores` counted.
+    """
+    return float((bins[:, 2] - bins[:, 1]).abs().sum() / bins[:, 0].sum())
 
 
 def bin_confidence(logits: Tensor, labels: Tensor) -> Tensor:
@@ -24,26 +45,3 @@ def bin_confidence(logits: Tensor, labels: Tensor) -> Tensor:
 def mean_confidence(bins: Tensor) -> float:
     """Return the mean largest probability."""
     return float(bins[:, 1].sum() / bins[:, 0].sum())
-
-
-@torch.inference_mode()
-def read_continuation(
-    model: Llama, prompt: Sequence[int], tokens: Sequence[int]
-) -> tuple[float, int]:
-    """Let the full model read a continuation, each token after those before it.
-
-    Args:
-        model: In eval mode.
-        prompt: Token ids, at least one.
-        tokens: The continuation, whichever way it came about.
-
-    Returns:
-        Its log likelihood in nats, and how many of its tokens the model finds most probable.
-    """
-    device = model.norm.weight.device
-    row = torch.tensor([[*prompt, *tokens]], device=device)
-    h, _ = model.run_layers(model.embed(row[:, :-1]), 0, model.config.n_layers)
-    logits = model.exit_logits(h[0, len(prompt) - 1 :]).float()
-    labels = row[0, len(prompt) :]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return -float(loss), int((logits.argmax(-1) == labels).sum())

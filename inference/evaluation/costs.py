@@ -1,7 +1,5 @@
-"""What passes cost on this machine, and the speedups that follow for every E and d."""
+"""Costs of passes and rounds on this machine, and the speedups that follow for every E and d."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,22 +7,19 @@ import torch
 from torch import Tensor
 
 from inference.engine.cuda_graphs import RoundGraphs
-from inference.engine.generation import wait_for
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.engine.state import DecodeState
-from inference.strategies.autoregressive import EarlyExit
+from inference.evaluation.timing import TIMINGS, median_seconds
 from inference.strategies.drafting import NgramDrafts
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.self_speculative import SelfSpeculative, accept_round, verify
 from models.llama import NOTHING, Llama
-
-_TIMINGS = 12
-_PASSES_PER_TIMING = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What passes cost, in full steps of one token."""
+    """Costs of passes and rounds, in full steps of one token."""
 
     full_step_seconds: float
     draft: list[float]
@@ -34,21 +29,21 @@ class Costs:
     head: list[float]
     """For n = 1, 2, ... tokens, the final norm, head and choice."""
     many_heads: float
-    """The same for what all exits but the last give for the most of these tokens."""
+    """The same for the states that all exits but the last have of the most of these tokens."""
     rounds: list[tuple[float, float]]
-    """For E = 1, 2, ..., L - 1, what a round costs: for each drafted token, and beside them."""
-    guesses: float
-    """A round of guesses: as many tokens as are drafted at most, verified by all layers."""
+    """For E = 1, 2, ..., L - 1, a round: for each drafted token, and beside them."""
+    lookup: float
+    """A round of n-gram drafts, as many tokens as are drafted at most, verified by all layers."""
 
     def of_layers(self, start: int, stop: int, n: int) -> float:
-        """Return what layers start, ..., stop - 1 cost for n tokens of each row."""
+        """Return the cost of layers start, ..., stop - 1 for n tokens of each row."""
         L = len(self.draft) + 1
         if start == 0 and stop < L and n == 1:
             return max(0.0, self.draft[stop - 1] - self.head[0])
         return (stop - start) / L * self.layers[n - 1]
 
     def of_head(self, n: int) -> float:
-        """Return what the head costs for n tokens of each row; between what was timed, linear."""
+        """Return the cost of the head for n tokens of each row, linear between timed numbers."""
         most = len(self.head)
         if n <= most:
             return self.head[n - 1]
@@ -56,10 +51,10 @@ class Costs:
         return self.head[-1] + beyond * (self.many_heads - self.head[-1])
 
     def of_round(self, E: int, d: int) -> tuple[float, float, float, float]:
-        """Return what a round costs: the layers that draft and verify, the head, and the rest.
+        """Return the cost of a round: of the layers that draft and verify, the head, and the rest.
 
         The pending token and the d drafted ones go through E layers one by one, then through the
-        others and the head together. The rest is what whole rounds take beyond these passes.
+        others and the head together. The rest is the time of whole rounds beyond these passes.
         """
         draft = (d + 1) * self.of_layers(0, E, 1)
         verify = self.of_layers(E, len(self.draft) + 1, d + 1)
@@ -70,12 +65,12 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What E and d promise; costs of a round are in full steps."""
+    """The speedup predicted for E and d; costs of a round are in full steps."""
 
     E: int
     d: int
     agreement: float
-    """a_E: how often the exit says what the last layer says."""
+    """a_E: share of tokens where the exit predicts the last layer's token."""
     tokens_per_round: float
     draft: float
     """Spent on single tokens in the layers that draft, the pending and all drafted ones."""
@@ -84,8 +79,8 @@ class Prediction:
     head: float
     """Spent on the head, for drafts and verification."""
     overhead: float
-    """Spent on the rest: to accept drafts, and to put tensors together; less what passes gain in a
-    round on what they take alone."""
+    """Spent on the rest: accepting drafts and putting tensors together, less the time that passes
+    save in a round over passes alone."""
 
     @property
     def round(self) -> float:
@@ -100,12 +95,13 @@ class Prediction:
 
 @torch.inference_mode()
 def measure_costs(
-    model: Llama, rows: Sequence[Sequence[int]], max_d: int, graphs: RoundGraphs | None = None
+    model: Llama,
+    rows: Sequence[Sequence[int]],
+    max_d: int,
+    graphs: RoundGraphs | None = None,
+    timings: int = TIMINGS,
 ) -> Costs:
-    """Time steps, passes and rounds after `rows`; medians. With `graphs`, each is one.
-
-    They take turns, a few of a kind together: in decoding, too, like follows like.
-    """
+    """Time steps, passes and rounds after `rows`; with `graphs`, each as a graph."""
     L = model.config.n_layers
     slots = max(map(len, rows)) + max_d + 1
     state = allocate(model, len(rows), slots=slots, sampling=Sampling(), seed=0)
@@ -119,23 +115,16 @@ def measure_costs(
     for E in range(1, L):
         passes["round of one", E] = _round(state, E, 1)
         passes["round", E] = _round(state, E, max_d)
-    passes["guesses", max_d] = _guesses(state, max_d)
+    passes["lookup", max_d] = _lookup(state, max_d)
     passes["head", (L - 1) * (max_d + 1)] = _head(state, (L - 1) * (max_d + 1))
     if graphs is not None:
         recorder = graphs.new_recorder()
         for run in passes.values():
             run()
         passes = {key: recorder.record(run, state) for key, run in passes.items()}
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in passes}
-    for _ in range(_TIMINGS):
-        for key, run in passes.items():
-            start = time.perf_counter()
-            for _ in range(_PASSES_PER_TIMING):
-                run()
-            wait_for(state.pending.device)
-            seconds[key].append((time.perf_counter() - start) / _PASSES_PER_TIMING)
-    full = statistics.median(seconds["step", L])
-    steps = {key: statistics.median(times) / full for key, times in seconds.items()}
+    seconds = median_seconds(passes, state.batch.device, timings)
+    full = seconds["step", L]
+    steps = {key: time / full for key, time in seconds.items()}
     return Costs(
         full_step_seconds=full,
         draft=[steps["step", E] for E in range(1, L)],
@@ -146,12 +135,12 @@ def measure_costs(
             _line(steps["round of one", E], steps["round", E], max_d, steps["step", E])
             for E in range(1, L)
         ],
-        guesses=steps["guesses", max_d],
+        lookup=steps["lookup", max_d],
     )
 
 
 def _line(one: float, most: float, max_d: int, step: float) -> tuple[float, float]:
-    """Return what a round costs for each drafted token, and beside them.
+    """Return the cost of a round for each drafted token, and beside them.
 
     Args:
         one: A round of one drafted token.
@@ -173,50 +162,50 @@ def _round(state: DecodeState, E: int, d: int) -> Callable[[], object]:
     return lambda: decoder(d + 1)
 
 
-def _guesses(state: DecodeState, d: int) -> Callable[[], object]:
-    tokens = state.pending[:, None].expand(-1, d).contiguous()
-    drafted = NgramDrafts(tokens, ~state.finished, state.model.config.vocab_size).alone()
+def _lookup(state: DecodeState, d: int) -> Callable[[], object]:
+    tokens = state.batch.pending[:, None].expand(-1, d).contiguous()
+    drafted = NgramDrafts(tokens, ~state.batch.finished, state.model.config.vocab_size).alone()
     return lambda: accept_round(state, drafted, verify(state, 0, drafted))
 
 
 def _layers(state: DecodeState, n: int) -> Callable[[], object]:
-    tokens, L = state.pending[:, None].expand(-1, n), state.model.config.n_layers
+    tokens, L = state.batch.pending[:, None].expand(-1, n), state.model.config.n_layers
     return lambda: state.run(state.model.embed(tokens), 0, L)
 
 
 def _head(state: DecodeState, n: int) -> Callable[[], object]:
-    h = state.model.embed(state.pending[:, None].expand(-1, n))
+    h = state.model.embed(state.batch.pending[:, None].expand(-1, n))
     return lambda: state.distribution(h).argmax(-1)
 
 
 def tokens_per_round(traces: Sequence[Tensor], E: int, d: int) -> float:
-    """Return how many tokens a round of E and d gives along recorded greedy continuations.
+    """Return the tokens per round of E and d along recorded greedy continuations.
 
     Exact, as greedy drafts that are accepted are the continuation itself; the n of n + 1 tokens
     accepted by chance a each, 1 + a + ... + a^d in all (Leviathan et al., arXiv 2211.17192, eq. 1),
     is so only where agreement does not come in streaks.
 
     Args:
-        traces: What every exit says, each (L, tokens) int64, row l the exit after E = l + 1 layers.
+        traces: The tokens every exit predicts, each (L, tokens) int64, row E - 1 the exit after E.
         E: Layers that draft.
         d: Tokens drafted.
     """
     rounds = 0
     for trace in traces:
-        right, place = (trace[E - 1] == trace[-1]).tolist(), 0
-        while place < len(right):
-            drafted = right[place : place + min(d, len(right) - place - 1)]
-            place += 1 + (drafted.index(False) if False in drafted else len(drafted))
+        right, position = (trace[E - 1] == trace[-1]).tolist(), 0
+        while position < len(right):
+            drafted = right[position : position + min(d, len(right) - position - 1)]
+            position += 1 + (drafted.index(False) if False in drafted else len(drafted))
             rounds += 1
     return sum(trace.shape[1] for trace in traces) / rounds
 
 
 def predict(traces: Sequence[Tensor], costs: Costs, max_d: int) -> list[Prediction]:
-    """Return what every E and d up to `max_d` promise, the best first.
+    """Return the prediction for every E and every d up to `max_d`, the best first.
 
     speedup = tokens_per_round / (d c_E + v_E), by the costs of whole rounds.
     """
-    said, L = torch.cat(list(traces), dim=1), len(costs.draft) + 1
+    choices, L = torch.cat(list(traces), dim=1), len(costs.draft) + 1
     found = []
     for E in range(1, L):
         for d in range(1, max_d + 1):
@@ -225,7 +214,7 @@ def predict(traces: Sequence[Tensor], costs: Costs, max_d: int) -> list[Predicti
                 Prediction(
                     E=E,
                     d=d,
-                    agreement=float((said[E - 1] == said[-1]).float().mean()),
+                    agreement=float((choices[E - 1] == choices[-1]).float().mean()),
                     tokens_per_round=tokens_per_round(traces, E, d),
                     draft=draft,
                     verify=verify,

@@ -12,9 +12,14 @@ from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
 from data.windows import Windows, spread
 from inference.cli.terminal import with_progress
-from inference.evaluation.calibration import bin_confidence, mean_confidence
-from inference.evaluation.rule_quality import BINS, calibration_error
+from inference.evaluation.calibration import (
+    BINS,
+    bin_confidence,
+    calibration_error,
+    mean_confidence,
+)
 from models.document_mask import document_mask
+from models.layer_masks import LayerMasks
 from models.llama import Llama
 
 _BATCH = 8
@@ -25,10 +30,8 @@ _LOGITS_ROWS = 1024
 class ExitQuality:
     """How well one exit predicts."""
 
-    l: int
-    """Layer index; the exit reads x_{l+1}."""
     E: int
-    """Layers run, l + 1."""
+    """Layers run before the exit."""
     loss: float
     """Nats per token."""
     perplexity: float
@@ -66,7 +69,7 @@ def evaluate_exits(
         bos_id: Keep attention within the documents that begin with this token; None does not.
 
     Returns:
-        The exits, in ascending l, and the number of tokens predicted.
+        The exits, in ascending E, and the number of tokens predicted.
 
     Raises:
         ValueError: max_tokens is below 1.
@@ -87,14 +90,14 @@ def evaluate_exits(
         bins += more_bins.cpu()
     means = (sums / predicted).tolist()
     exits = [
-        _quality(l, loss, accuracy, agreement, bins[l], bytes_per_token=bytes_per_token)
-        for l, (loss, accuracy, agreement) in enumerate(means)
+        _quality(E, loss, accuracy, agreement, bins[E - 1], bytes_per_token=bytes_per_token)
+        for E, (loss, accuracy, agreement) in enumerate(means, start=1)
     ]
     return exits, predicted
 
 
 def _quality(
-    l: int,
+    E: int,
     loss: float,
     accuracy: float,
     agreement: float,
@@ -103,8 +106,7 @@ def _quality(
     bytes_per_token: float,
 ) -> ExitQuality:
     return ExitQuality(
-        l=l,
-        E=l + 1,
+        E=E,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp(710) is beyond a float
         bits_per_byte=loss / bytes_per_token / math.log(2),
@@ -127,9 +129,8 @@ def _sums(model: Llama, batch: Microbatch) -> tuple[Tensor, Tensor]:
     """
     n_layers, device = model.config.n_layers, batch.labels.device
     documents = None if batch.documents is None else document_mask(batch.documents)
-    _, exits = model.run_layers(
-        model.embed(batch.tokens), 0, n_layers, documents=documents, exit_layers=range(n_layers)
-    )
+    masks, h = LayerMasks(documents=documents), model.embed(batch.tokens)
+    _, exits = model.run_layers(h, 0, n_layers, masks=masks, exit_layers=range(n_layers))
     sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=device)
     bins = torch.zeros(n_layers, BINS, 3, dtype=torch.float64, device=device)
     learnt = batch.labels != NO_LOSS

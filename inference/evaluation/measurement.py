@@ -4,25 +4,24 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from inference.engine.counters import Counters, speedup_bound
 from inference.engine.cuda_graphs import RoundGraphs, graphed
-from inference.engine.generation import Generation, wait_for
+from inference.engine.generation import Generation
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.engine.state import Work
 from inference.engine.strategy import Strategy
-from inference.evaluation.calibration import read_continuation
+from inference.evaluation.likelihood import read_continuation
 from inference.evaluation.peak_memory import peak_since, reset_peak_memory
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.evaluation.timing import TIMINGS, median_seconds
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import describe
 from inference.strategies.self_speculative import SelfSpeculative
 from models.llama import NOTHING, Llama
-
-_TIMINGS = 12
-_ROUNDS_PER_TIMING = 4
 
 AUTOREGRESSIVE: Strategy = Autoregressive()
 
@@ -32,7 +31,7 @@ Score = Callable[[list[list[int]]], Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every arm decodes."""
+    """The prompts that every arm decodes, and how."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -82,7 +81,7 @@ class ArmResult:
     share_of_bound: float | None
     """speedup / bound."""
     same_tokens: float | None
-    """Share of tokens equal to autoregressive's, place by place; None when sampling."""
+    """Share of tokens equal to autoregressive's at the same position; None when sampling."""
     full_choice: float
     """Share of tokens that the full model finds most probable after those before them."""
     log_likelihood: float
@@ -90,19 +89,18 @@ class ArmResult:
     scores: dict[str, float]
     """Of a task; empty for plain prompts."""
     passes: list[tuple[int, int, int, int]]
-    """Of layers, in all rounds: start, stop, tokens of each row, and times; see `Work.passes`."""
+    """Of layers, in all rounds: start, stop, tokens of each row, and times, see `Counters`."""
     head_passes: list[tuple[int, int]]
     """Of the head, in all rounds: tokens of each row, and times."""
     peak_bytes: int | None
     """CUDA: most memory allocated while decoding, weights included. CPU: growth of the process's
-    peak resident set, what earlier arms left to it not counted; None where Linux does not tell.
+    peak resident set, without the memory of earlier arms; None where the kernel keeps no count.
     Graphs share their memory: it counts for every arm what the arm that needs most needs."""
 
 
 @dataclass(frozen=True)
 class _Repeat:
     counters: Counters
-    work: Work
     tokens: list[list[int]]
     peak_bytes: int | None
 
@@ -117,6 +115,7 @@ def measure(
     with_static: bool = False,
     score: Score | None = None,
     graphs: RoundGraphs | None = None,
+    timings: int = TIMINGS,
 ) -> list[ArmResult]:
     """Decode the workload with every arm, `repeats` times, the arms taking turns.
 
@@ -129,8 +128,9 @@ def measure(
         repeats: Number of times, at least 1.
         report: Called with a line of progress after every repeat.
         with_static: Measure early exit at the mean depth of every arm as well.
-        score: Rates what an arm wrote.
+        score: Rates the continuations of an arm.
         graphs: Where rounds are kept as graphs, if they are to be any.
+        timings: Times each kind of round is timed, for its costs.
     """
     arms, start = list(arms), time.perf_counter()
     # Warm-up: the first call of a shape is slow.
@@ -150,7 +150,7 @@ def measure(
         for prompt, tokens in zip(workload.prompts, reference[0].tokens, strict=True)
     ]
     rows = middle[: workload.batch_size]
-    seconds = _round_seconds(model, arms, rows, workload.sampling, graphs)
+    seconds = _round_seconds(model, arms, rows, workload.sampling, graphs, timings)
     return [
         _summarise(arm, results[arm], reference, seconds, workload, model=model, score=score)
         for arm in arms
@@ -160,7 +160,7 @@ def measure(
 def _static_arms(decoded: Mapping[Strategy, "_Repeat"], n_layers: int) -> list[Strategy]:
     """Return early exit at the mean depth of every arm that saves layers, rounded.
 
-    Where a strategy does not tell depths, and drafts nothing, they are the layers per token.
+    Where a strategy counts no depths, and drafts nothing, they are the layers per token.
     """
     found: list[Strategy] = []
     for repeat in decoded.values():
@@ -191,7 +191,7 @@ def _decode(
     peak = peak_since(before, device)
     if peak is not None and graphs is not None:
         peak += graphs.idle_bytes()
-    return _Repeat(generation.counters, generation.work, generation.tokens, peak)
+    return _Repeat(generation.counters, generation.tokens, peak)
 
 
 @torch.inference_mode()
@@ -201,11 +201,11 @@ def _round_seconds(
     rows: list[list[int]],
     sampling: Sampling,
     graphs: RoundGraphs | None,
+    timings: int,
 ) -> dict[Strategy, float]:
     """Time rounds of the arms that always draft d tokens with E layers, and what bounds them.
 
-    That is full steps, and early exit at E, all on the same rows. A few rounds of an arm are timed
-    together: a draft step that follows another finds its weights in the processor's cache.
+    That is full steps, and early exit at E, all on the same rows.
     """
     speculative = [arm for arm in arms if isinstance(arm, SelfSpeculative) and arm.always_drafts]
     steps = [EarlyExit(E=arm.E) for arm in speculative]
@@ -219,15 +219,8 @@ def _round_seconds(
     if graphs is not None:
         recorder = graphs.new_recorder()
         decoders = {config: graphed(state, d, recorder) for config, d in decoders.items()}
-    samples: dict[Strategy, list[float]] = {config: [] for config in configs}
-    for _ in range(_TIMINGS):
-        for config, decoder in decoders.items():
-            start = time.perf_counter()
-            for _ in range(_ROUNDS_PER_TIMING):
-                decoder(deepest + 1)
-            wait_for(state.pending.device)
-            samples[config].append((time.perf_counter() - start) / _ROUNDS_PER_TIMING)
-    return {config: statistics.median(times) for config, times in samples.items()}
+    rounds = {config: partial(decoder, deepest + 1) for config, decoder in decoders.items()}
+    return median_seconds(rounds, state.batch.device, timings)
 
 
 def _summarise(
@@ -243,7 +236,7 @@ def _summarise(
     speeds = [repeat.counters.tokens_per_second for repeat in repeats]
     baseline = [repeat.counters.tokens_per_second for repeat in reference]
     speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
-    counters, work, tokens = repeats[0].counters, repeats[0].work, repeats[0].tokens
+    counters, tokens = repeats[0].counters, repeats[0].tokens
     peaks = [repeat.peak_bytes for repeat in repeats if repeat.peak_bytes is not None]
     read = [read_continuation(model, *pair) for pair in zip(workload.prompts, tokens, strict=True)]
     greedy = workload.sampling.temperature == 0.0
@@ -272,8 +265,8 @@ def _summarise(
         full_choice=sum(chosen for _, chosen in read) / counters.tokens,
         log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
         scores=dict(score(tokens)) if score is not None else {},
-        passes=[(*key, times) for key, times in sorted(work.passes.items())],
-        head_passes=sorted(work.head_passes.items()),
+        passes=[(*key, times) for key, times in sorted(counters.passes.items())],
+        head_passes=sorted(counters.head_passes.items()),
         peak_bytes=max(peaks, default=None),
     )
 

@@ -1,6 +1,5 @@
-"""Where the prompts of a measurement come from: the run's held-out text, or a file."""
+"""The prompts of a measurement: from the run's held-out text, or from a file."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,50 +8,31 @@ from pathlib import Path
 
 from data.dataset import VALIDATION
 from data.shards import TokenStream
-from inference.cli.arguments import Parser
-from inference.evaluation.tasks import TASKS, Example, Task, read_examples
+from inference.cli.arguments import Count, Folder
+from inference.evaluation.tasks import TASKS, Example, Task, TaskName, read_examples
 from inference.loading.run import Run
 
 
-def add_prompt_arguments(parser: Parser) -> None:
-    """Add what says which prompts to decode, and how far."""
-    parser.add_argument(
-        "--prompts",
-        type=int,
-        default=8,
-        help="number of prompts, held out or of a task; a --prompt_file gives all its lines",
-    )
-    parser.add_argument(
-        "--prompt_tokens",
-        type=int,
-        default=64,
-        help="tokens of each held-out prompt; those of a file or a task are as long as they are",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="dataset to cut held-out prompts from; the run's if not given",
-    )
-    parser.add_argument(
-        "--prompt_file", type=Path, metavar="PATH", help="take prompts from here, one on each line"
-    )
-    parser.add_argument(
-        "--task", choices=[*TASKS], help="take prompts from --task_file, of this layout"
-    )
-    parser.add_argument(
-        "--task_file",
-        type=Path,
-        metavar="PATH",
-        help="local file of the task: .jsonl, .jsonl.gz, .tsv or .parquet",
-    )
-    parser.add_argument(
-        "--shots",
-        type=int,
-        help="answered examples before each question, the first of the file;"
-        " 1, for humaneval 0, if not given",
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add to each")
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Which prompts to decode, and how far."""
+
+    prompts: Count = 8
+    """Number of prompts, held out or of a task; a --prompt_file gives all its lines."""
+    prompt_tokens: Count = 64
+    """Tokens of each held-out prompt; those of a file or a task are as long as they are."""
+    data: Folder | None = None
+    """Dataset to cut held-out prompts from; the run's if not given."""
+    prompt_file: Path | None = None
+    """Take prompts from here, one on each line."""
+    task: TaskName | None = None
+    """Take prompts from --task_file, of this layout."""
+    task_file: Path | None = None
+    """Local file of the task: .jsonl, .jsonl.gz, .tsv or .parquet."""
+    shots: int | None = None
+    """Answered examples before each question, the first of the file; the task's own if None."""
+    max_new_tokens: Count = 128
+    """Tokens to add to each."""
 
 
 @dataclass(frozen=True)
@@ -94,31 +74,32 @@ def held_out_prompts(stream: TokenStream, count: int, tokens: int) -> list[list[
     return [stream.read(i * (len(stream) // count), tokens).tolist() for i in range(count)]
 
 
-def prompts_from(run: Run, args: argparse.Namespace) -> list[list[int]]:
+def prompts_from(run: Run, options: PromptOptions) -> list[list[int]]:
     """Return the prompts of `prompt_set_from` alone."""
-    return prompt_set_from(run, args).prompts
+    return prompt_set_from(run, options).prompts
 
 
-def prompt_set_from(run: Run, args: argparse.Namespace) -> PromptSet:
-    """Return what the arguments of `add_prompt_arguments` say.
+def prompt_set_from(run: Run, options: PromptOptions) -> PromptSet:
+    """Return the prompts that the options name.
 
     Raises:
-        ValueError: there are not enough prompts, or the file is not what it should be.
+        ValueError: There are not enough prompts, or the file is not what it should be.
     """
-    if (args.task is None) != (args.task_file is None):
+    data, file, task, task_file = options.data, options.prompt_file, options.task, options.task_file
+    if (task is None) != (task_file is None):
         raise ValueError("task, task_file: one is not given, give both or neither")
-    if args.task is None and args.shots is not None:
-        raise ValueError(f"shots: {args.shots}, only a task has them, give --task")
-    if args.data is not None and (args.task is not None or args.prompt_file is not None):
-        raise ValueError(f"data: {args.data}, the prompts are a file's, leave --data out")
-    if args.task is not None:
-        if args.prompt_file is not None:
-            raise ValueError("prompt_file: there is a task_file too, give one of them")
-        return _task_prompts(run, args)
-    if args.prompt_file is None:
-        stream = run.open_data(args.data).stream(VALIDATION)
-        return PromptSet(held_out_prompts(stream, args.prompts, args.prompt_tokens))
-    return PromptSet([_encode(run, line) for line in _read_lines(args.prompt_file)])
+    if task is None and options.shots is not None:
+        raise ValueError(f"shots: {options.shots}, only a task has them, give --task")
+    if data is not None and (task is not None or file is not None):
+        raise ValueError(f"data: {data}, the prompts are a file's, leave --data out")
+    if task is not None and file is not None:
+        raise ValueError("prompt_file: there is a task_file too, give one of them")
+    if task is not None and task_file is not None:
+        return _task_prompts(run, task, task_file, options)
+    if file is not None:
+        return PromptSet([_encode(run, line) for line in _read_lines(file)])
+    stream = run.open_data(data).stream(VALIDATION)
+    return PromptSet(held_out_prompts(stream, options.prompts, options.prompt_tokens))
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -138,35 +119,34 @@ def _encode(run: Run, text: str) -> list[int]:
     return [run.tokenizer.bos_id, *run.tokenizer.encode(text)]
 
 
-def _task_prompts(run: Run, args: argparse.Namespace) -> PromptSet:
-    """Ask the first examples that fit, whole answers included, into the model's context."""
-    task = TASKS[args.task]
-    count = task.shots if args.shots is None else args.shots
-    if count < 0 or args.prompts < 1:
-        raise ValueError(f"shots: {count}, prompts: {args.prompts}, give at least 0 and at least 1")
-    room = run.model.config.max_seq_len - args.max_new_tokens
-    examples = read_examples(task, args.task_file)
-    shots = list(islice(examples, count))
-    prompts, asked, too_long = [], [], 0
-    for example in examples:
+def _task_prompts(run: Run, name: TaskName, file: Path, options: PromptOptions) -> PromptSet:
+    """Return the first examples that fit, whole answers included, into the model's context."""
+    task, context, new = TASKS[name], run.model.config.max_seq_len, options.max_new_tokens
+    count = task.shots if options.shots is None else options.shots
+    if count < 0:
+        raise ValueError(f"shots: {count}, give at least 0")
+    unread = read_examples(task, file)
+    shots = list(islice(unread, count))
+    prompts, examples, too_long = [], [], 0
+    for example in unread:
         prompt = _encode(run, task.prompt(example, shots))
-        if len(prompt) > room:
+        if len(prompt) > context - new:
             too_long += 1
             continue
         prompts.append(prompt)
-        asked.append(example)
-        if len(prompts) == args.prompts:
+        examples.append(example)
+        if len(prompts) == options.prompts:
             break
     if not prompts:
         raise ValueError(
-            f"task_file: {args.task_file} has no example after {count} shots that fits, with "
-            f"{args.max_new_tokens} new tokens, the context of {run.model.config.max_seq_len}: "
-            f"{too_long} are too long, give fewer --shots or --max_new_tokens"
+            f"task_file: {file} has no example after {count} shots that fits, with {new} new "
+            f"tokens, the context of {context}: {too_long} are too long, give fewer --shots or "
+            f"--max_new_tokens"
         )
-    if too_long or len(prompts) < args.prompts:
+    if too_long or len(prompts) < options.prompts:
         print(
-            f"{args.task}: {len(prompts)} examples; {too_long} more leave less than "
-            f"{args.max_new_tokens} of the model's {run.model.config.max_seq_len} tokens",
+            f"{name}: {len(prompts)} examples; {too_long} more leave less than {new} of the "
+            f"model's {context} tokens",
             file=sys.stderr,
         )
-    return PromptSet(prompts, task, asked)
+    return PromptSet(prompts, task, examples)

@@ -1,27 +1,27 @@
-"""Tables of measured strategies, and the machine they were measured on."""
+"""The tables of measured strategies."""
 
-import platform
-from datetime import UTC, datetime
-from pathlib import Path
-
-import torch
+from collections.abc import Sequence
 
 from inference.cli.terminal import format_table
 from inference.evaluation.measurement import ArmResult
-from inference.loading.run import Run
 
-LEGEND = """speedup: over autoregressive in the same repeat. layers, heads: computed per new
-token, drafts included. depth: mean layers behind a token, where a strategy tells. syncs: times
-the host waited per token. prompt_s: seconds for all prompts. MiB: CUDA: most memory allocated,
-weights included; CPU: growth of the peak resident set. same: tokens equal to autoregressive's,
-place by place. chosen: tokens the full model finds most probable after those before them. ln_p:
-log likelihood of what was written under the full model, nats per token.
-accept: drafted tokens accepted. a: agreement of a draft token given those before it were
-accepted. c: a draft step, verify: a verification, in full steps. bound: best speedup for this a,
-d and c."""
+LEGEND = """\
+speedup    tokens/s over autoregressive's in the same repeat
+layers     layers run for each new token, drafts included; heads: LM heads
+depth      mean layers run for a new token, of strategies that exit early
+syncs      times the host waited for the device, for each new token
+prompt_s   seconds for all prompts
+MiB        peak memory: allocated on CUDA, growth of the resident set on a CPU
+same       tokens equal to autoregressive's at the same position
+chosen     tokens that the full model finds most probable
+ln_p       log likelihood under the full model, nats per token
+accept     drafted tokens that were accepted
+a          probability that a draft token is accepted if those before it were
+c, verify  cost of a draft step and of a verification, in full steps
+bound      the best speedup for this a, d and c"""
 
 
-def table(results: list[ArmResult]) -> str:
+def table(results: Sequence[ArmResult]) -> str:
     """Return the results as text, one line for each arm, and a second table of the drafts."""
     header = "strategy tok/s speedup layers heads depth syncs prompt_s MiB same chosen ln_p"
     rows = [
@@ -49,32 +49,3 @@ def table(results: list[ArmResult]) -> str:
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def machine() -> dict[str, str | int | None]:
-    """Say where the numbers come from."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "platform": platform.platform(),
-        "cpu": models[0] if models else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def check_draft_fits(name: str, d: int, run: Run) -> None:
-    """Make sure that drafts of d tokens, which argument `name` asks for, can be timed.
-
-    Raises:
-        ValueError: the context has no room for a token, d drafted ones and the one after.
-    """
-    longest = run.model.config.max_seq_len
-    if d + 2 > longest:
-        raise ValueError(
-            f"{name}: {d} drafted tokens do not fit the model's context of {longest}, give at "
-            f"most {longest - 2}"
-        )

@@ -1,13 +1,11 @@
-"""How good a score is at saying where tokens may leave: measures over exits and tokens.
+"""How well a score decides where tokens may exit: measures over exits and tokens.
 
-A score is (exits, tokens); a token leaves at the first exit whose score reaches a threshold, at
-the last layer if none does. Knows nothing of models.
+A score is (exits, tokens); a token exits at the first exit whose score reaches a threshold, at the
+last layer if none does. Imports no model.
 """
 
 import torch
 from torch import Tensor
-
-BINS = 15
 
 
 def area_under_roc(scores: Tensor, labels: Tensor) -> float:
@@ -20,40 +18,15 @@ def area_under_roc(scores: Tensor, labels: Tensor) -> float:
     Returns:
         Not a number if all labels are the same.
     """
-    _, place, counts = scores.flatten().unique(return_inverse=True, return_counts=True)
+    _, index, counts = scores.flatten().unique(return_inverse=True, return_counts=True)
     # Ranks from 1; equal scores share the mean of theirs.
-    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[index]
     true = labels.flatten()
     positives, negatives = int(true.sum()), int((~true).sum())
     if not positives or not negatives:
         return float("nan")
     above = ranks[true].sum().item() - positives * (positives + 1) / 2
     return above / (positives * negatives)
-
-
-def bin_scores(scores: Tensor, labels: Tensor) -> Tensor:
-    """Sort cases by their score, in [0, 1], into bins of equal width.
-
-    Args:
-        scores: Any shape.
-        labels: Same shape, bool.
-
-    Returns:
-        (BINS, 3) fp64: of the cases in (b / BINS, (b + 1) / BINS] their number, the sum of their
-        scores, and how many are true.
-    """
-    scores, true = scores.flatten(), labels.flatten()
-    index = (scores * BINS).ceil().long().clamp(1, BINS) - 1
-    values = torch.stack((torch.ones_like(scores), scores, true.to(scores.dtype)), dim=1).double()
-    return values.new_zeros(BINS, 3).index_add_(0, index, values)
-
-
-def calibration_error(bins: Tensor) -> float:
-    """Return the expected calibration error (Guo et al., arXiv 1706.04599, eq. 3).
-
-    ECE = sum_b (n_b / n) |share of true cases_b - mean score_b|, of what `bin_scores` counted.
-    """
-    return float((bins[:, 2] - bins[:, 1]).abs().sum() / bins[:, 0].sum())
 
 
 def depths_at(scores: Tensor, threshold: float, exits: range, n_layers: int) -> Tensor:
@@ -64,7 +37,7 @@ def depths_at(scores: Tensor, threshold: float, exits: range, n_layers: int) -> 
 
 
 def agreement_at(depths: Tensor, agrees: Tensor, exits: range, n_layers: int) -> float:
-    """Return the share of tokens whose exit says what the last layer says.
+    """Return the share of tokens whose exit predicts the last layer's token.
 
     Args:
         depths: (tokens,) int64, each an exit or n_layers.
@@ -86,8 +59,8 @@ def curve(
     Thresholds are quantiles of the scores.
     """
     ordered = scores.flatten().sort().values
-    places = torch.linspace(0, len(ordered) - 1, points).long()
-    thresholds = [*ordered[places].unique().tolist(), float("inf")]
+    ranks = torch.linspace(0, len(ordered) - 1, points).long()
+    thresholds = [*ordered[ranks].unique().tolist(), float("inf")]
     found = []
     for threshold in thresholds:
         depths = depths_at(scores, threshold, exits, n_layers)
@@ -97,9 +70,9 @@ def curve(
 
 
 def agreement_at_depth(points: list[tuple[float, float]], depth: float) -> float:
-    """Return the agreement between the two points of a curve around a mean depth.
+    """Return the agreement of a curve at a mean depth, linear between its points.
 
-    That is what drawing, token by token, between the two thresholds gives.
+    Drawing between the thresholds of two points, token by token, reaches it.
     """
     below = max((p for p in points if p[0] <= depth), default=points[0])
     above = min((p for p in points if p[0] >= depth), default=points[-1])

@@ -5,14 +5,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inference.fitting.traces import Trace
-from inference.strategies.gates import STOPPING, Form, Gate, new_gate
+from inference.strategies.gate_classifiers import STOPPING, Form, GateClassifier, new_gate
 
 _BATCH = 512
 _LR = 3e-3
 _WEIGHT_DECAY = 1e-2
 
 
-def fit_gate(trace: Trace, form: Form, *, epochs: int, hidden: int, seed: int) -> Gate:
+def fit_gate(trace: Trace, form: Form, *, epochs: int, hidden: int, seed: int) -> GateClassifier:
     """Fit a gate, the model frozen.
 
     Args:
@@ -52,7 +52,7 @@ def fit_gate(trace: Trace, form: Form, *, epochs: int, hidden: int, seed: int) -
     return gate
 
 
-def all_outputs(gate: Gate, states: Tensor) -> Tensor:
+def all_outputs(gate: GateClassifier, states: Tensor) -> Tensor:
     """Return a gate's outputs at all its exits: (exits or 1, tokens, 1 or exits + 1).
 
     Args:
@@ -65,7 +65,7 @@ def all_outputs(gate: Gate, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def all_scores(gate: Gate, states: Tensor) -> Tensor:
+def all_scores(gate: GateClassifier, states: Tensor) -> Tensor:
     """Return a gate's scores, (exits, tokens), for states: (exits, tokens, dim)."""
     return torch.stack(
         [gate.score(E, h, states[0]) for E, h in zip(gate.exits, states, strict=True)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inference.fitting.traces import run_windows
-from inference.strategies.jump import JumpMap
+from inference.strategies.jump_maps import JumpMap
 from models.llama import Llama
 
 

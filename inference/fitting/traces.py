@@ -14,7 +14,7 @@ from torch import Tensor
 from data.shards import TokenStream
 from data.windows import StreamWindows, spread
 from inference.cli.terminal import with_progress
-from inference.strategies.exit_rules import softmax_gap
+from inference.strategies.confidence import softmax_gap
 from models.llama import Llama
 
 _BATCH = 8

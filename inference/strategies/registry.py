@@ -7,17 +7,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from data.suggestion import suggest
 from inference.engine.strategy import Strategy
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.calm import Calm
 from inference.strategies.dynamic import Dynamic
-from inference.strategies.exit_rules import Calm, Gated, Patience
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.free import Free
+from inference.strategies.gate import Gate
 from inference.strategies.jump import Jump
+from inference.strategies.patience import Patience
+from inference.strategies.pruned import Pruned
 from inference.strategies.routed import Routed
-from inference.strategies.schedules import Pruned, SkipDecode, Unified
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
-from inference.strategies.two_model import Speculative
+from inference.strategies.skipdecode import SkipDecode
+from inference.strategies.speculative import Speculative
+from inference.strategies.unified import Unified
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     kind.name: kind
@@ -30,7 +36,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Speculative,
         Calm,
         Patience,
-        Gated,
+        Gate,
         Jump,
         Free,
         Unified,
@@ -59,7 +65,7 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
     """
     name, *parts = text.split(":")
     if name not in STRATEGIES:
-        raise ValueError(f"strategy: {name or 'empty'}, give one of {', '.join(STRATEGIES)}")
+        raise ValueError(f"strategy: {name or 'empty'}, {suggest(name, [*STRATEGIES])}")
     kind = STRATEGIES[name]
     known = setting_types(kind)
     given = {key: value for key, value in settings.items() if value is not None and key in known}
@@ -68,8 +74,8 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
         if not equals:
             raise ValueError(f"strategy: {part!r} in {text!r} is no setting, write name=value")
         if key not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"strategy: {name} has no setting {key}, {has}")
+            hint = suggest(key, [*known]) if known else "it has none"
+            raise ValueError(f"strategy: {name} has no setting {key}, {hint}")
         given[key] = value
     values = {key: _read(f"{name}: {key}", value, known[key]) for key, value in given.items()}
     return kind(**values)

@@ -24,7 +24,7 @@ _NAMES = {
 
 
 def hugging_face_name(name: str) -> str:
-    """Return what `LlamaForCausalLM` calls the parameter `name` of ours."""
+    """Return the name in `LlamaForCausalLM` of our parameter `name`."""
     for ours, theirs in _NAMES.items():
         name = re.sub(ours, theirs, name)
     return name
@@ -39,11 +39,11 @@ def hugging_face_config(config: LlamaConfig) -> dict[str, Any]:
     """Return the arguments of transformers' `LlamaConfig`, as `config.json` holds them.
 
     Raises:
-        ValueError: If the model has parts that one of theirs has not.
+        ValueError: If the model has parts that a Hugging Face Llama has not.
     """
     if config.router != "none":
         raise ValueError(
-            f"router: a Hugging Face Llama has no place for {config.router} routers, convert to "
+            f"router: a Hugging Face Llama cannot hold {config.router} routers, convert to "
             "skipstone or give a model without them"
         )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -73,7 +73,7 @@ def hugging_face_config(config: LlamaConfig) -> dict[str, Any]:
 def config_json(
     config: LlamaConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
-    """Return the content of `config.json`, for transformers 4 and 5 and what reads like them.
+    """Return the content of `config.json`, for transformers 4 and 5 and compatible readers.
 
     Args:
         config: The shape of the model.
@@ -105,7 +105,7 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
     """Return the shape a `config.json` describes.
 
     Raises:
-        ValueError: Saying what in it is no Llama of ours.
+        ValueError: Naming each field that no Llama of ours can have.
     """
     if fields.get("model_type") != "llama":
         raise ValueError(f"model_type {fields.get('model_type')!r} is not llama")

@@ -1,4 +1,4 @@
-"""The README.md of an export: how to decode with it, what each exit is worth, its recipe."""
+"""The README.md of an export: how to decode with it, the loss of each exit, its recipe."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,13 @@ def write_model_card(
     """Write README.md.
 
     Args:
-        folder: Where to.
+        folder: The export.
         config: The shape of the exported model.
-        training: The resolved configuration it was trained with; {} where not known.
-        step: Optimizer steps behind it.
-        checkpoint: Of these very weights, in whose run the table is looked for; None has none.
-        note: What was done to the model since; may be empty.
+        training: The resolved configuration it was trained with; {} if unknown.
+        step: Optimizer steps it was trained for.
+        checkpoint: The checkpoint of these very weights, whose run holds the losses of the exits;
+            None: no table.
+        note: How the model was changed after training; may be empty.
     """
     name = training.get("name", "model")
     parts = [
@@ -67,7 +68,7 @@ Llama like any other. The tokenizer puts BOS first, as training did."""
 
 
 def exit_losses(checkpoint: Path, step: int) -> dict[int, float]:
-    """Return {l: validation loss in nats per token} of the exits, from the run of a checkpoint.
+    """Return {E: validation loss in nats per token} of the exits, from the run of a checkpoint.
 
     Of `metrics.jsonl` two folders up, the validation at exactly this step; {} where there is none.
     """
@@ -79,13 +80,14 @@ def exit_losses(checkpoint: Path, step: int) -> dict[int, float]:
         except ValueError:  # the line a kill has torn
             continue
         if row.get("step") == step:
-            exits = {k: v for k, v in row.items() if k.startswith(_EXIT_LOSS)}
-            found |= {int(name.removeprefix(_EXIT_LOSS)): loss for name, loss in exits.items()}
-    return dict(sorted(found.items()))
+            # By their order, E = 1, ..., L: version 0.1 named them from 0.
+            exits = [loss for name, loss in row.items() if name.startswith(_EXIT_LOSS)]
+            found |= dict(enumerate(exits, 1))
+    return found
 
 
 def _table(losses: dict[int, float]) -> str:
-    rows = [f"| {l + 1} | {loss:.4f} |" for l, loss in losses.items()]
+    rows = [f"| {E} | {loss:.4f} |" for E, loss in losses.items()]
     head = "## Exits\n\n| layers run, E | validation loss, nats per token |\n|---|---|\n"
     return head + "\n".join(rows)
 

@@ -1,21 +1,19 @@
-"""The command line of `models.convert`: its options and their help."""
+"""The options of `models.convert`."""
 
-import argparse
-import textwrap
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Literal
 
-import torch
+import tyro
 
-HUGGING_FACE, SKIPSTONE = KINDS = "hf", "skipstone"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Format = Literal["hf", "skipstone"]
+"""A Hugging Face folder, or a run folder or checkpoint of ours."""
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Convert a Llama with its tokenizer. The output appears when it is proven: all tensors read back bit
 for bit, the same logits (transformers' where it is installed) and the same token ids. Needs memory
-for the weights and one copy of them in fp32."""
+for the weights and one copy of them in fp32.
 
-_EXAMPLES = """\
 examples:
   python -m models.convert --from hf --to skipstone Llama-3.2-1B outputs/llama3.2_1b \\
       --max_seq_len 8192
@@ -26,74 +24,44 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that leaves the reporting of errors to `main`."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}, see --help")
+    source: Annotated[Format, tyro.conf.arg(name="from")]
+    """Format of INPUT."""
+    target: Annotated[Format, tyro.conf.arg(name="to")]
+    """Format of OUTPUT."""
+    input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
+    """Hugging Face folder with safetensors, or run folder (its newest checkpoint is read) or
+    checkpoint folder."""
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
+    """Folder to make; must not exist or be empty."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Round the weights to this; None leaves them as they are."""
+    max_shard_bytes: int = 5_000_000_000
+    """Most bytes of one safetensors file."""
+    max_seq_len: int | None = None
+    """Context in tokens to write; None keeps that of the input. A preset that goes on from the
+    output must have the same."""
+    tokenizer: Path | None = None
+    """SentencePiece model or tokenizer.json (its tokenizer_config.json beside it); None takes that
+    of the input."""
+    first_layers: int | None = None
+    """Keep the first so many layers alone: the exit of E layers, as a draft model."""
+    layers: str | None = None
+    """Keep every_other layer, or those of the given indices, such as 0,2,5; not beside
+    first_layers."""
+    drop_own_exits: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out what exits have of their own: a plain Llama, the last layer as it is."""
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = _Parser(
-        prog="python -m models.convert",
-        description=textwrap.fill(_DESCRIPTION, 79),
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--from", dest="source", choices=KINDS, required=True, help="of INPUT")
-    parser.add_argument("--to", dest="target", choices=KINDS, required=True, help="of OUTPUT")
-    parser.add_argument(
-        "input",
-        type=Path,
-        metavar="INPUT",
-        help="Hugging Face folder with safetensors, or run folder (its newest checkpoint is read) "
-        "or checkpoint folder",
-    )
-    parser.add_argument(
-        "output", type=Path, metavar="OUTPUT", help="folder to make; must not exist or be empty"
-    )
-    parser.add_argument(
-        "--dtype", choices=[*DTYPES], help="round the weights to this; as they are if not given"
-    )
-    parser.add_argument(
-        "--max_shard_bytes",
-        type=int,
-        default=5_000_000_000,
-        metavar="N",
-        help="most bytes of one safetensors file (default: 5000000000)",
-    )
-    parser.add_argument(
-        "--max_seq_len",
-        type=int,
-        metavar="N",
-        help="context in tokens to write; the input's if not given. A preset's model must match",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FILE",
-        help="SentencePiece model or tokenizer.json (its tokenizer_config.json beside it); the "
-        "input's if not given",
-    )
-    _add_layers_arguments(parser)
-    return parser
-
-
-def _add_layers_arguments(parser: argparse.ArgumentParser) -> None:
-    layers = parser.add_mutually_exclusive_group()
-    layers.add_argument(
-        "--first_layers",
-        type=int,
-        metavar="E",
-        help="keep the first E layers alone: the exit of E layers, as a draft model",
-    )
-    layers.add_argument(
-        "--layers", metavar="LAYERS", help="keep every_other layer, or those given, as 0,2,5"
-    )
-    parser.add_argument(
-        "--drop_own_exits",
-        action="store_true",
-        help="leave out what exits have of their own: a plain Llama, the last layer as it is",
-    )
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = []
+        if self.max_shard_bytes < 1:
+            found.append(f"max_shard_bytes: {self.max_shard_bytes}, give at least 1")
+        if self.layers is not None and self.first_layers is not None:
+            found.append(
+                f"layers: {self.layers}, but first_layers is given too, leave one of them out"
+            )
+        return found

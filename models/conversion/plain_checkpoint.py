@@ -1,8 +1,7 @@
 """A checkpoint of weights alone: read as it is stored, and written by one process.
 
-`inference` decodes from what is written here and training starts from it
-(`checkpoint.init_from`); there is nothing in it to resume a run from. With `checkpoint_format`
-the only file outside `train/` that knows DCP.
+`inference` decodes from it and training starts from it (`checkpoint.init_from`); a run cannot
+resume from it. With `checkpoint_format` the only file outside `train/` that imports DCP.
 """
 
 import platform
@@ -52,7 +51,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
             state[name.removeprefix(_PREFIX)] = torch.empty(
                 entry.size, dtype=entry.properties.dtype
             )
-    with _alone():
+    with _without_process_group():
         load({"model": state}, storage_reader=reader, no_dist=True)
     return manifest, {name: state[name] for name in expected}
 
@@ -73,12 +72,12 @@ def write_checkpoint(
         checkpoint: The folder.
         model: The shape of the model.
         state: Its parameters; they are written in the dtypes they have.
-        step: Optimizer steps behind the weights, 0 where not known.
+        step: Optimizer steps the weights were trained for, 0 if unknown.
         tokenizer: Content of the tokenizer's file.
-        config: The configuration the weights were trained with; {} where not known.
-        data_fingerprint: Of the data they were trained on; empty where not known.
+        config: The configuration the weights were trained with; {} if unknown.
+        data_fingerprint: Of the data they were trained on; empty if unknown.
     """
-    with _alone():
+    with _without_process_group():
         save({"model": state}, storage_writer=FileSystemWriter(checkpoint), no_dist=True)
     (checkpoint / TOKENIZER).write_bytes(tokenizer)
     files = {path.name: file_entry(path) for path in sorted(checkpoint.iterdir())}
@@ -95,8 +94,8 @@ def write_checkpoint(
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Keep DCP quiet about the missing process group, which is intended here."""
+def _without_process_group() -> Iterator[None]:
+    """Suppress DCP's warning about the missing process group, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

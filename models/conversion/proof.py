@@ -1,4 +1,4 @@
-"""Proof that a model came through: its bits as they were, and the same logits.
+"""Proof that a conversion kept the model: the same bits and the same logits.
 
 Logits are compared in fp32, with transformers' where it is installed.
 """
@@ -25,7 +25,7 @@ def prove_same_bits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> st
     """Compare two state dicts, dtypes included.
 
     Returns:
-        What was compared, for a reader.
+        What was compared, as a line of text.
 
     Raises:
         ValueError: Naming the first tensor that differs.
@@ -52,10 +52,10 @@ def prove_same_logits(expected: Tensor, found: Tensor, *, reader: str) -> str:
     Args:
         expected: Of what was read.
         found: Of what was written.
-        reader: Whose they are, for a reader.
+        reader: The program that computed `found`, as it appears in messages.
 
     Returns:
-        What was compared, for a reader.
+        What was compared, as a line of text.
 
     Raises:
         ValueError: If they differ by more than rounding, or any is not finite.
@@ -103,7 +103,7 @@ def transformers_logits(
     Args:
         folder: A Hugging Face folder.
         config: The shape of its model.
-        dtype: Round its weights to this first; None leaves them.
+        dtype: Round its weights to this first; None leaves them as they are.
 
     Returns:
         The logits; None where transformers is not installed.
@@ -123,7 +123,7 @@ def transformers_logits(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what transformers imports from warning about GPU libraries, which are not used here."""
+    """Suppress warnings of transformers' imports about GPU libraries, which are not used here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

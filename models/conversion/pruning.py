@@ -1,4 +1,4 @@
-"""A smaller plain Llama out of a bigger one: some of its layers, or no exits of their own."""
+"""A smaller plain Llama out of a bigger one: some of its layers, or without exits' own parts."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ EVERY_OTHER = "every_other"
 
 
 def layers_to_keep(text: str, n_layers: int) -> list[int]:
-    """Return the layer indices l that a text asks for.
+    """Return the layer indices l that an option selects.
 
     Args:
         text: "every_other" or indices such as "0,2,5". Every other one keeps l = 0, 2, 4, ... as
@@ -58,26 +58,26 @@ def prune(
             f"layers: {','.join(map(str, keep)) or 'none'}, give some of "
             f"0 to {config.n_layers - 1} in ascending order"
         )
-    place = {l: index for index, l in enumerate(keep)}
+    new_index = {l: index for index, l in enumerate(keep)}
     kept = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"(layers|routers)\.(\d+)\.(.*)", name)
         if match is None:
             kept[name] = tensor
-        elif int(match[2]) in place:
-            kept[f"{match[1]}.{place[int(match[2])]}.{match[3]}"] = tensor
+        elif int(match[2]) in new_index:
+            kept[f"{match[1]}.{new_index[int(match[2])]}.{match[3]}"] = tensor
     return replace(config, n_layers=len(keep)), kept
 
 
 def drop_own_exits(
     config: LlamaConfig, state: dict[str, Tensor]
 ) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """Return the plain Llama that a model is but for what exits have of their own.
+    """Return the model without the own parts of its exits: a plain Llama.
 
     Tensors are shared. Every exit reads through the final norm again, as the last layer does.
 
     Raises:
-        ValueError: If no exit has anything of its own.
+        ValueError: If no exit has parts of its own.
     """
     if not config.own_exits:
         raise ValueError("drop_own_exits: no exit of this model has parts of its own, leave it out")

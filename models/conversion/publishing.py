@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def published(output: Path) -> Iterator[Path]:
-    """Give an empty folder beside `output` that becomes it at the end, or goes if that fails.
+    """Yield an empty folder beside `output`, renamed to it at the end; on an error, removed.
 
     Raises:
-        ValueError: If something is at `output`.
+        ValueError: If `output` exists and is not an empty folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: {output} exists already, name another or remove it")

@@ -41,7 +41,7 @@ def read_config(folder: Path) -> LlamaConfig:
 
 
 def read_eos_ids(folder: Path) -> set[int]:
-    """Return the token ids that end a text, by config.json or by generation_config.json.
+    """Return the token ids that end a text, in config.json or generation_config.json.
 
     Raises:
         ValueError: If one of the files is damaged.
@@ -95,7 +95,7 @@ def read_weights(folder: Path, config: LlamaConfig) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Return the weight files of a folder and the tensors to take from each; None takes all."""
+    """Return the weight files of a folder and the tensors to read from each; None: all."""
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
@@ -105,10 +105,10 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
             )
         return {folder / SINGLE: None}
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[Path, list[str] | None] = {
-            folder / Path(shard).name: [name for name in places if places[name] == shard]
-            for shard in sorted(set(places.values()))
+            folder / Path(shard).name: [name for name in shard_of if shard_of[name] == shard]
+            for shard in sorted(set(shard_of.values()))
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"input: {index} is damaged ({error!r}), download it again") from None
@@ -126,8 +126,7 @@ def _read_file(path: Path, names: list[str] | None) -> dict[str, Tensor]:
             chosen = list(file.keys()) if names is None else names
             if absent := set(chosen) - set(file.keys()):
                 raise ValueError(
-                    f"input: {path} lacks {min(absent)}, which the index says it has, "
-                    "download it again"
+                    f"input: {path} lacks {min(absent)}, which the index lists, download it again"
                 )
             for name in chosen:
                 stored = file.get_slice(name).get_dtype()
@@ -158,7 +157,7 @@ def write_model(
         state: The parameters under our names; they are written in the dtypes they have.
         bos_id: Token id of BOS.
         eos_id: Token id of EOS.
-        max_shard_bytes: A file ends before it grows beyond this; a larger tensor has its own.
+        max_shard_bytes: Most bytes of a file, but for a larger tensor, which has its own.
     """
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -166,17 +165,17 @@ def write_model(
     _write_json(folder / CONFIG, config_json(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
     _write_json(folder / GENERATION_CONFIG, ids)
     shards = _split(state, max_shard_bytes)
-    places: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path = folder / (name if len(shards) > 1 else SINGLE)
         save_file(shard, path, metadata={"format": "pt"})
-        path.chmod((folder / CONFIG).stat().st_mode)  # safetensors lets the owner alone read it
-        places |= dict.fromkeys(shard, name)
+        path.chmod((folder / CONFIG).stat().st_mode)  # safetensors gives it to its owner alone
+        shard_of |= dict.fromkeys(shard, name)
     if len(shards) == 1:
         return
     size = sum(tensor.nbytes for tensor in state.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
 
 
 def _split(state: dict[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:

@@ -60,7 +60,7 @@ def test_the_response_and_eos_alone_are_learnt(
             assert learnt == [NO_LOSS] * at + document[at:]
             assert document[-1] == tokenizer.eos_id
             prompt = tokenizer.decode(document[1:at])
-            assert document[1:at] == tokenizer.encode(prompt), "as it is when the model is asked"
+            assert document[1:at] == tokenizer.encode(prompt), "as it is for generation"
             found.append((prompt, tokenizer.decode(document[at:-1])))
     expected = {(f"Q: {row['question']}\nA:", f" {row['answer']}") for row in rows}
     assert set(found) == expected
@@ -121,9 +121,8 @@ def test_pairs_without_a_response_are_counted_and_many_refused(
     ],
 )
 def test_a_layout_that_makes_no_pairs_is_refused(layout: RowLayout, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        PrepareConfig(input=("x",), vocab_size=300, layout=layout)
-    assert message in str(error.value)
+    [problem] = PrepareConfig(input=("x",), vocab_size=300, layout=layout).problems()
+    assert message in problem
 
 
 def test_text_files_have_no_pairs_and_one_pair_cannot_be_split(
@@ -146,10 +145,10 @@ def test_the_command_takes_new_lines_as_they_are_typed(
     arguments = ["--input", str(source), "--output", str(tmp_path / "out"), "--workers", "1"]
     arguments += ["--tokenizer", str(tokenizer_path), "--prompt", r"Q: {question}\nA:"]
     monkeypatch.setattr(sys, "argv", ["prepare", *arguments, "--response", " {answer}"])
-    assert command.main() == 0
+    command.main()
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert description["arguments"]["prompt"] == "Q: {question}\nA:"
-    assert command.main() == 0, "the same arguments find it there"
+    command.main()  # the same arguments find it there
 
 
 @pytest.mark.parametrize(

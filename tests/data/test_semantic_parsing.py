@@ -8,35 +8,35 @@ from itertools import islice
 import pytest
 
 from data import semantic_parsing
-from data.semantic_parsing import INTENTS, NESTED, SLOTS, examples, write
+from data.semantic_parsing import INTENTS, NESTED, SLOTS, Options, examples, write
 
 MADE = list(islice(examples(0), 2000))
 NAMES = {intent.name for intent in (*INTENTS, *(i for few in NESTED.values() for i in few))}
 
 
 def read(words):
-    """Read one tree off the front of `words`; return the words it says."""
+    """Read one tree off the front of `words`; return its words."""
     kind, name = re.fullmatch(r"\[(IN|SL):(\w+)", words.pop(0)).groups()
     assert name in (NAMES if kind == "IN" else SLOTS)
-    said = []
+    spoken = []
     while words[0] != "]":
         if words[0].startswith("["):
             assert words[0][1:3] != kind, "an intent holds slots, a slot an intent"
-            said += read(words)
+            spoken += read(words)
         else:
             assert kind == "SL", "a word that fills no slot is left out"
-            said.append(words.pop(0))
+            spoken.append(words.pop(0))
     words.pop(0)
-    return said
+    return spoken
 
 
 @pytest.mark.parametrize("number", range(0, 2000, 40))
-def test_a_parse_is_one_tree_of_words_that_were_said_in_their_order(number):
+def test_a_parse_is_one_tree_of_the_utterances_words_in_their_order(number):
     utterance, parse = MADE[number]
     words = parse.split()
-    said, heard = read(words), iter(utterance.split())
+    spoken, heard = read(words), iter(utterance.split())
     assert not words
-    assert all(word in heard for word in said)
+    assert all(word in heard for word in spoken)
 
 
 def test_all_intents_and_depths_come_and_no_request_comes_twice():
@@ -53,13 +53,14 @@ def test_the_seed_alone_decides():
 def test_both_files_are_written_and_share_nothing(tmp_path, monkeypatch, capsys):
     arguments = ["--output", str(tmp_path / "a"), "--examples", "300", "--held_out", "40"]
     monkeypatch.setattr(sys, "argv", ["semantic_parsing", *arguments])
-    assert semantic_parsing.main() == 0
+    semantic_parsing.main()
     files = {name: tmp_path / "a" / f"{name}.jsonl" for name in ("train", "test")}
     rows = {name: [*map(json.loads, path.open())] for name, path in files.items()}
     assert [len(rows[name]) for name in ("train", "test")] == [300, 40]
     assert not {row["utterance"] for row in rows["train"]} & {r["utterance"] for r in rows["test"]}
-    write(tmp_path / "b", count=300, held_out=40, seed=0)
+    write(Options(output=tmp_path / "b", examples=300, held_out=40))
     assert (tmp_path / "b" / "test.jsonl").read_bytes() == files["test"].read_bytes()
     monkeypatch.setattr(sys, "argv", ["semantic_parsing", *arguments[:-1], "0"])
-    assert semantic_parsing.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        semantic_parsing.main()
     assert capsys.readouterr().err == "error: examples 300, held_out 0: give 1 to 50000\n"

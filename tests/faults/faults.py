@@ -1,6 +1,6 @@
 """What can go wrong in a rank: each function is called in it before training and breaks one thing.
 
-Product code knows nothing of these: they replace functions in the process that is to fail.
+Product code is unaware of these: they replace functions in the process that is to fail.
 `on_rank` is the rank a function is called on, `rank` the one it is to hit.
 """
 
@@ -49,7 +49,7 @@ def kill(on_rank, rank, t, number=signal.SIGKILL, times=1):
 
 
 def kill_once(on_rank, rank, t, marker):
-    """Kill rank `rank` as it begins step t, unless the file `marker` says it has been done."""
+    """Kill rank `rank` as it begins step t, unless the file `marker` is there: it has been done."""
     if on_rank == rank and not os.path.exists(marker):
 
         def die(model):

@@ -120,7 +120,7 @@ def test_a_full_disk_is_survived(launch, undisturbed, asynchronous):
     )
     assert job.wait() == [0, 0], job.output
     assert job.output.count("could not write step-00000003") == 1, job.output
-    assert "training goes on (1 of at most 3 failures in a row)" in job.output
+    assert "training continues (1 of at most 3 failures in a row)" in job.output
     assert names(job.run) == ["step-00000006", "step-00000008"]
     assert fingerprint(job.run) == fingerprint(undisturbed)
 

@@ -1,7 +1,7 @@
 """What is wrong with a corpus: counted and located, or refused with the reason.
 
 Most faults here are put into the middle of a good corpus. The expected end state is then exact:
-the dataset of the good documents alone, to the byte, and one place named.
+the dataset of the good documents alone, to the byte, and one line named.
 """
 
 import gzip
@@ -127,7 +127,7 @@ def test_harmless_oddities_change_nothing(
 
 
 def write_folder_with_faults(folder: Path) -> dict[str, list[str]]:
-    """Write 40 good documents, and bad files around them; return the expected places."""
+    """Write 40 good documents, and bad files around them; return the expected lines."""
     folder.mkdir()
     content = b"".join(json_lines(make_documents(40)))
     # Stored, not compressed: each byte of the file is a byte of the text.
@@ -167,9 +167,9 @@ def test_command_reports_every_bad_file_and_keeps_the_rest(tmp_path: Path, model
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(summary.read_text())["skipped_at"] == expected
-    for reason, places in expected.items():
-        assert f"skipped {len(places)}: {reason} ({', '.join(places)})" in done.stderr
-        assert f"skipped {len(places)}: {reason} (first: {', '.join(places)})" in done.stdout
+    for reason, lines in expected.items():
+        assert f"skipped {len(lines)}: {reason} ({', '.join(lines)})" in done.stderr
+        assert f"skipped {len(lines)}: {reason} (first: {', '.join(lines)})" in done.stdout
     dataset = open_dataset(tmp_path / "out")
     kept = sum(split.documents for split in dataset.splits.values())
     torn_at = int(expected["torn or damaged gzip file, the rest of it"][0].rpartition(":")[2])
@@ -194,9 +194,7 @@ def test_damaged_parquet_is_refused_with_the_row(tmp_path: Path, model: Path) ->
         prepared(path, model)
 
 
-def test_mostly_damaged_input_is_refused_with_counts_and_places(
-    tmp_path: Path, model: Path
-) -> None:
+def test_mostly_damaged_input_is_refused_with_counts_and_lines(tmp_path: Path, model: Path) -> None:
     source = tmp_path / "a.jsonl"
     lines = json_lines(make_documents(36)) + [b'{"text": 1}\n', b"{\n", b"{\n", b"{\n"]
     source.write_bytes(b"".join(lines))

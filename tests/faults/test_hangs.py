@@ -1,4 +1,4 @@
-"""A rank that hangs is named in bounded time, the job ends, and the run goes on from there."""
+"""A rank that hangs is named in bounded time, the job ends, and the run resumes from there."""
 
 import signal
 
@@ -8,20 +8,20 @@ from tests.faults.state import events, fingerprint
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "reason"),
     [
         (("hang", {"rank": 1, "t": 4}), "rank 1 is in step of step 4"),
         # Its last heartbeat is of setup, which may take an hour.
         (("kill", {"rank": 1, "t": 0, "number": signal.SIGSTOP}), "rank 1 is frozen"),
     ],
 )
-def test_a_rank_that_hangs_is_named_and_the_job_ends(launch, fault, said):
+def test_a_rank_that_hangs_is_named_and_the_job_ends(launch, fault, reason):
     job = launch(faults=[fault], runtime__timeout_seconds=3)
     statuses = job.wait()
     assert all(statuses), job.output
-    assert said in job.output
+    assert reason in job.output
     [event] = events(job.run, "hang")
-    assert said in event["reason"]
+    assert reason in event["reason"]
     stacks = list((job.run / "hangs").iterdir())
     assert stacks
     assert all("run_steps" in path.read_text() for path in stacks)
@@ -49,6 +49,6 @@ def test_a_straggler_is_named_with_its_section_and_line(launch):
         validate__interval_steps=0, stragglers__interval_steps=5,
     )  # fmt: skip
     assert job.wait() == [0, 0], job.output
-    told = [event["reason"] for event in events(job.run, "straggler")]
-    assert told, job.output
-    assert all("rank 1 is slow in data" in text for text in told)
+    reasons = [event["reason"] for event in events(job.run, "straggler")]
+    assert reasons, job.output
+    assert all("rank 1 is slow in data" in text for text in reasons)

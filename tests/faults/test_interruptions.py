@@ -1,4 +1,4 @@
-"""Asked to stop, in any way and at any time: all ranks stop after the same step, with all saved."""
+"""A stop requested in any way at any time: all ranks stop after the same step, with all saved."""
 
 import json
 import os
@@ -15,7 +15,7 @@ def status(run):
     return json.loads((run / "status.json").read_text())
 
 
-PLACES = {
+MOMENTS = {
     "one rank": [("kill", {"rank": 1, "t": 3, "number": signal.SIGUSR1})],
     "the main rank, three times": [
         ("kill", {"rank": 0, "t": 3, "number": signal.SIGTERM, "times": 3})
@@ -30,9 +30,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_signal_stops_all_ranks_at_one_step_and_loses_none(launch, undisturbed, place):
-    job = launch(faults=PLACES[place])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_stops_all_ranks_at_one_step_and_loses_none(launch, undisturbed, moment):
+    job = launch(faults=MOMENTS[moment])
     assert job.wait() == [0, 0], job.output
     [stopped] = events(job.run, "preempted")
     assert status(job.run)["state"] == "preempted"

@@ -24,9 +24,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_updates_nothing_on_any(launch):
     assert job.wait() == [0, 0], job.output
     [event] = events(job.run, "update_skipped")
     assert (event["step"], event["batch"]) == (4, 4)
-    assert event["found"] == ["rank 1: the loss of the exit after layer 3 is nan"]
+    assert event["found"] == ["rank 1: the loss of the exit after 4 layers is nan"]
     assert (
-        "step 5 updates nothing (batch 4): rank 1: the loss of the exit after layer 3" in job.output
+        "step 5 updates nothing (batch 4): rank 1: the loss of the exit after 4 layers"
+        in job.output
     )
 
     before, after, next_one = (
@@ -89,7 +90,7 @@ def test_a_spike_rolls_back_and_the_rest_is_as_if_its_batches_had_never_been(
     assert rollback["to"] == first == 30
     assert stop == 50
     assert [r["step"] for r in records(poisoned) if "train/loss" in r] == list(range(1, 61))
-    # A run that is told from the start never to read those batches.
+    # A run that skips those batches from the start.
     never = training.output / "never"
     never.mkdir(parents=True)
     (never / "events.jsonl").write_text(json.dumps(rollback) + "\n")
@@ -100,7 +101,7 @@ def test_a_spike_rolls_back_and_the_rest_is_as_if_its_batches_had_never_been(
 
 def test_a_rolled_back_run_that_is_killed_remembers_what_it_must_not_read(launch, poisoned):
     killed = launch(faults=[POISON], **LONG)
-    killed.wait_for_line("leaving out the batches")
+    killed.wait_for_line("skipping the batches")
     killed.kill()
     killed.wait()
     again = launch(faults=[POISON], **LONG)
@@ -109,7 +110,7 @@ def test_a_rolled_back_run_that_is_killed_remembers_what_it_must_not_read(launch
     assert len(events(again.run, "rollback")) == 1
 
 
-def test_a_spike_is_only_told_where_that_is_asked(launch):
+def test_a_spike_is_only_logged_where_that_is_configured(launch):
     job = launch(faults=[POISON], **LONG | {"recovery__on_spike": "warn"})
     assert job.wait(120) == [0, 0], job.output
     assert not events(job.run, "rollback")
@@ -129,7 +130,7 @@ def test_a_run_that_diverges_from_the_start_ends_with_the_reason(launch):
     )
     assert job.wait() == [2], job.output
     assert "10 steps in a row were not finite" in job.output
-    assert "no checkpoint from before step 1 to go back to" in job.output
+    assert "no checkpoint from before step 1 to roll back to" in job.output
     assert json.loads((job.run / "status.json").read_text())["state"] == "failed"
 
 

@@ -1,7 +1,6 @@
 """What stands in for a GPU: a recorder as forgetful as a CUDA graph, a watch over the device."""
 
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -9,8 +8,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inference.engine.batch import Round
+from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import RoundGraphs
-from inference.engine.state import Round
 
 pytree.register_dataclass(Round)
 DRAWS = (torch.ops.aten.exponential_.default, torch.ops.aten.uniform_.default)
@@ -67,9 +67,10 @@ class Rerunner:
             if first:
                 first.clear()
                 return static
-            longest, work = state.max_position, deepcopy(state.work)
+            max_position, counters = state.batch.max_position, state.counters
+            state.counters = Counters()
             new = run()
-            state.max_position, state.work = longest, work
+            state.batch.max_position, state.counters = max_position, counters
             pairs = zip(pytree.tree_leaves(static), pytree.tree_leaves(new), strict=True)
             for old, now in pairs:
                 if old is not None:

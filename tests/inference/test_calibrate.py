@@ -1,4 +1,4 @@
-"""The command certifies what its losses allow, and says what to use."""
+"""The command certifies what its losses allow, and prints the strategy to use."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 from inference import calibrate
 from inference.calibrate import token_losses
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.exit_rules import Calm
+from inference.strategies.calm import Calm
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 
 

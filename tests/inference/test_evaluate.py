@@ -36,7 +36,7 @@ def test_measures_equal_a_plain_computation():
     for l, quality in enumerate(exits):
         loss = -log_probs[l, torch.arange(80), labels].mean().item()
         choices = log_probs.argmax(-1)
-        assert (quality.l, quality.E) == (l, l + 1)
+        assert l + 1 == quality.E
         assert quality.loss == pytest.approx(loss, abs=1e-5)
         assert quality.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
         assert quality.bits_per_byte == pytest.approx(loss / 2.5 / math.log(2), rel=1e-5)
@@ -73,10 +73,10 @@ def test_the_command_prints_a_table_and_writes_json(run_folder, monkeypatch, cap
     evaluate.main()
     lines = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "out.json").read_text())
-    assert lines[1].split()[:4] == ["l", "E", "loss", "perplexity"]
-    assert [line.split()[0] for line in lines[2:]] == ["0", "1", "2", "3"]
+    assert lines[1].split()[:3] == ["E", "loss", "perplexity"]
+    assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "4"]
     assert [f"{quality['loss']:.4f}" for quality in result["exits"]] == [
-        line.split()[2] for line in lines[2:]
+        line.split()[1] for line in lines[2:]
     ]
     assert result["tokens"] == 288
     assert result["name"] == "run"

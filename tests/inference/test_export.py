@@ -5,23 +5,26 @@ import json
 import pytest
 import torch
 
+from data.command_line import read_options
 from inference.engine.generation import Generation
 from inference.evaluate import main as evaluate
 from inference.loading.run import load_run
 from inference.strategies.registry import parse_strategy
-from models.convert import build_parser, convert
+from models.conversion.options import Options
+from models.convert import convert
 
 transformers = pytest.importorskip("transformers")
 
 
 def run(source, target, *words):
-    convert(build_parser().parse_args(["--from", source, "--to", target, *map(str, words)]))
+    words = ["--from", source, "--to", target, *map(str, words)]
+    convert(read_options(Options, words, prog="convert", description=""))
 
 
 @pytest.fixture(scope="module")
 def export(run_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "hf"
-    losses = {f"validation/loss_exit_{l:02d}": 5.0 - l for l in range(4)}
+    losses = {f"validation/loss_exit_{E:02d}": 6.0 - E for E in range(1, 5)}
     others = dict.fromkeys(losses, 9.0)
     rows = [{"step": 6} | others, {"step": 7} | losses, {"step": 8} | others]
     metrics = run_folder / "metrics.jsonl"

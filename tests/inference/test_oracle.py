@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from inference import oracle
-from inference.evaluation.greedy_traces import find_oracle, record_exits, speed_model
+from inference.evaluation.greedy_traces import record_exits
+from inference.evaluation.oracle import find_oracle, speed_model
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.exit_rules import Calm, Patience
+from inference.strategies.calm import Calm
+from inference.strategies.patience import Patience
 from inference.strategies.self_speculative import SelfSpeculative
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 

@@ -15,20 +15,23 @@ from inference.evaluation.greedy_traces import record_exits
 from inference.fitting.jump_fitting import measure_jump
 from inference.fitting.traces import record
 from inference.loading.packed import pack
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.calm import Calm
 from inference.strategies.drafting import draft
 from inference.strategies.dynamic import Dynamic
-from inference.strategies.exit_rules import Calm, Gated
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.free import Free
-from inference.strategies.gates import save_gate
-from inference.strategies.jump import Jump, JumpMap, save_jump
+from inference.strategies.gate import Gate
+from inference.strategies.gate_classifiers import save_gate
+from inference.strategies.jump import Jump
+from inference.strategies.jump_maps import JumpMap, save_jump
 from inference.strategies.reduced_head import reduced_head
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.skip_draft import SkipDraft
 from models.llama import NOTHING
 from tests.inference.every_strategy import PROMPTS, decode, make_model
-from tests.inference.strategies import test_exit_rules, test_free
-from tests.inference.strategies.test_gates import random_gate
+from tests.inference.strategies import test_free, test_row_exits
+from tests.inference.strategies.test_gate_classifiers import random_gate
 from tests.models.test_exit_parts import shake, slow_reading
 
 L, EXITS = 6, (2, 4)
@@ -92,9 +95,9 @@ def test_drafts_are_what_the_exit_says_through_its_own_parts(model, part):
         assert drafted.tokens.tolist() == [slow_greedy(model, prompt, 4, E) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("rule", "leaves"), test_exit_rules.RULES, ids=range(4))
+@pytest.mark.parametrize(("rule", "leaves"), test_row_exits.RULES, ids=range(4))
 def test_rows_leave_where_the_slow_form_says_and_say_what_it_says(model, rule, leaves):
-    expected = [test_exit_rules.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
+    expected = [test_row_exits.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
     for options in ({}, {"batch_size": 1}):
         found = decode(model, PROMPTS, rule, max_new_tokens=15, **options)
         assert found.tokens == [tokens for tokens, _ in expected]
@@ -111,13 +114,13 @@ def test_tokens_that_wait_leave_where_the_slow_form_says(model, rule):
 
 def test_a_gate_leaves_to_the_exits_own_parts(model, tmp_path):
     save_gate(tmp_path / "gate", random_gate("linear"), model)
-    asked = Gated(path=tmp_path / "gate", threshold=0.45)
+    asked = Gate(path=tmp_path / "gate", threshold=0.45)
 
     def leaves(E, h, before, said, t):
         gate = random_gate("linear")
         return gate.score(E, h[None], h[None]).item() >= 0.45
 
-    expected = [test_exit_rules.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
+    expected = [test_row_exits.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
     found = decode(model, PROMPTS, asked, max_new_tokens=15)
     assert found.tokens == [tokens for tokens, _ in expected]
     assert len(found.counters.depths) > 2
@@ -151,7 +154,7 @@ def test_agreement_that_dynamic_sees_is_what_a_full_forward_finds(model, started
     generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30)
     ids = [7, 8, 7] + generation.tokens[0]
     said = slow_choices(model, ids)[:, 2:-1]
-    started[0].learn(started[0].rounds + 1)
+    started[0].read_stats(started[0].rounds + 1)
     for E in range(1, L):
         agreed = (said[E - 1] == said[L - 1]).sum().item()
         assert started[0].exits[E].agreed == pytest.approx(1.0 + agreed, abs=0.01)

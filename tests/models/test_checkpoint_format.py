@@ -44,7 +44,7 @@ def checkpoint(written, tmp_path):
 
 
 def edit_manifest(checkpoint, edit):
-    """Change the manifest as one may who knows that a missing sha256 means an older version."""
+    """Change the manifest as an attacker may, to whom a missing sha256 means an older version."""
     fields = json.loads((checkpoint / MANIFEST).read_text())
     fields.pop("sha256", None)
     edit(fields)
@@ -158,8 +158,8 @@ def test_loading_executes_no_code(checkpoint, tmp_path):
 
 def test_metadata_cannot_point_outside_its_folder(checkpoint):
     metadata = TensorReader(checkpoint).read_metadata()
-    place = next(iter(metadata.storage_data.values()))
-    place.relative_path = "../../other/" + place.relative_path
+    storage = next(iter(metadata.storage_data.values()))
+    storage.relative_path = "../../other/" + storage.relative_path
     rewrite_metadata(checkpoint, pickle.dumps(metadata))
     with pytest.raises(ValueError, match=r"points to '\.\./\.\./other"):
         load(checkpoint)

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models.convert
+from data.command_line import read_options
 from models.checkpoint_format import load_model, read_manifest
 from models.conversion.hugging_face import hugging_face_name
+from models.conversion.options import Options
 from models.conversion.safetensors_folder import CONFIG, INDEX, read_config
-from models.convert import build_parser, convert, main
+from models.convert import convert, main
 from models.rope import RopeScaling
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.models.test_llama import build
@@ -60,7 +62,7 @@ def llama3(tmp_path_factory):
 
 def run(source, target, input_, output, *options):
     words = ["--from", source, "--to", target, str(input_), str(output), *map(str, options)]
-    convert(build_parser().parse_args(words))
+    convert(read_options(Options, words, prog="convert", description=""))
 
 
 def tensors(folder):
@@ -106,7 +108,7 @@ def test_llama3s_properties_come_in(llama3, tmp_path):
     assert config.rope_theta == 5e5
 
 
-@pytest.mark.parametrize("place", [CONFIG, "generation_config.json"])
+@pytest.mark.parametrize("file", [CONFIG, "generation_config.json"])
 @pytest.mark.parametrize(
     ("given", "lines"),
     [
@@ -117,27 +119,27 @@ def test_llama3s_properties_come_in(llama3, tmp_path):
         (7, ["eos_token_id 7: a text ends with the tokenizer's 399 alone"]),
     ],
 )
-def test_other_ends_of_a_text_are_said_to_be_left_out(
-    llama3, tmp_path, capsys, place, given, lines
+def test_other_ends_of_a_text_are_reported_as_left_out(
+    llama3, tmp_path, capsys, file, given, lines
 ):
     folder = tmp_path / "hf"
     shutil.copytree(llama3, folder)
     for name in (CONFIG, "generation_config.json"):
         fields = json.loads((folder / name).read_text())
-        fields["eos_token_id"] = given if name == place else None
+        fields["eos_token_id"] = given if name == file else None
         (folder / name).write_text(json.dumps(fields))
     run("hf", "skipstone", folder, tmp_path / "ours")
-    assert said_left_out(capsys) == lines
+    assert lines_left_out(capsys) == lines
 
 
-def said_left_out(capsys):
+def lines_left_out(capsys):
     lines = map(str.strip, capsys.readouterr().out.splitlines())
     return [line.removeprefix("left out: ") for line in lines if line.startswith("left out")]
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", None])
 @pytest.mark.parametrize("target", ["skipstone", "hf"])
-def test_a_chat_template_is_said_to_be_left_out(llama3, tmp_path, capsys, name, target):
+def test_a_chat_template_is_reported_as_left_out(llama3, tmp_path, capsys, name, target):
     folder = tmp_path / "input"
     shutil.copytree(llama3, folder)
     if name == "tokenizer_config.json":
@@ -146,8 +148,8 @@ def test_a_chat_template_is_said_to_be_left_out(llama3, tmp_path, capsys, name, 
     elif name:
         (folder / name).write_text("{{ messages }}")
     run("hf", target, folder, tmp_path / "output")
-    found = [line for line in said_left_out(capsys) if "eos_token_id" not in line]
-    assert found == ["chat_template: write a chat as it says before it is encoded"] * bool(name)
+    found = [line for line in lines_left_out(capsys) if "eos_token_id" not in line]
+    assert found == ["chat_template: format a chat by it before encoding"] * bool(name)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
@@ -159,7 +161,7 @@ def test_a_damaged_file_beside_the_weights_is_named(llama2, tmp_path, name, text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_an_older_config_says_the_same(llama3, tmp_path):
+def test_an_older_config_means_the_same(llama3, tmp_path):
     """Of transformers 4: rope_theta and rope_scaling at the top."""
     fields = json.loads((llama3 / CONFIG).read_text())
     rope = fields.pop("rope_parameters")
@@ -209,10 +211,10 @@ def test_a_pruned_model_has_those_layers_and_the_rest(llama2, tmp_path, options,
     small = load_model(tmp_path / "ours", device=torch.device("cpu"), dtype=torch.float32)
     theirs = tensors(llama2)
     assert small.config.n_layers == len(kept)
-    for place, l in enumerate(kept):
+    for new, l in enumerate(kept):
         name = "mlp.down_proj.weight"
         expected = theirs[f"model.layers.{l}.{name}"]
-        assert torch.equal(small.block(place).feed_forward.w2.weight, expected)
+        assert torch.equal(small.block(new).feed_forward.w2.weight, expected)
     assert torch.equal(small.head_weight, theirs["lm_head.weight"])
 
 
@@ -289,18 +291,18 @@ def test_missing_shards_are_named(llama3, tmp_path):
 
 
 def test_what_is_not_proven_is_not_published(llama2, tmp_path, monkeypatch):
-    honest = models.convert.our_logits
-    monkeypatch.setattr(models.convert, "our_logits", lambda *args: honest(*args) + 1e-3)
+    original = models.convert.our_logits
+    monkeypatch.setattr(models.convert, "our_logits", lambda *args: original(*args) + 1e-3)
     with pytest.raises(ValueError, match="logits differ by 0.001"):
         run("hf", "skipstone", llama2, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_changed_bit_is_not_published(llama2, tmp_path, monkeypatch):
-    honest = models.convert.read_checkpoint
+    original = models.convert.read_checkpoint
 
     def flipped(folder):
-        manifest, state = honest(folder)
+        manifest, state = original(folder)
         state["norm.weight"].view(torch.int32)[3] ^= 1
         return manifest, state
 
@@ -318,6 +320,7 @@ def test_a_changed_bit_is_not_published(llama2, tmp_path, monkeypatch):
         (("--layers", "1,0"), "in ascending order"),
         (("--layers", "1,3"), "give some of 0 to 2"),
         (("--layers", "some"), "give every_other or indices"),
+        (("--layers", "1", "--first_layers", 1), "layers: 1, but first_layers is given too"),
         (("--max_seq_len", 1), "must be at least 2"),
         (("--max_shard_bytes", 0), "give at least 1"),
     ],

@@ -9,7 +9,7 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [1, 1, 2, 2, 2, 2, 3, 4], [0
 
 
 def pieces():
-    """Yield row, first and last place of each document."""
+    """Yield row, first and last position of each document."""
     for row, numbers in enumerate(DOCUMENTS.tolist()):
         for n in dict.fromkeys(numbers):
             begin = numbers.index(n)
@@ -23,7 +23,7 @@ def test_each_document_is_attended_to_as_if_it_were_alone(blocks, grouped):
     q = torch.randn(3, 4, 8, 16, generator=g)
     k, v = (torch.randn(3, 2 if grouped else 4, 8, 16, generator=g) for _ in range(2))
     mask = document_mask(DOCUMENTS, blocks=blocks)
-    out = attend(q, k, v, mask.seen, grouped=grouped)
+    out = attend(q, k, v, mask.mask, grouped=grouped)
     for row, begin, end in pieces():
         part = (slice(row, row + 1), slice(None), slice(begin, end))
         alone = attend(q[part], k[part], v[part], None, grouped=grouped)
@@ -36,7 +36,7 @@ def test_some_rows_of_a_mask_are_the_mask_of_these_rows(blocks):
     q, k, v = (torch.randn(2, 2, 8, 16, generator=g) for _ in range(3))
     rows = torch.tensor([2, 0])
     part = document_mask(DOCUMENTS, blocks=blocks).rows(rows)
-    whole = document_mask(DOCUMENTS[rows], blocks=blocks).seen
+    whole = document_mask(DOCUMENTS[rows], blocks=blocks).mask
     torch.testing.assert_close(
         attend(q, k, v, part, grouped=False), attend(q, k, v, whole, grouped=False)
     )

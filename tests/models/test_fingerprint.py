@@ -16,7 +16,7 @@ from tests.models.test_llama import build, small
         {"tie_embeddings": True},
         {"router": "mlp"},
         {"own_exits": (1, 2), "own_exit_mlp": True},
-        {"dim": 256, "ffn_dim": 512, "vocab_size": 512},  # more elements than are looked at
+        {"dim": 256, "ffn_dim": 512, "vocab_size": 512},  # more elements than are hashed
     ],
     ids=str,
 )

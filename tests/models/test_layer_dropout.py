@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.layer_dropout import D, LayerDropoutConfig, S, draw_kept_rows, p, uniform
+from models.layer_masks import LayerMasks
 from tests.models.test_llama import build, small
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_kept_rows_equal_masking_in_value_and_gradient(scale_kept):
     assert 0 < counts[1] < 5
     outcomes = []
     for run in (
-        lambda: model.run_layers(model.embed(tokens), 0, 4, kept_rows=kept)[0],
+        lambda: model.run_layers(model.embed(tokens), 0, 4, masks=LayerMasks(kept_rows=kept))[0],
         lambda: masked_reference(model, tokens, kept, 4),
     ):
         model.zero_grad()
@@ -133,7 +134,8 @@ def test_kept_rows_equal_masking_in_value_and_gradient(scale_kept):
 def test_probability_one_is_the_identity_block():
     model = build(small(n_layers=2))
     h = model.embed(torch.arange(6).view(2, 3))
-    out, _ = model.run_layers(h, 1, 2, kept_rows=rows_of([1.0, 1.0], n=2))
+    masks = LayerMasks(kept_rows=rows_of([1.0, 1.0], n=2))
+    out, _ = model.run_layers(h, 1, 2, masks=masks)
     assert torch.equal(out, h)
 
 
@@ -143,7 +145,8 @@ def test_dropped_rows_cost_no_compute_and_every_block_is_called():
     for block in model.layers.values():
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
     kept = rows_of([0.0, 0.5, 0.5, 1.0], n=8, seed=1)
-    model.run_layers(model.embed(torch.zeros(8, 5, dtype=torch.long)), 0, 4, kept_rows=kept)
+    h = model.embed(torch.zeros(8, 5, dtype=torch.long))
+    model.run_layers(h, 0, 4, masks=LayerMasks(kept_rows=kept))
     expected = [40 if n is None else max(5 * n, 1) for n in counts_of(kept)]
     assert seen == expected
     assert expected[3] == 1

@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.command_line import read_options
 from models.checkpoint_format import load_model
 from models.conversion.hugging_face import hugging_face_name
+from models.conversion.options import Options
 from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
-from models.convert import build_parser, convert
+from models.convert import convert
 from tests.models.test_exit_parts import EXITS, with_own_exits
 
 
@@ -28,7 +30,8 @@ def run_folder(model, tokenizer_path, tmp_path_factory):
 
 
 def run(target, *words):
-    convert(build_parser().parse_args(["--from", "skipstone", "--to", target, *map(str, words)]))
+    words = ["--from", "skipstone", "--to", target, *map(str, words)]
+    convert(read_options(Options, words, prog="convert", description=""))
 
 
 def test_a_copy_keeps_them(model, run_folder, tmp_path):
@@ -43,7 +46,7 @@ def test_a_copy_keeps_them(model, run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("hf",), r"own_exits: \(1, 3\) have parts that a Hugging Face Llama has no place for"),
+        (("hf",), r"own_exits: \(1, 3\) have parts that a Hugging Face Llama cannot hold"),
         (("skipstone", "--first_layers", "3"), "layers: exits after 1, 3 of all layers have parts"),
         (("skipstone", "--layers", "0,2"), "layers: exits after 1, 3 of all layers have parts"),
     ],
@@ -69,7 +72,7 @@ def test_what_is_left_is_the_rest_bit_for_bit(model, run_folder, tmp_path):
         run("skipstone", tmp_path / "ours", tmp_path / "again", "--drop_own_exits")
 
 
-def test_a_hugging_face_folder_is_the_rest_and_says_so(model, run_folder, tmp_path):
+def test_a_hugging_face_folder_is_the_rest_and_its_card_states_it(model, run_folder, tmp_path):
     pytest.importorskip("transformers")
     run("hf", run_folder, tmp_path / "hf", "--drop_own_exits")
     found = load_file(tmp_path / "hf" / "model.safetensors")

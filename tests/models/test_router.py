@@ -1,6 +1,6 @@
-"""Routers run the tokens they say and learn by the straight-through gradient, as a slow form does.
+"""Routers run the tokens of p > 0.5 and learn by the straight-through gradient, as the slow form.
 
-A token that skips still has keys and values; what a layer has no room for is the least probable.
+A token that skips still has keys and values; those beyond the capacity are the least probable.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from models.conversion.hugging_face import hugging_face_config
 from models.conversion.pruning import prune
 from models.document_mask import attend, document_mask, query_mask
 from models.layer_dropout import draw_kept_rows
+from models.layer_masks import LayerMasks
 from models.llama import Llama
 from models.router import RouterConfig, Routing, most_probable, route
 from tests.models.test_llama import build, small
@@ -58,18 +59,18 @@ def straight_through(model, l, states, capacity):
     """Return p and w = [p > 0.5] + p - p.detach() of a row's tokens; 0 where there is no room."""
     p = [probability(model, l, h) for h in states]
     room = math.ceil(capacity * len(p))
-    admitted = sorted(range(len(p)), key=lambda place: (-p[place].item(), place))[:room]
+    admitted = sorted(range(len(p)), key=lambda i: (-p[i].item(), i))[:room]
     w = [float(each > 0.5) + each - each.detach() for each in p]
-    return p, [each if place in admitted else 0.0 for place, each in enumerate(w)]
+    return p, [each if i in admitted else 0.0 for i, each in enumerate(w)]
 
 
 def run(model, tokens, capacity, documents, kept_rows=None):
     """Return {l: x_{l+1}} and {l: p} of one training pass."""
     routing = Routing(capacity)
-    _, states = model.run_layers(
-        model.embed(tokens), 0, L, kept_rows=kept_rows, routing=routing, exit_layers=range(L),
-        documents=None if documents is None else document_mask(documents),
-    )  # fmt: skip
+    documents = None if documents is None else document_mask(documents)
+    masks = LayerMasks(kept_rows=kept_rows, documents=documents, routing=routing)
+    h = model.embed(tokens)
+    _, states = model.run_layers(h, 0, L, masks=masks, exit_layers=range(L))
     return states, routing.gates
 
 
@@ -184,15 +185,15 @@ def test_stochastic_depth_composes_and_dropped_rows_cost_nothing(capacity):
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one text", "documents"])
 def test_blocks_of_some_queries_are_their_mask(documents):
     g = torch.Generator().manual_seed(0)
-    places = torch.tensor([[0, 4, 5, 8], [1, 2, 3, 7]])
+    positions = torch.tensor([[0, 4, 5, 8], [1, 2, 3, 7]])
     q = torch.randn(2, 4, 4, 16, generator=g)
     k, v = (torch.randn(2, 2, SEQ, 16, generator=g) for _ in range(2))
-    dense, blocks = (query_mask(places, SEQ, documents, blocks=each) for each in (False, True))
-    found = attend(q, k, v, blocks.seen, grouped=True)
-    torch.testing.assert_close(found, attend(q, k, v, dense.seen, grouped=True))
+    dense, blocks = (query_mask(positions, SEQ, documents, blocks=each) for each in (False, True))
+    found = attend(q, k, v, blocks.mask, grouped=True)
+    torch.testing.assert_close(found, attend(q, k, v, dense.mask, grouped=True))
     rows = torch.tensor([1])
     mask, _, own = blocks.arguments(rows)
-    assert own.tolist() == places[1:].tolist()
+    assert own.tolist() == positions[1:].tolist()
     torch.testing.assert_close(attend(q[1:], k[1:], v[1:], mask, grouped=True), found[1:])
 
 
@@ -214,9 +215,9 @@ def test_pruning_keeps_the_routers_of_the_layers_kept():
     config, state = prune(model.config, model.state_dict(), [0, 2])
     small = Llama(config)
     small.load_state_dict(state)
-    for place, l in ((0, 0), (1, 2)):
+    for new, l in ((0, 0), (1, 2)):
         for ours, theirs in zip(
-            small.routers[str(place)].parameters(), model.routers[str(l)].parameters(), strict=True
+            small.routers[str(new)].parameters(), model.routers[str(l)].parameters(), strict=True
         ):
             assert torch.equal(ours, theirs)
 
@@ -232,6 +233,6 @@ def test_a_shape_written_before_there_were_routers_is_read():
 
 def test_hugging_face_has_no_place_for_routers():
     config = make_model().config
-    with pytest.raises(ValueError, match=r"^router: a Hugging Face Llama has no place for linear"):
+    with pytest.raises(ValueError, match=r"^router: a Hugging Face Llama cannot hold linear"):
         hugging_face_config(config)
     assert hugging_face_config(dataclasses.replace(config, router="none"))["hidden_size"] == 32

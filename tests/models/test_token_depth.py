@@ -6,6 +6,7 @@ import torch
 
 from models.document_mask import document_mask
 from models.layer_dropout import draw_kept_rows, uniform
+from models.layer_masks import LayerMasks
 from models.token_depth import (
     TokenDepthConfig,
     TokenLayers,
@@ -43,7 +44,7 @@ def layers_of(layers, row=0):
     """Return the layers l that each token of a row runs."""
     seq = LEARNT.shape[1]
     runs = [torch.ones(2, seq).bool() if each is None else each for each in layers.runs]
-    return [[l for l in range(L) if runs[l][row, place]] for place in range(seq)]
+    return [[l for l in range(L) if runs[l][row, i]] for i in range(seq)]
 
 
 def test_unified_runs_all_layers_for_prompts_and_the_kept_ones_for_new_tokens():
@@ -111,9 +112,8 @@ def test_states_and_gradients_equal_the_slow_form(config, documents):
     tokens = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     layers = make_layers(config, documents)
     mask = None if documents is None else document_mask(documents)
-    _, states = model.run_layers(
-        model.embed(tokens), 0, L, documents=mask, token_layers=layers, exit_layers=range(L)
-    )
+    masks, h = LayerMasks(documents=mask, token_layers=layers), model.embed(tokens)
+    _, states = model.run_layers(h, 0, L, masks=masks, exit_layers=range(L))
     fast = torch.stack([states[l] for l in range(L)])
     slow = []
     for row in range(2):
@@ -143,18 +143,19 @@ def test_every_block_is_called_and_stochastic_depth_composes():
     for block in model.layers.values():
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     tokens = torch.arange(16).view(2, 8)
-    none = TokenLayers(tuple(torch.zeros(2, 8).bool() for _ in range(L)))
+    none = LayerMasks(token_layers=TokenLayers((torch.zeros(2, 8).bool(),) * L))
     h = model.embed(tokens)
-    assert torch.equal(model.run_layers(h, 0, L, token_layers=none)[0], h)
+    assert torch.equal(model.run_layers(h, 0, L, masks=none)[0], h)
     assert len(calls) == L
     kept = draw_kept_rows(
         [0.5] * L, seed=4, t=0, keys=np.arange(2), scale_kept=False, device=h.device
     )
     layers = make_layers(CONFIGS[1], None)
-    together, _ = model.run_layers(h, 0, L, kept_rows=kept, token_layers=layers)
+    masks = LayerMasks(kept_rows=kept, token_layers=layers)
+    together, _ = model.run_layers(h, 0, L, masks=masks)
     expected = h
     for l in range(L):
-        out, _ = model.run_layers(expected, l, l + 1, kept_rows=kept)
+        out, _ = model.run_layers(expected, l, l + 1, masks=LayerMasks(kept_rows=kept))
         runs = layers.runs[l]
         expected = out if runs is None else torch.where(runs[:, :, None], out, expected)
     assert torch.equal(together, expected)

@@ -1,4 +1,4 @@
-"""Where attention stays within documents, training and validation are told which those are."""
+"""Where attention stays within documents, training and validation number the documents."""
 
 import dataclasses
 
@@ -54,11 +54,11 @@ def check_step(runtime):
     found = []
     for batch in packed_and_alone():
         model = build_model(config.model, config.parallel, runtime, config.seed)
-        J, sums, _, _ = accumulate_gradients(
+        totals = accumulate_gradients(
             model, [batch], plan_of(config), STEP, config=config.step_config, runtime=runtime
         )
         grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-        found.append({"J": J, "sums": sums} | grads)
+        found.append({"J": totals.J, "sums": totals.exit_sums} | grads)
     torch.testing.assert_close(*found, atol=2e-6, rtol=1e-4)
 
 
@@ -85,7 +85,7 @@ def data_config(path, *, mask):
 
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])
-def test_training_rows_number_their_documents_where_asked(short_documents, packing):
+def test_training_rows_number_their_documents_where_configured(short_documents, packing):
     runtime = Runtime(rank=0, world_size=1, device=torch.device("cpu"), job="")
     for mask in (True, False):
         config = dataclasses.replace(data_config(short_documents, mask=mask), packing=packing)
@@ -119,5 +119,5 @@ def check_job(runtime, root, path):
     assert losses[True] != losses[False]
 
 
-def test_a_job_trains_and_validates_within_documents_where_asked(tmp_path, short_documents):
+def test_a_job_trains_and_validates_within_documents_where_configured(tmp_path, short_documents):
     run_distributed(check_job, 1, tmp_path, short_documents)

@@ -108,11 +108,11 @@ def check_gradients(runtime, configs):
         t = STEPS[0]
         batch = make_loader(config, runtime.rank, runtime.world_size).batch(t)
         keywords = {"config": config.step_config, "runtime": runtime}
-        J, *_ = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
+        totals = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
         slow_J = slow_loss(slow, config, t)
         slow_J.backward()
         if not config.early_exit.distill:  # the teacher's own loss is among those reported
-            torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J.detach())
+            torch.testing.assert_close(runtime.sum_over_ranks(totals.J), slow_J.detach())
         for (name, ours), theirs in zip(model.named_parameters(), slow.parameters(), strict=True):
             own = name.startswith("own_exits.")
             assert ours.requires_grad == (own or config.optim.trains == "all"), name
@@ -219,9 +219,9 @@ def check_half_precision(runtime, configs):
         for t in STEPS:
             plan, batch = config.layerskip.at(t), loader.batch(t)
             assert len(batch) > 1
-            asked = {"config": config.step_config, "runtime": runtime}
-            J, *_ = accumulate_gradients(model, batch, plan, t, **asked)
-            assert J.isfinite()
+            keywords = {"config": config.step_config, "runtime": runtime}
+            totals = accumulate_gradients(model, batch, plan, t, **keywords)
+            assert totals.J.isfinite()
             for name, parameter in model.named_parameters():
                 part, number, *_ = name.split(".")
                 on = parameter.requires_grad and (
@@ -234,7 +234,7 @@ def check_half_precision(runtime, configs):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_units_that_are_not_called_are_no_trouble_in_half_precision(ranks):
+def test_units_that_are_not_called_work_in_half_precision(ranks):
     half = ParallelConfig(param_dtype="bfloat16")
     hybrid = ParallelConfig(param_dtype="bfloat16", dp_replicate=ranks)
     frozen = config_of("exits", curriculum="rot", microbatch_size=2, parallel=half)
@@ -359,19 +359,18 @@ def test_routers_of_a_plain_model_begin_by_letting_every_token_run(plain_run, ca
         theirs = plain(tokens, exit_layers=[0, 1]).exits
         assert all((p > 0.5).all() for p in hidden.gates.values())
         assert all(torch.equal(x, theirs[l]) for l, x in hidden.exits.items())
-    assert "checkpoint: the routers, which it has not, begin by letting every token run" in (
+    assert "checkpoint: the routers, which it lacks, start by letting every token run" in (
         caplog.messages
     )
 
 
-def test_what_was_copied_is_said_and_other_shapes_are_refused(plain_run, tmp_path, caplog):
+def test_what_was_copied_is_logged_and_other_shapes_are_refused(plain_run, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     with start_runtime(RuntimeConfig(), seed=0) as runtime:
         model, optimizer = tiny.build(runtime, own_exits=(1,))
         load_initial_weights(str(plain_run), model, runtime=runtime)
         assert caplog.messages[-1] == (
-            "checkpoint: the exits after 1 layers, which it has not, begin as copies of its final "
-            "norm"
+            "checkpoint: the exits E = 1, which it lacks, start as copies of its final norm"
         )
         config = replace(tiny.MODEL, own_exits=(1,))
         with CheckpointWriter(
@@ -384,24 +383,24 @@ def test_what_was_copied_is_said_and_other_shapes_are_refused(plain_run, tmp_pat
         for name, value in model.state_dict().items():
             assert torch.equal(value.full_tensor(), again.state_dict()[name].full_tensor()), name
         for root, fields, differing in (
-            (plain_run, {"own_exits": (1,), "ffn_dim": 32}, "model.ffn_dim 24 (asked for: 32)"),
+            (plain_run, {"own_exits": (1,), "ffn_dim": 32}, "model.ffn_dim 24 (configured: 32)"),
             (
                 plain_run,
                 {"vocab_size": 60, "ffn_dim": 32},
-                "model.ffn_dim 24 (asked for: 32), model.vocab_size 50 (asked for: 60)",
+                "model.ffn_dim 24 (configured: 32), model.vocab_size 50 (configured: 60)",
             ),
-            (tmp_path, {}, "model.own_exits (1,) (asked for: ())"),
+            (tmp_path, {}, "model.own_exits (1,) (configured: ())"),
             (
                 tmp_path,
                 {"own_exits": (1,), "own_exit_mlp": True},
-                "model.own_exit_mlp False (asked for: True)",
+                "model.own_exit_mlp False (configured: True)",
             ),
         ):
             other, _ = tiny.build(runtime, **fields)
             with pytest.raises(ValueError, match="checkpoint.init_from: ") as error:
                 load_initial_weights(str(root), other, runtime=runtime)
             assert str(error.value).endswith(
-                f" is of another model, with {differing}; ask for what it has or name another run"
+                f" is of another model, with {differing}; configure that model or name another run"
             )
 
 
@@ -453,17 +452,17 @@ def test_the_command_tunes_the_exits_of_a_plain_run_and_leaves_its_last_layer(la
     }
     after = launch(name="tuned", **tuning)
     assert after.wait() == [0, 0], after.output
-    assert "which it has not, begin as copies of its last layer's feed-forward and" in after.output
+    assert "which it lacks, start as copies of its last layer's feed-forward and" in after.output
     plain, tuned = (
         [r for r in records(job.run) if "validation/loss" in r][-1] for job in (before, after)
     )
-    assert tuned["validation/loss_exit_03"] == plain["validation/loss_exit_03"]
-    assert tuned["validation/loss_exit_01"] == plain["validation/loss_exit_01"]
-    for exit_ in ("00", "02"):
+    assert tuned["validation/loss_exit_04"] == plain["validation/loss_exit_04"]
+    assert tuned["validation/loss_exit_02"] == plain["validation/loss_exit_02"]
+    for exit_ in ("01", "03"):
         assert tuned[f"validation/loss_exit_{exit_}"] < plain[f"validation/loss_exit_{exit_}"]
     steps = [r for r in records(after.run) if "train/J" in r]
     exits = {name for r in steps for name in r if name.startswith("train/loss")}
-    assert exits == {"train/loss_exit_00", "train/loss_exit_02"}
+    assert exits == {"train/loss_exit_01", "train/loss_exit_03"}
     groups = {n for r in records(after.run) for n in r if "adam/update_rms" in n}
     assert groups == {"adam/update_rms/own_exits_01", "adam/update_rms/own_exits_03"}
     models = [

@@ -38,7 +38,7 @@ def records(run):
 
 
 def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(training, launch):
-    # Written at once: the checkpoint of step 3 is there when step 4 is told. Kills while one is
+    # Written at once: the checkpoint of step 3 is there when step 4 is logged. Kills while one is
     # written in the background are tests/faults/test_checkpoints.py's.
     often = {"ranks": 2, "metrics__interval_steps": 1, "checkpoint__asynchronous": False}
     job = launch(**often, name="straight")
@@ -73,9 +73,9 @@ def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
     for record in records(run):
         by_step.setdefault(record["step"], {}).update(record)
     assert list(by_step) == [2, 4, 6, 8]
-    for l in range(4):
-        assert by_step[4][f"validation/loss_exit_{l:02d}"] > 0
-        assert by_step[6][f"train/loss_exit_{l:02d}"] > 0
+    for E in range(1, 5):
+        assert by_step[4][f"validation/loss_exit_{E:02d}"] > 0
+        assert by_step[6][f"train/loss_exit_{E:02d}"] > 0
     assert by_step[8]["validation/loss"] < by_step[4]["validation/loss"]
     assert by_step[8]["optim/lr"] == pytest.approx(3e-4)
     assert json.loads((run / "config.json").read_text())["curriculum"]["C"] == "all"
@@ -100,12 +100,12 @@ def test_offline_wandb_gets_the_metrics(launch):
         ({"layer_dropout__pmax": 1}, "option: --layer_dropout.pmax does not exist, did you mean"),
         (
             {"curriculum__R": 4, "curriculum__last_layer_always_on": False},
-            "error: curriculum.last_layer_always_on: False leaves step 0 with the exits [0]",
+            "error: curriculum.last_layer_always_on: False leaves step 0 with the exits E = [1]",
         ),
         (
             {"early_exit__distill": 0.5, "curriculum__last_layer_always_on": False}
             | {"curriculum__C": "rot"},
-            "error: curriculum.last_layer_always_on: False, but distillation needs the last layer",
+            "error: curriculum.last_layer_always_on: False, but in distillation the last layer",
         ),
         (
             {"optim__trains": "exits", "model__own_exits": 2, "checkpoint__init_from": "gone"}
@@ -153,7 +153,7 @@ def test_a_run_folder_of_another_model_size_is_refused(training, launch):
     assert launch(name="sized", steps=1).wait() == [0, 0]
     status, output = training.run(name="sized", steps=2, model__n_layers=3, ranks=2)
     assert status == 1  # torchrun's own, after our line
-    assert "is of another model, with model.n_layers 4 (asked for: 3)" in output
+    assert "is of another model, with model.n_layers 4 (configured: 3)" in output
     assert output.count("error: name:") == 1
 
 
@@ -184,7 +184,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run(training, capsys, quiet):
     assert main(wild) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: recovery: 2 steps in a row were not finite")
-    assert "no checkpoint from before step 1 to go back to" in line
+    assert "no checkpoint from before step 1 to roll back to" in line
 
 
 def test_weights_that_are_not_finite_are_never_saved(training, quiet):
@@ -210,7 +210,7 @@ def test_training_and_inference_measure_the_same_held_out_loss(launch, corpus):
     assert tokens == 11 * 16
     [record] = [r for r in records(job.run) if "validation/loss" in r]
     for quality in exits:
-        assert record[f"validation/loss_exit_{quality.l:02d}"] == pytest.approx(quality.loss, 1e-5)
+        assert record[f"validation/loss_exit_{quality.E:02d}"] == pytest.approx(quality.loss, 1e-5)
 
 
 def test_due_steps_are_the_multiples_and_the_last():

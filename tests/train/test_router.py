@@ -81,14 +81,14 @@ def check_gradients(runtime, configs, backend=None):
     for config in configs:
         torch._dynamo.reset()
         model = build(config, runtime)
-        J, _, _, density = accumulate_gradients(
+        totals = accumulate_gradients(
             model, microbatches_of(runtime), plan_of(config), STEP,
             config=config.step_config, runtime=runtime,
         )  # fmt: skip
         slow_J, running, slow = slow_gradients(config)
         assert 0.2 < running < 0.8
-        torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J, atol=1e-6, rtol=1e-6)
-        assert runtime.sum_over_ranks(density).item() == pytest.approx(running, abs=1e-6)
+        torch.testing.assert_close(runtime.sum_over_ranks(totals.J), slow_J, atol=1e-6, rtol=1e-6)
+        assert runtime.sum_over_ranks(totals.density).item() == pytest.approx(running, abs=1e-6)
         assert slow["routers.0.out.weight"].abs().max() > 1e-3
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(
@@ -144,15 +144,15 @@ def check_metric(runtime):
         assert not torch.equal(parameter.full_tensor(), before[name]), name
     reader = DeferredReader()
     reader.push(STEP, result)
-    [outcome] = reader.drain()
-    assert outcome.finite
+    [metrics] = reader.drain()
+    assert metrics.finite
     slow_J, running, _ = slow_gradients(config)
-    assert pytest.approx(slow_J.item(), abs=1e-5) == outcome.J
+    assert pytest.approx(slow_J.item(), abs=1e-5) == metrics.J
     for routed in (True, False):
         report = StepReport(4, 96, NoThroughput(), routed=routed)
-        report.add(outcome, plan_of(config))
-        metrics = report.read(STEP + 1, lr=0.1, seconds=1.0)
-        assert metrics.get("train/router_density") == (
+        report.add(metrics, plan_of(config))
+        read = report.read(STEP + 1, lr=0.1, seconds=1.0)
+        assert read.get("train/router_density") == (
             pytest.approx(running, abs=1e-6) if routed else None
         )
 

@@ -40,7 +40,7 @@ def finish(config, state="finished"):
     """Leave what a run of this learning rate would: its losses, and how it stands."""
     config.run_dir.mkdir(parents=True)
     line = {"validation/loss": 1 / config.optim.lr, "step": 7}
-    line |= {f"validation/loss_exit_{l:02}": l + config.optim.lr for l in range(2)}
+    line |= {f"validation/loss_exit_{E:02}": E - 1 + config.optim.lr for E in (1, 2)}
     lines = [json.dumps({"loss": 1}), json.dumps(line), json.dumps({"loss": 2})]
     (config.run_dir / "metrics.jsonl").write_text("\n".join(lines))
     write_status([config.run_dir / "status.json"], state, 7)
@@ -270,8 +270,8 @@ def assert_one_line(argv, message, monkeypatch, capsys):
     [
         (["demo", "--bogus"], "options: --bogus are none of the sweep's, see --help"),
         (["demo", "--nodes=2", "--grid", GRID[0]], "options: --nodes=2 are none"),
-        (["demo", "--print", "--sbatch"], "argument --sbatch: not allowed with argument --print"),
-        ([], "the following arguments are required: preset"),
+        (["demo", "--print", "--sbatch"], "sbatch: does not go with --print, choose one"),
+        ([], "preset: none, give PRESET"),
     ],
 )
 def test_options_that_are_not_the_sweeps_are_one_line(arguments, message, monkeypatch, capsys):

@@ -46,9 +46,9 @@ def microbatches_of(runtime, size=2):
     return [Microbatch(tokens[each], labels[each], each) for each in rows]
 
 
-def layers_by_hand(config, row, place):
+def layers_by_hand(config, row, position):
     """Return the layers l of 4 that a token runs."""
-    depth, new = config.token_depth, place - PROMPTS[row] - 1
+    depth, new = config.token_depth, position - PROMPTS[row] - 1
     if depth.kind == "unified" and new >= -1:
         return {0, 3}
     if depth.kind == "skipdecode":
@@ -56,7 +56,7 @@ def layers_by_hand(config, row, place):
         return {0, *range(4 - budget + 1, 4)}
     if depth.kind == "mixed":
         drawn = draw_exits(depth, 4, seed=config.seed, t=STEP, samples=np.array([row]), seq_len=SEQ)
-        return set(range(drawn[0, place]))
+        return set(range(drawn[0, position]))
     return {0, 1, 2, 3}
 
 
@@ -71,7 +71,7 @@ def slow_gradients(config):
 
         def weights(l, states, row=row, draws=draws):
             scale = (draws[l] >= plan.drop_prob[l]) / (1 - plan.drop_prob[l])
-            return [scale * (l in layers_by_hand(config, row, place)) for place in range(SEQ)]
+            return [scale * (l in layers_by_hand(config, row, position)) for position in range(SEQ)]
 
         outputs = token_by_token(model, tokens[row], weights)
         for l in plan.exit_layers:
@@ -86,12 +86,12 @@ def check_gradients(runtime, configs):
     for config in configs:
         config.check(runtime.world_size)
         model = build_model(config.model, config.parallel, runtime, config.seed)
-        J, *_ = accumulate_gradients(
+        totals = accumulate_gradients(
             model, microbatches_of(runtime), plan_of(config), STEP,
             config=config.step_config, runtime=runtime,
         )  # fmt: skip
         slow_J, slow = slow_gradients(config)
-        torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(runtime.sum_over_ranks(totals.J), slow_J, atol=1e-6, rtol=1e-6)
         for name, parameter in model.named_parameters():
             expected = torch.zeros_like(parameter) if slow[name] is None else slow[name]
             torch.testing.assert_close(
@@ -144,7 +144,7 @@ def check_validation(runtime):
                     plain,
                     tokens[row],
                     lambda l, states, row=row, config=config: [
-                        float(l in layers_by_hand(config, row, place)) for place in range(SEQ)
+                        float(l in layers_by_hand(config, row, position)) for position in range(SEQ)
                     ],
                 )
                 logits = plain.exit_logits(torch.stack(outputs[3]))

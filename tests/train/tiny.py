@@ -1,6 +1,6 @@
 """A tiny model that is trained without data: step t's gradients are drawn from t alone.
 
-So a run's end does not depend on the number of ranks, and is known without running it again.
+So a run's end does not depend on the number of ranks, and can be computed without running it.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ def writer(root, model, optimizer, runtime, **config):
 
 
 def load_newest(root, model, optimizer, runtime, *, allow=False, **config):
-    """Go on from the newest checkpoint in root/checkpoints."""
+    """Resume from the newest checkpoint in root/checkpoints."""
     return resume(
         root / "checkpoints",
         model,

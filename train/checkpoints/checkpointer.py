@@ -1,8 +1,8 @@
-"""Writing checkpoints: aside, hashed by the ranks that wrote, named last; training need not wait.
+"""Write checkpoints in the background: into a temporary folder, hashed, then renamed.
 
-All that a run must not forget is t, the weights, the optimizer's moments and a little JSON of the
-trainer's: the data order, the curriculum, layer dropout and the learning rate are pure functions
-of t. Reading them back is `train/checkpoints/resume.py`.
+A checkpoint holds t, the weights, the optimizer's moments and a little JSON: the data order, the
+curriculum, layer dropout and the learning rate are pure functions of t. It is loaded in
+`train/checkpoints/resume.py`.
 """
 
 import json
@@ -47,7 +47,7 @@ T = TypeVar("T")
 FileEntry = dict[str, int | str]
 logger = logging.getLogger(__name__)
 
-# Longer than the watchdog waits, which names the rank that hangs.
+# Beyond the watchdog's limit, whose message names the rank that hangs.
 _TIMEOUT = timedelta(hours=4)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,22 +59,22 @@ class CheckpointConfig:
     interval_steps: int = 500
     """Steps between checkpoints; the last step always writes one. 0: only the last."""
     asynchronous: bool = True
-    """Train on while a checkpoint is written. Each rank keeps a copy of its part of the weights
-    and moments in host memory for that."""
+    """Continue training while a checkpoint is written. Each rank then keeps a copy of its part of
+    the weights and moments in host memory."""
     keep_latest: int = 3
     """Finished checkpoints to keep; 0 keeps all."""
     keep_every_steps: int = 0
-    """Checkpoints of steps divisible by this are kept for good. 0: none."""
+    """Checkpoints of steps divisible by this are never deleted. 0: none."""
     max_failures: int = 3
-    """Checkpoints in a row that may fail, as on a full disk, before the run stops. The last one
-    of a run may not."""
+    """Checkpoints in a row that fail, as on a full disk, until the run stops. A failure of the last
+    one of a run stops it at once."""
     final_model: Literal["none", "float32", "bfloat16"] = "none"
     """Also write the weights alone to the run's folder `model` at the end, in this dtype."""
     allow_config_changes: bool = False
-    """Resume also where the configuration differs in what decides the result."""
+    """Resume also where fields of the configuration that affect the result have changed."""
     init_from: str = ""
     """Run or checkpoint folder whose weights a new run starts from (continual training,
-    finetuning). Empty: random weights. A run that has checkpoints of its own resumes from them."""
+    finetuning). Empty: random weights. A run with checkpoints of its own resumes from them."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -89,8 +89,8 @@ class CheckpointConfig:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time. Every rank makes the same calls.
 
-    A failed checkpoint leaves nothing behind and is not fatal: it is logged, and the next one due
-    is the next try. `with` waits at its end for the one that is being written.
+    A failed checkpoint leaves no files and is not fatal: it is logged, and the next one is written
+    when due. The end of the `with` block waits for the one in flight.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class CheckpointWriter:
         identity: RunIdentity,
         runtime: Runtime,
     ) -> None:
-        """Write nothing yet; `folder` is where the checkpoints of the run are."""
+        """Start the thread; `folder` holds the checkpoints of the run."""
         self._folder, self._model, self._optimizer = folder, model, optimizer
         self._config, self._identity, self._runtime = config, identity, runtime
-        # What the tokenizer's file may become during the run is not what the run was trained on.
+        # Read once: the file may change during the run.
         self._tokenizer = identity.tokenizer_path.read_bytes() if runtime.is_main else b""
-        # The thread's collectives run beside those of training, which have groups of their own.
+        # The thread's collectives run concurrently with those of training, so in another group.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         on_gpu = runtime.device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
@@ -124,7 +124,6 @@ class CheckpointWriter:
         self._failures = 0
 
     def __enter__(self) -> "CheckpointWriter":
-        """Return the writer."""
         return self
 
     def __exit__(
@@ -133,7 +132,7 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let the checkpoint in flight come to its end, whatever ended training."""
+        """Wait for the checkpoint in flight, also after an error."""
         self._thread.shutdown()
         self._stager.close()
 
@@ -142,12 +141,12 @@ class CheckpointWriter:
 
         Args:
             t: Optimizer steps done.
-            state: What else the trainer wants back when it resumes; JSON.
-            required: Return only once it is written, and fail if it cannot be.
+            state: JSON to be returned by `resume`.
+            required: Wait until it is written, and raise if that fails.
 
         Raises:
-            FloatingPointError: If a weight is not finite; nothing is written then.
-            OSError: On rank 0, if it or too many before it could not be written.
+            FloatingPointError: If a weight is not finite; no checkpoint is written then.
+            OSError: On rank 0, if it was required or one too many in a row could not be written.
             SystemExit: On the other ranks then.
         """
         self.wait()
@@ -166,7 +165,7 @@ class CheckpointWriter:
         """Wait until the checkpoint in flight, if any, is written or has failed.
 
         Raises:
-            OSError: On rank 0, if it has failed and was `required`, or too many have in a row.
+            OSError: On rank 0, if it has failed and is `required`, or is one too many in a row.
             SystemExit: On the other ranks then.
         """
         if self._in_flight is None:
@@ -182,7 +181,7 @@ class CheckpointWriter:
         raise OSError(f"checkpoint: {problem}{count}, make room there and start the run again")
 
     def write_model(self, path: Path, t: int) -> None:
-        """Write the weights alone, as `config.final_model` says, to be loaded and trained from.
+        """Write the weights alone, in the dtype of `config.final_model`; "none" writes nothing.
 
         Raises:
             OSError: On rank 0, if they could not be written.
@@ -201,15 +200,21 @@ class CheckpointWriter:
         self.wait(required=True)
 
     def _enter_thread(self) -> None:
-        """Use this rank's GPU in the thread too, where torch would take the first."""
+        """Set this rank's GPU in the thread too, where torch would use the first."""
         if self._runtime.device.type == "cuda":
             torch.cuda.set_device(self._runtime.device)
 
-    def _write(self, path: Path, tensors: Tensors, manifest: Manifest, go_on: bool) -> str:
+    def _write(self, path: Path, tensors: Tensors, manifest: Manifest, tolerated: bool) -> str:
         """Write and commit a checkpoint, in the writer's thread.
 
+        Args:
+            path: The folder of the checkpoint.
+            tensors: Its tensors.
+            manifest: Its manifest, but for the files.
+            tolerated: Whether training continues if it fails.
+
         Returns:
-            What went wrong, on every rank if on any; empty if nothing did.
+            The error, on every rank if on any; empty if there is none.
         """
         aside = path.with_name(path.name + ".tmp")
         num_bytes = sum(v.numel() * v.element_size() for d in tensors.values() for v in d.values())
@@ -224,14 +229,14 @@ class CheckpointWriter:
             own = f"__{self._runtime.rank}_*.distcp"
             entries = self._agree(lambda: {p.name: file_entry(p) for p in aside.glob(own)})
             self._on_main(lambda: self._commit(aside, path, manifest, entries))
-        except (CheckpointException, OSError) as error:  # known to every rank alike
+        except (CheckpointException, OSError) as error:  # the same on every rank
             if not self._runtime.is_main:
                 return "failed"
             shutil.rmtree(aside, ignore_errors=True)
             problem = f"could not write {path.name}, {explain(error, path.parent, num_bytes)}"
-            if go_on:
+            if tolerated:
                 logger.warning(
-                    "checkpoint: %s; training goes on (%d of at most %d failures in a row)",
+                    "checkpoint: %s; training continues (%d of at most %d failures in a row)",
                     problem,
                     self._failures + 1,
                     self._config.max_failures,
@@ -246,7 +251,7 @@ class CheckpointWriter:
     def _commit(
         self, aside: Path, path: Path, manifest: Manifest, entries: list[dict[str, FileEntry]]
     ) -> None:
-        """Make a checkpoint of the files that all ranks have written; rank 0 alone does."""
+        """Complete the files that all ranks have written to a checkpoint; for rank 0 alone."""
         write_synced(aside / TOKENIZER, self._tokenizer)
         files = {name: entry for rank in entries for name, entry in rank.items()}
         files |= {name: file_entry(aside / name) for name in (".metadata", TOKENIZER)}
@@ -254,7 +259,7 @@ class CheckpointWriter:
         publish(aside, path)
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0, and wait for it on the others."""
+        """Run `action` on rank 0; the other ranks wait for it."""
         self._agree(action if self._runtime.is_main else lambda: None)
 
     def _agree(self, action: Callable[[], T]) -> list[T]:

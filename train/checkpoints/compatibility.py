@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what it is of, and what has changed since."""
+"""Check whether a run may resume from a checkpoint: same model, data and configuration."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from train.checkpoints.content import RunIdentity
 
 logger = logging.getLogger(__name__)
 
-# What may differ without another result: where things are, what is watched, how it is computed.
+# May differ without affecting the result: paths, monitoring, how it is computed.
 _HARMLESS = (
     *("name", "output_dir", "data.path", "data.also", "data.input"),
     *("data.microbatch_size", "data.verify_shards", "early_exit.chunk_rows"),
@@ -29,7 +29,7 @@ _ABSENT = object()
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """Say field by field what two resolved configurations differ in: (field, how)."""
+    """Yield the fields in which two resolved configurations differ: (field, how)."""
     for name in {**old, **new}:
         before, after = old.get(name, _ABSENT), new.get(name, _ABSENT)
         if isinstance(before, dict) and isinstance(after, dict):
@@ -43,18 +43,18 @@ def differences(
 
 
 def is_harmless(field: str) -> bool:
-    """Whether a run may go on with another value of this field of the configuration."""
+    """Whether a run may resume with another value of this field of the configuration."""
     if field in _HARMFUL:
         return False
     return field in _HARMLESS or field.startswith(_HARMLESS_SECTIONS)
 
 
 def check_config(manifest: Manifest, config: dict[str, Any], *, allow: bool) -> None:
-    """Print what the configuration differs in, and refuse what decides the result.
+    """Log the changes of the configuration, and refuse those that affect the result.
 
     Args:
-        manifest: Of the checkpoint that training is to go on from.
-        config: The resolved configuration to go on with.
+        manifest: Of the checkpoint to resume from.
+        config: The resolved configuration to resume with.
         allow: Refuse nothing.
 
     Raises:
@@ -62,24 +62,24 @@ def check_config(manifest: Manifest, config: dict[str, Any], *, allow: bool) -> 
     """
     refused = []
     for field, how in differences(manifest.config, config):
-        # A field that only one of two versions has is not a change that the user has made.
+        # A field that only one of the two versions has is no change by the user.
         if allow or is_harmless(field) or how.startswith("is new") or how.endswith("is gone"):
             logger.warning("config: %s %s from step %d on", field, how, manifest.step)
         else:
             refused.append(
-                f"{field}: {how}, give the old value back, choose another --name, or go on from "
+                f"{field}: {how}, restore the old value, choose another --name, or resume from "
                 f"step {manifest.step} like this with --checkpoint.allow_config_changes True"
             )
     if refused:
         raise ValueError("\n".join(refused))
 
 
-def other_model(held: LlamaConfig, wanted: LlamaConfig) -> str:
-    """Say field by field in what the model of a checkpoint is not the one asked for."""
+def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:
+    """Describe the fields in which the model of a checkpoint differs from the configured one."""
     differing = [
-        f"model.{name} {getattr(held, name)} (asked for: {value})"
-        for name, value in vars(wanted).items()
-        if getattr(held, name) != value
+        f"model.{name} {getattr(stored, name)} (configured: {value})"
+        for name, value in vars(configured).items()
+        if getattr(stored, name) != value
     ]
     return f"is of another model, with {', '.join(differing)}"
 
@@ -88,18 +88,18 @@ def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> Non
     """Refuse a checkpoint of another model, tokenizer or dataset.
 
     Raises:
-        ValueError: Saying in what it differs.
+        ValueError: Naming the difference.
     """
     if manifest.model != identity.model:
         raise ValueError(
             f"name: {path} {other_model(manifest.model, identity.model)}; "
-            "choose another --name or the configuration it was made with"
+            "choose another --name or the configuration it was trained with"
         )
     for kind in ("tokenizer_fingerprint", "data_fingerprint"):
         if getattr(manifest, kind) != getattr(identity, kind):
             raise ValueError(
                 f"name: {path} was trained on other data ({kind} {getattr(manifest, kind)[:12]}, "
-                f"now {getattr(identity, kind)[:12]}), choose another --name or give that data back"
+                f"now {getattr(identity, kind)[:12]}), choose another --name or restore that data"
             )
 
 
@@ -108,10 +108,10 @@ def check_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         path: The checkpoint.
-        tensors: All that the optimizer of this run keeps, by its name in a checkpoint.
+        tensors: The state of this run's optimizer, by its names in a checkpoint.
 
     Raises:
-        ValueError: Saying so.
+        ValueError: Naming a tensor of the other optimizer.
     """
     prefix = "optimizer."
     stored = {
@@ -121,6 +121,6 @@ def check_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
     }
     if others := sorted(stored - set(tensors)):
         raise ValueError(
-            f"optim.name: {path} is of another optimizer, with {others[0]}, give that one back, "
+            f"optim.name: {path} is of another optimizer, with {others[0]}, restore that one, "
             f"or start from its weights with another --name and --checkpoint.init_from {path}"
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the tensors, and what it says of the run they belong to."""
+"""The content of a checkpoint: its tensors, and the identity of the run they belong to."""
 
 import platform
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a checkpoint says of the run besides its tensors."""
+    """The identity of a run, which its checkpoints carry: model, configuration, tokenizer, data."""
 
     model: LlamaConfig
     config: dict[str, Any]
@@ -32,7 +32,7 @@ class RunIdentity:
     data_fingerprint: str
 
     def manifest(self, t: int, state: dict[str, Any], runtime: Runtime) -> Manifest:
-        """Return the manifest of step t, but for its files."""
+        """Return the manifest of step t, without files."""
         versions = {name: version(name) for name in ("torch", "torchtitan", "sentencepiece")}
         return Manifest(
             step=t,
@@ -48,7 +48,7 @@ class RunIdentity:
 
 
 def training_tensors(model: Llama, optimizer: OptimizersContainer) -> Tensors:
-    """Return all state that is saved: tensors only, so that nothing is ever unpickled."""
+    """Return all state that is saved: tensors alone, so that loading unpickles nothing."""
     moments = {k: v for k, v in optimizer.state_dict().items() if isinstance(v, Tensor)}
     return {"model": model.state_dict(), "optimizer": moments}
 
@@ -56,7 +56,7 @@ def training_tensors(model: Llama, optimizer: OptimizersContainer) -> Tensors:
 def tensor_bytes(model: Llama, optim: OptimConfig) -> int:
     """Return the bytes of fp32 weights and their moments, over all ranks.
 
-    The model may be on the meta device, or sharded. What does not learn has no moments.
+    The model may be on the meta device, or sharded. Frozen weights have no moments.
     """
     return sum(
         4 * p.numel() * (1 + (num_moments(name, optim) if p.requires_grad else 0))
@@ -65,7 +65,7 @@ def tensor_bytes(model: Llama, optim: OptimConfig) -> int:
 
 
 def checkpoint_bytes(model: Llama, optim: OptimConfig) -> int:
-    """Return what a checkpoint takes on disk at most: `tensor_bytes` and some slack."""
+    """Return the bytes that a checkpoint takes on disk at most: `tensor_bytes` and some slack."""
     tensors = tensor_bytes(model, optim)
     return tensors + tensors // 100 + 2**13 * len(list(model.parameters())) + 2**20
 
@@ -90,5 +90,5 @@ def refuse_non_finite(model: Llama, t: int, gather: Callable[[list[str]], list[l
     if found := sorted(name for names in gather(bad) for name in names):
         raise FloatingPointError(
             f"{found[0]} is not finite after step {t}, so no checkpoint was written, lower "
-            "optim.lr and start again from the last one"
+            "optim.lr and resume from the last one"
         )

@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints, as one process sees it: naming, keeping and deleting them.
+"""The folder of a run's checkpoints: name, keep and delete them, from one process.
 
-`step-00000500` is a finished checkpoint. Beside it may lie `.tmp` (being written), `.old` (being
-replaced), `.damaged` (does not verify) and `.abandoned` (rolled back from); none is resumed from.
+`step-00000500` is a finished checkpoint. Those with a suffix are never resumed from: `.tmp` (being
+written), `.old` (being replaced), `.damaged` (does not verify), `.abandoned` (rolled back from).
 """
 
 import errno
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def begin_folder(aside: Path) -> None:
-    """Make the empty folder a checkpoint is written into."""
+    """Make the empty folder that a checkpoint is written into."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file, and to the disk itself."""
+    """Write a file, and sync it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -40,7 +40,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Give a whole checkpoint its name; one that has it already is there until then."""
+    """Rename a complete checkpoint to its name; an older one of that name stays until then."""
     _sync_folder(aside)
     old = path.with_name(path.name + ".old")
     if path.exists():
@@ -52,10 +52,10 @@ def publish(aside: Path, path: Path) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Delete what a kill has left half written, and give back what it has left half replaced.
+    """Delete checkpoints that a kill left half written, and restore those it left half replaced.
 
     Raises:
-        ValueError: If the folder's owner does not let us.
+        ValueError: If the folder is not writable.
     """
     with _allowed_in(folder):
         for path in folder.glob("step-*.tmp"):
@@ -71,7 +71,7 @@ def set_aside(path: Path, suffix: str) -> None:
     """Rename a checkpoint so that it is not resumed from.
 
     Raises:
-        ValueError: If the folder's owner does not let us.
+        ValueError: If the folder is not writable.
     """
     target = path.with_name(path.name + suffix)
     with _allowed_in(path.parent):
@@ -82,7 +82,7 @@ def set_aside(path: Path, suffix: str) -> None:
 def prune(folder: Path, keep_latest: int, keep_every_steps: int) -> None:
     """Delete all checkpoints but the newest `keep_latest` and every `keep_every_steps`-th step.
 
-    Of those set aside the newest of each kind stays. `keep_latest` 0 deletes nothing.
+    Of those set aside, the newest of each kind is kept. `keep_latest` 0 deletes nothing.
     """
     if not keep_latest:
         return
@@ -98,22 +98,22 @@ def prune(folder: Path, keep_latest: int, keep_every_steps: int) -> None:
         try:
             shutil.rmtree(path)
         except OSError as error:
-            logger.warning("checkpoint: could not delete %s (%s), it stays", path, error)
+            logger.warning("checkpoint: could not delete %s: %s", path, error)
 
 
 def explain(error: BaseException, folder: Path, needed_bytes: int) -> str:
-    """Say why a checkpoint could not be written, with the numbers that tell a full disk.
+    """Describe why a checkpoint could not be written; of a full disk, with needed and free bytes.
 
     Args:
         error: An OSError, or what DCP raises on every rank for any error on one.
-        folder: Where it was written.
+        folder: The folder it was written into.
         needed_bytes: Size of its tensors.
     """
     cause = first_failure(error)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    # torch's writer tells a short write by its position, not by the operating system's reason.
+    # torch's writer reports the file position of a short write, not the error of the system.
     cut_short = "inline_container" in str(cause)
     if isinstance(cause, OSError) and cause.errno in _CAUSES:
         reason = _CAUSES[cause.errno]
@@ -127,14 +127,14 @@ def explain(error: BaseException, folder: Path, needed_bytes: int) -> str:
 
 
 def first_failure(error: BaseException) -> BaseException:
-    """Return the error of the first rank that had one, or `error` itself if it is no DCP error."""
+    """Return the error of the first rank with one, or `error` itself if DCP did not raise it."""
     if isinstance(error, CheckpointException):
         return error.failures[min(error.failures)][0]
     return error
 
 
 def amount(num_bytes: int) -> str:
-    """Return a number of bytes as people say it."""
+    """Return a number of bytes in GiB, MiB or KiB."""
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if num_bytes >= 2**power:
             return f"{num_bytes / 2**power:.1f} {unit}"
@@ -150,7 +150,7 @@ def _allowed_in(folder: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the file system can."""
+    """Sync the names in a folder to the disk, where the file system supports it."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,7 +1,7 @@
-"""Going on from a checkpoint: chosen by one rank, verified by all, loaded in place.
+"""Resume from a checkpoint: chosen by rank 0, verified by all ranks, loaded in place.
 
-The newest one that verifies is taken, else the next older; where there are some and none does,
-training stops: it never starts at step 0 in silence.
+The newest one that verifies is loaded, else the next older. Where there are some and none
+verifies, training stops instead of silently starting at step 0.
 """
 
 import logging
@@ -44,12 +44,12 @@ OWN_EXITS, ROUTERS = "own_exits.", "routers."
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where training goes on."""
+    """The point at which training resumes."""
 
     t: int
     """Optimizer steps done; 0 where there is no checkpoint yet."""
     state: dict[str, Any]
-    """What the trainer had given to be kept."""
+    """The `state` passed to `CheckpointWriter.save`."""
 
 
 def resume(
@@ -98,7 +98,7 @@ def load_earlier(
 ) -> Resumed:
     """Load the newest intact checkpoint of at most `last_step` steps, in place.
 
-    The newer ones are set aside as step-*.abandoned, so that no restart goes on from them. None
+    The newer ones are set aside as step-*.abandoned, so that no restart resumes from them. None
     may be in flight.
 
     Raises:
@@ -126,11 +126,11 @@ def load_earlier(
 
 
 def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None:
-    """Start from another run's weights: the tensors of the model alone.
+    """Load another run's weights: the tensors of the model alone.
 
-    Where exits are to have parts of their own and that run's have not, they begin as copies of its
-    final norm and its last layer's feed-forward, as in EE-Tuning (arXiv 2402.00518). Routers that
-    it has not begin as in a new model: every token runs, so that the model is that run's.
+    Exits' own parts that the other run lacks start as copies of its final norm and its last
+    layer's feed-forward, as in EE-Tuning (arXiv 2402.00518). Routers that it lacks start as in a
+    new model: every token runs, so that the output is the other model's.
 
     Raises:
         ValueError: On rank 0, if there is no intact checkpoint, or its model has another shape.
@@ -150,7 +150,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
         if found.model != shape:
             raise ValueError(
                 f"checkpoint.init_from: {path} {other_model(found.model, shape)}; "
-                "ask for what it has or name another run"
+                "configure that model or name another run"
             )
         check_tensors(TensorReader(path), "model.", state)
 
@@ -158,14 +158,14 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     _load(path, {"model": state}, runtime)
     logger.info("checkpoint: starting from the weights of %s", path)
     if ROUTERS in new:
-        logger.info("checkpoint: the routers, which it has not, begin by letting every token run")
+        logger.info("checkpoint: the routers, which it lacks, start by letting every token run")
     if OWN_EXITS in new:
         last = model.block(model.config.n_layers - 1)
         for parts in model.own_exits.values():
             assert isinstance(parts, ExitParts)
             parts.copy_from(model.norm, last)
         logger.info(
-            "checkpoint: the exits after %s layers, which it has not, begin as copies of %s",
+            "checkpoint: the exits E = %s, which it lacks, start as copies of %s",
             ", ".join(map(str, model.config.own_exits)),
             "its last layer's feed-forward and its final norm"
             if model.config.own_exit_mlp
@@ -174,7 +174,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
 
 
 def _without_new_parts(config: LlamaConfig, start: LlamaConfig) -> tuple[LlamaConfig, Prefixes]:
-    """Return a model's shape less the parts that `start` has none of, and what they are called."""
+    """Return a model's shape without the parts that `start` lacks, and their names' prefixes."""
     new: Prefixes = ()
     if config.own_exits and not start.own_exits:
         config, new = replace(config, own_exits=(), own_exit_mlp=False), (*new, OWN_EXITS)
@@ -188,13 +188,13 @@ def newest_intact(
 ) -> tuple[Path, Manifest] | None:
     """Return the newest checkpoint that verifies, or None where there is none at all.
 
-    Newer ones, all damaged, are set aside as step-*.damaged, so that they are neither kept in
-    place of good ones nor looked at again. Rank 0 says what is there; all ranks verify.
+    Newer ones, all damaged, are set aside as step-*.damaged, so that they neither count as kept
+    nor are verified again. Rank 0 lists the folder; all ranks verify.
 
     Args:
         folder: The run's checkpoints.
         runtime: This rank.
-        last_step: Leave those of more steps aside.
+        last_step: Consider those of at most this many steps; None: all.
 
     Raises:
         ValueError: On rank 0, if there are checkpoints and every one is damaged.
@@ -235,7 +235,7 @@ def verify_together(path: Path, runtime: Runtime) -> Manifest | str:
     """Compare a checkpoint with its manifest, each rank reading a share of the files.
 
     Returns:
-        The manifest as rank 0 reads it, or what is wrong, the same on every rank.
+        The manifest as rank 0 reads it, or the first problem, the same on every rank.
     """
 
     def listing() -> Manifest | str:
@@ -260,7 +260,7 @@ def verify_together(path: Path, runtime: Runtime) -> Manifest | str:
 
 
 def _load(path: Path, tensors: Tensors, runtime: Runtime) -> None:
-    """Read a checkpoint into these tensors, which are the model's and the optimizer's own."""
+    """Load a checkpoint into these tensors, which the model and the optimizer share."""
 
     def read() -> None:
         try:

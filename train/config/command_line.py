@@ -1,19 +1,21 @@
-"""The command line of training: a preset, any field of it overridden, and what is to be done."""
+"""The command line of training: a preset or a file, any field of it overridden, and what to do."""
 
 import dataclasses
-import difflib
-import io
 import math
 from collections.abc import Container, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from train.config.config import TrainConfig, flat_fields
+from data.command_line import read_options
+from data.suggestion import suggest
+from train.config.config import TrainConfig
+from train.config.config_file import read_config
 from train.config.presets import PRESETS
+from train.config.synonyms import SYNONYMS
 
 DEFAULT_PRESET = "demo"
 
@@ -42,7 +44,7 @@ _DRY_RUN_FIELDS = tuple(field.name for field in dataclasses.fields(DryRun))
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for."""
+    """A command line that has been read."""
 
     config: TrainConfig
     """The run."""
@@ -53,6 +55,9 @@ class Command:
 @dataclass(frozen=True, kw_only=True)
 class _CommandLine:
     config: tyro.conf.FlagConversionOff[Annotated[TrainConfig, tyro.conf.arg(name="")]]
+    file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Fields of the run, from a run's config.json or YAML or TOML of the same fields: over those of
+    PRESET, under the options. Without PRESET the file alone is the run."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the plan of the run (sizes, memory per GPU, FLOPs, steps) and end; refuse what cannot
     work. Needs one process, no GPU and no data."""
@@ -62,7 +67,7 @@ class _CommandLine:
 
 
 def parse(arguments: Sequence[str], *, show: bool) -> Command:
-    """Return what `[PRESET] [--section.field VALUE ...] [--dry_run ...]` asks for.
+    """Return what `[PRESET] [--config FILE] [--section.field VALUE ...] [--dry_run ...]` asks for.
 
     Args:
         arguments: The command line without the program's name.
@@ -70,22 +75,15 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
 
     Raises:
         ValueError: If there is no such preset or field, a value does not parse, an option of
-            --dry_run stands alone, or --tokens stands beside --steps.
-        SystemExit: After --help; where `show` is False also on a value that does not parse.
+            --dry_run stands alone, or --tokens stands beside --steps; one line for each problem.
+        SystemExit: After --help.
     """
-    name, *rest = arguments if arguments else (DEFAULT_PRESET,)
+    name, *rest = arguments if arguments else ("",)
     if name.startswith("-"):
-        name, rest = DEFAULT_PRESET, list(arguments)
-    if name not in PRESETS:
-        raise ValueError(f"preset: {name} does not exist, {_suggest(name, [*PRESETS])}")
-    line, unknown = _read(name, rest, show=show)
-    if unknown and unknown[0] in PRESETS:
-        raise ValueError(f"preset: {unknown[0]} comes after an option, name the preset first")
-    if unknown:
-        options = [f"--{name}" for name, _ in flat_fields(line.config.as_dict())]
-        options += ["--tokens", "--dry_run", *(f"--{name}" for name in _DRY_RUN_FIELDS)]
-        hint = _suggest(unknown[0].split("=")[0], options)
-        raise ValueError(f"option: {unknown[0]} does not exist, {hint}")
+        name, rest = "", list(arguments)
+    if name and name not in PRESETS:
+        raise ValueError(f"preset: {name} does not exist, {suggest(name, [*PRESETS])}")
+    line = _read(name, rest, show=show)
     given = {word.split("=")[0][2:].replace("-", "_") for word in rest if word.startswith("--")}
     if not line.dry_run and (alone := [name for name in _DRY_RUN_FIELDS if name in given]):
         raise ValueError(f"{alone[0]}: belongs to a plan and not to training, add --dry_run")
@@ -95,33 +93,31 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     return Command(config, line.machine if line.dry_run else None)
 
 
-def _read(preset: str, words: Sequence[str], *, show: bool) -> tuple[_CommandLine, list[str]]:
-    """Return the preset with the options among `words`, and the words that are none."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return tyro.cli(
-                _CommandLine,
-                prog="train/main.py [PRESET]",
-                description=_description(preset),
-                default=_CommandLine(config=PRESETS[preset]()),
-                args=words,
-                use_underscores=True,
-                console_outputs=show,
-                return_unknown_args=True,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code or not show:
-            raise
-        raise ValueError(_first_part(said.getvalue())) from None
+def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:
+    """Return the options among `words` over the file they name over a preset, the demo if ""."""
+    file = _config_file(words)
+    if file is None:
+        base, origin = PRESETS[preset or DEFAULT_PRESET](), f"the preset {preset or DEFAULT_PRESET}"
+    else:
+        base, origin = read_config(file, PRESETS[preset]() if preset else None), str(file)
+    return read_options(
+        _CommandLine,
+        words,
+        prog="train/main.py [PRESET]",
+        description=_description(origin),
+        default=_CommandLine(config=base),
+        synonyms=SYNONYMS | dict.fromkeys(PRESETS, "name the preset first"),
+        show=show or not {"-h", "--help"} & {*words},
+    )
 
 
-def _first_part(box: str) -> str:
-    """Return the error in one line from the box that tyro draws around it and the help."""
-    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
-    error = " ".join(takewhile(lambda line: line.strip("─-"), lines))
-    return error.removeprefix("Error parsing ").rstrip(".") + ", see --help"
+def _config_file(words: Sequence[str]) -> Path | None:
+    """Return the file that --config names, which decides the defaults of all other options."""
+    files = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    files += [after for word, after in pairwise(words) if word == "--config"]
+    if len(files) > 1:
+        raise ValueError(f"config: {', '.join(files)}, give one file")
+    return Path(files[0]) if files else None
 
 
 def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
@@ -134,14 +130,7 @@ def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
     return math.ceil(tokens / max(config.data.tokens_per_step, 1))
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"choose one of {', '.join(known)}" if len(known) < 20 else "see --help"
-
-
-def _description(chosen: str) -> str:
+def _description(origin: str) -> str:
     lines = [
         "Pretrain a Llama that can stop early: LayerSkip's layer dropout and early-exit loss under",
         "FSDP2. Run under torchrun, one process per GPU; the same command again resumes.",
@@ -151,5 +140,5 @@ def _description(chosen: str) -> str:
     for name, preset in PRESETS.items():
         summary = (preset.__doc__ or "").split("\n")[0]
         lines.append(f"  {name:22s} {summary}")
-    lines += ["", f"The defaults shown below are those of the preset {chosen}."]
+    lines += ["", f"The defaults shown below are those of {origin}."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The configuration of a run: composed of what each room declares, checked as a whole."""
+"""The configuration of a run, composed of its parts' configurations and checked as a whole."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ from train.run_folder.preflight import name_problems
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a training run."""
+    """The configuration of a training run."""
 
     name: str
     """Name of the run; its folder is output_dir/name. The same name again resumes."""
@@ -46,7 +46,7 @@ class TrainConfig:
     output_dir: str = "outputs"
     """Folder of all runs."""
     seed: int = 0
-    """Fixes weights, data order and layer dropout."""
+    """Seed of initial weights, data order and layer dropout."""
     layer_dropout: LayerDropoutConfig = field(default_factory=LayerDropoutConfig)
     token_depth: TokenDepthConfig = field(default_factory=TokenDepthConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -70,7 +70,7 @@ class TrainConfig:
 
     @property
     def step_config(self) -> StepConfig:
-        """What `train_step` needs to know."""
+        """The configuration of `train_step`."""
         return StepConfig(
             seed=self.seed,
             T=self.steps,
@@ -97,7 +97,7 @@ class TrainConfig:
 
     def problems(self, world_size: int) -> list[str]:
         """Return all that is wrong with the configuration, one line each."""
-        if found := self._not_finite():  # No other check would make sense of them.
+        if found := self._not_finite():  # The other checks compare numbers.
             return found
         found = [
             *self.model.problems(),
@@ -132,7 +132,7 @@ class TrainConfig:
         return found
 
     def _not_finite(self) -> list[str]:
-        """Return which fields are, or hold, an infinite number or none at all, one line each."""
+        """Return a line for each field that is or holds an infinity or a NaN."""
         found = []
         for name, value in flat_fields(self.as_dict()):
             numbers = value if isinstance(value, list) else [value]
@@ -142,7 +142,7 @@ class TrainConfig:
         return found
 
     def _conflicts(self) -> list[str]:
-        """Return which parts do not go together, one line each."""
+        """Return a line for each conflict between parts of the configuration."""
         found = self._exit_problems()
         follows_prompts = self.token_depth.kind in ("unified", "skipdecode")
         if follows_prompts and self.data.packing == "documents" and not self.data.mask_documents:
@@ -162,8 +162,8 @@ class TrainConfig:
             )
         if self.optim.trains == "exits" and not self.checkpoint.init_from:
             found.append(
-                "checkpoint.init_from: empty, but with optim.trains exits all else stays as it "
-                "begins, name the run it comes from"
+                "checkpoint.init_from: empty, but with optim.trains exits all other weights are "
+                "frozen, name the run to load them from"
             )
         if self.data.seq_len > self.model.max_seq_len:
             found.append(
@@ -181,16 +181,13 @@ class TrainConfig:
         taught = self.early_exit.distill > 0 or self.early_exit.distill_states != "none"
         if taught and not self.curriculum.last_layer_always_on:
             found.append(
-                "curriculum.last_layer_always_on: False, but distillation needs the last layer "
-                "trained to teach at every step, set it to True"
+                "curriculum.last_layer_always_on: False, but in distillation the last layer is the "
+                "teacher at every step, set it to True"
             )
         return found
 
     def _empty_steps(self) -> list[str]:
-        """Return a line if the curriculum has steps of no loss: no exit that learns, or no weight.
-
-        e_tilde may be 0 for all that are on.
-        """
+        """Return a line if a step of the curriculum has no loss: no exit learns, or all weigh 0."""
         L, T = self.model.n_layers, self.steps
         for t in range(min(period(self.curriculum), T)):
             active = active_layers(t, L=L, T=T, config=self.curriculum)
@@ -203,13 +200,14 @@ class TrainConfig:
                 ]
             if not any(exit_weights(active, t, L, self.early_exit).values()):
                 return [
-                    f"curriculum.last_layer_always_on: False leaves step {t} with the exits "
-                    f"{list(active)}, whose weights are 0, set it to True or lower curriculum.R"
+                    f"curriculum.last_layer_always_on: False leaves step {t} with the exits E = "
+                    f"{[l + 1 for l in active]}, whose weights are 0, set it to True or lower "
+                    "curriculum.R"
                 ]
         return []
 
     def check(self, world_size: int) -> None:
-        """Raise a ValueError with every problem, one line each, if there is any."""
+        """Raise a ValueError if there are problems, with all of them, one line each."""
         if found := self.problems(world_size):
             raise ValueError("\n".join(found))
 

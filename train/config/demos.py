@@ -1,7 +1,7 @@
-"""One small model on the corpus every machine has, trained with every recipe.
+"""One small model on the embedded corpus, trained with every recipe.
 
-The same weights at the start, the same tokens in the same order; only what a recipe is about
-differs. `benchmarks/recipes.py` compares them.
+Initial weights and the order of tokens are the same; only the recipe differs.
+`benchmarks/recipes.py` compares them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ EMBEDDED = ("embedded",)
 
 
 def demo() -> TrainConfig:
-    """LayerSkip from scratch in minutes on two CPU cores, on the corpus every machine has."""
+    """LayerSkip from scratch in minutes on two CPU cores, on the embedded corpus."""
     return TrainConfig(
         name="demo",
         steps=500,
@@ -92,7 +92,7 @@ def ee_llm_demo() -> TrainConfig:
 
 
 def layerdrop_demo() -> TrainConfig:
-    """LayerDrop: every layer as often as another, for the whole batch at once."""
+    """LayerDrop: all layers equally often, for the whole batch at once."""
     return _with(
         "layerdrop_demo",
         layer_dropout=LayerDropoutConfig(
@@ -116,7 +116,7 @@ def pld_demo() -> TrainConfig:
 
 
 def decreasing_demo() -> TrainConfig:
-    """The form of 2026, falling over time and scaled by 1 / (1 - p), with LayerSkip's exits."""
+    """Layer dropout that decreases over time, scaled by 1 / (1 - p), with LayerSkip's exits."""
     return _with(
         "decreasing_demo",
         layer_dropout=LayerDropoutConfig(
@@ -133,12 +133,12 @@ def skipdecode_demo() -> TrainConfig:
 
 
 def mixed_demo() -> TrainConfig:
-    """The Depth-Adaptive Transformer's mixed training: each token leaves at an exit of its own."""
+    """The Depth-Adaptive Transformer's mixed training: a random exit for each token."""
     return _with("mixed_demo", token_depth=TokenDepthConfig(kind="mixed"))
 
 
 def router_demo() -> TrainConfig:
-    """SkipLayer's routers: tokens choose their layers, of which they are to run a half."""
+    """SkipLayer's routers: tokens choose their layers, with a target of one half of them."""
     config = _with("router_demo")
     return dataclasses.replace(
         config,
@@ -155,7 +155,7 @@ def _with(
     early_exit: EarlyExitConfig | None = None,
     token_depth: TokenDepthConfig | None = None,
 ) -> TrainConfig:
-    """Return `demo` with these parts, each plain where it is not given."""
+    """Return `demo` with these parts; those not given are the plain defaults."""
     return dataclasses.replace(
         demo(),
         name=name,

@@ -2,16 +2,17 @@
 
 The presets of the paper carry its hyperparameters (LayerSkip, arXiv 2404.16710, section 5 and
 tables 8 to 10). It gives no optimizer, warmup, decay or weight decay: those are ours. Batch sizes
-are its batch per GPU times its GPUs; where it gives tokens instead, they are derived. How many
-sequences a GPU takes at once, microbatch_size, is ours.
+are its batch per GPU times its GPUs; where it gives tokens instead, they are derived. The number
+of sequences per GPU and forward pass, microbatch_size, is ours.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from loss.curriculum import Curriculum, CurriculumConfig
 from loss.early_exit import EarlyExitConfig
-from models.layer_dropout import LayerDropoutConfig, TimeSchedule
+from models.layer_dropout import LayerDropoutConfig
 from models.sizes import SIZES
 from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpointer import CheckpointConfig
@@ -34,74 +35,51 @@ def layerskip_350m() -> TrainConfig:
 
 def scratch_1_5b() -> TrainConfig:
     """The paper's 1.5B from scratch: 32 GPUs, 26B tokens."""
-    return _paper(
-        "scratch_1_5b", "layerskip_1.5b", p_max=0.1, e_scale=0.2, R=23, S="exponential", lr=8e-4,
-        microbatch_size=4,
-    )  # fmt: skip
+    return _paper("scratch_1_5b", microbatch_size=4)
 
 
 def scratch_7b() -> TrainConfig:
     """The paper's Llama-2 7B from scratch: 32 GPUs, 26B tokens."""
-    return _paper("scratch_7b", "llama2_7b", p_max=0.2, e_scale=0.2, R=31, S="exponential", lr=8e-4)
+    return _paper("scratch_7b")
 
 
 def continual_llama2_7b() -> TrainConfig:
     """The paper's continual pretraining of Llama-2 7B: 64 GPUs, 52B tokens."""
-    return _paper(
-        "continual_llama2_7b", "llama2_7b", p_max=0.1, e_scale=0.2, R=8, lr=3e-5,
-        global_batch_size=256, init_from="outputs/llama2_7b",
-    )  # fmt: skip
+    return _paper("continual_llama2_7b", init_from="outputs/llama2_7b")
 
 
 def continual_llama2_13b() -> TrainConfig:
     """The paper's continual pretraining of Llama-2 13B: 64 GPUs, 52B tokens."""
-    return _paper(
-        "continual_llama2_13b", "llama2_13b", p_max=0.1, e_scale=0.1, R=39, lr=2e-5,
-        global_batch_size=256, init_from="outputs/llama2_13b",
-        parallel=ParallelConfig(reduce_every_microbatch=True),
-    )  # fmt: skip
+    parallel = ParallelConfig(reduce_every_microbatch=True)
+    return _paper("continual_llama2_13b", init_from="outputs/llama2_13b", parallel=parallel)
 
 
 def continual_llama3_8b() -> TrainConfig:
     """The paper's continual pretraining of Llama-3 8B: 419B tokens. Its LR is not given."""
-    return _paper(
-        "continual_llama3_8b", "llama3_8b", p_max=0.1, e_scale=0.1, R=8, lr=3e-5,
-        global_batch_size=1024, init_from="outputs/llama3_8b",
-        parallel=ParallelConfig(activation_checkpointing="selective"),
-    )  # fmt: skip
+    parallel = ParallelConfig(activation_checkpointing="selective")
+    return _paper("continual_llama3_8b", init_from="outputs/llama3_8b", parallel=parallel)
 
 
 def continual_llama3_2_1b() -> TrainConfig:
     """The paper's continual pretraining of Llama-3.2 1B: 839B tokens. Its LR is not given."""
-    return _paper(
-        "continual_llama3_2_1b", "llama3.2_1b", p_max=0.1, e_scale=0.1, R=8, lr=3e-5,
-        global_batch_size=2048, init_from="outputs/llama3.2_1b",
-    )  # fmt: skip
+    return _paper("continual_llama3_2_1b", init_from="outputs/llama3.2_1b")
 
 
 def finetune_code() -> TrainConfig:
     """The paper's finetuning of Llama-1 7B on code: 32 GPUs, 5.2B tokens in sequences of 4096."""
-    config = _paper(
-        "finetune_code", "llama1_7b", p_max=0.1, e_scale=1.0, R=16, lr=1e-4, steps=10_000,
-        init_from="outputs/llama1_7b", seq_len=4096,
-    )  # fmt: skip
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, max_seq_len=config.data.seq_len)
-    )
+    config = _paper("finetune_code", init_from="outputs/llama1_7b")
+    model = dataclasses.replace(config.model, max_seq_len=config.data.seq_len)
+    return dataclasses.replace(config, model=model)
 
 
 def finetune_topv2() -> TrainConfig:
     """The paper's finetuning of its 1.5B on TOPv2: 8 GPUs, batch 32 each. seq_len is ours."""
-    config = _paper(
-        "finetune_topv2", "layerskip_1.5b", p_max=0.2, e_scale=1.0, C="grad", lr=1e-4,
-        steps=5_800, global_batch_size=256, microbatch_size=8, seq_len=512,
-        init_from="outputs/scratch_1_5b",
-    )  # fmt: skip
+    config = _paper("finetune_topv2", init_from="outputs/scratch_1_5b", microbatch_size=8)
     return dataclasses.replace(config, data=_whole_documents(config.data))
 
 
 def continual_demo() -> TrainConfig:
-    """Continual pretraining in minutes: `dense_demo`, trained plainly, goes on with LayerSkip."""
+    """Continual pretraining in minutes: `dense_demo`, trained plainly, continues with LayerSkip."""
     return dataclasses.replace(
         demo(),
         name="continual_demo",
@@ -112,7 +90,7 @@ def continual_demo() -> TrainConfig:
 
 
 def ee_tuning_demo() -> TrainConfig:
-    """EE-Tuning in minutes: `dense_demo`, frozen, gets three exits with parts of their own."""
+    """EE-Tuning in minutes: three exits with own parts learn on top of `dense_demo`, frozen."""
     exits = (2, 4, 6)
     return dataclasses.replace(
         demo(),
@@ -128,7 +106,7 @@ def ee_tuning_demo() -> TrainConfig:
 
 
 def parsing_demo() -> TrainConfig:
-    """Finetuning on a task in minutes: `demo` learns the pairs of `data.semantic_parsing`."""
+    """Finetuning on a task in minutes: `demo` on the pairs of `data.semantic_parsing`."""
     data = DataConfig(path="outputs/data/parsing", seq_len=256, global_batch_size=8)
     return dataclasses.replace(
         demo(),
@@ -143,7 +121,7 @@ def parsing_demo() -> TrainConfig:
 
 
 def unified_demo() -> TrainConfig:
-    """Unified Layer Skipping's finetuning: as `parsing_demo`, responses in half of the layers."""
+    """Unified Layer Skipping's finetuning: as `parsing_demo`, responses run half of the layers."""
     return dataclasses.replace(
         parsing_demo(),
         name="unified_demo",
@@ -178,38 +156,60 @@ def _from_scratch(size: str, *, steps: int, R: int, lr: float, microbatch_size: 
     )
 
 
+class _Row(NamedTuple):
+    """A run of the paper, in the table below."""
+
+    size: str
+    p_max: float
+    e_scale: float
+    C: Curriculum
+    R: int
+    lr: float
+    steps: int
+    global_batch_size: int
+    seq_len: int
+
+
+# fmt: off
+_PAPER = {
+    #                             size            p_max e_scale C   R   lr    steps  batch  seq_len
+    "scratch_1_5b":          _Row("layerskip_1.5b", 0.1, 0.2, "rot", 23, 8e-4, 50_000, 128, 4096),
+    "scratch_7b":            _Row("llama2_7b",      0.2, 0.2, "rot", 31, 8e-4, 50_000, 128, 4096),
+    "continual_llama2_7b":   _Row("llama2_7b",      0.1, 0.2, "rot",  8, 3e-5, 50_000, 256, 4096),
+    "continual_llama2_13b":  _Row("llama2_13b",     0.1, 0.1, "rot", 39, 2e-5, 50_000, 256, 4096),
+    "continual_llama3_8b":   _Row("llama3_8b",      0.1, 0.1, "rot",  8, 3e-5, 50_000, 1024, 8192),
+    "continual_llama3_2_1b": _Row("llama3.2_1b",    0.1, 0.1, "rot",  8, 3e-5, 50_000, 2048, 8192),
+    "finetune_code":         _Row("llama1_7b",      0.1, 1.0, "rot", 16, 1e-4, 10_000, 128, 4096),
+    "finetune_topv2":        _Row("layerskip_1.5b", 0.2, 1.0, "grad", 8, 1e-4,  5_800, 256,  512),
+}
+# fmt: on
+
+
 def _paper(
     name: str,
-    size: str,
     *,
-    p_max: float,
-    e_scale: float,
-    lr: float,
-    C: Curriculum = "rot",
-    R: int = 8,
-    S: TimeSchedule = "constant",
-    steps: int = 50_000,
-    global_batch_size: int = 128,
-    microbatch_size: int = 1,
-    seq_len: int | None = None,
     init_from: str = "",
+    microbatch_size: int = 1,
     parallel: ParallelConfig | None = None,
 ) -> TrainConfig:
-    model = SIZES[size]
+    row = _PAPER[name]
     return TrainConfig(
         name=name,
-        steps=steps,
-        model=model,
+        steps=row.steps,
+        model=SIZES[row.size],
         data=DataConfig(
             path=f"outputs/data/{name}",
-            seq_len=seq_len or model.max_seq_len,
-            global_batch_size=global_batch_size,
+            seq_len=row.seq_len,
+            global_batch_size=row.global_batch_size,
             microbatch_size=microbatch_size,
         ),
-        optim=OptimConfig(lr=lr, warmup_steps=min(2000, steps // 10)),
-        layer_dropout=LayerDropoutConfig(p_max=p_max, S=S),
-        curriculum=CurriculumConfig(C=C, R=R),
-        early_exit=EarlyExitConfig(e_scale=e_scale),
+        optim=OptimConfig(lr=row.lr, warmup_steps=min(2000, row.steps // 10)),
+        # Dropout grows with t from scratch, and is constant on weights that are trained already.
+        layer_dropout=LayerDropoutConfig(
+            p_max=row.p_max, S="constant" if init_from else "exponential"
+        ),
+        curriculum=CurriculumConfig(C=row.C, R=row.R),
+        early_exit=EarlyExitConfig(e_scale=row.e_scale),
         parallel=parallel or ParallelConfig(),
         checkpoint=CheckpointConfig(interval_steps=1000, init_from=init_from),
     )

@@ -1,1 +1,1 @@
-"""One optimizer step, its recipe, and what is measured around it."""
+"""The optimizer step, its recipe, its data and its metrics."""

@@ -1,4 +1,4 @@
-"""The training data: where the shards are, and the batches they are dealt out in."""
+"""The training data of a run: its datasets and the loader of its batches."""
 
 import hashlib
 import logging
@@ -19,34 +19,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and how much of it in one step."""
+    """Datasets, sequences and batch sizes."""
 
     path: str
     """Folder of token shards, made by `python -m data.prepare`."""
     input: tuple[str, ...] = ()
-    """Text to prepare `path` from if it does not exist yet: paths, or "embedded" for the corpus
-    every machine has. Empty: `path` must exist."""
+    """Text to prepare `path` from if it does not exist yet: paths, or "embedded" for the sources
+    of Python and torch on this machine. Empty: `path` must exist."""
     also: tuple[str, ...] = ()
-    """More folders of shards, of the same tokenizer, to mix in. `path` alone is validated on."""
+    """More folders of shards, of the same tokenizer, to mix in. Validation reads `path` alone."""
     weights: tuple[float, ...] = ()
-    """Relative, for `path` and each of `also`: so many of 4096 rows are from it, each source read
-    through, shuffled, before any of it comes again. Empty: as many rows as it has."""
+    """Relative weights of `path` and each of `also`: its share of every 4096 rows. A source is
+    shuffled and read to its end before any of it repeats. Empty: by the number of rows."""
     packing: Packing = "stream"
-    """stream: documents one after the other, cut every seq_len tokens. documents: whole ones, as
-    many as fit, the rest of a row padding; one longer than seq_len is cut at its end. For pairs."""
+    """stream: documents one after the other, cut every seq_len tokens. documents: as many whole
+    ones as fit, the rest of a row padding; one longer than seq_len is truncated. For pairs."""
     mask_documents: bool = False
     """Keep attention within documents: FlexAttention on GPUs, a mask on CPUs. Rotary positions are
-    relative, so they need not begin again."""
+    relative and need no reset."""
     seq_len: int = 2048
     """Tokens per sequence."""
     global_batch_size: int = 256
     """Sequences per optimizer step, over all ranks."""
     microbatch_size: int = 0
-    """Sequences per rank and forward pass; global_batch_size / (ranks * microbatch_size) of them
-    accumulate to one step. 0: a rank's whole share at once, without accumulation."""
+    """Sequences per rank and forward pass; gradients of global_batch_size / (ranks *
+    microbatch_size) of them accumulate to one step. 0: no accumulation."""
     verify_shards: bool = True
-    """Before step 1, read all shards, each rank its part, and compare them with the checksums of
-    their preparation. False: only their sizes."""
+    """Before step 1, read all shards, each rank a part, and compare them with the checksums of
+    their preparation. False: compare their sizes alone."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -85,13 +85,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The datasets of a run, of one tokenizer; the first is validated on."""
+    """The datasets of a run, of one tokenizer; validation reads the first."""
 
     datasets: tuple[Dataset, ...]
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the tokens of all datasets."""
+        """The fingerprint of the tokens of all datasets."""
         prints = [dataset.fingerprint for dataset in self.datasets]
         if len(prints) == 1:
             return prints[0]
@@ -99,14 +99,14 @@ class Corpus:
 
     @cached_property
     def bos_id(self) -> int:
-        """The first token of every document."""
+        """The id of the first token of every document."""
         return Tokenizer(self.datasets[0].tokenizer_path).bos_id
 
     def windows(self, dataset: Dataset, split: str, config: DataConfig) -> Windows:
         """Return the sequences of one split.
 
         Raises:
-            ValueError: If there is not one.
+            ValueError: If there is none.
         """
         stream = dataset.stream(split)
         try:
@@ -116,7 +116,7 @@ class Corpus:
 
 
 def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
-    """Open the prepared datasets, preparing `path` if it is missing and `input` says from what.
+    """Open the prepared datasets; prepare `path` from `input` if it is missing.
 
     Raises:
         ValueError: If one cannot be opened, or its ids do not fit the model or the others.
@@ -143,7 +143,7 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
 def train_loader(
     corpus: Corpus, config: DataConfig, runtime: Runtime, seed: int, *, steps: int
 ) -> TokenLoader:
-    """Return this rank's share of the shuffled training rows; say what `steps` read of them."""
+    """Return the loader of this rank's training rows; log how much of each source `steps` read."""
     sources = [corpus.windows(dataset, TRAIN, config) for dataset in corpus.datasets]
     mixture = Mixture(sources, config.weights, seed=seed)
     tokens, epochs = (

@@ -1,4 +1,4 @@
-"""What the LayerSkip recipe asks of step t: drop probabilities, exits and their weights."""
+"""The LayerSkip recipe at step t: drop probabilities, exits and their weights."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class StepPlan:
     token_fraction: float = 1.0
     """Share of the tokens that the exits before the last learn from."""
     state_pairs: tuple[StatePair, ...] = ()
-    """Which layers' states teach which."""
+    """The pairs of layers whose hidden states are distilled."""
 
     @property
     def hidden_layers(self) -> frozenset[int]:
@@ -31,17 +31,17 @@ class StepPlan:
 
     @property
     def mean_layers(self) -> float:
-        """Expected number of layers a token runs through, up to the deepest the loss reads."""
+        """Expected number of layers that a token runs, up to the deepest that the loss reads."""
         run = self.drop_prob[: max(self.hidden_layers, default=-1) + 1]
         return len(run) - sum(run)
 
     def num_own_exits(self, model: LlamaConfig) -> int:
-        """Return how many of the exits have parts of their own."""
+        """Return the number of exits with own parts."""
         return sum(l + 1 in model.own_exits for l in self.exit_layers)
 
     @property
     def mean_exits(self) -> float:
-        """Mean number of exits that a token has a loss at."""
+        """Mean number of exits at which a token has a loss."""
         return 1.0 + self.token_fraction * (len(self.exit_layers) - 1)
 
 
@@ -55,12 +55,12 @@ class LayerSkipSchedule:
     L: int
     T: int
     trained_exits: tuple[int, ...] | None = None
-    """E of the exits that learn, where nothing else does; the others are then left out, but for the
-    last layer if it teaches them. None: everything learns."""
+    """E of the exits that learn, where nothing else does; the others then have no loss, but for the
+    last layer if it is their teacher. None: everything learns."""
 
     @property
     def monitored_layer(self) -> int:
-        """The layer l whose exit tells how the run fares: the last, or the deepest that learns."""
+        """The layer l whose loss is monitored for spikes: the last, or the deepest that learns."""
         if self.trained_exits is None:
             return self.L - 1
         on = self.early_exit.exits or self.trained_exits

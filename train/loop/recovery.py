@@ -1,10 +1,10 @@
-"""When a run is ill, and what batches it must never see again.
+"""Spike detection, and the batches to skip after a rollback.
 
-A step whose loss or gradient is not finite updates nothing (train/loop/step.py). A stretch of such
-steps, or a spike of the loss, sends the run back to an earlier checkpoint and past the batches
-around it: the cure of PaLM (arXiv 2204.02311, section 5.1), which found that neither the batches
-nor the weights alone make a spike. The seed on Adam's instability (arXiv 2304.09871) names it too.
-Everything here is a pure function of the steps' outcomes, which are the same on every rank.
+A step whose loss or gradient is not finite updates nothing (train/loop/step.py). Several such
+steps in a row, or a spike of the loss, roll the run back to an earlier checkpoint and past the
+batches around it: the remedy of PaLM (arXiv 2204.02311, section 5.1), which found that neither the
+batches nor the weights alone cause a spike, and of the paper on Adam's instability (arXiv
+2304.09871). Everything here is a pure function of the steps' metrics, the same on every rank.
 """
 
 import math
@@ -22,28 +22,28 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryConfig:
-    """What is done about bad steps and loss spikes."""
+    """When a loss spike or steps that are not finite cause a rollback, and how far."""
 
     on_spike: Literal["ignore", "warn", "rollback"] = "warn"
-    """What a spike does: nothing, a warning, or a rollback past the batches around it."""
+    """What a spike causes: nothing, a warning, or a rollback past the batches around it."""
     spike_score: float = 6.0
     """A step is suspicious when its last-layer loss (where exits alone learn, the deepest one's)
     and its gradient norm both lie this many robust standard deviations (1.48 median absolute
     deviations, at least 2% of the median) above the median of the steps before. 6 over 128 steps
     is OLMo 2's (arXiv 2501.00656)."""
     spike_steps: int = 3
-    """Suspicious steps in a row that make a spike."""
+    """Suspicious steps in a row that count as a spike."""
     window_steps: int = 128
-    """Steps the median is taken over; a quarter of them must have been seen first."""
+    """Steps the median is taken over; none is suspicious before a quarter of them."""
     max_skipped_updates: int = 10
     """Steps in a row that update nothing, because they are not finite, until the run rolls back."""
     rollback_steps: int = 100
     """A rollback goes to the newest checkpoint at least this many steps before the anomaly."""
     skip_batches: int = 300
-    """Batches left out after a rollback, counted from that checkpoint: PaLM left out 200 to 500;
-    in any case all that were seen up to the anomaly."""
+    """Batches skipped after a rollback, counted from that checkpoint: PaLM skipped 200 to 500. All
+    those up to the anomaly are skipped in any case."""
     max_rollbacks: int = 3
-    """Rollbacks in the life of a run; anomaly after that many ends it."""
+    """Rollbacks over all starts of a run; an anomaly after that many ends it."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -65,30 +65,30 @@ class RecoveryConfig:
 
 @dataclass(frozen=True)
 class LossHistory:
-    """What the last steps looked like; part of every checkpoint."""
+    """Losses and gradient norms of the last steps; part of every checkpoint."""
 
     losses: tuple[float, ...] = ()
     """Loss of the monitored exit at the finite steps in the window, oldest first."""
     grad_norms: tuple[float, ...] = ()
     """Their gradient norms."""
     skipped_in_a_row: int = 0
-    """Steps without an update, up to now."""
+    """Steps without an update, up to the last."""
     suspicious_in_a_row: int = 0
-    """Suspicious steps, up to now."""
+    """Suspicious steps, up to the last."""
 
     def after(
         self, step: StepMetrics, monitored_layer: int, config: RecoveryConfig
     ) -> "LossHistory":
-        """Return the history after one more step, by the loss of the monitored exit."""
+        """Return the history after one more step, with its loss at the monitored layer's exit."""
         if not step.finite:
             return LossHistory(self.losses, self.grad_norms, self.skipped_in_a_row + 1, 0)
-        if monitored_layer not in step.exit_losses:  # this step's curriculum left it out
+        if monitored_layer not in step.exit_losses:  # off in this step's curriculum
             return LossHistory(self.losses, self.grad_norms, 0, self.suspicious_in_a_row)
         loss, norm = step.exit_losses[monitored_layer], step.grad_norm
         suspicious = (
             len(self.losses) >= config.window_steps // 4
-            and score(loss, self.losses) > config.spike_score
-            and score(norm, self.grad_norms) > config.spike_score
+            and robust_score(loss, self.losses) > config.spike_score
+            and robust_score(norm, self.grad_norms) > config.spike_score
         )
         return LossHistory(
             (*self.losses, loss)[-config.window_steps :],
@@ -98,7 +98,12 @@ class LossHistory:
         )
 
     def anomaly(self, before: "LossHistory", config: RecoveryConfig) -> "Anomaly | None":
-        """Return what has become wrong since the history of the step before, if anything."""
+        """Return the anomaly that the last step has completed, if any.
+
+        Args:
+            before: The history before that step.
+            config: What counts as an anomaly.
+        """
         if self.skipped_in_a_row >= config.max_skipped_updates:
             steps = self.skipped_in_a_row
             return Anomaly(f"{steps} steps in a row were not finite", steps, rollback=True)
@@ -121,18 +126,18 @@ class Anomaly:
 
     reason: str
     steps: int
-    """How many steps it has lasted."""
+    """Number of steps it has lasted."""
     rollback: bool
-    """Whether the run is to go back."""
+    """Whether the run is to roll back."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint must hold besides tensors; all else follows from the step."""
+    """The state in a checkpoint besides tensors; all else is a function of the step."""
 
     loss_history: LossHistory = field(default_factory=LossHistory)
     skipped_batches: Ranges = ()
-    """Batch numbers that are never dealt."""
+    """Batch numbers that are never read."""
     productive_seconds: float = 0.0
     """Time spent on the steps that led here."""
 
@@ -145,17 +150,17 @@ class RunState:
         return replace(self, loss_history=loss_history)
 
     def with_seconds(self, seconds: float) -> "RunState":
-        """Return the state after so many more productive seconds."""
+        """Return the state after more productive seconds."""
         return replace(self, productive_seconds=self.productive_seconds + seconds)
 
     def skipping(self, ranges: Iterable[tuple[int, int]]) -> "RunState":
-        """Return the state with more batches that are never dealt."""
+        """Return the state with more batches that are never read."""
         together = sorted({*self.skipped_batches, *ranges})
         return replace(self, skipped_batches=tuple(together))
 
 
 def run_state_from_dict(fields: dict[str, Any]) -> RunState:
-    """Rebuild the state of a checkpoint; an empty dictionary gives a new run's."""
+    """Rebuild the state of a checkpoint; of an empty dictionary, that of a new run."""
     if not fields:
         return RunState()
     # "health": its name in checkpoints of version 0.1.
@@ -172,11 +177,11 @@ def run_state_from_dict(fields: dict[str, Any]) -> RunState:
     )
 
 
-def score(value: float, history: Sequence[float]) -> float:
+def robust_score(value: float, history: Sequence[float]) -> float:
     """Return how many robust standard deviations `value` lies above the median of `history`.
 
-    The deviation is 1.4826 median absolute deviations, that of a normal distribution, and at least
-    2% of the median, so that a flat curve does not make every ripple a spike.
+    The deviation is 1.4826 median absolute deviations, as of a normal distribution, and at least
+    2% of the median, so that small variations of a flat curve are no spikes.
     """
     middle = statistics.median(history)
     spread = 1.4826 * statistics.median(abs(x - middle) for x in history)
@@ -186,9 +191,9 @@ def score(value: float, history: Sequence[float]) -> float:
 def skip_after_rollback(
     *, to: int, anomaly_t: int, skipped: Ranges, config: RecoveryConfig
 ) -> tuple[int, int]:
-    """Return the range of batches to leave out when going back from step anomaly_t to step `to`.
+    """Return the range of batches to skip after a rollback from step anomaly_t to step `to`.
 
-    They are all the batches dealt from `to` up to the anomaly, and at least `skip_batches`.
+    They are all the batches read from `to` up to the anomaly, and at least `skip_batches`.
     """
     first = batch_number(to, skipped)
     return first, max(first + config.skip_batches, batch_number(anomaly_t, skipped) + 1)
@@ -197,14 +202,14 @@ def skip_after_rollback(
 def rollback_step(
     checkpoints: Sequence[int], anomaly_start: int, config: RecoveryConfig
 ) -> int | None:
-    """Choose the checkpoint to go back to: the newest that is `rollback_steps` before the anomaly.
+    """Choose the checkpoint to roll back to: the newest `rollback_steps` before the anomaly.
 
-    Where none is that old it is the oldest from before the anomaly; None if there is none at all.
+    Where none is that old, the oldest from before the anomaly; None if there is none at all.
 
     Args:
         checkpoints: Steps done at each, ascending.
         anomaly_start: First step of the anomaly.
-        config: How far to go back.
+        config: How far to roll back.
     """
     before = [t for t in checkpoints if t <= anomaly_start]
     old_enough = [t for t in before if t <= anomaly_start - config.rollback_steps]

@@ -1,4 +1,4 @@
-"""What is said of training: the losses since the last log line, as metrics and as one line."""
+"""Reports of training: the means since the last log line, as metrics and as one line."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -9,18 +9,18 @@ from train.loop.throughput import Throughput
 
 
 class StepReport:
-    """Gathers the steps of steps until a line is due."""
+    """Accumulates the metrics of steps until a log line is due."""
 
     def __init__(
         self, L: int, tokens_per_step: int, throughput: Throughput, *, routed: bool
     ) -> None:
-        """Start with no step seen."""
+        """Report on a model of L layers, with its router density if it is `routed`."""
         self._L, self._tokens_per_step, self._throughput = L, tokens_per_step, throughput
         self._routed = routed
         self._steps: list[StepMetrics] = []
 
     def add(self, step: StepMetrics, plan: StepPlan) -> None:
-        """Take in one step and the plan it followed."""
+        """Add one step and its plan."""
         self._steps.append(step)
         self._plan = plan
         self._throughput.add(self._tokens_per_step, plan)
@@ -31,7 +31,7 @@ class StepReport:
         Args:
             done_steps: Steps done.
             lr: Learning rate of the last of them.
-            seconds: Time they took.
+            seconds: Time since the last reading.
         """
         finite = [step for step in self._steps if step.finite]
         metrics = {
@@ -45,7 +45,8 @@ class StepReport:
         }
         if finite:
             by_exit = {
-                l: [o.exit_losses[l] for o in finite if l in o.exit_losses] for l in range(self._L)
+                l: [step.exit_losses[l] for step in finite if l in step.exit_losses]
+                for l in range(self._L)
             }
             means = {l: fmean(losses) for l, losses in by_exit.items() if losses}
             metrics |= {
@@ -60,20 +61,26 @@ class StepReport:
 
 
 def exit_metrics(split: str, losses: Mapping[int, float], L: int) -> dict[str, float]:
-    """Name the loss of the exit after each layer l, and the last layer's as the loss."""
-    metrics = {f"{split}/loss_exit_{l:02d}": loss for l, loss in losses.items()}
+    """Name the loss of each exit by its E, the layers run, and the last one's "loss" too.
+
+    Args:
+        split: "train" or "validation".
+        losses: {l: loss of the exit after layer l}; E = l + 1.
+        L: Number of layers.
+    """
+    metrics = {f"{split}/loss_exit_{l + 1:02d}": loss for l, loss in losses.items()}
     return {f"{split}/loss": losses[L - 1], **metrics} if L - 1 in losses else metrics
 
 
 def step_line(
     metrics: Mapping[str, float], done_steps: int, *, T: int, tokens_per_step: int
 ) -> str:
-    """Write one log step in one line."""
+    """Return the log line of a step: the losses of the first, middle and last exit, the speed."""
     parts = [f"step {done_steps}/{T}"]
     if "train/J" in metrics:
         exits = [name for name in metrics if name.startswith("train/loss_exit_")]
         shown = dict.fromkeys((exits[0], exits[(len(exits) - 1) // 2], exits[-1]))
-        losses = ", ".join(f"{name[-2:]} {metrics[name]:.3f}" for name in shown)
+        losses = ", ".join(f"{_exit_of(name)} {metrics[name]:.3f}" for name in shown)
         parts += [
             f"J {metrics['train/J']:.3f}",
             f"exit loss {losses}",
@@ -98,9 +105,14 @@ def step_line(
 
 
 def validation_line(losses: Sequence[float], done_steps: int) -> str:
-    """Write the held-out loss of every exit in one line."""
-    exits = " ".join(f"{l:02d} {loss:.3f}" for l, loss in enumerate(losses))
+    """Return the log line of a validation: the loss of every exit, E = 1, ..., L."""
+    exits = " ".join(f"E={E} {loss:.3f}" for E, loss in enumerate(losses, 1))
     return f"held-out loss at step {done_steps}, by exit: {exits}"
+
+
+def _exit_of(name: str) -> str:
+    """Return the exit of a metric's name: E=8 of train/loss_exit_08."""
+    return f"E={int(name.rpartition('_')[2])}"
 
 
 def _clock(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from models.llama import Llama
 from models.token_depth import TokenDepthConfig, TokenLayers, draw_exits, token_layers
 from train.loop.exit_tokens import draw_tokens
 from train.loop.layerskip import StepPlan
+from train.loop.step_metrics import StepResult, StepTotals
 from train.monitoring.adam_monitor import AdamMonitor
 from train.optimizer.optim import OptimConfig, lr, set_lr, update_unless
 from train.parallel.parallelize import set_gradient_sync
@@ -28,11 +28,11 @@ from train.parallel.titan import OptimizersContainer, clip_grad_norm_
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step needs to know of the run, besides its plan."""
+    """The settings of the run that a step depends on, besides its plan."""
 
     seed: int
     T: int
-    """Steps of the whole run."""
+    """Total steps of the run."""
     optim: OptimConfig
     layer_dropout: LayerDropoutConfig
     early_exit: EarlyExitConfig
@@ -42,18 +42,6 @@ class StepConfig:
     density: DensityConfig = field(default_factory=DensityConfig)
     reduce_every_microbatch: bool = False
     """See ParallelConfig."""
-
-
-class StepResult(NamedTuple):
-    """What one step did; on the device, not yet waited for."""
-
-    totals: Tensor
-    """(2 L + 4,) fp32, the same on every rank: J; the token loss of each exit summed over the
-    global batch, 0 where it was off; the number of tokens behind each; the share of layers and
-    tokens that routers let run, 0 without any; the norm of the whole gradient before clipping; how
-    many ranks want to stop."""
-    local: Tensor
-    """The same before it was summed over the ranks."""
 
 
 def train_step(
@@ -71,23 +59,20 @@ def train_step(
     """Take the gradient of J, clip it and update the weights.
 
     Where a loss of any exit or the gradient is not finite on any rank, no rank updates anything:
-    weights and moments stay as they were. All of it is decided on the device.
+    weights and moments stay as they were. The decision is made on the device.
     """
-    J, sums, counts, density = accumulate_gradients(
-        model, microbatches, plan, t, config=config, runtime=runtime
-    )
+    local = accumulate_gradients(model, microbatches, plan, t, config=config, runtime=runtime)
     grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
     if adam_monitor is not None:
         adam_monitor.observe()
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
-    # Summed along with the rest, so that every rank judges by the same bits.
-    norm_share = grad_norm.to(runtime.device) / runtime.world_size
-    stop = torch.tensor(float(local_stop_requested)).to(runtime.device, non_blocking=True)
-    local = torch.cat((J[None], sums, counts, density[None], norm_share[None], stop[None]))
-    totals = runtime.sum_over_ranks(local.clone())
+    # Summed along with the rest, so that every rank decides by the same bits.
+    local.grad_norm += grad_norm.to(runtime.device) / runtime.world_size
+    local.num_stops += float(local_stop_requested)
+    totals = StepTotals(runtime.sum_over_ranks(local.packed.clone()))
     set_lr(optimizer, lr(config.optim, t, config.T))
-    update_unless(~totals.isfinite().all(), optimizer)
+    update_unless(~totals.packed.isfinite().all(), optimizer)
     return StepResult(totals, local)
 
 
@@ -99,25 +84,23 @@ def accumulate_gradients(
     *,
     config: StepConfig,
     runtime: Runtime,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> StepTotals:
     """Run forward and backward of J over this rank's microbatches.
 
-    J is summed and divided by the number of tokens with a loss in the whole global batch, the
-    density penalty in it by the number of rows, so the gradient is the same however the batch is
-    split over ranks and microbatches.
+    J is a sum divided by the number of tokens with a loss in the global batch, its density penalty
+    one divided by the number of rows, so the gradient is the same however the batch is split over
+    ranks and microbatches.
 
     Returns:
-        This rank's part of J, scalar; of each exit's summed token loss, (L,); the number of tokens
-        behind each, (L,); and its part of the share that routers let run, scalar. All fp32.
+        This rank's part of the totals, less the gradient norm, which is 0.
     """
     L, device = model.config.n_layers, runtime.device
     num_labels = [microbatch.num_labels for microbatch in microbatches]
-    # Of the global batch. Not waited for: the host goes on while the ranks add theirs up.
+    # Of the global batch; the host does not wait for the sum.
     num_tokens = torch.tensor(float(sum(num_labels))).to(device, non_blocking=True)
     runtime.sum_over_ranks(num_tokens)
     num_rows = runtime.world_size * sum(len(microbatch.tokens) for microbatch in microbatches)
-    J, density = torch.zeros((), device=device), torch.zeros((), device=device)
-    sums, counts = torch.zeros(L, device=device), torch.zeros(L)
+    totals, exit_tokens = StepTotals.zeros(L, device), torch.zeros(L)
     for m, microbatch in enumerate(microbatches):
         set_gradient_sync(
             model,
@@ -145,17 +128,18 @@ def accumulate_gradients(
         )
         # FSDP averages gradients over ranks; J is a sum over them.
         objective = loss.total * (runtime.world_size / num_tokens)
-        J += loss.total.detach() / num_tokens
+        totals.J += loss.total.detach() / num_tokens
         if hidden.gates:
             penalty = density_penalty_sum(hidden.gates, config.density) / num_rows
             objective = objective + penalty * runtime.world_size
-            J += penalty.detach()
-            density += running_share_sum(hidden.gates) / num_rows
+            totals.J += penalty.detach()
+            totals.density += running_share_sum(hidden.gates) / num_rows
         objective.backward()
         for l, exit_sum in loss.per_exit.items():
-            sums[l] += exit_sum
-            counts[l] += num_labels[m]
-    return J, sums, counts.to(device, non_blocking=True), density
+            totals.exit_sums[l] += exit_sum
+            exit_tokens[l] += num_labels[m]
+    totals.exit_tokens.copy_(exit_tokens, non_blocking=True)
+    return totals
 
 
 def _kept_rows(
@@ -180,7 +164,7 @@ def _kept_rows(
 def _token_layers(
     config: StepConfig, n_layers: int, batch: Microbatch, t: int
 ) -> TokenLayers | None:
-    """Return which layers this microbatch's tokens run."""
+    """Return the layers that each token of this microbatch runs."""
     depth, exits = config.token_depth, None
     if depth.kind == "mixed":
         drawn = draw_exits(
@@ -194,7 +178,7 @@ def _token_layers(
 def _exit_tokens(
     plan: StepPlan, config: StepConfig, runtime: Runtime, microbatch: Microbatch, t: int
 ) -> Tensor | None:
-    """Draw which tokens of this microbatch the exits before the last learn from; None: all."""
+    """Draw the tokens of this microbatch that the exits before the last learn from; None: all."""
     if plan.token_fraction == 1.0:
         return None
     tokens = draw_tokens(
@@ -210,12 +194,15 @@ def _exit_tokens(
 def dropout_keys(
     config: LayerDropoutConfig, samples: NDArray[np.int64], m: int
 ) -> NDArray[np.int64]:
-    """Return what the draw of each row of microbatch m hangs on, besides seed, t and layer.
+    """Return the key of each row's draw in microbatch m, beside seed, t and layer.
 
     Args:
-        config: Says what is dropped together.
-        samples: (batch,) each row's place in the global batch.
-        m: Number of the microbatch on this rank, from 0.
+        config: The granularity of layer dropout.
+        samples: (batch,) int64 index of each row in the global batch.
+        m: Index of the microbatch on this rank, from 0.
+
+    Returns:
+        (batch,) int64.
     """
     if config.granularity == "per_batch":
         return np.full_like(samples, m)

@@ -1,17 +1,54 @@
-"""What steps came to, on the host: read one step late, so that the device is never waited for."""
+"""The totals of a step on the device, and its metrics on the host, read one step late."""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from train.loop.step import StepResult
+from models.host_copy import HostCopy
+
+
+class StepTotals:
+    """What one step adds up over microbatches and ranks, fp32; layers l count from 0.
+
+    All is packed into one tensor, which one all-reduce sums and one copy reads.
+
+    Attributes:
+        packed: (2 L + 4,); the other attributes are views of it.
+        J: Scalar.
+        exit_sums: (L,) token loss of each exit summed over the global batch, 0 where it was off.
+        exit_tokens: (L,) number of tokens behind each.
+        density: Share of layers and tokens that routers let run, scalar; 0 without any.
+        grad_norm: Norm of the whole gradient before clipping, scalar.
+        num_stops: How many ranks were requested to stop, scalar.
+    """
+
+    def __init__(self, packed: Tensor) -> None:
+        L = (len(packed) - 4) // 2
+        self.packed = packed
+        J, self.exit_sums, self.exit_tokens, *rest = packed.split([1, L, L, 1, 1, 1])
+        self.J, (self.density, self.grad_norm, self.num_stops) = J[0], (part[0] for part in rest)
+
+    @classmethod
+    def zeros(cls, L: int, device: torch.device) -> "StepTotals":
+        """Return the totals of no microbatch at all."""
+        return cls(torch.zeros(2 * L + 4, device=device))
+
+
+class StepResult(NamedTuple):
+    """What one step came to, still on the device."""
+
+    totals: StepTotals
+    """Over all ranks, the same on each."""
+    local: StepTotals
+    """This rank's part of them."""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step's totals over all ranks; layers l count from 0."""
+    """What one step came to over all ranks, on the host; layers l count from 0."""
 
     t: int
     J: float
@@ -22,62 +59,57 @@ class StepMetrics:
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     stop: bool
-    """Whether any rank has been asked to stop."""
-    local: Tensor
-    """This rank's own part of the totals, see StepResult."""
+    """Whether any rank was requested to stop."""
+    local: StepTotals
+    """This rank's part, on the device."""
 
     @property
     def finite(self) -> bool:
         """Whether the weights were updated: every loss and the gradient were finite everywhere."""
         return all(map(math.isfinite, (self.J, self.grad_norm, *self.exit_losses.values())))
 
-    def bad_losses_here(self) -> list[str]:
-        """Return which losses were not finite on this rank itself, in words."""
-        L = (len(self.local) - 4) // 2
+    def local_bad_losses(self) -> list[str]:
+        """Return a line for each loss of this rank itself that is not finite."""
         return [
-            f"the loss of the exit after layer {l} is {value}"
-            for l, value in enumerate(self.local[1 : L + 1].tolist())
+            f"the loss of the exit after {l + 1} {'layers' if l else 'layer'} is {value}"
+            for l, value in enumerate(self.local.exit_sums.tolist())
             if not math.isfinite(value)
         ]
 
 
 class DeferredReader:
-    """Hands out each step's outcome once the next step has been given to the device."""
+    """Reads the totals of each step after the next one is launched: the device never idles."""
 
     def __init__(self) -> None:
-        """Hold nothing."""
-        self._held: tuple[int, Tensor, StepResult, torch.cuda.Event | None] | None = None
+        self._pending: tuple[int, HostCopy, StepTotals] | None = None
 
     def push(self, t: int, result: StepResult) -> list[StepMetrics]:
-        """Take in step t; return the outcome of the step before it, if it was not read yet."""
-        event = None
-        if result.totals.is_cuda:
-            copy = torch.empty_like(result.totals, device="cpu", pin_memory=True)
-            copy.copy_(result.totals, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        else:
-            copy = result.totals
+        """Start copying the totals of step t; return the metrics of the step before, if unread."""
+        copy = HostCopy(result.totals.packed)
         ready = self.drain()
-        self._held = (t, copy, result, event)
+        self._pending = t, copy, result.local
         return ready
 
     def drain(self) -> list[StepMetrics]:
-        """Return the outcome that is still held, waiting for the device."""
-        if self._held is None:
+        """Return the metrics of the step that is pending, if any, waiting for its copy."""
+        if self._pending is None:
             return []
-        t, copy, result, event = self._held
-        self._held = None
-        if event is not None:
-            event.synchronize()
-        return [_outcome(t, copy.tolist(), result.local)]
+        t, copy, local = self._pending
+        self._pending = None
+        return [_metrics(t, StepTotals(torch.tensor(copy.read())), local)]
 
 
-def _outcome(t: int, values: list[float], local: Tensor) -> StepMetrics:
-    L = (len(values) - 4) // 2
-    sums, counts = values[1 : L + 1], values[L + 1 : 2 * L + 1]
+def _metrics(t: int, totals: StepTotals, local: StepTotals) -> StepMetrics:
+    sums, counts = totals.exit_sums.tolist(), totals.exit_tokens.tolist()
     losses = {
         l: total / count for l, (total, count) in enumerate(zip(sums, counts, strict=True)) if count
     }
-    J, (density, grad_norm, stop) = values[0], values[-3:]
-    return StepMetrics(t, J, losses, density, grad_norm, stop > 0, local)
+    return StepMetrics(
+        t=t,
+        J=totals.J.item(),
+        exit_losses=losses,
+        density=totals.density.item(),
+        grad_norm=totals.grad_norm.item(),
+        stop=totals.num_stops.item() > 0,
+        local=local,
+    )

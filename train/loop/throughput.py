@@ -1,4 +1,4 @@
-"""How fast training goes: tokens, floating-point operations, memory."""
+"""Throughput of training: tokens, floating-point operations, peak memory."""
 
 from models.config import LlamaConfig
 from models.flops import train_flops_per_token
@@ -9,7 +9,7 @@ from train.parallel.titan import get_peak_flops
 
 
 class Throughput:
-    """Counts work over all ranks."""
+    """Counts tokens and FLOPs over all ranks."""
 
     def __init__(
         self,
@@ -20,7 +20,7 @@ class Throughput:
         capacity: float = 1.0,
         trains: Trains = "all",
     ) -> None:
-        """Count from here on."""
+        """Start to count, for a model of this shape and router capacity."""
         self._capacity = capacity
         self._model, self._seq_len, self._runtime = model, seq_len, runtime
         self._frozen = trains == "exits"
@@ -30,7 +30,7 @@ class Throughput:
         self._tokens, self._flops = 0, 0.0
 
     def add(self, tokens: int, plan: StepPlan) -> None:
-        """Count `tokens` that ran through the layers and heads of a plan each."""
+        """Count a step of `tokens` that ran the layers and exits of its plan."""
         self._tokens += tokens
         self._flops += tokens * train_flops_per_token(
             self._model,
@@ -43,7 +43,7 @@ class Throughput:
         )
 
     def read(self, seconds: float) -> dict[str, float]:
-        """Return the rates over the `seconds` since the last reading, and start again."""
+        """Return the rates over the `seconds` since the last reading, and reset the counts."""
         rates = {
             "perf/tokens_per_second": self._tokens / seconds,
             "perf/gflops_per_second": self._flops / seconds / 1e9,

@@ -35,13 +35,13 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The sequences that are held out, and how they go into the model."""
+    """The held-out sequences, and how the model reads them."""
 
     windows: Windows
     seq_len: int
-    """Tokens of each."""
+    """Tokens per sequence."""
     bos_id: int | None = None
-    """Keep attention within the documents that begin with this token; None does not."""
+    """Attention stays within the documents that begin with this token; None: it does not."""
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def validate(
 ) -> list[float]:
     """Return the held-out loss of the exit after each layer l = 0, ..., L - 1.
 
-    The result does not depend on the number of ranks. A rank that has run out of sequences goes on
-    with empty rows, because every rank must call every block.
+    The result does not depend on the number of ranks. A rank that has run out of sequences
+    continues with empty rows, because every rank must call every block.
 
     Args:
         model: The model being trained.
@@ -67,10 +67,10 @@ def validate(
         runtime: This rank.
         rows: Sequences per rank and forward pass.
         chunk_rows: As for training.
-        token_depth: Which layers each token runs, as in training; of kind mixed, all.
+        token_depth: The layers that each token runs, as in training; of kind mixed, all.
 
     Returns:
-        L losses in nats per token that has one.
+        L losses in nats per token with a label.
     """
     L, device = model.config.n_layers, runtime.device
     sums = torch.zeros(L + 1, device=device)
@@ -88,12 +88,12 @@ def _exit_sums(
     model: Llama, batch: Microbatch, chunk_rows: int, token_depth: TokenDepthConfig
 ) -> Tensor:
     """Return the summed token loss of each exit and the number of tokens, (L + 1,) fp32."""
-    L, learnt = model.config.n_layers, batch.labels != NO_LOSS
+    L, labelled = model.config.n_layers, batch.labels != NO_LOSS
     hidden = model(
         batch.tokens,
         exit_layers=range(L),
         documents=batch.documents,
-        token_layers=token_layers(token_depth, L, learnt, batch.documents, exits=None),
+        token_layers=token_layers(token_depth, L, labelled, batch.documents, exits=None),
     )
     loss = early_exit_loss(
         hidden.exits,
@@ -102,11 +102,11 @@ def _exit_sums(
         dict.fromkeys(range(L), 0.0),
         config=EarlyExitConfig(chunk_rows=chunk_rows),
     )
-    return torch.stack([*loss.per_exit.values(), learnt.sum()])
+    return torch.stack([*loss.per_exit.values(), labelled.sum()])
 
 
 def _read(held_out: HeldOut, numbers: list[int], rows: int) -> Microbatch:
-    """Return `rows` sequences; those beyond `numbers` count for nothing."""
+    """Return `rows` sequences; those beyond `numbers` have no labels."""
     tokens = np.zeros((rows, held_out.seq_len), dtype=np.int64)
     labels = np.full_like(tokens, NO_LOSS)
     for row, i in enumerate(numbers):

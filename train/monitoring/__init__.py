@@ -1,1 +1,1 @@
-"""Watch ranks, replicas and optimizer statistics while a run trains."""
+"""Monitor ranks, replicas and optimizer statistics while a run trains."""

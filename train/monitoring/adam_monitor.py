@@ -1,12 +1,12 @@
-"""Watches the update Adam really applies, layer by layer, from the sharded moments.
+"""Monitor the updates that Adam applies, layer by layer, from the sharded moments.
 
 "A Theory on Adam Instability" (arXiv 2304.09871): with u = m_hat / (sqrt(v_hat) + eps), gradients
-that are independent from step to step make u a bell around 0 with standard deviation
+that are independent from step to step distribute u in a bell around 0 with standard deviation
 sqrt((1 - beta1) / (1 + beta1)); gradients that are correlated in time drive it to -1 and +1,
 where an update is large and no longer points downhill. It starts in a layer whose gradients fell
-to the order of eps, when a batch wakes it.
+to the order of eps and then rise with a batch.
 
-m_hat and v_hat are bias-corrected, as in the update itself: the plain moments would say little
+m_hat and v_hat are bias-corrected, as in the update itself: the plain moments are biased to 0
 for the first 1 / (1 - beta2) steps.
 """
 
@@ -28,13 +28,13 @@ BINS = 64
 LARGE = 0.8
 SAMPLED = 4096  # coordinates of a group whose gradients are kept, over all ranks
 STEPS_BEYOND_LAG = 32  # pairs of steps behind every autocorrelation, at least
-CHUNK = 2**20  # coordinates looked at together: bounds the memory of a reading
+CHUNK = 2**20  # coordinates read at a time: bounds the memory of a reading
 POWERS = ("count", "u1", "u2", "u3", "u4", "large", "starved", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamMonitorConfig:
-    """How often Adam's update is looked at, and what is alarming.
+    """How often Adam's update is measured, and what raises an alarm.
 
     The defaults are calibrated on synthetic gradients with beta2 = 0.95. The update ratio u has RMS
     0.23 at a correlation of 0 from step to step, 0.62 at 0.9, 0.84 at 0.99, 1 at 1; the share of it
@@ -47,7 +47,7 @@ class AdamMonitorConfig:
     lags: int = 8
     """Autocorrelation of gradients is taken at lags of 1 to this many steps."""
     grace_steps: int = 100
-    """No alarm before Adam has taken this many steps: at its first ones |u| is near 1."""
+    """No alarm before Adam has taken this many steps: in its first ones |u| is near 1."""
     max_update_rms: float = 0.8
     """Alarm when the RMS of u exceeds this, and max_share_large is exceeded as well."""
     max_share_large: float = 0.5
@@ -78,13 +78,13 @@ class AdamMonitorConfig:
 def alarms(
     statistics: AdamStatistics, config: AdamMonitorConfig, *, warmup_steps: int
 ) -> list[str]:
-    """Return one line for each group and symptom, naming what the paper would do.
+    """Return a line for each group and symptom, with the paper's remedy.
 
     Args:
         statistics: A reading, the same on every rank.
-        config: What is alarming.
+        config: The thresholds.
         warmup_steps: While the learning rate still rises, the weights hardly move and gradients
-            stay alike from step to step in good health; correlation is no alarm before its end.
+            are correlated from step to step in any run; correlation is no alarm before its end.
     """
     lines = []
     for name, group in statistics.groups.items():
@@ -93,28 +93,28 @@ def alarms(
         rms, before, share = group.update_rms, group.update_rms_before, group.share_large
         if before is not None and rms > max(config.max_rise * before, 0.1):
             lines.append(
-                f"adam: {name} woke up: RMS of its update ratio rose from {before:.2g} to "
+                f"adam: {name} has a spike: the RMS of its update ratio rose from {before:.2g} to "
                 f"{rms:.2g} (alarm above {config.max_rise:g} times), "
                 "lower optim.eps, or skip these batches"
             )
         correlated = rms > config.max_update_rms and share > config.max_share_large
         if correlated and group.adam_steps >= warmup_steps:
             lines.append(
-                f"adam: {name} has gradients correlated in time: RMS of its update ratio is "
+                f"adam: {name} has gradients correlated in time: the RMS of its update ratio is "
                 f"{rms:.2f} and {share:.0%} of it lies beyond {LARGE} (alarm above "
                 f"{config.max_update_rms:g} and {config.max_share_large:.0%}), "
                 "lower optim.lr or optim.betas, or skip these batches"
             )
-        if group.grad_rms_over_eps < config.min_grad_rms_over_eps:
+        if (ratio := group.grad_rms_over_eps) < config.min_grad_rms_over_eps:
             lines.append(
-                f"adam: {name} is starved: RMS of its gradient is {group.grad_rms_over_eps:.2g} "
-                f"eps (alarm below {config.min_grad_rms_over_eps:g}), lower optim.eps"
+                f"adam: {name} is starved: the RMS of its gradient is {ratio:.2g} eps (alarm below "
+                f"{config.min_grad_rms_over_eps:g}), lower optim.eps"
             )
     return lines
 
 
 class AdamMonitor:
-    """Keeps a sample of gradients on the device; looks at the moments when asked."""
+    """Keeps a sample of gradients on the device; reads the moments where that is due."""
 
     def __init__(
         self,
@@ -124,14 +124,14 @@ class AdamMonitor:
         *,
         period: int = 0,
     ) -> None:
-        """Watch AdamW's parameters; beside Muon those are embeddings, head and norms.
+        """Monitor AdamW's parameters; beside Muon those are embeddings, head and norms.
 
         Args:
-            config: What to watch.
+            config: How often, and which lags.
             optimizer: A list or an OptimizersContainer, built with named parameters.
             runtime: This rank.
-            period: Steps after which a rotational curriculum repeats itself, R; one more lag to
-                look at, since exits then come and go with that period. 0: none.
+            period: Steps after which a rotational curriculum repeats itself, R: one more lag,
+                since exits then come and go with that period. 0: none.
         """
         self._config, self._runtime = config, runtime
         self._lags = sorted({*range(1, config.lags + 1), *((period,) if period else ())})
@@ -147,12 +147,12 @@ class AdamMonitor:
             self._sample()
 
     def _sample(self) -> None:
-        """Choose the coordinates whose gradients are kept: every so many of a group."""
+        """Choose the coordinates whose gradients are kept, evenly spread over a group."""
         rows, columns = STEPS_BEYOND_LAG + self._lags[-1], 0
         self._columns: dict[str, slice] = {}
         for name, group in self._groups.items():
-            budget = SAMPLED * min(w.copies for w in group) // self._runtime.world_size
-            stride = -(-sum(w.numel for w in group) // max(budget, 1)) | 1
+            budget = SAMPLED * min(p.copies for p in group) // self._runtime.world_size
+            stride = -(-sum(p.numel for p in group) // max(budget, 1)) | 1
             begin, phase = columns, 0
             for monitored in group:
                 monitored.sampled = slice(phase, None, stride)
@@ -173,7 +173,7 @@ class AdamMonitor:
     def observe(self) -> None:
         """Keep this step's sampled gradients; call it after clipping, before `zero_grad`.
 
-        Does not wait for the device.
+        The host does not wait for the device.
         """
         if not self._config.interval_steps:
             return
@@ -208,7 +208,7 @@ class AdamMonitor:
         ordered = torch.cat((self._ring[now:], self._ring[:now]))[-max(self._steps_seen, 1) :]
         g = ordered[:, self._columns[name]].double()
         finite = g.isfinite().all(dim=1)
-        shares = torch.cat([w.zeros + 1 / w.copies for w in self._groups[name]]).double()
+        shares = torch.cat([p.zeros + 1 / p.copies for p in self._groups[name]]).double()
         g = torch.where(finite[:, None], g, 0.0) * shares.sqrt()
         products, present = g @ g.T, finite.double()
         squares = products.diagonal()
@@ -246,7 +246,7 @@ class AdamMonitor:
 
 
 class _MonitoredParameter:
-    """One parameter: where its gradient and moments are."""
+    """One parameter: its gradient, its moments and the sampled coordinates of its shard."""
 
     sampled: slice
     zeros: Tensor
@@ -280,7 +280,7 @@ def _moment_sums(group: list[_MonitoredParameter]) -> Tensor:
             continue
         beta1, beta2 = monitored.options["betas"]
         eps, step = monitored.options["eps"], state["step"].double().to(device)
-        # At step 0, of which only a skipped first update knows, both moments are 0.
+        # At step 0, which only a skipped first update leaves, both moments are 0.
         correction1 = (1 - beta1**step).clamp(min=1e-30).float()
         correction2 = (1 - beta2**step).clamp(min=1e-30).float()
         moments = (_local(state[key]).reshape(-1) for key in ("exp_avg", "exp_avg_sq"))

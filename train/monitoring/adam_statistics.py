@@ -1,4 +1,4 @@
-"""What `train/monitoring/adam_monitor.py` reads off Adam: plain numbers, by layer group."""
+"""The statistics that `train/monitoring/adam_monitor.py` measures: numbers by layer group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class GroupStatistics:
     update_rms: float
     """RMS of u."""
     update_rms_before: float | None
-    """The same at the reading before; None at the first."""
+    """RMS of u at the reading before; None at the first."""
     share_large: float
     """Share of |u| > 0.8."""
     share_starved: float
@@ -55,7 +55,10 @@ class AdamStatistics:
 
 
 def group_of(name: str) -> str:
-    """Return the group of a parameter: tok_embeddings, layers_03, own_exits_02, routers, ..."""
+    """Return a parameter's group, as the model names it: layers_03 (l = 3), own_exits_02 (E = 2).
+
+    Those of other parameters have no number: tok_embeddings, routers, norm, ...
+    """
     first, *rest = name.split(".")
     return f"{first}_{int(rest[0]):02d}" if first in ("layers", "own_exits") else first
 

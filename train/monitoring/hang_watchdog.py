@@ -1,8 +1,8 @@
-"""A rank that hangs is named, all ranks write their stacks, and the job ends.
+"""Name the rank that hangs, write the stacks of all ranks, and end the job.
 
-One daemon thread on every rank publishes a heartbeat and watches how long the main thread stays in
-one section. It speaks long before the collectives' own timeout, which can say only that some rank
-did not come. Whatever it touches may hang too (a log, a disk, the store), and none may delay it.
+One daemon thread on every rank publishes a heartbeat and measures how long the main thread stays in
+one section. Its limit lies far below the collectives' own timeout, whose message names no rank.
+Whatever it calls may hang too (a log, a disk, the store); each such call has a time limit.
 """
 
 import faulthandler
@@ -24,7 +24,7 @@ from train.monitoring.heartbeat import (
     HeartbeatStore,
     diagnose_hang,
 )
-from train.monitoring.main_thread import waits
+from train.monitoring.main_thread import in_collective
 from train.monitoring.sections import SECTIONS, Section, Sections
 
 T = TypeVar("T")
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 HUNG_EXIT_STATUS = 124
 """Exit status of every rank of a job that hung, as of timeout(1)."""
-PATIENCE_SECONDS = 10.0
+CALL_TIMEOUT_SECONDS = 10.0
 """How long a log, a disk or a store that hangs too can delay the end, each."""
 STDERR = 2
 
 
 class Watchdog:
-    """Ends the job where a rank stays in one section for too long; to be used in a `with`."""
+    """Ends the job where a rank stays in one section for too long, within a `with` block."""
 
     def __init__(
         self,
@@ -52,51 +52,49 @@ class Watchdog:
         setup_timeout_seconds: float,
         record: Callable[[str, int], None],
     ) -> None:
-        """Prepare to watch.
+        """Set the limits; the thread starts with the `with` block.
 
         Args:
-            sections: What the main thread of this rank says it does.
-            store: Shared by all ranks of this attempt; a connection that nobody else uses.
+            sections: The sections of this rank's main thread.
+            store: Shared by all ranks of this attempt; a connection that no other thread uses.
             folder: Where stacks are written, `hangs` in the run folder.
             rank: This rank.
-            world_size: How many there are.
+            world_size: Number of ranks.
             timeout_seconds: How long one data, step, log or validate section may take.
             setup_timeout_seconds: The same for setup and checkpoint.
-            record: Called with the verdict and the step, by the lowest rank that still can.
+            record: Called with the hang report's text and the step, by the lowest rank that runs.
         """
         self._sections, self._folder, self._record, self._rank = sections, folder, record, rank
-        self._board: HeartbeatStore | None = HeartbeatStore(store, rank, world_size)
+        self._store: HeartbeatStore | None = HeartbeatStore(store, rank, world_size)
         self._limits: dict[Section, float] = dict.fromkeys(SECTIONS, timeout_seconds)
         self._limits |= {"setup": setup_timeout_seconds, "checkpoint": setup_timeout_seconds}
-        self._silences = HeartbeatAges()
+        self._ages = HeartbeatAges()
         self._interval = min(5.0, timeout_seconds / 10, setup_timeout_seconds / 10)
         self._main = threading.main_thread().ident or 0
         self._beats, self._last_beat = 0, time.monotonic()
         self._awake_since = self._last_beat
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        """Begin to watch."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Watch no longer."""
         self._stopped.set()
-        self._thread.join(PATIENCE_SECONDS)
+        self._thread.join(CALL_TIMEOUT_SECONDS)
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._stopped.is_set():
-            beat, verdict = self._beat()
-            if verdict is None and self._is_late(beat):
-                verdict = self._diagnose()
-            if verdict is not None and not self._stopped.is_set():
-                self._end(verdict)
+            beat, report = self._beat()
+            if report is None and self._is_late(beat):
+                report = self._diagnose()
+            if report is not None and not self._stopped.is_set():
+                self._end(report)
             self._stopped.wait(self._interval)
 
     def _beat(self) -> tuple[Heartbeat, HangReport | None]:
-        """Publish where the main thread is; also return what another rank has judged."""
+        """Publish a heartbeat; return it, and the hang report if a rank has published one."""
         section, t, seconds = self._sections.current
         now = time.monotonic()
         if now - self._last_beat > 5 * self._interval:
@@ -108,78 +106,78 @@ class Watchdog:
             section,
             t,
             min(seconds, now - self._awake_since),
-            waits=frame is not None and waits(frame),
+            in_collective=frame is not None and in_collective(frame),
         )
-        return beat, self._ask(lambda board: board.exchange(beat))
+        return beat, self._call(lambda store: store.exchange(beat))
 
     def _is_late(self, beat: Heartbeat) -> bool:
         return beat.seconds > self._limits[beat.section]
 
     def _diagnose(self) -> HangReport | None:
-        """Read all heartbeats twice, three beats apart, and agree on who hangs."""
-        self._listen()
+        """Read all heartbeats twice, three beats apart; return the report all ranks agree on."""
+        self._read_heartbeats()
         for _ in range(3):
             self._stopped.wait(self._interval)
             beat, _ = self._beat()
         if self._stopped.is_set() or not self._is_late(beat):
             return None
-        now, silences = self._listen()
-        if now is None:
+        last, ages = self._read_heartbeats()
+        if last is None:
             return HangReport(
                 f"rank {self._rank} is {beat}; the store of heartbeats does not answer, so it is "
                 "unknown which rank it waits for"
             )
-        found = diagnose_hang(now, silences, self._limits)
-        return found and (self._ask(lambda board: board.agree(found)) or found)
+        found = diagnose_hang(last, ages, self._limits)
+        return found and (self._call(lambda store: store.publish(found)) or found)
 
-    def _listen(self) -> tuple[list[Heartbeat | None] | None, list[float]]:
-        """Read all heartbeats, and how long each rank has been silent."""
-        now = self._ask(lambda board: board.heartbeats())
-        return now, self._silences.listen(now) if now else []
+    def _read_heartbeats(self) -> tuple[list[Heartbeat | None] | None, list[float]]:
+        """Return the last heartbeat of every rank and their ages; None without a store."""
+        last = self._call(lambda store: store.heartbeats())
+        return last, self._ages.update(last) if last else []
 
-    def _ask(self, question: Callable[[HeartbeatStore], T]) -> T | None:
-        """Return the blackboard's answer; None once its store is gone, which is for good."""
-        board = self._board
-        if board is None:
+    def _call(self, method: Callable[[HeartbeatStore], T]) -> T | None:
+        """Return what a method of the store returns; None once the store has failed, for good."""
+        store = self._store
+        if store is None:
             return None
-        answers: list[T] = []
+        results: list[T] = []
 
-        def ask() -> None:
+        def call() -> None:
             try:
-                answers.append(question(board))
+                results.append(method(store))
             except RuntimeError as error:
                 logger.debug("watchdog: %s", error)
 
-        if not _within(PATIENCE_SECONDS, ask) or not answers:
-            self._board = None
+        if not _within(CALL_TIMEOUT_SECONDS, call) or not results:
+            self._store = None
             return None
-        return answers[0]
+        return results[0]
 
-    def _end(self, verdict: HangReport) -> None:
-        """Say who hangs, write this rank's stacks, and end the process once all have."""
+    def _end(self, report: HangReport) -> None:
+        """Log the report, write this rank's stacks, and end the process once all ranks have."""
         t = self._sections.current[1]
         path = self._folder / f"rank-{self._rank:05d}-step-{t:08d}.txt"
-        running = (rank for rank in range(self._rank + 1) if rank not in verdict.silent)
-        speaks = self._board is None or next(running, None) == self._rank
+        running = (rank for rank in range(self._rank + 1) if rank not in report.silent)
+        is_lowest = self._store is None or next(running, None) == self._rank
 
-        def say() -> None:
-            if speaks:
-                logger.error("hang: %s; stacks are in %s", verdict.text, self._folder)
+        def log() -> None:
+            if is_lowest:
+                logger.error("hang: %s; stacks are in %s", report.text, self._folder)
             else:
                 logger.warning("hang: ended, stacks are in %s", path)
 
-        _within(PATIENCE_SECONDS, say)
-        if not _within(PATIENCE_SECONDS, lambda: _write_stacks(path, verdict.text)):
-            _within(PATIENCE_SECONDS, lambda: faulthandler.dump_traceback(STDERR))
-        if speaks:
-            _within(PATIENCE_SECONDS, lambda: self._record(verdict.text, t))
-        silent = len(verdict.silent)
-        self._ask(lambda board: board.wait_for_stacks(silent, PATIENCE_SECONDS / 2))
-        os._exit(HUNG_EXIT_STATUS)  # the main thread cannot be asked to
+        _within(CALL_TIMEOUT_SECONDS, log)
+        if not _within(CALL_TIMEOUT_SECONDS, lambda: _write_stacks(path, report.text)):
+            _within(CALL_TIMEOUT_SECONDS, lambda: faulthandler.dump_traceback(STDERR))
+        if is_lowest:
+            _within(CALL_TIMEOUT_SECONDS, lambda: self._record(report.text, t))
+        num_silent = len(report.silent)
+        self._call(lambda store: store.wait_for_stacks(num_silent, CALL_TIMEOUT_SECONDS / 2))
+        os._exit(HUNG_EXIT_STATUS)  # the main thread may never return from its call
 
 
 def _write_stacks(path: Path, title: str) -> None:
-    """Write the stacks of all threads, to stderr if there is no room on the disk."""
+    """Write the stacks of all threads to `path`, or to stderr where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
@@ -192,7 +190,7 @@ def _write_stacks(path: Path, title: str) -> None:
 
 
 def _within(seconds: float, action: Callable[[], None]) -> bool:
-    """Run `action`, which may never return, on a thread of its own; say whether it has."""
+    """Run `action`, which may hang, on a thread of its own; return whether it has returned."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(seconds)

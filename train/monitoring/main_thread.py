@@ -1,7 +1,4 @@
-"""Where the main thread of a process is, as another thread sees it.
-
-Knows nothing of ranks: a stack alone tells a collective, where others are waited for, from work.
-"""
+"""What the main thread of a process runs, as another thread reads it off its stack."""
 
 import os
 from pathlib import Path
@@ -10,7 +7,7 @@ from types import FrameType
 ROOT = f"{Path(__file__).resolve().parents[2]}{os.sep}"
 
 
-def waits(frame: FrameType) -> bool:
+def in_collective(frame: FrameType) -> bool:
     """Whether a stack, given by its innermost frame, is inside a collective."""
     inner: FrameType | None = frame
     while inner is not None and inner.f_code.co_filename.endswith("/torch/_ops.py"):
@@ -19,7 +16,7 @@ def waits(frame: FrameType) -> bool:
     return "/torch/distributed/" in path and "/torch/distributed/tensor/" not in path
 
 
-def place_of(frame: FrameType) -> str:
+def innermost_line(frame: FrameType) -> str:
     """Return the innermost line of this repository on a stack, as path:line (function)."""
     inner: FrameType | None = frame
     while inner is not None:

@@ -1,8 +1,8 @@
-"""Silent data corruption: a periodic hash, across ranks, of what must be equal on all of them.
+"""Detect silent data corruption: compare a hash of what must be equal on several ranks.
 
 Compared are the shards of parameters and Adam moments that more than one rank holds (HSDP, DDP),
-all buffers and step counts. Under plain FSDP no two ranks hold the same shard, so there it
-sees the buffers and counts alone. Llama 3 (arXiv 2407.21783, section 3.3.4): 6 such faults in 54
+all buffers and step counts. Under plain FSDP no two ranks hold the same shard, which leaves the
+buffers and counts. Llama 3 (arXiv 2407.21783, section 3.3.4): 6 such faults in 54
 days on 16,384 GPUs.
 """
 
@@ -50,7 +50,7 @@ class ReplicaCheck:
         optimizer: Iterable[Optimizer],
         runtime: Runtime,
     ) -> None:
-        """Look at `model` and its `optimizer` (a list, or an OptimizersContainer)."""
+        """Check `model` and its `optimizer` (a list, or an OptimizersContainer)."""
         self._config, self._model, self._runtime = config, model, runtime
         self._optimizer = optimizer
         self._passed: int | None = None
@@ -63,7 +63,7 @@ class ReplicaCheck:
 
     @torch.no_grad()
     def check(self, done_steps: int) -> None:
-        """Compare; every rank calls this after the same step.
+        """Compare all replicated tensors; every rank calls this after the same step.
 
         Raises:
             ReplicasDifferError: On every rank, if any two ranks differ.
@@ -103,7 +103,7 @@ class ReplicaCheck:
         return "\n".join(lines)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all that a later step depends on, in the same order on every rank."""
+        """Yield every tensor that a later step depends on, in the same order on every rank."""
         for name, buffer in self._model.named_buffers():
             yield f"buffer {name}", buffer
         names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
@@ -149,12 +149,12 @@ def num_replicas(tensor: Tensor, world_size: int) -> int:
 
 def _shard_key(tensor: Tensor) -> int:
     """Return a number that the ranks with the same part of `tensor` have in common."""
-    place: list[int] = []
+    coordinates: list[int] = []
     if isinstance(tensor, DTensor):
         for axis, placement in enumerate(tensor.placements):
             if not placement.is_replicate():
-                place.append(tensor.device_mesh.get_local_rank(axis))
-    return zlib.crc32(repr(place).encode())
+                coordinates.append(tensor.device_mesh.get_local_rank(axis))
+    return zlib.crc32(repr(coordinates).encode())
 
 
 def _odd_weights(device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a rank is doing, and for how long it has done what.
+"""The sections of a training step, entered by the main thread, and the time spent in each.
 
-The main thread says what it begins; the watchdog and the straggler report read it. Knows nothing
-of ranks and files. Its clock does not jump when the machine's does.
+The watchdog and the straggler report read them from threads of their own. The clock is monotonic:
+it does not jump when the machine's is set.
 """
 
 import time
@@ -14,18 +14,18 @@ SECTIONS: tuple[Section, ...] = get_args(Section)
 
 
 class Sections:
-    """What this rank is doing, and for how long it has done what."""
+    """The section that this rank is in, and the seconds spent in each."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin in "setup"; `clock` counts seconds."""
+        """Enter "setup"; `clock` counts seconds."""
         self._clock = clock
         self._spent = dict.fromkeys(SECTIONS, 0.0)
         self._counted_from = clock()
-        # One tuple, so that another thread never reads a name with the time of another.
+        # One tuple, so that no thread reads the name of one section with the time of another.
         self._entered: tuple[Section, int, float] = ("setup", 0, self._counted_from)
 
     def enter(self, name: Section, t: int) -> None:
-        """Begin a section of step t, counted from 0; the one before ends. Main thread only."""
+        """End the present section and begin one of step t, counted from 0. Main thread only."""
         now = self._clock()
         self._count(now)
         self._entered = (name, t, now)

@@ -1,12 +1,12 @@
-"""Names the rank that all the others wait for.
+"""Name the straggler: the rank that all the others wait for.
 
 In synchronous training every rank's step takes as long as the slowest rank's, so a straggler does
-not show in how long a step takes, but in who waits: the others sit in a collective while it works.
-A thread looks, some fifty times a second, where the main thread is: inside torch.distributed, or at
-work of its own, and at which line. It costs no collective and no wait for the device.
+not show in the duration of a step, but in the waiting: the others sit in a collective while it
+works. A thread samples the main thread's stack fifty times a second: whether it is inside
+torch.distributed, and at which line otherwise. That needs no collective and no wait for the device.
 
-That sees all of the host: data, forward, backward, optimizer, logging. On a CPU with gloo the host
-is all there is. On GPUs with NCCL the host only launches; a slow GPU shows in a small fixed
+It covers all of the host: data, forward, backward, optimizer, logging. On a CPU with gloo the host
+is all there is. On GPUs with NCCL the host only launches kernels; a slow GPU shows in a small fixed
 computation that each rank times on its own. Untested on NCCL.
 """
 
@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import torch
 
-from train.monitoring.main_thread import place_of, waits
+from train.monitoring.main_thread import in_collective, innermost_line
 from train.parallel.runtime import Runtime
 
-SECONDS_BETWEEN_LOOKS = 0.02
-# Rank 0 alone writes logs, so that section is not compared; nor is setup, of which there is one.
+SAMPLE_SECONDS = 0.02
+# Not "log", which is rank 0's alone, and not "setup", of which there is one.
 COMPARED = ("data", "step", "validate", "checkpoint")
 PROBE = "probe"
 
@@ -37,11 +37,11 @@ class StragglerConfig:
     interval_steps: int = 10
     """Steps between comparisons of the ranks; 0 turns them off."""
     ratio: float = 1.5
-    """A straggler needs this many times the median time of the other ranks."""
+    """A straggler takes more than this many times the median time of the other ranks."""
     min_share: float = 0.1
-    """And loses more than this share of the time of a step by it."""
+    """Also, it exceeds that median by more than this share of the time of a step."""
     min_seconds: float = 0.25
-    """And more seconds than this since the last comparison, the noise of the measurement."""
+    """Also, by more than this since the last comparison: the noise of the measurement."""
     probe: bool = True
     """On GPUs, also time a small fixed computation on each (a few ms per comparison)."""
 
@@ -60,26 +60,26 @@ class StragglerConfig:
         ]
 
 
-class OwnTime(NamedTuple):
-    """Where one rank's time went since the last reading."""
+class WorkTime(NamedTuple):
+    """How one rank has spent its time since the last reading."""
 
     seconds: Mapping[str, float]
-    """Of its own work, by section; waiting for other ranks is left out. "probe": the probe's."""
-    places: Mapping[str, str]
-    """The line of our code each section was at most."""
+    """Time at work by section, without waiting for other ranks. "probe": the probe's."""
+    lines: Mapping[str, str]
+    """The line of our code that each section spent most of it at."""
     total_seconds: float
     """Work and waiting together."""
 
 
 def find_stragglers(
-    by_rank: Sequence[OwnTime], config: StragglerConfig, *, steps: int
+    by_rank: Sequence[WorkTime], config: StragglerConfig, *, steps: int
 ) -> list[str]:
-    """Return one line for each rank and section that is slower than the median of the others.
+    """Return a line for each rank and section slower than the median of the other ranks.
 
     Args:
-        by_rank: Every rank's own time over the same steps.
+        by_rank: Every rank's time at work over the same steps.
         config: What counts as slower.
-        steps: How many steps that was.
+        steps: Number of these steps.
     """
     lines = []
     step_seconds = statistics.median(rank.total_seconds for rank in by_rank) / steps
@@ -94,19 +94,19 @@ def find_stragglers(
                 lines.append(
                     f"stragglers: the device of rank {rank} is slow: {mine * 1e3:.1f} ms for a "
                     f"fixed computation, {score} the other ranks' median {others * 1e3:.1f} ms, "
-                    "look at its clocks and temperature"
+                    "check its clocks and temperature"
                 )
             elif mine - others > max(config.min_seconds, config.min_share * step_seconds * steps):
                 lines.append(
                     f"stragglers: rank {rank} is slow in {section}: {mine / steps:.3f} s/step of "
                     f"its own, {score} the other ranks' median {others / steps:.3f} s/step, "
-                    f"mostly at {by_rank[rank].places.get(section, 'no line of ours')}"
+                    f"mostly at {by_rank[rank].lines.get(section, 'no line of ours')}"
                 )
     return lines
 
 
 class StragglerWatch:
-    """Looks at this rank's main thread all the time; compares the ranks when asked."""
+    """Samples this rank's main thread in the background; compares the ranks where that is due."""
 
     def __init__(
         self,
@@ -116,12 +116,12 @@ class StragglerWatch:
         *,
         done_steps: int,
     ) -> None:
-        """Begin to look; `close` ends it.
+        """Start to sample; `close` ends it.
 
         Args:
             config: What counts as slow.
             runtime: This rank.
-            section: Says, in any thread, what the main thread is doing: see COMPARED.
+            section: Returns, in any thread, the main thread's section.
             done_steps: Where training starts.
         """
         self._config, self._runtime, self._section = config, runtime, section
@@ -130,7 +130,7 @@ class StragglerWatch:
         self._lock = threading.Lock()
         self._clear()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="stragglers", daemon=True)
+        self._thread = threading.Thread(target=self._sample, name="stragglers", daemon=True)
         if self._on:
             self._thread.start()
 
@@ -142,56 +142,55 @@ class StragglerWatch:
         """Compare the ranks since the last reading; every rank calls this after the same step.
 
         Returns:
-            A line for each straggler, the same on every rank. The first reading returns none: in
-            the first steps ranks load and compile what they need.
+            A line for each straggler, the same on every rank; none at the first reading: in the
+            first steps ranks load and compile what they need.
         """
-        own = self._own_time()
-        by_rank = self._runtime.gather(own)
+        by_rank = self._runtime.gather(self._work_time())
         steps, self._read_at = done_steps - self._read_at, done_steps
-        judged, self._warm = self._warm and steps > 0, True  # a rollback takes steps back
-        return find_stragglers(by_rank, self._config, steps=steps) if judged else []
+        compares, self._warm = self._warm and steps > 0, True  # a rollback takes steps back
+        return find_stragglers(by_rank, self._config, steps=steps) if compares else []
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop sampling."""
         self._closed.set()
         if self._on:
             self._thread.join()
 
-    def _own_time(self) -> OwnTime:
+    def _work_time(self) -> WorkTime:
         with self._lock:
-            seconds, places, total = dict(self._seconds), self._places, self._total
+            seconds, samples, total = dict(self._seconds), self._samples, self._total
             self._clear()
         if self._config.probe and self._runtime.device.type == "cuda":
             seconds[PROBE] = probe_seconds(self._runtime.device)
-        most = {section: counts.most_common(1)[0][0] for section, counts in places.items()}
-        return OwnTime(seconds, most, total)
+        lines = {section: counts.most_common(1)[0][0] for section, counts in samples.items()}
+        return WorkTime(seconds, lines, total)
 
     def _clear(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._places: dict[str, Counter[str]] = {}
+        self._samples: dict[str, Counter[str]] = {}
         self._total = 0.0
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         main = threading.main_thread().ident
         assert main is not None
         last = time.monotonic()
-        while not self._closed.wait(SECONDS_BETWEEN_LOOKS):
+        while not self._closed.wait(SAMPLE_SECONDS):
             frame, section = sys._current_frames().get(main), self._section()
             now = time.monotonic()
             elapsed, last = now - last, now
             if frame is None:
                 return
-            place = None if waits(frame) else place_of(frame)
+            line = None if in_collective(frame) else innermost_line(frame)
             with self._lock:
                 self._total += elapsed
-                if place is not None:
+                if line is not None:
                     self._seconds[section] = self._seconds.get(section, 0.0) + elapsed
-                    self._places.setdefault(section, Counter())[place] += 1
+                    self._samples.setdefault(section, Counter())[line] += 1
 
 
 @torch.no_grad()
 def probe_seconds(device: torch.device) -> float:
-    """Return the seconds a fixed chain of matrix products takes on this rank, the best of three.
+    """Time a fixed chain of matrix products on this rank; return the best of three, in seconds.
 
     Waits for the device, and for no other rank.
     """

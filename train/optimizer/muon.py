@@ -1,9 +1,8 @@
-"""torch's Muon for sharded matrices: each is orthogonalised whole, and on one rank alone.
+"""torch's Muon for sharded matrices: one rank orthogonalises each, whole.
 
-torch.optim.Muon takes DTensors too, but iterates on all ranks at once, with 12 to 31 collectives
-for every matrix (torch 2.13). Here n ranks take n matrices at a time and exchange their parts, so
-that each rank has one matrix to itself: two collectives for all n, three where the model has
-copies.
+torch.optim.Muon accepts DTensors too, but iterates on all ranks at once, with 12 to 31 collectives
+for every matrix (torch 2.13). Here n ranks exchange their parts of n matrices, so that each rank
+has one whole matrix: two collectives for all n, three where the model is replicated.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,17 +26,17 @@ class Muon(torch.optim.Muon):
     For a matrix W of A x B with the gradient G (arXiv 2502.16982, section 2):
         M = mu M + (1 - mu) G,  O = newton_schulz(mu M + (1 - mu) G)
         W = (1 - lr weight_decay) W - lr 0.2 sqrt(max(A, B)) O
-    as torch.optim.Muon does it with adjust_lr_fn="match_rms_adamw", bit for bit on one rank. O is
-    near an orthogonal matrix, so that the RMS of the update is near lr 0.2.
+    as torch.optim.Muon computes it with adjust_lr_fn="match_rms_adamw", bit for bit on one rank. O
+    is near an orthogonal matrix, so that the RMS of the update is near lr 0.2.
 
     Where `found_inf`, a scalar on the device, is not 0, a step leaves weights and momenta as they
-    are; the host does not wait to know.
+    are; the host does not wait for it.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(self, params: ParamsT) -> None:
-        """Take torch's options by group; all matrices are sharded alike, or none is."""
+        """Accept torch's options by group; all matrices are sharded alike, or none is."""
         super().__init__(params, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
@@ -45,13 +44,13 @@ class Muon(torch.optim.Muon):
         """Update the matrices that have a gradient; every rank calls this."""
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
-            # Ranks that wait for each other then have about as much to do.
+            # Matrices orthogonalised at the same time are then of similar size.
             matrices.sort(key=Tensor.numel, reverse=True)
             copies, shards = _mesh_axes(matrices[0]) if matrices else (Axis(), Axis())
             at_once = copies.size * shards.size
             for first in range(0, len(matrices), at_once):
                 some = matrices[first : first + at_once]
-                directions = share_out(
+                directions = map_matrices(
                     [self._momentum(p, group) for p in some],
                     [len(p) for p in some],
                     partial(_orthogonalize, group),
@@ -100,11 +99,11 @@ def _orthogonalize(group: dict[str, Any], matrix: Tensor) -> Tensor:
 def newton_schulz(
     matrix: Tensor, coefficients: tuple[float, float, float], *, steps: int, eps: float
 ) -> Tensor:
-    """Return nearly U V^T of matrix = U S V^T, rows by columns: its singular values come near 1.
+    """Return nearly U V^T of matrix = U S V^T, rows by columns: singular values near 1.
 
       X = X / ||X||, then `steps` times X = a X + (b X X^T + c (X X^T)^2) X
 
-    With torch's coefficients and 5 steps, singular values end in 0.7 to 1.2 but for the smallest.
+    With torch's coefficients and 5 steps, all singular values but the smallest lie in 0.7 to 1.2.
     """
     a, b, c = coefficients
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -118,7 +117,7 @@ def newton_schulz(
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank among those of one axis of the mesh."""
+    """This rank along one axis of the mesh."""
 
     rank: int = 0
     size: int = 1
@@ -126,7 +125,7 @@ class Axis:
 
 
 def _mesh_axes(p: Tensor) -> tuple[Axis, Axis]:
-    """Return the axes over which a parameter is copied, and over which its rows are split."""
+    """Return the axes over which a parameter is replicated, and over which its rows are sharded."""
     copies = shards = Axis()
     for i, placement in enumerate(p.placements if isinstance(p, DTensor) else ()):
         assert isinstance(p, DTensor)
@@ -140,19 +139,19 @@ def _mesh_axes(p: Tensor) -> tuple[Axis, Axis]:
     return copies, shards
 
 
-def share_out(
+def map_matrices(
     parts: Sequence[Tensor],
     rows: Sequence[int],
     function: Callable[[Tensor], Tensor],
     copies: Axis,
     shards: Axis,
 ) -> list[Tensor]:
-    """Apply a function of whole matrices to sharded ones, each on one rank for all.
+    """Apply a function of whole matrices to sharded ones, each on one rank.
 
     Args:
         parts: This rank's rows of each matrix, at most as many matrices as ranks.
-        rows: How many rows each has in all.
-        function: Takes (rows, columns) and returns the same.
+        rows: Number of rows of each whole matrix.
+        function: Maps (rows, columns) to the same shape.
         copies: Ranks with the same parts as this one.
         shards: Ranks with other parts of the same matrices.
 
@@ -164,7 +163,7 @@ def share_out(
     done = _exchange(parts[own], rows[own], function, shards)
     if copies.size == 1:
         return done
-    # Each copy has done other matrices; where it has not, it adds 0, so all get the same bits.
+    # Each replica has computed other matrices and adds 0 to the rest, so all get the same bits.
     found = [torch.zeros_like(part) for part in parts]
     found[own] = done
     flat = torch.cat([part.reshape(-1) for part in found])
@@ -178,7 +177,7 @@ def _exchange(
     function: Callable[[Tensor], Tensor],
     shards: Axis,
 ) -> list[Tensor]:
-    """Apply `function` to the i-th matrix on the i-th rank; see `share_out`."""
+    """Apply `function` to the i-th matrix on the i-th rank; see `map_matrices`."""
     if shards.size == 1 or not parts:
         return [function(part) for part in parts]
     columns = [part.shape[1] for part in parts]
@@ -196,7 +195,7 @@ def _exchange(
 
 
 def _split(rows: int, size: int) -> list[int]:
-    """Return how many rows each rank has: as many as any, until there are none left."""
+    """Return how many rows each rank has, as FSDP2 chunks them: the last ranks may have fewer."""
     most = -(-rows // size)
     return [max(min(most, rows - rank * most), 0) for rank in range(size)]
 

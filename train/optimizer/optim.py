@@ -1,4 +1,4 @@
-"""AdamW, or Muon beside it, and the learning rate, a pure function of t."""
+"""AdamW, or Muon beside it, and the learning rate as a pure function of t."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from train.optimizer.muon import Muon
 from train.parallel.parallelize import Trains
 from train.parallel.titan import OptimizersContainer, ParamGroupConfig
 
-# The first that matches decides.
+# A parameter belongs to the first that matches its name.
 _NORMS = r"(norm\.weight|bias)$"
 _MATRICES = r"^(layers|own_exits)\..*\.w[qkvo123]\.weight$"
 _REST = r".*"  # embeddings, head, routers
@@ -26,9 +26,9 @@ class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw: for all weights. muon: for the blocks' matrices, and AdamW for the rest, which alone
-    adam_monitor then watches. Muon's updates are scaled to the size of AdamW's, so that lr and
-    weight_decay serve both (arXiv 2502.16982)."""
+    """adamw: for all weights. muon: for the blocks' matrices, and AdamW for the rest, to which
+    adam_monitor is then limited. Muon's updates are scaled to the size of AdamW's, so that lr and
+    weight_decay apply to both (arXiv 2502.16982)."""
     lr: float
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -47,7 +47,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     warmup_steps: int = 100
-    """Steps from 0 to the peak, linearly."""
+    """Steps of the linear warmup from 0 to the peak."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """After warmup: cosine or linear decay to the end, or warmup-stable-decay (flat, then linear
     decay over the last `decay_fraction` of all steps; arXiv 2404.06395)."""
@@ -56,9 +56,9 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a share of the peak."""
     trains: Trains = "all"
-    """What learns: all, or what the exits in model.own_exits have of their own, the rest staying as
-    checkpoint.init_from gives it (EE-Tuning, arXiv 2402.00518): only that has gradients and
-    moments, and only those exits are run and have a loss."""
+    """all: every weight learns. exits: only the own parts of the exits in model.own_exits, the rest
+    is frozen as in checkpoint.init_from (EE-Tuning, arXiv 2402.00518): only those parts have
+    gradients and moments, and only those exits are run and have a loss."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -103,18 +103,18 @@ def lr(config: OptimConfig, t: int, T: int) -> float:
 
 
 class Optimizers(OptimizersContainer):  # type: ignore[misc]
-    """torchtitan's container, which does not know this Muon."""
+    """torchtitan's container, with this Muon added."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
         if name == "Muon":
             return Muon
-        known: Callable[..., Optimizer] = OptimizersContainer._resolve_optimizer_factory(name)
-        return known
+        factory: Callable[..., Optimizer] = OptimizersContainer._resolve_optimizer_factory(name)
+        return factory
 
 
 def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
-    """Return fused AdamW over all that learns, or all but the blocks' matrices, and Muon."""
+    """Return fused AdamW over all that learns; or over all but the blocks' matrices, and Muon."""
     adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     muon = {"lr": config.lr, "momentum": config.muon_momentum}
     rest_decay = config.embedding_weight_decay
@@ -136,7 +136,7 @@ def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
 
 
 def num_moments(name: str, config: OptimConfig) -> int:
-    """Return how many moments are kept for each weight of the parameter of this name."""
+    """Return how many moments the optimizer keeps for each weight of the parameter."""
     return 1 if config.name == "muon" and _pattern_of(name) == _MATRICES else 2
 
 
@@ -145,19 +145,20 @@ def _pattern_of(name: str) -> str:
 
 
 def set_lr(optimizer: OptimizersContainer, value: float) -> None:
-    """Use `value` for the coming step."""
+    """Set the learning rate of the next step."""
     for inner in optimizer:
         for group in inner.param_groups:
             group["lr"] = value
 
 
 def update_unless(bad: Tensor, optimizer: OptimizersContainer) -> None:
-    """Update the weights and drop the gradients; where `bad` holds, change nothing but that.
+    """Update the weights unless `bad` holds, and clear the gradients in any case.
 
     Args:
         bad: Scalar bool on the device; the host does not wait for it.
         optimizer: Fused AdamW, whose kernel reads `found_inf` as torch.amp.GradScaler sets it and
-            leaves weights, moments and its own count of steps alone; and Muon, which does the same.
+            then leaves weights, moments and its step count unchanged; and Muon, which does the
+            same.
     """
     for inner in optimizer:
         inner.found_inf = bad.to(inner.param_groups[0]["params"][0].device, torch.float32)

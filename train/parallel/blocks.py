@@ -1,8 +1,8 @@
-"""What is done to every block before it is sharded: float8, activation checkpointing, compile.
+"""Transform every block before it is sharded: float8, activation checkpointing, compile.
 
 In this order. Each changes how a block computes and nothing else: parameters keep their names, so
-checkpoints, moments and initial weights are the same with and without. What is not asked for is
-not imported.
+checkpoints, moments and initial weights are the same with and without. Modules are imported where
+they are needed.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from models.llama import Llama
 
 
 def float8_problems(model: LlamaConfig) -> list[str]:
-    """Return which widths of the blocks float8 cannot have, one line each."""
+    """Return a line for each width of the blocks that float8 does not support."""
     widths = {
         "dim": model.dim,
         "ffn_dim": model.ffn_dim,
@@ -31,10 +31,12 @@ def float8_problems(model: LlamaConfig) -> list[str]:
 
 
 def convert_blocks_to_float8(model: Llama, device: torch.device) -> None:
-    """Multiply the blocks' matrices in float8, scaled by tensor, in place; weights stay as kept.
+    """Multiply the blocks' matrices in float8, scaled by tensor; weights keep their dtype.
+
+    Modifies the model.
 
     Raises:
-        ValueError: If the model's widths or the device stand against it.
+        ValueError: If the model's widths or the device do not support it.
     """
     found = float8_problems(model.config)
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
@@ -51,23 +53,23 @@ def convert_blocks_to_float8(model: Llama, device: torch.device) -> None:
 
 
 class CheckpointedBlock(TransformerBlock):
-    """A block that computes again in its backward what `checkpoint_function` does not keep."""
+    """A block that recomputes in its backward what `checkpoint_function` does not keep."""
 
     checkpoint_function: Callable[..., Tensor]
 
     def forward(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
-        """Run the block under the checkpoint."""
+        """Run the block within `checkpoint_function`."""
         return self.checkpoint_function(super().forward, *inputs)
 
 
 def checkpoint_blocks(model: Llama, mode: Literal["full", "selective"]) -> None:
-    """Let each block compute again, in its backward, what `mode` does not keep, in place."""
+    """Recompute in each block's backward what `mode` does not keep; modifies the model."""
     from train.parallel.titan import activation_checkpointing
 
     activation_checkpointing(mode).apply(model)
     for l, wrapper in list(model.layers.items()):
-        # torchtitan's wrapper would put its own name into every parameter's; only its function
-        # is wanted. The block changes its class in place, as fully_shard does it too.
+        # torchtitan's wrapper would add its own name to every parameter's, so only its function
+        # is used. The block changes its class, as it does under fully_shard.
         block, function = wrapper._checkpoint_wrapped_module, wrapper.checkpoint_fn
         assert isinstance(block, TransformerBlock)
         block.__class__ = CheckpointedBlock
@@ -76,10 +78,10 @@ def checkpoint_blocks(model: Llama, mode: Literal["full", "selective"]) -> None:
 
 
 def compile_blocks(model: Llama) -> None:
-    """Compile each block when it first runs, in place; blocks of one shape share their graphs.
+    """Compile each block when it first runs; blocks of one shape share their graphs.
 
     Stochastic depth changes the number of rows: the second number compiles a graph for any. With
-    `fullgraph`, torch raises at its limit of recompilations, where it otherwise goes on uncompiled.
+    `fullgraph`, torch raises at its limit of recompilations, where it otherwise runs uncompiled.
     """
     for block in model.layers.values():
         block.compile(fullgraph=True)

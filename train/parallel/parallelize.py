@@ -2,8 +2,8 @@
 
 Each block is one FSDP unit. Embedding, final norm and LM head stay in the root unit, which is
 gathered once and reduced once per microbatch however many exits a step has, tied or not. So do the
-norms of exits of their own; where these have feed-forward layers too, each exit's parts are a unit,
-which a step without that exit does not call on any rank, and whose gradients are then None.
+norms of exits' own parts; where these have feed-forward layers too, each exit's parts are a unit,
+which a step without that exit calls on no rank, and whose gradients are then None.
 """
 
 from collections.abc import Collection
@@ -36,16 +36,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over the ranks, and what it trades memory for."""
+    """How the model is sharded, and what it trades memory for."""
 
     dp_replicate: int = 1
-    """Copies of the sharded model (HSDP); 1 is plain FSDP. Equal to the number of ranks: every rank
-    holds the whole model (DDP)."""
+    """Replicas of the sharded model (HSDP); 1 is plain FSDP. Equal to the number of ranks: every
+    rank holds the whole model (DDP)."""
     param_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What weights are gathered and computed in; the optimizer's own stay fp32. auto: bfloat16 on
-    GPUs, float32 on CPUs, many of which compute bfloat16 ten times slower."""
+    """Dtype that weights are gathered and computed in; the optimizer's copies stay fp32. auto:
+    bfloat16 on GPUs, float32 on CPUs, many of which compute bfloat16 ten times slower."""
     reduce_dtype: Literal["bfloat16", "float32"] = "float32"
-    """What gradients are summed over ranks in."""
+    """Dtype that gradients are summed over ranks in."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward (ZeRO-3). False keeps them until its
     backward (ZeRO-2): fewer all-gathers, more memory. The root unit always keeps its own."""
@@ -53,17 +53,17 @@ class ParallelConfig:
     """Sum gradients over the ranks of a shard group after every microbatch, not once a step: each
     rank then holds its part of the gradient alone, for one more reduce-scatter a microbatch."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """What a block keeps for its backward. full: its input, the rest is computed again. selective:
-    also every second matmul's output and, on GPUs, attention's. none: everything."""
+    """What a block keeps for its backward. full: its input, the rest is recomputed. selective: also
+    every second matmul's output and, on GPUs, attention's. none: everything."""
     compile: bool = False
     """Compile the blocks, all into the same few graphs. Takes a minute at the start; needs a C++
     compiler on CPUs, where it gains little."""
     cpu_offload: bool = False
     """Keep weights, gradients and moments in host memory, and update them there. Slow; for models
-    that fit no other way."""
+    that do not fit otherwise."""
     float8: bool = False
     """Multiply the blocks' matrices in float8 (torchao; compute capability 8.9, i.e. Ada or Hopper,
-    or newer). The head stays in param_dtype. Pays with `compile` alone."""
+    or newer). The head stays in param_dtype. Faster only together with `compile`."""
 
     def problems(self, world_size: int) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -102,12 +102,12 @@ def build_model(
     *,
     trains: Trains = "all",
 ) -> Llama:
-    """Build the model on the meta device, shard it, then give each rank its part of the weights.
+    """Build the model on the meta device, shard it, then initialize this rank's part of it.
 
-    What does not learn, see OptimConfig, has no gradients.
+    Weights that do not learn, see OptimConfig.trains, have no gradients.
 
     Raises:
-        ValueError: If float8 is asked for and the device or the model's shape cannot have it.
+        ValueError: If float8 is set and the device or the model's shape does not support it.
     """
     with torch.device("meta"):
         model = Llama(model_config)
@@ -127,13 +127,13 @@ def build_model(
 
 
 def freeze(model: Llama, trains: Trains) -> None:
-    """Let what does not learn have no gradients, in place; before it is sharded."""
+    """Turn off the gradients of weights that do not learn; for before the model is sharded."""
     model.requires_grad_(trains == "all")
     model.own_exits.requires_grad_(True)
 
 
 def shard(model: Llama, config: ParallelConfig, mesh: DeviceMesh) -> None:
-    """Make each block, and the rest as the root, a unit of FSDP2, in place."""
+    """Make each block, and the rest as the root, a unit of FSDP2; modifies the model."""
     on_gpu = mesh.device_type == "cuda"
     param_dtype = config.param_dtype
     if param_dtype == "auto":
@@ -159,31 +159,31 @@ def shard(model: Llama, config: ParallelConfig, mesh: DeviceMesh) -> None:
 def set_gradient_sync(
     model: Llama, exit_layers: Collection[int], is_last: bool, *, every_microbatch: bool = False
 ) -> None:
-    """Say whether the next backward reduces gradients over the ranks.
+    """Set whether the next backward reduces gradients over the ranks.
 
-    Copies of the sharded model (HSDP, DDP) are summed over after the last microbatch alone.
+    The sum over replicas of the sharded model (HSDP, DDP) follows the last microbatch alone.
 
     Args:
-        model: What `build_model` returned.
-        exit_layers: Layer indices l of the exits of the step, on every rank.
+        model: From `build_model`.
+        exit_layers: Layers l of the exits of the step, the same on every rank.
         is_last: Whether it is the last microbatch of the step.
         every_microbatch: ParallelConfig.reduce_every_microbatch.
     """
     model.set_requires_gradient_sync(is_last or every_microbatch)  # type: ignore[operator]
     model.set_requires_all_reduce(is_last)  # type: ignore[operator]
     model.set_is_last_backward(is_last)  # type: ignore[operator]
-    for unit in _idle_units(model, exit_layers):
-        # FSDP2 fails where it is to keep the gradients of a unit that has never been called.
+    for unit in _unused_units(model, exit_layers):
+        # FSDP2 raises where a unit that was never called is to keep its gradients.
         unit.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]
 
 
-def _idle_units(model: Llama, exit_layers: Collection[int]) -> list[Module]:
+def _unused_units(model: Llama, exit_layers: Collection[int]) -> list[Module]:
     """Return the units that a step with these exits does not call."""
     deepest = max(exit_layers, default=-1)
-    idle = [block for l, block in model.layers.items() if int(l) > deepest]
+    unused = [block for l, block in model.layers.items() if int(l) > deepest]
     if model.config.own_exit_mlp:
-        idle += [parts for E, parts in model.own_exits.items() if int(E) - 1 not in exit_layers]
-    return idle
+        unused += [parts for E, parts in model.own_exits.items() if int(E) - 1 not in exit_layers]
+    return unused
 
 
 def _write_shard(parameter: Tensor, full: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The parts of torchtitan we build on, imported in this one file.
 
-torchtitan 0.3 takes a machine without an accelerator for a CUDA machine and needs the "fake"
-process group backend registered for mesh axes of size 1; both are put right before its import.
+torchtitan 0.3 treats a machine without an accelerator as a CUDA machine and needs the "fake"
+process group backend registered for mesh axes of size 1; both are corrected before its import.
 """
 
 # ruff: noqa: E402
@@ -35,9 +35,9 @@ __all__ = [
 
 
 def activation_checkpointing(mode: Literal["full", "selective"]) -> "ActivationCheckpointing":
-    """Return the policy, to be applied to a model; a block draws no random numbers.
+    """Return the policy, to be applied to a model; blocks draw no random numbers.
 
-    Imported here: it pulls in torch's compiler, which takes a second.
+    Imported here: it imports torch's compiler, which takes a second.
     """
     from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 

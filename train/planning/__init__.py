@@ -1,1 +1,1 @@
-"""Plan a run without a GPU: memory, kernels, the dry run."""
+"""Plan a run without a GPU: its memory and its work, for --dry_run."""

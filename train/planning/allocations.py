@@ -1,6 +1,6 @@
-"""A tracker of storages: what is made, by whom, how large, and until when it lives.
+"""Track storages: which module allocates them, their sizes, and when they are freed.
 
-Knows nothing of models or ranks. It works on tensors without data (torch's FakeTensorMode), whose
+Independent of models and ranks. It works on tensors without data (torch's FakeTensorMode), whose
 storages have their true size.
 """
 
@@ -21,49 +21,49 @@ from torch.utils._pytree import tree_iter
 
 @dataclass
 class Allocation:
-    """One storage, from when it has this size to when it has not."""
+    """One storage while it has this size; time counts allocations and frees."""
 
     part: str
-    """What it is part of."""
+    """The part of the memory it belongs to."""
     size: int
     """Bytes."""
     begin: int
-    """Place of its birth among all births and deaths."""
+    """Time of the allocation."""
     end: int | None = None
-    """Place of its death; None while it lives."""
+    """Time of the free; None while it is live."""
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Notes every storage that operators make under it, and what collectives move.
+    """Records every storage that operators allocate, and the bytes that collectives move.
 
     A storage belongs to the part of the innermost module on the stack, of those in `parts`, when it
-    is made. Enter it after FakeTensorMode, so that it sees operators first.
+    is allocated. Enter this mode after FakeTensorMode, so that operators reach it first.
     """
 
     def __init__(self, parts: Mapping[str, str | None]) -> None:
-        """Start an empty tracker.
+        """Start without any allocation.
 
         Args:
-            parts: {module: part}; a module stands for all below it. What a module makes whose part
-                is None is left out.
+            parts: {module: part}, of a module and all below it. Allocations of a module whose part
+                is None are left out.
         """
         super().__init__()
         self.allocations: list[Allocation] = []
         self.only_part: str | None = None
-        """The part of everything made from now on; None: by the stack."""
+        """The part of everything allocated from now on; None: by the stack."""
         self.collective_bytes: Counter[str] = Counter()
-        """{collective: bytes of the larger of what goes in and what comes out, over all calls}."""
+        """{collective: bytes of the larger of input and output, summed over calls}."""
         self._parts = parts
-        self._alive: dict[int, Allocation] = {}
+        self._live: dict[int, Allocation] = {}
         self.now = 0
-        """How many births and deaths there have been."""
+        """Allocations and frees so far."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator and note the storages of its result."""
+        """Run one operator and record the storages of its result."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # It comes back with the local tensors.
         if func is torch.ops.prim.device.default:
-            return func(*args)  # Asked of every tensor at every turn.
+            return func(*args)  # Called very often; allocates nothing.
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # Any number does: there is no data to read it from.
         if func is torch.ops.aten.detach.default and not isinstance(args[0], FakeTensor):
@@ -75,44 +75,44 @@ class AllocationTracker(TorchDispatchMode):
             self.collective_bytes[func.overloadpacket.__name__] += max(sizes, default=0)
         for value in out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(value, Tensor) and value.device.type != "meta":
-                self._note(value.untyped_storage())
+                self._record(value.untyped_storage())
         return out
 
     def __enter__(self) -> "AllocationTracker":
-        """Watch operators, and resizes: FSDP2 frees and takes storages so, which is no operator."""
+        """Track operators, and resizes: by them FSDP2 frees and allocates, outside of operators."""
         resize = self._resize = torch.UntypedStorage.resize_
 
-        def watched_resize(storage: torch.UntypedStorage, size: int) -> None:
+        def tracked_resize(storage: torch.UntypedStorage, size: int) -> None:
             self._record_free(storage._cdata)
             resize(storage, size)
-            self._note(storage)
+            self._record(storage)
 
-        torch.UntypedStorage.resize_ = watched_resize  # type: ignore[assignment, method-assign]
+        torch.UntypedStorage.resize_ = tracked_resize  # type: ignore[assignment, method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Stop watching."""
+        """Stop tracking."""
         super().__exit__(*exception)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def move(self, sources: Collection[str], target: str) -> None:
-        """Let what is alive of the parts `sources` belong to `target`, from its birth on."""
-        for allocation in self._alive.values():
+        """Reassign the live allocations of the parts `sources` to `target`."""
+        for allocation in self._live.values():
             if allocation.part in sources:
                 allocation.part = target
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _record(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if not size or key in self._alive or (part := self._part()) is None:
+        if not size or key in self._live or (part := self._part()) is None:
             return
-        self._alive[key] = Allocation(part, size, self.now)
-        self.allocations.append(self._alive[key])
+        self._live[key] = Allocation(part, size, self.now)
+        self.allocations.append(self._live[key])
         weakref.finalize(storage, self._record_free, key)
         self.now += 1
 
     def _record_free(self, key: int) -> None:
-        if allocation := self._alive.pop(key, None):
+        if allocation := self._live.pop(key, None):
             allocation.end = self.now
             self.now += 1
 
@@ -131,12 +131,12 @@ class AllocationTracker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that was alive at once."""
+    """The most memory that was live at once."""
 
     parts: Mapping[str, int]
-    """{part: bytes} at the moment when all parts together were largest."""
+    """{part: bytes} at the peak of all parts together."""
     highest: Mapping[str, int]
-    """{part: bytes} of each part at its own largest moment."""
+    """{part: bytes} of each part at its own peak."""
 
     @property
     def total(self) -> int:
@@ -145,19 +145,19 @@ class Peak:
 
 
 def find_peak(allocations: Collection[Allocation], since: int = 0) -> Peak:
-    """Replay births and deaths from the first on, and return the moment with the most from `since`.
+    """Replay all allocations and frees, and return the peak from time `since` on.
 
     Args:
-        allocations: What a tracker noted.
-        since: A place among births and deaths, as `AllocationTracker.now` counts them.
+        allocations: As a tracker recorded them.
+        since: A time, as `AllocationTracker.now` counts it.
     """
     changes = [(a.begin, a.part, a.size) for a in allocations]
     changes += [(a.end, a.part, -a.size) for a in allocations if a.end is not None]
     now, highest, at_peak, total, most = Counter[str](), Counter[str](), Counter[str](), 0, 0
-    for place, part, change in sorted(changes):
+    for time, part, change in sorted(changes):
         now[part] += change
         total += change
-        if place < since:
+        if time < since:
             highest, at_peak, most = now.copy(), now.copy(), total
         highest[part] = max(highest[part], now[part])
         if total > most:

@@ -1,4 +1,4 @@
-"""The plan of a run: its sizes, its memory and its work, told before any machine is taken.
+"""The plan of a run for --dry_run: its sizes, its memory and its work.
 
 Needs one process, and neither weights nor data nor GPUs.
 """
@@ -38,7 +38,7 @@ LABELS = {
     "update": "optimizer's update",
     "other": "other",
 }
-"""{part: what the plan calls it}, in the plan's order."""
+"""{part: its label in the plan}, in the plan's order."""
 STATE = ("parameters", "moments", "gradients")
 STATE_LABEL = "parameters, gradients and moments"
 
@@ -47,8 +47,8 @@ def plan_run(config: TrainConfig, machine: DryRun) -> str:
     """Return the plan of a run on a machine, to be printed.
 
     Raises:
-        ValueError: If the configuration is wrong, does not divide among the ranks or does not fit
-            into their memory.
+        ValueError: If the configuration is invalid, does not divide among the ranks or does not
+            fit into their memory.
     """
     if found := machine.problems():
         raise ValueError("\n".join(found))
@@ -69,7 +69,7 @@ def plan_run(config: TrainConfig, machine: DryRun) -> str:
 
 
 def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> Work:
-    """Return what a rank does in the step with the most exits, if no layer is dropped there."""
+    """Return the work of a rank in the step with the most exits, without layer dropout."""
     worst = max(steps, key=lambda step: len(step.exit_layers))
     rows = config.data.rows_at_once(ranks)
     return Work(
@@ -93,11 +93,11 @@ def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
         "parameters",
         f"{total:,}: {model.n_layers} layers of {layer:,}, "
         f"embeddings and head {total - own - model.n_layers * layer:,}"
-        + (f", exits of their own {own:,}" if own else ""),
+        + (f", exits' own parts {own:,}" if own else ""),
     )
     trained = own if config.optim.trains == "exits" else total
     if trained < total:
-        yield "learn", f"{trained:,} of them, what exits have of their own"
+        yield "learn", f"{trained:,} of them, the exits' own parts"
     yield "mesh", f"{replicate} replicate x {work.ranks // replicate} shard"
     yield (
         "step",
@@ -139,7 +139,7 @@ def _amounts(
         text = f"{_flops(with_exits)} without layer dropout, {_flops(plain)} without exits either"
         yield "", text
     per_gpu = recipe * config.data.tokens_per_step / work.ranks
-    yield "FLOPs per step", f"{_flops(per_gpu)} on each GPU, not counting what is computed again"
+    yield "FLOPs per step", f"{_flops(per_gpu)} on each GPU, not counting recomputation"
     yield (
         "sent per step",
         f"{_bytes(_sent_bytes(work, need))} by each GPU, to gather weights and reduce gradients",
@@ -147,7 +147,7 @@ def _amounts(
 
 
 def _sent_bytes(work: Work, need: Need) -> float:
-    """Return what one rank sends in a step: (n - 1) / n of each whole in a ring of n."""
+    """Return the bytes that one rank sends in a step: (n - 1) / n of each whole in a ring of n."""
     replicate = work.parallel.dp_replicate
     shard, sent = work.ranks // replicate, 0.0
     for name, whole in need.collective_bytes.items():
@@ -158,7 +158,7 @@ def _sent_bytes(work: Work, need: Need) -> float:
 
 def _memory(work: Work, need: Need, machine: DryRun) -> Iterator[str]:
     exits = len(work.plan.exit_layers)
-    yield f"memory of each GPU in a step of {exits} exits and no layer dropped, the most there is:"
+    yield f"memory of each GPU in the largest step, of {exits} exits and no layer dropped:"
     yield f"  {'':30s}{'at the peak':>14s}{'at most':>14s}"
     for part, label in LABELS.items():
         if most := need.device.highest.get(part, 0):
@@ -167,7 +167,7 @@ def _memory(work: Work, need: Need, machine: DryRun) -> Iterator[str]:
     if need.host_bytes:
         yield f"  {'in host memory':30s}{_bytes(need.host_bytes):>14s}"
     yield (
-        f"  A GPU has {machine.memory_gib:g} GiB; {RESERVE:.0%} are left to CUDA, NCCL and "
+        f"  A GPU has {machine.memory_gib:g} GiB; {RESERVE:.0%} are reserved for CUDA, NCCL and "
         "fragmentation. Without compile and float8."
     )
 
@@ -188,7 +188,7 @@ def _rows(pairs: Iterator[tuple[str, str]]) -> Iterator[str]:
 
 
 def _too_large(config: TrainConfig, work: Work, need: Need, machine: DryRun) -> str:
-    """Return the line that says what does not fit, for what most of it is, and what helps."""
+    """Return the error of a run that does not fit: its largest part, and the settings to change."""
     parts = {
         STATE_LABEL: sum(need.device.parts[part] for part in STATE),
         **{LABELS[part]: need.device.parts[part] for part in LABELS if part not in STATE},
@@ -203,7 +203,7 @@ def _too_large(config: TrainConfig, work: Work, need: Need, machine: DryRun) -> 
 
 
 def _levers(config: TrainConfig, work: Work, label: str) -> Iterator[str]:
-    """Say what would lessen a part of the memory and has not been done."""
+    """Yield settings that would reduce a part of the memory and are not set yet."""
     parallel = config.parallel
     if label == LABELS["unreduced gradients"]:
         if not parallel.reduce_every_microbatch:

@@ -1,8 +1,8 @@
-"""What GPU kernels keep for the backward pass, told of tensors without data that claim a CPU.
+"""GPU kernels' memory for the backward pass, on CPU tensors without data.
 
-torch's CPU kernels are not those of its GPUs, and two differ in what stays alive: the CPU computes
-RMSNorm in steps that each keep an fp32 copy, and knows another flash attention. Only shapes matter
-here; nothing is computed.
+Two of torch's CPU kernels keep other tensors than its GPU kernels: the CPU computes RMSNorm in
+steps that each keep an fp32 copy, and has another flash attention. Only shapes matter here; nothing
+is computed.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """aten::_fused_rms_norm, which keeps its input and an fp32 number per row."""
+    """A stand-in for aten::_fused_rms_norm, which keeps its input and an fp32 number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""The memory of one rank: the real training step, run on tensors that have no data.
+"""The memory of one rank, measured in the real training step on tensors without data.
 
-Model, sharding, loss and step are those that train, under torch's FakeTensorMode and a process
-group that sends nothing, so it takes neither weights nor GPUs nor other ranks. What no tensor shows
-is left out: the CUDA context, NCCL's buffers, the allocator's fragmentation.
+Model, sharding, loss and step are those of training, under torch's FakeTensorMode and a process
+group that sends nothing, so it needs neither weights nor GPUs nor other ranks. Memory outside of
+tensors is left out: the CUDA context, NCCL's buffers, the allocator's fragmentation.
 """
 
 import warnings
@@ -37,45 +37,45 @@ PARTS = {
     "torch.autograd.graph": "backward",
     "loss": "loss and head",
     "models": "activations",
-    # DTensor asks here what shapes an operator would give on whole tensors.
+    # DTensor computes here the shapes of an operator on whole tensors.
     "torch.distributed.tensor._sharding_prop": None,
 }
-"""Which part of the memory is made by which module."""
+"""{module: the part of the memory that it allocates; None: left out}."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one rank does in a step."""
+    """The work of one rank in a step."""
 
     model: LlamaConfig
     parallel: ParallelConfig
     step: StepConfig
     plan: StepPlan
     rows: int
-    """Sequences of a microbatch."""
+    """Sequences per microbatch."""
     seq_len: int
     microbatches: int
-    """Microbatches of a step."""
+    """Microbatches per step."""
     ranks: int
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one rank needs."""
+    """The memory and communication of one rank."""
 
     device: Peak
     """Memory of its device."""
     host_bytes: int
-    """Memory of its host, with parallel.cpu_offload."""
+    """Host memory, with parallel.cpu_offload."""
     collective_bytes: Mapping[str, int]
-    """{collective: bytes of whole results or inputs in one step}."""
+    """{collective: bytes of the larger of input and output in one step}."""
 
 
 def measure(work: Work, *, on_gpu: bool) -> Need:
-    """Run one rank's build, training steps and validation without data, and return what they need.
+    """Run one rank's build, training steps and validation without data; return their memory.
 
     Args:
-        work: What the rank does.
+        work: The work of the rank.
         on_gpu: Plan for GPUs, their kernels and dtype; False: for CPUs.
     """
     parallel = replace(work.parallel, compile=False, float8=False, cpu_offload=False)
@@ -93,9 +93,9 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
             model.to_empty(device="cpu")
             tracker.only_part, built = None, tracker.now
             optimizer = build_optimizer(model, work.step.optim)
-            before = _watch_gradients(tracker, model, optimizer)
+            before = _track_gradients(tracker, model, optimizer)
             batch = _microbatch(work, samples)
-            # Of many microbatches, the second is as all others.
+            # The second microbatch stands for all that follow.
             batches = [batch] * min(work.microbatches, 2)
             train_step(model, optimizer, batches, work.plan, 0, config=work.step, runtime=runtime)
             collectives = tracker.collective_bytes.copy()
@@ -107,7 +107,7 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
 
 @contextmanager
 def _fake_ranks(ranks: int) -> Iterator[None]:
-    """Be rank 0 of `ranks` that do not exist."""
+    """Form a process group of `ranks` as rank 0, without the others."""
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("fake", store=store, rank=0, world_size=ranks)
     try:
@@ -117,7 +117,7 @@ def _fake_ranks(ranks: int) -> Iterator[None]:
 
 
 def _mesh(parallel: ParallelConfig, ranks: int) -> DeviceMesh:
-    """Return what `build_mesh` would, but of CPUs also on a machine with GPUs."""
+    """Return the mesh of `build_mesh`, of CPUs also on a machine with GPUs."""
     if parallel.dp_replicate == 1:
         return init_device_mesh("cpu", (ranks,), mesh_dim_names=("fsdp",))
     shape = (parallel.dp_replicate, ranks // parallel.dp_replicate)
@@ -125,7 +125,7 @@ def _mesh(parallel: ParallelConfig, ranks: int) -> DeviceMesh:
 
 
 def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
-    """Do as `build_model`, up to where the weights get memory."""
+    """Build the model as `build_model` does, up to the allocation of weights."""
     with torch.device("meta"):
         model = Llama(work.model)
     freeze(model, work.step.optim.trains)
@@ -135,13 +135,13 @@ def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
     return model
 
 
-def _watch_gradients(
+def _track_gradients(
     tracker: AllocationTracker, model: Llama, optimizer: OptimizersContainer
 ) -> list[Counter[str]]:
-    """Call gradients what a backward pass leaves behind.
+    """Reassign what a backward pass leaves live to the gradients.
 
     Returns:
-        What collectives had moved before each forward pass; empty until then.
+        The bytes that collectives had moved before each forward pass, filled while those run.
     """
     backward = {"backward", "gathered weights", "loss and head", "unreduced gradients"}
     before: list[Counter[str]] = []
@@ -166,7 +166,7 @@ def _microbatch(work: Work, samples: Tensor) -> Microbatch:
 
 @torch.no_grad()
 def _validate(model: Llama, batch: Microbatch, chunk_rows: int) -> None:
-    """Do as `validate` with one batch: the loss of every exit."""
+    """Compute the loss of every exit on one batch, as `validate` does."""
     weights = dict.fromkeys(range(model.config.n_layers), 0.0)
     hidden = model(batch.tokens, exit_layers=weights)
     config = EarlyExitConfig(chunk_rows=chunk_rows)
@@ -176,10 +176,10 @@ def _validate(model: Llama, batch: Microbatch, chunk_rows: int) -> None:
 def _need(
     tracker: AllocationTracker, built: int, cpu_offload: bool, collectives: Mapping[str, int]
 ) -> Need:
-    """Tell the device's memory from the host's, in any step but the first."""
+    """Separate the memory of device and host, in any step but the first."""
     for allocation in tracker.allocations:
         if allocation.part == "update" and allocation.end is None:
-            # Made by the first step's update, and there ever since.
+            # Allocated in the first step's update and live ever since.
             allocation.part, allocation.begin = "moments", built
     host = {"parameters", "gradients", "moments"} if cpu_offload else set()
     on_host = [a for a in tracker.allocations if a.part in host]

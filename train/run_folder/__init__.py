@@ -1,1 +1,1 @@
-"""What a run writes beside its checkpoints: lock, events, metrics."""
+"""The run folder beside its checkpoints: lock, events, status, metrics, checks before a run."""

@@ -1,6 +1,6 @@
-"""What happened to a run, over all its restarts: events.jsonl; and how it stands: status.json.
+"""The events of a run over all its starts, events.jsonl, and its present status, status.json.
 
-For people and job scripts, and for what no checkpoint can hold because it happened after it.
+For people and job scripts, and for events later than the newest checkpoint.
 """
 
 import errno
@@ -15,15 +15,15 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-"""One line of the log: "time" in unix seconds, "kind", "step", and what belongs to the kind."""
+"""One line of the log: "time" in unix seconds, "kind", "step", and the fields of the kind."""
 State = Literal["running", "preempted", "finished", "failed"]
 
 
 class EventLog:
-    """The events of a run; one rank writes them, on the others nothing happens."""
+    """The events of a run, which one rank writes; on the others every call is a no-op."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
-        """Open the log; what a kill left of a last line is cut off.
+        """Open the log; a last line that a kill has torn is cut off.
 
         Args:
             path: events.jsonl in the run folder.
@@ -34,17 +34,17 @@ class EventLog:
             _cut_torn_line(path)
 
     def append(self, kind: str, step: int, **fields: Any) -> None:
-        """Write down that something happened after `step` steps; on disk when this returns.
+        """Append an event after `step` steps, synced to the disk.
 
-        A disk that is full costs the line, with a warning, not the run.
+        On a full disk the line is lost, with a warning.
         """
         try:
             self.append_required(kind, step, **fields)
         except OSError as error:
-            logger.warning("events: %s of step %d is not in %s: %s", kind, step, self._path, error)
+            logger.warning("events: %s of step %d is lost in %s: %s", kind, step, self._path, error)
 
     def append_required(self, kind: str, step: int, **fields: Any) -> None:
-        """Do the same for an event that a restarted run must find.
+        """Append an event that a restarted run depends on.
 
         Raises:
             OSError: If it was not written.
@@ -53,7 +53,7 @@ class EventLog:
             append_event(self._path, kind, step, **fields)
 
     def read(self) -> list[Event]:
-        """Return all events so far, oldest first; damaged lines are left out with a warning."""
+        """Return all events so far, oldest first; damaged lines are skipped with a warning."""
         events = []
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
@@ -63,12 +63,12 @@ class EventLog:
             if isinstance(event, dict) and event.keys() >= {"time", "kind", "step"}:
                 events.append(event)
             else:
-                logger.warning("events: a damaged line of %s is left out: %.60r", self._path, line)
+                logger.warning("events: skipped a damaged line of %s: %.60r", self._path, line)
         return events
 
 
 def append_event(path: Path, kind: str, step: int, **fields: Any) -> None:
-    """Append one event to the log at `path`, whole or not at all; for any thread of any rank.
+    """Append one event to the log at `path` atomically; for any thread of any rank.
 
     Raises:
         OSError: If it was not written.
@@ -94,22 +94,22 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def starts(events: Sequence[Event]) -> int:
-    """Return how often the run was started; restarts are one less."""
+    """Return how often the run was started, the first start included."""
     return sum(event["kind"] == "start" for event in events)
 
 
 def first_start(events: Sequence[Event]) -> float | None:
-    """Return when the run was first started, in unix seconds."""
+    """Return the time of the first start, in unix seconds."""
     return next((event["time"] for event in events if event["kind"] == "start"), None)
 
 
 def goodput(productive_seconds: float, events: Sequence[Event], now: float) -> float:
-    """Return the share of the time since the first start that brought the run on, in [0, 1].
+    """Return the share of the time since the first start that was productive, in [0, 1].
 
     Args:
-        productive_seconds: Spent in steps that still count, over all restarts.
+        productive_seconds: Time of all steps that no restart or rollback has undone.
         events: Of the whole run.
-        now: In unix seconds.
+        now: The time in unix seconds.
     """
     began = first_start(events)
     if began is None or now <= began:
@@ -118,15 +118,15 @@ def goodput(productive_seconds: float, events: Sequence[Event], now: float) -> f
 
 
 def write_status(paths: Sequence[Path], state: State, step: int, reason: str = "") -> None:
-    """Write how the run stands, each file whole or not at all; for one rank to call.
+    """Write the status of the run, each file atomically; for one rank to call.
 
-    A disk that is full costs the file, with a warning, not the run.
+    On a full disk the file is not written, with a warning.
 
     Args:
-        paths: The run folder's status.json, and where else a job script looks for it.
-        state: What the run is doing, or how it ended.
+        paths: The run folder's status.json, and the job script's copy.
+        state: The state of the run.
         step: Steps done.
-        reason: Why it is so, in words.
+        reason: Why it ended, in words.
     """
     status = {"state": state, "step": step, "time": time.time(), "reason": reason}
     for path in paths:

@@ -1,4 +1,4 @@
-"""Metrics are data: one log(metrics, step), to JSONL always, TensorBoard and W&B when asked."""
+"""Log metrics: log(metrics, step) writes JSONL always, TensorBoard and W&B where configured."""
 
 import json
 import logging
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is logged where. `metrics.jsonl` in the run folder is always written."""
+    """The sinks of metrics. `metrics.jsonl` in the run folder is always written."""
 
     interval_steps: int = 10
     """Steps between log lines; losses are means over them."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
     wandb: bool = False
-    """Log to Weights & Biases (WANDB_MODE=offline keeps it on this machine)."""
+    """Log to Weights & Biases (with WANDB_MODE=offline, to this machine alone)."""
     wandb_project: str = "skipstone"
     """Project to log under."""
 
@@ -38,17 +38,17 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many numbers fell into each of equal bins."""
+    """Counts of numbers in bins of equal width."""
 
     counts: list[int]
     low: float
-    """Lower edge of the first bin; numbers below are in it."""
+    """Lower edge of the first bin, which includes all numbers below."""
     high: float
-    """Upper edge of the last bin; numbers above are in it."""
+    """Upper edge of the last bin, which includes all numbers above."""
 
 
 class Sink(Protocol):
-    """Somewhere metrics go."""
+    """A destination of metrics."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the metrics of one step."""
@@ -59,12 +59,12 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Flush and close it."""
         ...
 
 
 class JsonLines:
-    """One JSON object a line; lines of steps that a resumed run does again are taken out."""
+    """One JSON object per line, without those of steps that a resumed run repeats."""
 
     def __init__(self, path: Path, done_steps: int) -> None:
         """Open the file, keeping the records up to step `done_steps`."""
@@ -80,7 +80,7 @@ class JsonLines:
         self._file = path.open("a")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append one line."""
+        """Append them as one line."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
@@ -90,7 +90,6 @@ class JsonLines:
         self._file.write(json.dumps({"step": step, **fields}) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -132,7 +131,6 @@ class TensorBoard:
             )
 
     def close(self) -> None:
-        """Close the event file."""
         self._writer.close()
 
 
@@ -140,8 +138,8 @@ class WeightsAndBiases:
     """One W&B run per run folder, continued when the run resumes."""
 
     def __init__(self, folder: Path, project: str, name: str, config: dict[str, Any]) -> None:
-        """Start the run, or go on with the one whose id the folder holds."""
-        import wandb  # takes seconds, so only when asked for
+        """Start the run, or continue the one whose id is in the folder."""
+        import wandb  # takes seconds, so only where it is used
 
         id_file = folder / "wandb-id"
         if not id_file.exists():
@@ -155,11 +153,11 @@ class WeightsAndBiases:
             dir=folder,
             config=config,
         )
-        # Not W&B's own count of steps, which cannot go back when the run does.
+        # Not W&B's own count of steps, which cannot decrease, as the run's does in a rollback.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log one step."""
+        """Log the metrics of one step."""
         self._run.log({"step": step, **metrics})
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
@@ -175,15 +173,13 @@ class WeightsAndBiases:
         )
 
     def close(self) -> None:
-        """Finish the run."""
         self._run.finish()
 
 
 class Metrics:
-    """Every sink that was asked for; none at all on ranks other than 0."""
+    """All sinks of a run; none on ranks other than 0."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        """Send metrics to `sinks`."""
         self._sinks = sinks
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -197,7 +193,6 @@ class Metrics:
             sink.log_histograms(histograms, step)
 
     def close(self) -> None:
-        """Close every sink."""
         for sink in self._sinks:
             sink.close()
 

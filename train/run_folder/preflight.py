@@ -1,4 +1,4 @@
-"""What is checked of the run folder before step 1, so that no run finds it out hours later."""
+"""Check the run folder before step 1: its name, that all ranks share it, its free space."""
 
 import os
 import re
@@ -11,13 +11,13 @@ from pathlib import Path
 from train.parallel.runtime import Runtime
 
 SPARE = 1.2
-"""Free space asked for, in times of what is needed."""
+"""Free space required, in multiples of the bytes to be written."""
 SHARED_WITHIN_SECONDS = 10.0
-"""How long a file may take to be seen on another host; NFS remembers for seconds what was not."""
+"""How long a file may take to appear on another host; NFS caches its absence for seconds."""
 
 
 def name_problems(name: str) -> list[str]:
-    """Return a line if a run cannot have this name, which is a folder's, a plot's and a URL's."""
+    """Return a line if a run cannot have this name, which becomes part of paths and URLs."""
     if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name):
         return []
     return [
@@ -29,18 +29,18 @@ def name_problems(name: str) -> list[str]:
 def check_run_folder(
     run_dir: Path, output_dir: Path, *, needed_bytes: int, runtime: Runtime
 ) -> None:
-    """Make the run folder, and make sure that every rank can write it, that all see the same one.
+    """Make the run folder, and check that every rank can write it and that all ranks share it.
 
-    Every rank calls this. Nothing stays behind.
+    Every rank calls this. It removes its own files.
 
     Args:
         run_dir: The run folder.
-        output_dir: The folder it must lie in, wherever links lead.
-        needed_bytes: What the run is going to write.
+        output_dir: The folder it must lie in, also after links are resolved.
+        needed_bytes: Bytes that the run will write.
         runtime: This rank.
 
     Raises:
-        ValueError: On rank 0, if anything is wrong.
+        ValueError: On rank 0, if a check fails.
     """
     token = runtime.gather(uuid.uuid4().hex)[0]
     probes = [run_dir / f".probe-{token}-{rank}" for rank in range(runtime.world_size)]
@@ -56,7 +56,7 @@ def check_run_folder(
 
 
 def check_space(folder: Path, needed_bytes: int, runtime: Runtime) -> None:
-    """Make sure that so much can be written, and some more; every rank calls this.
+    """Check that there is space for these bytes and a reserve; every rank calls this.
 
     Raises:
         ValueError: On rank 0, if there is less on any host.
@@ -66,8 +66,8 @@ def check_space(folder: Path, needed_bytes: int, runtime: Runtime) -> None:
         needed, free = SPARE * needed_bytes, shutil.disk_usage(folder).free
         if free < needed:
             raise ValueError(
-                f"output_dir: {folder} needs {_gib(needed)}, {_gib(free)} free, delete what is "
-                "old, keep fewer checkpoints or choose another folder"
+                f"output_dir: {folder} needs {_gib(needed)}, {_gib(free)} free, delete old "
+                "runs, keep fewer checkpoints or choose another folder"
             )
 
     runtime.on_every_rank(check)
@@ -78,7 +78,7 @@ def _make(run_dir: Path, output_dir: Path, runtime: Runtime) -> None:
         real, outputs = run_dir.resolve(), output_dir.resolve()
         if outputs not in real.parents:
             raise ValueError(
-                f"name: {run_dir} leads to {real}, outside of {outputs}, take the link away or "
+                f"name: {run_dir} leads to {real}, outside of {outputs}, remove the link or "
                 "choose another --name"
             )
         if runtime.is_main:
@@ -95,7 +95,7 @@ def _make(run_dir: Path, output_dir: Path, runtime: Runtime) -> None:
 
 
 def _write(probe: Path) -> None:
-    """Write a file, down to the disk."""
+    """Write a file and sync it to the disk."""
     try:
         with probe.open("x") as file:
             file.write(probe.name)
@@ -114,8 +114,8 @@ def _wait_for(probes: list[Path]) -> None:
         while not _is_whole(probe):
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"output_dir: {probe.parent} is not the same folder on all hosts, what rank "
-                    f"{probe.name.rpartition('-')[2]} wrote is not there, choose a folder that all "
+                    f"output_dir: {probe.parent} is not the same folder on all hosts, the file of "
+                    f"rank {probe.name.rpartition('-')[2]} is missing, choose a folder that all "
                     "hosts share"
                 )
             time.sleep(0.1)

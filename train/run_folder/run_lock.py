@@ -1,9 +1,9 @@
-"""One job at a time writes a run folder.
+"""Lock a run folder, so that one job at a time writes it.
 
-The lock is `run.lock.N` in the run folder. N counts takeovers: who finds a dead job's run.lock.4
-creates run.lock.5, which the file system lets one job alone do, and only then removes the old one.
-Nothing is ever renamed or deleted before the successor is there, so there is no moment at which
-two jobs can both believe that the run is theirs.
+The lock is `run.lock.N` in the run folder. N counts takeovers: a job that finds a dead job's
+run.lock.4 creates run.lock.5, in which the file system lets one job alone succeed, and only then
+deletes the old one. No lock is renamed or deleted before its successor exists, so at no time do two
+jobs both hold the run.
 """
 
 import json
@@ -25,54 +25,53 @@ from train.parallel.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 10.0
-"""How often the holder gives a sign of life, which is the lock file's time of change."""
+"""Interval of the holder's heartbeat, which is the lock file's modification time."""
 DEAD_AFTER_SECONDS = 60.0
-"""A holder on another host counts as dead after so long without one."""
+"""A holder on another host counts as dead after this long without a heartbeat."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     host: str
     pid: int
     started: str
-    """When that process started, as the kernel counts; empty where it does not say."""
+    """Start time of that process in the kernel's clock ticks; empty where it is hidden."""
     namespace: str
-    """What the pid is unique in: containers on one host have their own."""
+    """Namespace in which the pid is unique: containers on one host have their own."""
     job: str
-    """Names the job across restarts; empty where nothing does."""
+    """Name of the job across restarts; empty without one."""
     time: float
-    """When it took the lock, in unix seconds."""
+    """Time of the lock in unix seconds."""
     token: str
     """Unique to this lock."""
 
     def __str__(self) -> str:
-        """Say who it is."""
         return f"process {self.pid} on host {self.host}"
 
 
 class RunLock:
-    """What rank 0 holds; on the other ranks it is empty, and never lost."""
+    """The lock file of rank 0; on the other ranks it is empty and never lost."""
 
     def __init__(self, path: Path | None = None, token: str = "") -> None:
-        """Stand for the lock file that `acquire` has made."""
+        """Hold the lock file that `acquire` has created."""
         self._path, self._token = path, token
         self._lost = ""
 
     @property
     def lost(self) -> str:
-        """How the run was lost to another job, which must stop this one; empty: it was not."""
+        """How another job has taken the run over, which must stop this one; empty: none has."""
         return self._lost
 
     def check(self) -> None:
-        """Raise a ValueError if the run is no longer ours; for just before something is written."""
+        """Raise a ValueError if the run is no longer ours; for before a write."""
         self.refresh()
         if self._lost:
             raise ValueError(self._lost)
 
     def refresh(self) -> None:
-        """Give a sign of life, or find that the lock is lost."""
+        """Update the heartbeat, or find that the lock is lost."""
         if self._path is None or self._lost:
             return
         number = _number(self._path)
@@ -83,11 +82,11 @@ class RunLock:
                 os.utime(self._path)
                 return
         except OSError as error:
-            logger.warning("lock: no sign of life can be given: %s", error)
+            logger.warning("lock: the heartbeat could not be written: %s", error)
             return
         taker = locks[max(locks)][0] if locks else None
         self._lost = (
-            f"name: {self._path} was taken away by {taker or 'somebody'}, as if this job were "
+            f"name: {self._path} was taken over by {taker or 'another job'}, as if this job were "
             "dead; it stops, so that no two jobs write one run"
         )
 
@@ -95,7 +94,7 @@ class RunLock:
         """Delete the lock if it is still ours."""
         self.refresh()
         if self._path is not None and not self._lost:
-            with suppress(OSError):  # it is stale once this process is gone
+            with suppress(OSError):  # the lock is stale once this process has ended
                 self._path.unlink()
 
 
@@ -131,11 +130,11 @@ def lock_run(folder: Path, runtime: Runtime) -> Iterator[RunLock]:
 
 
 def acquire(folder: Path, job: str) -> RunLock:
-    """Take the lock, from a dead job if need be.
+    """Take the lock, also over from a dead job.
 
     Args:
         folder: The run folder.
-        job: Names this job across restarts; empty where nothing does.
+        job: Name of this job across restarts; empty without one.
 
     Raises:
         ValueError: If a living job holds it.
@@ -149,7 +148,7 @@ def acquire(folder: Path, job: str) -> RunLock:
         }
         path, me = _path(folder, max(found, default=0) + 1), _this_process(job)
         if _create(path, me):
-            # A slower job may still judge by what stood here before; then one must give way.
+            # A slower job may have read the earlier locks; then one of the two must withdraw.
             others = {number: holder for number, (holder, _) in _locks(folder).items()}
             unchanged = others.pop(_number(path), None) == me and all(
                 number in found and found[number][0] == others[number] for number in others
@@ -165,14 +164,14 @@ def acquire(folder: Path, job: str) -> RunLock:
 
 
 def _locks(folder: Path) -> dict[int, tuple[Holder | None, float]]:
-    """Return the holder and the last sign of life of each lock, by its N.
+    """Return the holder and the last heartbeat of each lock, by its N.
 
-    A lock that is being written, or was when its writer died, has no holder.
+    A lock that is half written has no holder.
     """
     found: dict[int, tuple[Holder | None, float]] = {}
     for path in folder.glob("run.lock.[0-9]*"):
         try:
-            # A file that is opened has its true times on NFS too.
+            # On NFS, an opened file has its true times.
             with path.open() as file:
                 changed = os.fstat(file.fileno()).st_mtime
                 text = file.read()
@@ -200,7 +199,7 @@ def _why_stale(folder: Path, holder: Holder | None, age: float, job: str) -> str
     Raises:
         ValueError: If it is alive.
     """
-    silence = f"no sign of life for {age:.0f} s"
+    silence = f"no heartbeat for {age:.0f} s"
     if holder is None:
         if age > DEAD_AFTER_SECONDS:
             return f"half written, {silence}"
@@ -212,14 +211,14 @@ def _why_stale(folder: Path, holder: Holder | None, age: float, job: str) -> str
     elif age > DEAD_AFTER_SECONDS:
         return f"{holder}: {silence}"
     raise ValueError(
-        f"name: {folder} is being written by {holder or 'a job that has just started'}, last sign "
-        f"of life {max(age, 0):.0f} s ago, stop that job or choose another --name; a job that died "
-        f"on another host is known to be dead after {DEAD_AFTER_SECONDS:.0f} s"
+        f"name: {folder} is being written by {holder or 'a job that has just started'}, last "
+        f"heartbeat {max(age, 0):.0f} s ago, stop that job or choose another --name; a job on "
+        f"another host counts as dead after {DEAD_AFTER_SECONDS:.0f} s without one"
     )
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Create the lock file; say whether it was not there."""
+    """Create the lock file; return whether it did not exist."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -232,7 +231,7 @@ def _create(path: Path, holder: Holder) -> bool:
 
 
 def _file_system_time(folder: Path) -> float:
-    """Return the time by the clock that stamps the files, which may be a server's."""
+    """Return the time by the file system's clock, which may be a server's."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"\n")
         file.flush()
@@ -259,7 +258,7 @@ def _is_alive(holder: Holder) -> bool:
 
 
 def _state(pid: int) -> tuple[str, str]:
-    """Return the letter of a process's state and when it started; empty where hidden."""
+    """Return the letter of a process's state and its start time; empty where hidden."""
     try:
         # proc(5): the fields after the name in brackets, which may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,6 +1,8 @@
 """Rates and the bound, against numbers worked by hand."""
 
+import json
 import math
+from collections import Counter
 
 import pytest
 
@@ -42,5 +44,24 @@ def test_rates():
 
 
 def test_adding_adds_every_count():
-    total = Counters(tokens=1, drafted=2, decode_seconds=0.5) + Counters(tokens=4, rounds=1)
-    assert total == Counters(tokens=5, drafted=2, rounds=1, decode_seconds=0.5)
+    total = before = Counters(tokens=1, drafted=2, decode_seconds=0.5, depths=Counter({3: 1}))
+    total += Counters(tokens=4, rounds=1, depths=Counter({3: 2}), passes=Counter({(0, 4, 1): 1}))
+    assert total is before
+    assert total == Counters(
+        tokens=5,
+        drafted=2,
+        rounds=1,
+        decode_seconds=0.5,
+        depths=Counter({3: 3}),
+        passes=Counter({(0, 4, 1): 1}),
+    )
+
+
+def test_counts_in_json_files_keep_their_names():
+    content = Counters(depths=Counter({4: 1, 2: 3}), passes=Counter({(0, 4, 1): 1})).content()
+    assert ", ".join(content) == (
+        "tokens, rounds, drafted, accepted, rejections, depths, token_layers, head_evaluations, "
+        "projected, draft_token_layers, draft_head_evaluations, syncs, prompt_token_layers, "
+        "prefill_seconds, decode_seconds"
+    )
+    assert json.loads(json.dumps(content))["depths"] == {"2": 3, "4": 1}

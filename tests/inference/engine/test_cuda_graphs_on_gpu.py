@@ -8,13 +8,13 @@ import torch
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
 from inference.engine.generation import Generation
-from inference.engine.host_copy import HostCopy
 from inference.engine.sampling import Sampling
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
-from inference.strategies import two_model
+from inference.strategies import speculative
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import describe
 from inference.strategies.self_speculative import SelfSpeculative
+from models.host_copy import HostCopy
 from tests.inference.engine.test_cuda_graphs import FIXED, MORE_PROMPTS, counts
 from tests.inference.every_strategy import decode, make_model
 from tests.models.test_llama import build, small
@@ -30,7 +30,7 @@ def another_model(monkeypatch):
     class Loaded:
         model = draft
 
-    monkeypatch.setattr(two_model, "_load", lambda *where: Loaded)
+    monkeypatch.setattr(speculative, "_load", lambda *where: Loaded)
 
 
 @pytest.fixture(scope="module")

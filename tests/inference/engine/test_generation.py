@@ -5,7 +5,8 @@ import torch
 
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
-from inference.strategies.autoregressive import Autoregressive, EarlyExit
+from inference.strategies.autoregressive import Autoregressive
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import describe, parse_strategy
 from inference.strategies.self_speculative import SelfSpeculative
 from tests.models.test_llama import build, hugging_face_twin, small

@@ -1,10 +1,15 @@
-"""A continuation read by the full model, against one forward pass for each token."""
+"""Bins of scores, and how far a score is a probability, against slow forms."""
 
 import pytest
 import torch
 
-from inference.evaluation.calibration import bin_confidence, mean_confidence, read_continuation
-from tests.inference.every_strategy import make_model
+from inference.evaluation.calibration import (
+    BINS,
+    bin_confidence,
+    bin_scores,
+    calibration_error,
+    mean_confidence,
+)
 
 
 def test_confidence_is_the_largest_probability():
@@ -15,15 +20,23 @@ def test_confidence_is_the_largest_probability():
     assert mean_confidence(bins) == pytest.approx(0.75, abs=1e-6)
 
 
-def test_a_continuation_is_read_token_by_token():
-    model = make_model(4)
-    prompt, tokens = [3, 4, 5], [7, 8, 9, 10]
-    likelihood, chosen, row = 0.0, 0, list(prompt)
-    for token in tokens:
-        h, _ = model.run_layers(model.embed(torch.tensor([row])), 0, 4)
-        log_probs = model.exit_logits(h[0, -1]).log_softmax(-1)
-        likelihood += log_probs[token].item()
-        chosen += int(log_probs.argmax()) == token
-        row.append(token)
-    found = read_continuation(model, prompt, tokens)
-    assert found == (pytest.approx(likelihood, abs=1e-4), chosen)
+def test_calibration_error_is_the_sum_over_bins():
+    generator = torch.Generator().manual_seed(5)
+    scores, labels = (
+        torch.rand(200, generator=generator),
+        torch.rand(200, generator=generator) > 0.5,
+    )
+    scores[0], scores[1] = 0.0, 1.0
+    slow = 0.0
+    for b in range(BINS):
+        inside = [
+            i
+            for i, s in enumerate(scores.tolist())
+            if b / BINS < s <= (b + 1) / BINS or (b == 0 and s == 0.0)
+        ]
+        if inside:
+            true = sum(labels[i].item() for i in inside) / len(inside)
+            slow += len(inside) / 200 * abs(true - scores[inside].mean().item())
+    assert calibration_error(bin_scores(scores, labels)) == pytest.approx(slow, abs=1e-6)
+    sure = bin_scores(torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1, 0, 1, 1]).bool())
+    assert calibration_error(sure) == pytest.approx(0.25)

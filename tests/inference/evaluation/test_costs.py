@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import inference.evaluation.costs
+import inference.evaluation.timing
 from inference.engine.generation import Generation
 from inference.engine.state import DecodeState
 from inference.evaluation.costs import Costs, measure_costs, predict, tokens_per_round
@@ -19,7 +20,7 @@ OF_THREE_LAYERS = Costs(
     head=[0.1, 0.2, 0.3],
     many_heads=0.5,
     rounds=[(0.55, 1.4), (0.75, 1.25)],
-    guesses=1.4,
+    lookup=1.4,
 )
 OF_FOUR_LAYERS = Costs(
     full_step_seconds=1.0,
@@ -28,12 +29,12 @@ OF_FOUR_LAYERS = Costs(
     head=[0.1, 0.2, 0.3],
     many_heads=0.5,
     rounds=[(0.5, 1.5), (0.7, 1.4), (0.9, 1.3)],
-    guesses=1.5,
+    lookup=1.5,
 )
 
 
 def test_predictions_worked_by_hand():
-    # E = 1 is wrong at places 1 and 4, E = 2 never.
+    # E = 1 is wrong at positions 1 and 4, E = 2 never.
     last = [5, 6, 7, 8, 9, 1]
     trace = torch.tensor([[5, 0, 7, 8, 0, 1], last, last])
     assert tokens_per_round([trace], 1, 2) == 6 / 3  # 5 6 | 7 8 9 | 1
@@ -85,10 +86,10 @@ def test_costs_are_measured_in_full_steps():
     assert 0 < costs.head[0] < costs.layers[0]
     assert costs.full_step_seconds > 0
     assert all(0 < each < 3 and 0 < beside < 5 for each, beside in costs.rounds)
-    assert costs.guesses > 0
+    assert costs.lookup > 0
 
 
-def test_what_is_timed_is_told_apart(monkeypatch):
+def test_each_kind_of_pass_is_timed_by_itself(monkeypatch):
     """With a clock that counts: 1 for each layer of a pass, 0.5 for each of its tokens but one, 10
     for each call of the head, 2 to accept."""
     model, clock = make_model(3), [0.0]
@@ -110,7 +111,7 @@ def test_what_is_timed_is_told_apart(monkeypatch):
     monkeypatch.setattr(DecodeState, "head", slow_head)
     monkeypatch.setattr(self_speculative, "accept_round", slow_accept_round)
     monkeypatch.setattr(inference.evaluation.costs, "accept_round", slow_accept_round)
-    monkeypatch.setattr(inference.evaluation.costs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(inference.evaluation.timing.time, "perf_counter", lambda: clock[0])
     costs = measure_costs(model, [[1, 2, 3, 4]], 3)
     assert costs.full_step_seconds == pytest.approx(13)
     assert costs.draft == pytest.approx([11 / 13, 12 / 13])
@@ -122,7 +123,7 @@ def test_what_is_timed_is_told_apart(monkeypatch):
     assert costs.rounds == [
         (pytest.approx((E + 10 + 0.5) / 13), pytest.approx((3 + 10 + 2) / 13)) for E in (1, 2)
     ]
-    assert costs.guesses == pytest.approx((3 + 3 * 0.5 + 10 + 2) / 13)
+    assert costs.lookup == pytest.approx((3 + 3 * 0.5 + 10 + 2) / 13)
     # Of one drafted token, what a step costs.
     of_one = measure_costs(model, [[1, 2, 3, 4]], 1).rounds
     assert of_one == [

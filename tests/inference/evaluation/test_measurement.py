@@ -5,7 +5,7 @@ import pytest
 from inference.engine.sampling import Sampling
 from inference.evaluation import measurement
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
-from inference.strategies.autoregressive import EarlyExit
+from inference.strategies.early_exit import EarlyExit
 from inference.strategies.self_speculative import SelfSpeculative
 from tests.models.test_llama import build, small
 

@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from inference.evaluation.rule_quality import (
-    BINS,
     agreement_at,
     agreement_at_depth,
     area_under_roc,
     best_agreement,
-    bin_scores,
-    calibration_error,
     curve,
     depths_at,
 )
@@ -32,29 +29,7 @@ def test_area_is_the_share_of_pairs_in_order_ties_counting_half():
     assert math.isnan(area_under_roc(scores, torch.ones(40, dtype=torch.bool)))
 
 
-def test_calibration_error_is_the_sum_over_bins():
-    generator = torch.Generator().manual_seed(5)
-    scores, labels = (
-        torch.rand(200, generator=generator),
-        torch.rand(200, generator=generator) > 0.5,
-    )
-    scores[0], scores[1] = 0.0, 1.0
-    slow = 0.0
-    for b in range(BINS):
-        inside = [
-            i
-            for i, s in enumerate(scores.tolist())
-            if b / BINS < s <= (b + 1) / BINS or (b == 0 and s == 0.0)
-        ]
-        if inside:
-            true = sum(labels[i].item() for i in inside) / len(inside)
-            slow += len(inside) / 200 * abs(true - scores[inside].mean().item())
-    assert calibration_error(bin_scores(scores, labels)) == pytest.approx(slow, abs=1e-6)
-    sure = bin_scores(torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1, 0, 1, 1]).bool())
-    assert calibration_error(sure) == pytest.approx(0.25)
-
-
-def test_tokens_leave_at_the_first_exit_that_is_sure():
+def test_tokens_exit_at_the_first_exit_that_is_sure():
     scores = torch.tensor([[0.9, 0.1, 0.2, 0.5], [0.9, 0.6, 0.3, 0.4], [0.0, 0.9, 0.4, 0.9]])
     agrees = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 1]]).bool()
     depths = depths_at(scores, 0.5, EXITS, 4)

@@ -6,10 +6,10 @@ import torch
 from inference.engine.generation import Generation
 from inference.loading.quantized import bits_of, quantize_layers
 from inference.loading.run import load_run
-from inference.strategies import two_model
+from inference.strategies import speculative
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.self_speculative import SelfSpeculative
-from inference.strategies.two_model import Speculative
+from inference.strategies.speculative import Speculative
 from tests.models.test_llama import build, small
 
 pytest.importorskip("torchao")
@@ -64,8 +64,8 @@ def test_a_draft_model_is_quantised_as_the_model_is(run_folder, monkeypatch, bit
         loaded.append(load_run(*args, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(two_model, "load_run", load)
-    two_model._load.cache_clear()
+    monkeypatch.setattr(speculative, "load_run", load)
+    speculative._load.cache_clear()
     rounded = load_run(run_folder, quantize=bits).model
     decoding = Generation(rounded, [[1, 2]], Speculative(draft=run_folder, d=2), max_new_tokens=9)
     counters = decoding.finish().counters
@@ -77,8 +77,8 @@ def test_a_draft_model_that_does_not_fit_is_named(run_folder, monkeypatch):
     def load(path, **options):
         raise ValueError("quantize: int4 needs widths that 32 divides")
 
-    monkeypatch.setattr(two_model, "load_run", load)
-    two_model._load.cache_clear()
+    monkeypatch.setattr(speculative, "load_run", load)
+    speculative._load.cache_clear()
     rounded = model()
     with pytest.raises(ValueError, match="^draft: quantize: int4 needs widths"):
         Generation(rounded, [[1, 2]], Speculative(draft=run_folder, d=2), max_new_tokens=9)

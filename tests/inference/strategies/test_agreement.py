@@ -1,10 +1,15 @@
-"""What is learnt about agreement is what the rounds show."""
+"""What is learnt about agreement is what the rounds show, and the best E and d follow."""
 
 import pytest
 import torch
 
-from inference.engine.state import Round
-from inference.strategies.agreement import Agreement, drafts_that_agreed, lookups_that_agreed
+from inference.engine.batch import Round
+from inference.strategies.agreement import (
+    Agreement,
+    best_pair,
+    drafts_that_agreed,
+    lookups_that_agreed,
+)
 from inference.strategies.drafting import NgramDrafts
 
 
@@ -50,3 +55,18 @@ def test_guesses_are_held_against_what_was_found_worked_by_hand():
     plain = Round(tokens[:, :1], torch.zeros(5, dtype=torch.int64), torch.zeros(5))
     live[1] = True
     assert lookups_that_agreed(guesses, plain, live).tolist() == [3, 4]
+
+
+def test_the_best_pair_worked_by_hand():
+    # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
+    # 1.687; 4: 3.3616/2 = 1.681.
+    one = {3: 0.8}, {3: 0.25}, {3: 1.0}
+    assert best_pair(*one, 10) == (3, 3, pytest.approx(2.952 / 1.75))
+    assert best_pair(*one, 2) == (3, 2, pytest.approx(2.44 / 1.5))
+    assert best_pair(*one, 0) == (3, 0, 1.0)
+    less_than_plain = best_pair({3: 0.2}, *one[1:], 10)  # 1.2 / 1.25
+    assert less_than_plain == (3, 0, 1.0)
+    three = {1: 0.1, 2: 0.9, 4: 0.91}, {1: 0.2, 2: 0.4, 4: 0.8}, dict.fromkeys((1, 2, 4), 1.0)
+    assert best_pair(*three, 2)[:2] == (2, 2)
+    dear = best_pair(*one[:2], {3: 3.0}, 4)
+    assert dear[1] == 0, "a dear verification pays for no draft"

@@ -10,7 +10,7 @@ import torch
 from data.shards import TokenStream
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.frequent_tokens import build_parser, count_tokens, run_count
+from inference.frequent_tokens import FrequentTokensOptions, count_tokens, run_count
 from inference.strategies.drafting import NgramDrafts, Stop, draft
 from inference.strategies.reduced_head import load_reduced_head, most_frequent, reduced_head
 from models.llama import NOTHING
@@ -78,11 +78,13 @@ def test_tokens_drafted_with_layers_beside_guesses_are_drawn_from_their_own_dist
 
 def test_the_loop_ends_when_every_row_that_counts_has_stopped(model):
     state = filled(model)
-    state.finished[2] = True
+    state.batch.finished[2] = True
     drafted = draft(state, E, D, stop=Stop(1.1))
     assert drafted.lengths.tolist() == [1, 1, 0, 1]
-    assert state.work.syncs == 1
-    assert state.work.token_layers == 4 * 7 * 4 + 4 * E, "the prompts, and one token of each row"
+    assert state.counters.syncs == 1
+    assert state.counters.token_layers == 4 * 7 * 4 + 4 * E, (
+        "the prompts, and one token of each row"
+    )
 
 
 class GuessesAreSure:
@@ -130,9 +132,9 @@ def test_guesses_alone_count_in_the_rows_that_have_one():
 def test_part_of_the_head_draws_from_its_tokens_as_the_head_would_if_there_were_no_others(model):
     tokens = torch.tensor([60, 3, 17, 0, 44])
     state = filled(model, temperature=0.7)
-    before = state.work.head_evaluations
+    before = state.counters.head_evaluations
     drafted = draft(state, E, 1, head=reduced_head(model, tokens))
-    assert state.work.head_evaluations - before == pytest.approx(4 * 5 / 61)
+    assert state.counters.head_evaluations - before == pytest.approx(4 * 5 / 61)
     for row, prompt in enumerate(PROMPTS):
         h, _ = model.run_layers(model.embed(torch.tensor([prompt])), 0, E)
         logits = model.exit_logits(h[0, -1])
@@ -156,8 +158,7 @@ def test_tokens_are_counted_and_the_most_frequent_found():
 
 def test_the_command_counts_what_drafts_then_read(run_folder, tmp_path, capsys):
     copy = tmp_path / "counts.json"
-    arguments = ["--run", str(run_folder), "--device", "cpu", "--json", str(copy)]
-    run_count(build_parser().parse_args(arguments))
+    run_count(FrequentTokensOptions(run=run_folder, device="cpu", json=copy))
     assert "the 256 most frequent tokens of" in capsys.readouterr().out
     [path] = run_folder.glob("checkpoints/*.decode/token_counts.json")
     assert path.read_text() == copy.read_text()

@@ -1,4 +1,4 @@
-"""The choice of E and d is the best of its formula, learns from the exits, and costs no token."""
+"""The choice of E and d learns from the exits, and costs no token."""
 
 from dataclasses import replace
 from math import inf
@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from inference.engine.generation import Generation
-from inference.engine.host_copy import HostCopy
 from inference.engine.prefill import allocate
 from inference.engine.sampling import Sampling
 from inference.strategies import dynamic
-from inference.strategies.agreement import Agreement
+from inference.strategies.agreement import Agreement, best_pair
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.drafting import NgramDrafts
-from inference.strategies.dynamic import Dynamic, best_pair
+from inference.strategies.dynamic import Dynamic
 from inference.strategies.ngram import look_up
+from models.host_copy import HostCopy
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.strategies.test_self_speculative import excess
 from tests.models.test_llama import build, small
@@ -24,21 +24,6 @@ from tests.models.test_llama import build, small
 @pytest.fixture(scope="module")
 def model():
     return make_model(6)
-
-
-def test_the_best_pair_worked_by_hand():
-    # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
-    # 1.687; 4: 3.3616/2 = 1.681.
-    one = {3: 0.8}, {3: 0.25}, {3: 1.0}
-    assert best_pair(*one, 10) == (3, 3, pytest.approx(2.952 / 1.75))
-    assert best_pair(*one, 2) == (3, 2, pytest.approx(2.44 / 1.5))
-    assert best_pair(*one, 0) == (3, 0, 1.0)
-    less_than_plain = best_pair({3: 0.2}, *one[1:], 10)  # 1.2 / 1.25
-    assert less_than_plain == (3, 0, 1.0)
-    three = {1: 0.1, 2: 0.9, 4: 0.91}, {1: 0.2, 2: 0.4, 4: 0.8}, dict.fromkeys((1, 2, 4), 1.0)
-    assert best_pair(*three, 2)[:2] == (2, 2)
-    dear = best_pair(*one[:2], {3: 3.0}, 4)
-    assert dear[1] == 0, "a dear verification pays for no draft"
 
 
 def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
@@ -105,8 +90,8 @@ def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):
     def accept_round_all(state, drafted, p):
         return dynamic.Round(
             torch.cat((drafted.tokens, p[:, -1:].argmax(-1)), 1),
-            torch.full_like(state.positions, drafted.tokens.shape[1]),
-            torch.full_like(state.positions, drafted.tokens.shape[1]),
+            torch.full_like(state.batch.positions, drafted.tokens.shape[1]),
+            torch.full_like(state.batch.positions, drafted.tokens.shape[1]),
         )
 
     monkeypatch.setattr(dynamic, "accept_round", accept_round_all)
@@ -351,9 +336,9 @@ def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
     found = torch.tensor([True, True, False, False, False, False, False, True])
     guesses = NgramDrafts(torch.zeros(8, 2, dtype=torch.int64), found, 61)
     assert rounds._count_lookups(guesses) == (5, 3)
-    rounds.state.finished[2:] = True
+    rounds.state.batch.finished[2:] = True
     assert rounds._count_lookups(guesses) == (0, 2)
-    assert rounds.state.work.syncs == 2
+    assert rounds.state.counters.syncs == 2
 
 
 @pytest.mark.usefixtures("no_layer_drafts")

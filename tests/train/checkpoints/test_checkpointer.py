@@ -186,7 +186,7 @@ def test_a_required_checkpoint_may_not_fail(runtime, trained, tmp_path, caplog):
         pytest.raises(OSError, match="could not write step-00000003"),
     ):
         writer.save(3, {}, required=True)
-    assert not warnings(caplog)  # it is said once, by whoever catches the error
+    assert not warnings(caplog)  # it is logged once, where the error is caught
 
 
 def test_an_unwritable_folder_is_a_failure_not_a_crash(runtime, trained, tmp_path):
@@ -198,7 +198,7 @@ def test_an_unwritable_folder_is_a_failure_not_a_crash(runtime, trained, tmp_pat
         writer.save(3, {}, required=True)
 
 
-def test_a_full_disk_is_told_with_numbers(runtime, trained, tmp_path, caplog):
+def test_a_full_disk_is_reported_with_numbers(runtime, trained, tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -261,7 +261,7 @@ def test_the_final_model_is_loaded_like_a_checkpoint(runtime, trained, tmp_path,
     assert {entry.properties.dtype for entry in stored.values()} == {getattr(torch, dtype)}
 
 
-def test_no_final_model_unless_asked_for(runtime, trained, tmp_path):
+def test_no_final_model_unless_configured(runtime, trained, tmp_path):
     with tiny.writer(tmp_path, *trained, runtime) as writer:
         writer.write_model(tmp_path / "model", 3)
     assert not (tmp_path / "model").exists()

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, what a kill leaves, and how a failure is told."""
+"""Which checkpoints stay, what a kill leaves, and how a failure is described."""
 
 import errno
 import shutil
@@ -62,7 +62,7 @@ def test_a_folder_that_may_not_be_changed_is_one_line(folder):
         clean_up(folder)
 
 
-def test_a_failure_is_told_by_its_cause(tmp_path):
+def test_a_failure_is_described_by_its_cause(tmp_path):
     gone = tmp_path / "not" / "there"
     free = shutil.disk_usage(tmp_path).free
     short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")

@@ -1,4 +1,4 @@
-"""Training goes on from what it had, wherever it runs next, or says why it does not."""
+"""Training resumes from its checkpoint on any number of ranks, or is refused with a reason."""
 
 import hashlib
 import logging
@@ -151,7 +151,7 @@ def test_evil_metadata_is_one_line_and_runs_nothing(run, runtime, tmp_path):
 def test_rollback_takes_the_newest_before_and_abandons_those_after(run, runtime, prints):
     assert go_back(run, runtime, 7) == (6, {"at": 6}, prints[6])
     assert names(run) == ["step-00000003", "step-00000006", "step-00000008.abandoned"]
-    # Nor does a restart go on from what was abandoned.
+    # Nor does a restart resume from what was abandoned.
     assert go_on(run, runtime) == (6, {"at": 6}, prints[6])
     assert go_back(run, runtime, 6)[0] == 6
 
@@ -335,7 +335,7 @@ def test_training_goes_on_at_another_world_size_and_mesh(tmp_path, runtime, opti
 
 
 def choose_with_damage(runtime, run):
-    """Each rank verifies a share of the files; what one finds, all know."""
+    """Each rank verifies a share of the files; what one finds, all return."""
     path, manifest = newest_intact(run / "checkpoints", runtime)
     assert (path.name, manifest.step) == ("step-00000006", 6)
 

@@ -1,4 +1,4 @@
-"""What a run is going to read is told of each source."""
+"""What a run is going to read is logged for each source."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ from train.loop.corpus import DataConfig, open_corpus, train_loader
 from train.parallel.runtime import Runtime
 
 
-def test_tokens_and_epochs_of_each_source_are_told(corpus, caplog):
+def test_tokens_and_epochs_of_each_source_are_logged(corpus, caplog):
     config = DataConfig(
         path=str(corpus), also=(str(corpus),), weights=(3.0, 1.0), seq_len=16, global_batch_size=8
     )

@@ -1,4 +1,4 @@
-"""A run's history is a pure function of its steps: what is a spike, and where to go back to."""
+"""A loss history is a pure function of its steps: what is a spike, and where to roll back to."""
 
 import json
 import math
@@ -12,21 +12,27 @@ from train.loop.recovery import (
     LossHistory,
     RecoveryConfig,
     RunState,
+    robust_score,
     rollback_step,
     run_state_from_dict,
-    score,
     skip_after_rollback,
 )
-from train.loop.step_metrics import StepMetrics
+from train.loop.step_metrics import StepMetrics, StepTotals
 
 L = 4
 CONFIG = RecoveryConfig(on_spike="rollback")
 
 
-def outcome(t, loss=3.0, grad_norm=1.0, J=None, exits=None):
+def metrics(t, loss=3.0, grad_norm=1.0, J=None, exits=None):
     exits = {L - 1: loss} if exits is None else exits
     return StepMetrics(
-        t, loss if J is None else J, exits, 0.0, grad_norm, False, torch.zeros(2 * L + 4)
+        t=t,
+        J=loss if J is None else J,
+        exit_losses=exits,
+        density=0.0,
+        grad_norm=grad_norm,
+        stop=False,
+        local=StepTotals.zeros(L, torch.device("cpu")),
     )
 
 
@@ -34,115 +40,117 @@ def healthy(steps, seed=0):
     """A falling loss with noise, and a gradient norm that varies by a third."""
     draw = random.Random(seed)
     return [
-        outcome(t, 3 + 7 * math.exp(-t / 60) + draw.gauss(0, 0.05), math.exp(draw.gauss(0, 0.3)))
+        metrics(t, 3 + 7 * math.exp(-t / 60) + draw.gauss(0, 0.05), math.exp(draw.gauss(0, 0.3)))
         for t in range(steps)
     ]
 
 
-def follow(outcomes, config=CONFIG):
-    """Return the step and the anomaly of everything that is called anomaly."""
+def anomalies(steps, config=CONFIG):
+    """Return every anomaly with the step that completes it."""
     history, found = LossHistory(), []
-    for one in outcomes:
-        before, history = history, history.after(one, L - 1, config)
+    for step in steps:
+        before, history = history, history.after(step, L - 1, config)
         if anomaly := history.anomaly(before, config):
-            found.append((one.t, anomaly))
+            found.append((step.t, anomaly))
     return found
 
 
 def test_score_is_a_z_score_on_normal_numbers():
     draw = random.Random(0)
     history = [draw.gauss(5, 0.5) for _ in range(20001)]
-    assert score(6.0, history) == pytest.approx(2.0, abs=0.05)
-    assert score(4.5, history) == pytest.approx(-1.0, abs=0.05)
+    assert robust_score(6.0, history) == pytest.approx(2.0, abs=0.05)
+    assert robust_score(4.5, history) == pytest.approx(-1.0, abs=0.05)
 
 
 def test_score_of_a_flat_history_counts_in_two_percents_of_the_median():
-    assert score(3.3, [3.0] * 50) == pytest.approx(5.0)
+    assert robust_score(3.3, [3.0] * 50) == pytest.approx(5.0)
 
 
 def test_a_healthy_run_is_silent():
     for seed in range(5):
-        assert follow(healthy(2000, seed)) == []
+        assert anomalies(healthy(2000, seed)) == []
 
 
-def test_a_spike_of_loss_and_gradient_norm_is_called_once():
+def test_a_spike_of_loss_and_gradient_norm_is_reported_once():
     steps = healthy(400)
     for t in range(300, 306):
-        steps[t] = outcome(t, 7.0, 60.0)
-    [(t, anomaly)] = follow(steps)
+        steps[t] = metrics(t, 7.0, 60.0)
+    [(t, anomaly)] = anomalies(steps)
     assert t == 302
     assert anomaly.rollback
     assert "loss spike: 7.000, gradient norm 60" in anomaly.reason
 
 
-def test_a_spike_only_warns_or_is_ignored_when_asked():
-    steps = [*healthy(300), *(outcome(t, 7.0, 60.0) for t in range(300, 303))]
-    [(_, anomaly)] = follow(steps, RecoveryConfig(on_spike="warn"))
+def test_a_spike_only_warns_or_is_ignored_where_that_is_set():
+    steps = [*healthy(300), *(metrics(t, 7.0, 60.0) for t in range(300, 303))]
+    [(_, anomaly)] = anomalies(steps, RecoveryConfig(on_spike="warn"))
     assert not anomaly.rollback
-    assert follow(steps, RecoveryConfig(on_spike="ignore")) == []
+    assert anomalies(steps, RecoveryConfig(on_spike="ignore")) == []
 
 
 def test_one_bad_batch_is_no_spike():
     steps = healthy(400)
-    steps[300] = outcome(300, 9.0, 90.0)
-    assert follow(steps) == []
+    steps[300] = metrics(300, 9.0, 90.0)
+    assert anomalies(steps) == []
 
 
 def test_a_curriculum_edge_is_no_spike():
     """J and the gradient norm jump when exits are switched on; the last layer's loss does not."""
     steps = healthy(300)
     for t in range(300, 500):
-        steps.append(outcome(t, 3.05, 5.0, J=9.0, exits={0: 9.0, L - 1: 3.05}))
-    assert follow(steps) == []
+        steps.append(metrics(t, 3.05, 5.0, J=9.0, exits={0: 9.0, L - 1: 3.05}))
+    assert anomalies(steps) == []
 
 
 def test_a_harder_stretch_of_text_without_larger_gradients_is_no_spike():
-    steps = [*healthy(300), *(outcome(t, 4.5, 1.0) for t in range(300, 320))]
-    assert follow(steps) == []
+    steps = [*healthy(300), *(metrics(t, 4.5, 1.0) for t in range(300, 320))]
+    assert anomalies(steps) == []
 
 
 def test_steps_without_the_last_exit_are_passed_over():
     steps = healthy(400)
     for t in range(300, 306):
-        steps[t] = outcome(t, 7.0, 60.0, exits={0: 9.0} if t % 2 else None)
-    [(t, _)] = follow(steps)
+        steps[t] = metrics(t, 7.0, 60.0, exits={0: 9.0} if t % 2 else None)
+    [(t, _)] = anomalies(steps)
     assert t == 304  # the third step that has it
 
 
-def test_steps_that_are_not_finite_in_a_row_roll_back_whatever_on_spike_says():
+def test_steps_that_are_not_finite_in_a_row_roll_back_whatever_on_spike_is():
     config = RecoveryConfig(on_spike="ignore", max_skipped_updates=3)
     steps = healthy(20)
     for t in (5, 6, 10, 11, 12):
-        steps[t] = outcome(t, math.nan)
-    [(t, anomaly)] = follow(steps, config)
+        steps[t] = metrics(t, math.nan)
+    [(t, anomaly)] = anomalies(steps, config)
     assert (t, anomaly.steps, anomaly.rollback) == (12, 3, True)
     assert "3 steps in a row were not finite" in anomaly.reason
 
 
 def test_a_gradient_or_any_exit_that_is_not_finite_makes_a_step_not_finite():
-    assert outcome(0).finite
-    assert not outcome(0, grad_norm=math.inf).finite
-    assert not outcome(0, exits={1: math.nan, 3: 2.0}).finite
+    assert metrics(0).finite
+    assert not metrics(0, grad_norm=math.inf).finite
+    assert not metrics(0, exits={1: math.nan, 3: 2.0}).finite
 
 
 def test_the_state_survives_json():
     state = RunState(LossHistory((3.0, 2.5), (1.0, 2.0), 1, 2), ((3, 9), (20, 30)), 12.5)
     assert run_state_from_dict(json.loads(json.dumps(state.as_dict()))) == state
     assert run_state_from_dict({}) == RunState()
+    fields = state.as_dict()
+    fields["health"] = fields.pop("loss_history")  # as version 0.1 named it
+    assert run_state_from_dict(fields) == state
 
 
-def test_judging_goes_on_from_a_saved_state_as_if_nothing_had_happened():
-    steps = [*healthy(300), *(outcome(t, 7.0, 60.0) for t in range(300, 304))]
+def test_detection_continues_from_a_saved_state():
+    steps = [*healthy(300), *(metrics(t, 7.0, 60.0) for t in range(300, 304))]
     history = LossHistory()
-    for one in steps:
+    for step in steps:
         saved = json.loads(json.dumps(RunState(history).as_dict()))
-        assert run_state_from_dict(saved).history.after(one, L - 1, CONFIG) == history.after(
-            one, L - 1, CONFIG
-        )
-        history = history.after(one, L - 1, CONFIG)
+        resumed = run_state_from_dict(saved).loss_history
+        history = history.after(step, L - 1, CONFIG)
+        assert resumed.after(step, L - 1, CONFIG) == history
 
 
-def test_the_way_back_is_as_long_as_asked_or_as_far_as_it_goes():
+def test_a_rollback_is_as_far_as_set_or_as_checkpoints_go():
     assert rollback_step([100, 200, 300, 400], 401, CONFIG) == 300
     assert rollback_step([100, 200, 300, 400], 400, CONFIG) == 300
     assert rollback_step([100, 200, 300, 400], 399, CONFIG) == 200
@@ -150,18 +158,18 @@ def test_the_way_back_is_as_long_as_asked_or_as_far_as_it_goes():
     assert rollback_step([500], 401, CONFIG) is None
 
 
-def test_every_batch_from_the_checkpoint_to_the_anomaly_is_left_out():
+def test_every_batch_from_the_checkpoint_to_the_anomaly_is_skipped():
     config = RecoveryConfig(skip_batches=300)
     assert skip_after_rollback(to=100, anomaly_t=210, skipped=(), config=config) == (100, 400)
     far = skip_after_rollback(to=100, anomaly_t=700, skipped=(), config=config)
     assert far == (100, 701)
-    # Once more, from batches that begin after a range already left out.
+    # Once more, from batches that begin after a range already skipped.
     again = skip_after_rollback(to=150, anomaly_t=210, skipped=((100, 400),), config=config)
     assert again == (450, 750)
     for t in range(100, 211):
-        dealt = batch_number(t, ((100, 400), again))
-        assert not 100 <= dealt < 400
-        assert not 450 <= dealt < 750
+        number = batch_number(t, ((100, 400), again))
+        assert not 100 <= number < 400
+        assert not 450 <= number < 750
 
 
 def test_what_is_wrong_with_the_fields_is_named():

@@ -1,4 +1,4 @@
-"""Gradients of J on any number of ranks equal a slow form that knows no ranks."""
+"""Gradients of J on any number of ranks equal a slow form without ranks."""
 
 import dataclasses
 from collections import Counter
@@ -103,12 +103,12 @@ def check_gradients(runtime, config):
     config.check(runtime.world_size)
     model = build_model(config.model, config.parallel, runtime, config.seed)
     microbatches = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
-    J, sums, counts, _ = accumulate_gradients(
+    totals = accumulate_gradients(
         model, microbatches, plan_of(config), STEP, config=config.step_config, runtime=runtime
     )
     slow_J, slow = slow_gradients(config)
-    torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J, atol=1e-6, rtol=1e-6)
-    assert runtime.sum_over_ranks(counts).tolist() == [0, 96, 0, 96]
+    torch.testing.assert_close(runtime.sum_over_ranks(totals.J), slow_J, atol=1e-6, rtol=1e-6)
+    assert runtime.sum_over_ranks(totals.exit_tokens).tolist() == [0, 96, 0, 96]
     for name, parameter in model.named_parameters():
         grad = parameter.grad.full_tensor()
         torch.testing.assert_close(grad, slow[name], atol=2e-6, rtol=1e-4, msg=name)
@@ -210,11 +210,13 @@ def check_losses(runtime, configs):
         config.check(runtime.world_size)
         model = build_model(config.model, config.parallel, runtime, config.seed)
         batch = with_unlabelled(make_loader(config, runtime.rank, runtime.world_size).batch(STEP))
-        J, *_ = accumulate_gradients(
+        totals = accumulate_gradients(
             model, batch, plan_of(config), STEP, config=config.step_config, runtime=runtime
         )
         slow_J, slow = slow_losses(config)
-        torch.testing.assert_close(runtime.sum_over_ranks(J), slow_J.float(), atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            runtime.sum_over_ranks(totals.J), slow_J.float(), atol=2e-6, rtol=1e-6
+        )
         for name, parameter in model.named_parameters():
             grad = parameter.grad.full_tensor()
             expected = slow[name].float()
@@ -301,7 +303,7 @@ def test_without_dropout_and_exits_training_is_a_plain_trainer_bit_for_bit():
     run_distributed(check_plain, 1)
 
 
-def test_dropout_keys_follow_the_asked_grouping():
+def test_dropout_keys_follow_the_granularity():
     samples = np.array([6, 7])
     assert dropout_keys(LayerDropoutConfig(), samples, 1).tolist() == [6, 7]
     per_batch = LayerDropoutConfig(granularity="per_batch")

@@ -268,7 +268,7 @@ def check_training(runtime, corpus):
     assert healthy == [], healthy
     found = train(runtime, corpus, 120, frozen=110, interval_steps=5)
     # The 99 first steps are passed over; the layer is frozen to the end of step 110.
-    names = [(step, line.split()[1], "woke up" in line) for step, line in found]
+    names = [(step, line.split()[1], "has a spike" in line) for step, line in found]
     assert names[:3] == [(step, "layers_01", False) for step in (100, 105, 110)], found
     assert "is starved" in found[0][1]
     assert (115, "layers_01", True) in names, found

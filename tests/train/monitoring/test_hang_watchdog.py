@@ -127,7 +127,7 @@ def test_a_rank_that_hangs_is_named_and_every_rank_writes_its_stacks(start):
     assert job.records()[0].startswith("7 rank 1 is in data")
 
 
-def test_a_stopped_rank_is_frozen_and_the_next_one_speaks(start):
+def test_a_stopped_rank_is_frozen_and_the_next_one_reports_it(start):
     def work(rank, sections):
         sections.enter("step", 3)
         time.sleep(0.5 * LIMIT)

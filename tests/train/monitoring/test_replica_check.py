@@ -40,7 +40,7 @@ def flip(tensor, index=3, bit=0):
     local.detach().view(-1).view(torch.int32)[index] ^= 1 << bit
 
 
-def places(model, optimizer):
+def tensors_by_name(model, optimizer):
     parameter = dict(model.named_parameters())[WEIGHT]
     state = next(inner.state[parameter] for inner in optimizer)
     return {
@@ -61,7 +61,7 @@ def check_hybrid(runtime):
     model, optimizer = trained(runtime, dp_replicate=2)
     check = ReplicaCheck(ReplicaCheckConfig(), model, optimizer, runtime)
     check.check(7)
-    for name, tensor in places(model, optimizer).items():
+    for name, tensor in tensors_by_name(model, optimizer).items():
         if runtime.rank == 2:
             flip(tensor)
         message = error_of(check, 8)
@@ -87,13 +87,13 @@ def check_copies(runtime):
     check = ReplicaCheck(ReplicaCheckConfig(), model, optimizer, runtime)
     for bit in (0, 22, 31):
         if runtime.rank == 1:
-            flip(places(model, optimizer)[WEIGHT], bit=bit)
+            flip(tensors_by_name(model, optimizer)[WEIGHT], bit=bit)
         message = error_of(check, 8)
         assert f"rank 1 of 4 holds other bits than its replicas in {WEIGHT}, drain" in message
         assert "every checkpoint this job wrote" in message
         if runtime.rank == 1:
-            flip(places(model, optimizer)[WEIGHT], bit=bit)
-        check_swap = places(model, optimizer)[f"exp_avg of {WEIGHT}"].to_local().view(-1)
+            flip(tensors_by_name(model, optimizer)[WEIGHT], bit=bit)
+        check_swap = tensors_by_name(model, optimizer)[f"exp_avg of {WEIGHT}"].to_local().view(-1)
         if runtime.rank == 3:
             check_swap[[2, 5]] = check_swap[[5, 2]]
         assert f"rank 3 of 4 holds other bits than its replicas in exp_avg of {WEIGHT}" in error_of(
@@ -121,8 +121,8 @@ def check_sharded(runtime):
     assert [check.due(done) for done in range(1, 7)] == [False, False, True] * 2
     check.check(3)
     if runtime.rank == 1:
-        # Nobody else holds this shard, so nobody can tell.
-        flip(places(model, optimizer)[WEIGHT])
+        # No other rank holds this shard to compare it with.
+        flip(tensors_by_name(model, optimizer)[WEIGHT])
     check.check(6)
     if runtime.rank == 1:
         flip(model.rope_sin, index=17)
@@ -154,7 +154,7 @@ def check_alone(runtime):
         check._hash(torch.ones(3, dtype=dtype))
 
 
-def test_one_rank_has_nobody_to_compare_with_and_the_hash_sees_bits_and_places():
+def test_one_rank_compares_with_none_and_the_hash_depends_on_bits_and_positions():
     run_distributed(check_alone, 1)
 
 

@@ -9,11 +9,11 @@ import torch
 
 from models.config import LlamaConfig
 from tests.distributed import run_distributed
-from train.monitoring.main_thread import place_of, waits
+from train.monitoring.main_thread import in_collective, innermost_line
 from train.monitoring.stragglers import (
-    OwnTime,
     StragglerConfig,
     StragglerWatch,
+    WorkTime,
     find_stragglers,
     probe_seconds,
 )
@@ -24,10 +24,10 @@ CONFIG = StragglerConfig()
 
 
 def own(total=5.0, **seconds):
-    return OwnTime(seconds, {"data": "data/loader.py:88 (batch)"}, total)
+    return WorkTime(seconds, {"data": "data/loader.py:88 (batch)"}, total)
 
 
-def test_the_slow_one_of_two_is_named_with_its_section_and_place():
+def test_the_slow_one_of_two_is_named_with_its_section_and_line():
     lines = find_stragglers([own(data=3.1, step=1.0), own(data=0.1, step=1.1)], CONFIG, steps=10)
     assert lines == [
         "stragglers: rank 0 is slow in data: 0.310 s/step of its own, 31.0 times the other ranks' "
@@ -68,11 +68,11 @@ def test_the_probe_takes_time():
     assert 1e-5 < probe_seconds(torch.device("cpu")) < 1
 
 
-def test_a_stack_shows_its_place_and_whether_it_waits():
+def test_a_stack_has_a_line_and_may_be_in_a_collective():
     frame = sys._getframe()
-    assert not waits(frame)
-    assert place_of(frame).startswith("tests/train/monitoring/test_stragglers.py:")
-    assert place_of(frame).endswith("(test_a_stack_shows_its_place_and_whether_it_waits)")
+    assert not in_collective(frame)
+    assert innermost_line(frame).startswith("tests/train/monitoring/test_stragglers.py:")
+    assert innermost_line(frame).endswith("(test_a_stack_has_a_line_and_may_be_in_a_collective)")
 
 
 MODEL = LlamaConfig(

@@ -81,7 +81,7 @@ def test_an_update_is_nearly_orthogonal_and_of_the_size_it_is_scaled_for(shape):
 
 
 class Watch(TorchDispatchMode):
-    """Counts collectives, and fails where the host asks for a value of the device."""
+    """Counts collectives, and fails where the host reads a value of the device."""
 
     def __init__(self):
         super().__init__()

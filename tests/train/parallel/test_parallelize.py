@@ -41,7 +41,7 @@ def schedule_of(config):
     )
 
 
-def train_and_look(model, config, runtime):
+def train_and_read(model, config, runtime):
     """Return the gradient at the first of STEPS, and the weights after them all."""
     optimizer = build_optimizer(model, config.optim)
     loader = make_loader(config, runtime.rank, runtime.world_size)
@@ -80,7 +80,7 @@ def slow_loss(model, config, t):
 
 
 def slow_training(config):
-    """Return what `train_and_look` does, with AdamW and clipping written out."""
+    """Return what `train_and_read` does, with AdamW and clipping written out."""
     model = Llama(config.model)
     model.init_weights(config.seed)
     parameters = dict(model.named_parameters())
@@ -110,7 +110,7 @@ def slow_training(config):
 
 
 def check_training(runtime, cases: list[ParallelConfig], microbatch_size=2, backend=None):
-    """Compare every case with the slow form; `backend` compiles in the place of inductor."""
+    """Compare every case with the slow form; `backend` compiles instead of inductor."""
     if backend is not None:
         compile_with(backend)
     config = make_config(optim=OPTIM, microbatch_size=microbatch_size)
@@ -120,7 +120,7 @@ def check_training(runtime, cases: list[ParallelConfig], microbatch_size=2, back
         case = dataclasses.replace(config, parallel=parallel)
         case.check(runtime.world_size)
         model = build_model(case.model, parallel, runtime, case.seed)
-        gradient, weights = train_and_look(model, case, runtime)
+        gradient, weights = train_and_read(model, case, runtime)
         for ours, theirs in ((gradient, slow_gradient), (weights, slow_weights)):
             assert list(ours) == list(theirs)
             for name in ours:
@@ -215,7 +215,7 @@ def count_communication(runtime):
         assert seen == expected, (parallel, counter.counts)
 
 
-def test_gradients_are_reduced_once_a_step_or_every_microbatch_as_asked():
+def test_gradients_are_reduced_once_a_step_or_every_microbatch_as_configured():
     run_distributed(count_communication, 2)
 
 
@@ -330,7 +330,7 @@ def test_a_block_never_falls_back_to_uncompiled_in_silence():
     run_distributed(check_recompile_limit, 1)
 
 
-def test_the_compiler_is_imported_only_when_asked_for():
+def test_the_compiler_is_imported_only_when_used():
     code = (
         "import sys, train.parallel.parallelize;"
         "names = ('torchtitan.distributed.activation_checkpoint', 'torchao', 'torch._dynamo');"
@@ -404,10 +404,10 @@ def train_in_float8(runtime):
         batch = make_loader(config).batch(5)
         plan = dataclasses.replace(schedule_of(config).at(5), exit_layers=(1,))
         plan = dataclasses.replace(plan, exit_weights={1: 1.0}, drop_prob=(0.0, 0.9))
-        J, *_ = accumulate_gradients(
+        totals = accumulate_gradients(
             model, batch, plan, 5, config=config.step_config, runtime=runtime
         )
-        losses[float8] = J.item()
+        losses[float8] = totals.J.item()
         assert all(p.grad.full_tensor().isfinite().all() for p in model.parameters())
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
     assert losses[True] != losses[False]
@@ -430,7 +430,7 @@ def train_offloaded(runtime):
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert model.rope_cos.device == runtime.device
     before = [p.full_tensor().clone() for p in model.parameters()]
-    gradient, weights = train_and_look(model, config, runtime)
+    gradient, weights = train_and_read(model, config, runtime)
     for start, now in zip(before, weights.values(), strict=True):
         assert now.isfinite().all()
         assert not torch.equal(now.cpu(), start.cpu())

@@ -24,7 +24,7 @@ def test_a_storage_lives_until_its_last_view_is_gone():
     assert [a.size for a in tracker.allocations] == [4000, 4000]
 
 
-def test_a_storage_belongs_to_the_innermost_module_that_asked_for_it():
+def test_a_storage_belongs_to_the_innermost_module_that_allocates_it():
     tracker = AllocationTracker({"models": "models", __name__: "here", "no": None})
     with FakeTensorMode(), tracker:
         x, table = torch.empty(1, 1, 4, 8), torch.empty(1, 1, 4, 8)

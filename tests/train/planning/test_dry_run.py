@@ -64,12 +64,12 @@ def test_the_plan_states_sizes_and_work():
     assert f"{(4 * layer + head) / 1e6:.2f} M without exits" in text
     assert f"{(3 * layer + 2.5 * head) * 512 / 4 / 1e6:.2f} M on each GPU" in text
     # The step planned for is t = 0.
-    assert "a step of 3 exits and no layer dropped" in text
+    assert "the largest step, of 3 exits and no layer dropped" in text
     # A ring of four: bfloat16 weights twice a microbatch (the root once), fp32 gradients once.
     gathered = 2 * 2 * (2 * 4 * block + 2 * 500 * 64 + 64)
     sent = (gathered + 4 * total) * 3 / 4 / 2**20
-    [told] = re.findall(r"sent per step +([0-9.]+) MiB", text)
-    assert float(told) == pytest.approx(sent, rel=0.01)
+    [stated] = re.findall(r"sent per step +([0-9.]+) MiB", text)
+    assert float(stated) == pytest.approx(sent, rel=0.01)
 
 
 def test_exits_that_see_a_share_of_the_tokens_count_by_that_share():
@@ -94,7 +94,7 @@ def test_the_plan_of_a_frozen_backbone_counts_what_learns():
     block, own = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64, 2 * (3 * 64 * 128 + 2 * 64)
     total = 4 * block + 2 * 500 * 64 + 64 + own
     assert f"{total:,}: 4 layers of {block:,}" in text
-    assert f"embeddings and head {2 * 500 * 64 + 64:,}, exits of their own {own:,}" in text
+    assert f"embeddings and head {2 * 500 * 64 + 64:,}, exits' own parts {own:,}" in text
     assert re.search(rf"learn +{own:,} of them", text)
     assert f"{(4 * total + 8 * own) / 2**20:.2f} MiB on disk" in text
     flops = 3 * 2 * (block + 64 * 32) + 2 * 4 * 64 * 500 + 6 * own

@@ -1,4 +1,4 @@
-"""What the planner says of a tiny model is what torch's own allocator sees when it really runs."""
+"""The planned memory of a tiny model equals what torch's own allocator counts in a real step."""
 
 import gc
 from dataclasses import replace

@@ -108,7 +108,7 @@ def test_goodput_is_the_share_of_time_since_the_first_start():
     assert (starts([]), first_start([]), goodput(75.0, [], 200.0)) == (0, None, 0.0)
 
 
-def test_the_status_is_written_everywhere_it_is_asked_for(tmp_path, caplog):
+def test_the_status_is_written_to_every_path(tmp_path, caplog):
     paths = [tmp_path / "status.json", tmp_path / "slurm" / "17.json"]
     write_status(paths, "running", 3)
     write_status([tmp_path / "status.json" / "x", *paths], "preempted", 5, "SIGTERM")

@@ -1,9 +1,9 @@
-"""The metrics file survives kills, and the console line says what the metrics say."""
+"""The metrics file survives kills, and the console line holds the same numbers."""
 
 import json
 
 from train.config.demos import demo
-from train.loop.report import exit_metrics, step_line
+from train.loop.report import exit_metrics, step_line, validation_line
 from train.run_folder.metrics import JsonLines
 
 
@@ -22,9 +22,9 @@ def test_steps_done_again_are_not_logged_twice(tmp_path):
     assert lines == [{"step": 10, "x": 10}, {"step": 20, "x": 20}, {"step": 30, "x": -1.0}]
 
 
-def test_exits_are_named_so_that_they_sort():
+def test_exits_are_named_by_the_layers_they_run_so_that_they_sort():
     metrics = exit_metrics("train", {2: 3.0, 11: 2.0}, L=12)
-    assert metrics == {"train/loss": 2.0, "train/loss_exit_02": 3.0, "train/loss_exit_11": 2.0}
+    assert metrics == {"train/loss": 2.0, "train/loss_exit_03": 3.0, "train/loss_exit_12": 2.0}
     assert "train/loss" not in exit_metrics("train", {2: 3.0}, L=12)
 
 
@@ -41,6 +41,11 @@ def test_console_line_shows_first_middle_and_last_exit():
         "perf/peak_memory_gib": 0.5,
     }
     line = step_line(metrics, 240, T=500, tokens_per_step=config.data.tokens_per_step)
-    assert "exit loss 00 5.000, 03 3.500, 07 2.000" in line
+    assert "exit loss E=1 5.000, E=4 3.500, E=8 2.000" in line
     assert "12.3 GFLOP/s" in line
     assert "ETA 2:10" in line
+
+
+def test_validation_line_counts_the_layers_run():
+    line = validation_line([5.25, 4.5], 250)
+    assert line == "held-out loss at step 250, by exit: E=1 5.250 E=2 4.500"

@@ -45,7 +45,7 @@ def test_a_run_folder_that_leads_out_of_the_outputs_is_refused(tmp_path, target)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "outputs" / "run").symlink_to(tmp_path / target)
-    with pytest.raises(ValueError, match="name: .* leads to .*, outside of .*, take the link away"):
+    with pytest.raises(ValueError, match="name: .* leads to .*, outside of .*, remove the link"):
         check(tmp_path / "outputs" / "run", tmp_path / "outputs")
     with pytest.raises(ValueError, match="outside of"):
         check(tmp_path / "outputs" / ".." / "elsewhere", tmp_path / "outputs")
@@ -72,13 +72,13 @@ def test_a_folder_that_cannot_be_written_is_refused():
         check(Path("/proc/sys/kernel"), Path("/proc"))
 
 
-def test_too_little_space_is_said_in_numbers(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_in_numbers(tmp_path, monkeypatch):
     usage = os.statvfs(tmp_path)
     monkeypatch.setattr(
         preflight.shutil, "disk_usage", lambda path: type("Usage", (), {"free": int(3.4 * 2**30)})
     )
     check(tmp_path / "run", tmp_path, int(2.8 * 2**30))
-    with pytest.raises(ValueError, match=r"needs 12\.3 GiB, 3\.4 GiB free, delete what is old"):
+    with pytest.raises(ValueError, match=r"needs 12\.3 GiB, 3\.4 GiB free, delete old"):
         check(tmp_path / "run", tmp_path, int(10.25 * 2**30))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="GiB free"):
@@ -91,13 +91,13 @@ def two_ranks(runtime, folder):
     (here / "run").mkdir(parents=True)
     preflight.SHARED_WITHIN_SECONDS = 0.5
     stop = ValueError if runtime.is_main else SystemExit
-    said = "what rank 1 wrote is not there" if runtime.is_main else "2"
-    with pytest.raises(stop, match=said):
+    message = "the file of rank 1 is missing" if runtime.is_main else "2"
+    with pytest.raises(stop, match=message):
         check_run_folder(here / "run", here, needed_bytes=0, runtime=runtime)
     assert list((here / "run").iterdir()) == []
     missing = folder / "only-on-0" if runtime.is_main else here
-    said = r"rank 0 but is not there, .* \(on rank 1\)" if runtime.is_main else "2"
-    with pytest.raises(stop, match=said):
+    message = r"rank 0 but is not there, .* \(on rank 1\)" if runtime.is_main else "2"
+    with pytest.raises(stop, match=message):
         check_run_folder(missing / "new", missing, needed_bytes=0, runtime=runtime)
     check_run_folder(folder / "run", folder, needed_bytes=0, runtime=runtime)
     runtime.gather(None)

@@ -25,7 +25,7 @@ def dead_pid():
 
 
 def leave_lock(folder, *, number=1, age=0.0, **fields):
-    """Write the lock of a job on another host, `age` seconds after its last sign of life."""
+    """Write the lock of a job on another host, `age` seconds after its last heartbeat."""
     holder = {
         "host": "node17",
         "pid": 4321,
@@ -73,9 +73,11 @@ def test_the_lock_is_gone_after_its_release(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_job_is_refused_and_told_who_holds_the_run(tmp_path, other_job):
+def test_a_second_job_is_refused_with_the_name_of_the_holder(tmp_path, other_job):
     host = os.uname().nodename
-    with pytest.raises(ValueError, match=rf"process {other_job.pid} on host {host}, last sign of"):
+    with pytest.raises(
+        ValueError, match=rf"process {other_job.pid} on host {host}, last heartbeat"
+    ):
         acquire(tmp_path, "")
     with pytest.raises(ValueError, match="stop that job or choose another --name"):
         acquire(tmp_path, "")
@@ -101,13 +103,11 @@ def test_a_process_that_has_only_the_number_of_the_holder_is_another(tmp_path):
 
 def test_a_job_on_another_host_lives_as_long_as_it_gives_signs(tmp_path, caplog):
     leave_lock(tmp_path, age=50)
-    with pytest.raises(
-        ValueError, match="process 4321 on host node17, last sign of life 5.* s ago"
-    ):
+    with pytest.raises(ValueError, match="process 4321 on host node17, last heartbeat 5.* s ago"):
         acquire(tmp_path, "")
     leave_lock(tmp_path, age=70)
     lock = acquire(tmp_path, "")
-    assert "process 4321 on host node17: no sign of life for 7" in caplog.text
+    assert "process 4321 on host node17: no heartbeat for 7" in caplog.text
     assert held_by(tmp_path)["pid"] == os.getpid()
     lock.release()
 
@@ -153,9 +153,9 @@ def test_a_holder_taken_for_dead_notices_and_keeps_its_hands_off(tmp_path):
     lock = acquire(tmp_path, "")
     theirs = leave_lock(tmp_path, number=2)  # after an outage, another host recovered the run
     assert lock.lost == ""
-    with pytest.raises(ValueError, match="taken away by process 4321 on host node17"):
+    with pytest.raises(ValueError, match="taken over by process 4321 on host node17"):
         lock.check()
-    assert "taken away" in lock.lost
+    assert "taken over by" in lock.lost
     lock.release()
     assert theirs.exists()
 
@@ -163,7 +163,7 @@ def test_a_holder_taken_for_dead_notices_and_keeps_its_hands_off(tmp_path):
 def test_a_deleted_lock_is_a_lost_one(tmp_path):
     lock = acquire(tmp_path, "")
     (tmp_path / "run.lock.1").unlink()
-    with pytest.raises(ValueError, match="taken away by somebody"):
+    with pytest.raises(ValueError, match="taken over by another job"):
         lock.check()
 
 
@@ -201,7 +201,7 @@ def test_a_job_that_judged_by_what_is_no_longer_there_gives_way(tmp_path, monkey
     stale, create = leave_lock(tmp_path, age=70), run_lock._create
 
     def create_late(path, holder):
-        """Let others come and go between a job's look and its act; the last one lives."""
+        """Let others come and go between a job's reading and its lock; the last one lives."""
         stale.unlink(missing_ok=True)
         leave_lock(tmp_path, number=number, token="newer")
         return create(path, holder)

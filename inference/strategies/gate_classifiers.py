@@ -34,7 +34,7 @@ STOPPING: tuple[Form, ...] = ("halting", "geometric", "multinomial")
 
 
 @dataclass(frozen=True)
-class Gate:
+class GateClassifier:
     """A classifier for some exits."""
 
     form: Form
@@ -71,7 +71,7 @@ class Gate:
 
 def new_gate(
     form: Form, exits: range, dim: int, *, hidden: int, generator: torch.Generator
-) -> Gate:
+) -> GateClassifier:
     """Make a gate that is to be fitted; linear ones begin at zero."""
     count = {"multinomial": len(exits) + 1}.get(form, 1 if form in SHARED else len(exits))
     tensors = {"w": torch.zeros(count, dim), "b": torch.zeros(count)}
@@ -79,10 +79,10 @@ def new_gate(
         tensors["w_in"] = torch.randn(count, hidden, dim, generator=generator) * dim**-0.5
         tensors["b_in"] = torch.zeros(count, hidden)
         tensors["w"] = torch.zeros(count, hidden)
-    return Gate(form, exits, tensors)
+    return GateClassifier(form, exits, tensors)
 
 
-def save_gate(path: Path, gate: Gate, model: Llama) -> None:
+def save_gate(path: Path, gate: GateClassifier, model: Llama) -> None:
     """Write a gate fitted to `model`."""
     settings = {
         "form": gate.form,
@@ -93,7 +93,7 @@ def save_gate(path: Path, gate: Gate, model: Llama) -> None:
     save_adapter(path, "gate", model, tensors, settings)
 
 
-def load_gate(path: Path, model: Llama) -> Gate:
+def load_gate(path: Path, model: Llama) -> GateClassifier:
     """Read a gate.
 
     Raises:
@@ -102,4 +102,4 @@ def load_gate(path: Path, model: Llama) -> Gate:
     tensors, settings = load_adapter(path, "gate", model)
     [form] = [form for form in FORMS if form == settings["form"]]
     exits = range(int(settings["first"]), model.config.n_layers, int(settings["interval"]))
-    return Gate(form, exits, tensors)
+    return GateClassifier(form, exits, tensors)

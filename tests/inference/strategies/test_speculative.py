@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from inference.engine.compiled import compile_layers, is_compiled
+from inference.engine.decoder import advancing
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.engine.state import advancing
 from inference.loading.run import load_run
-from inference.strategies import two_model
+from inference.strategies import speculative
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import parse_strategy
-from inference.strategies.two_model import Speculative, check_tokenizer
+from inference.strategies.speculative import Speculative, check_tokenizer
 from models.llama import NOTHING
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.strategies.test_self_speculative import excess
@@ -27,7 +27,7 @@ def drafting_with(monkeypatch, draft_model):
     class Loaded:
         model = draft_model
 
-    monkeypatch.setattr(two_model, "_load", lambda *where: Loaded)
+    monkeypatch.setattr(speculative, "_load", lambda *where: Loaded)
 
 
 @pytest.mark.parametrize("d", [1, 2, 5])
@@ -88,12 +88,12 @@ def test_a_draft_that_is_the_model_is_right_after_rounds_without_room(model, mon
     drafting_with(monkeypatch, model)
     state = allocate(model, 2, slots=60, sampling=Sampling(), seed=0)
     prefill(state, PROMPTS[:2], (4, NOTHING))
-    decoder = advancing(state, Speculative(draft=tmp_path, d=3).start(state))
+    decoder = advancing(state.batch, Speculative(draft=tmp_path, d=3).start(state))
     syncs = []
     for room in (9, 9, 1, 9, 1, 1, 1, 9, 9, 2, 9):
         result = decoder(room)
         assert (result.accepted == result.drafted).all()
-        syncs.append(state.work.syncs)
+        syncs.append(state.counters.syncs)
     assert syncs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3], "it asks only where it may be behind"
 
 
@@ -103,7 +103,7 @@ def test_sampled_tokens_have_the_full_models_distribution(biased_model, monkeypa
     drafting_with(monkeypatch, draft)
     hot, name = Sampling(temperature=1.0), f"speculative:draft={tmp_path}"
     assert excess(biased_model, hot, E=None, d=2, name=name) < 4
-    monkeypatch.setattr(two_model, "sample", lambda weights, generator: weights.argmax(-1))
+    monkeypatch.setattr(speculative, "sample", lambda weights, generator: weights.argmax(-1))
     assert excess(biased_model, hot, E=None, d=2, name=name) > 20
 
 
@@ -123,11 +123,11 @@ def test_the_draft_of_a_compiled_model_is_compiled(run_folder, monkeypatch):
         loaded.append(load_run(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr(two_model, "load_run", load)
+    monkeypatch.setattr(speculative, "load_run", load)
     for compiled in (False, True):
         if compiled:
             compile_layers(run.model)
-        two_model._load.cache_clear()
+        speculative._load.cache_clear()
         state = allocate(run.model, 1, slots=16, sampling=Sampling(), seed=0)
         Speculative(draft=run_folder, d=2).start(state)
         assert is_compiled(loaded.pop().model) == compiled

@@ -1,15 +1,12 @@
-"""Fixed rules leave out the layers they say, for the tokens they say, and read no others."""
+"""Later tokens run the layers their budget leaves, and read no others."""
 
 from collections import Counter
 
 import pytest
 import torch
 
-from inference.engine.generation import Generation
-from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.schedules import Pruned, SkipDecode, Unified
-from models.llama import NOTHING, whole_layers
-from models.token_depth import evenly_spaced
+from inference.strategies.skipdecode import SkipDecode
+from models.llama import whole_layers
 from tests.inference.every_strategy import PROMPTS, decode, make_model, slow_greedy
 
 L = 6
@@ -20,45 +17,12 @@ def model():
     return make_model(L)
 
 
-def test_layers_kept_worked_by_hand():
-    assert evenly_spaced(8, 4) == (0, 2, 5, 7)
-    assert Unified(speedup=2.0).with_defaults(32).keep == evenly_spaced(32, 16)
-    assert Unified(speedup=5.0).with_defaults(30).keep == (0, 6, 12, 17, 23, 29)
-    assert Unified(speedup=10.0).with_defaults(12).keep == (0, 11), (
-        "the published rule divides by zero"
-    )
-    assert Pruned().with_defaults(6).keep == (0, 2, 4)
-    assert Pruned(every=3).with_defaults(8).keep == (0, 1, 3, 4, 6, 7)
-    gaps = torch.tensor(Unified(speedup=3.0).with_defaults(32).keep).diff()
-    assert gaps.max() - gaps.min() <= 1, "the published rule leaves a hole of 6 layers"
-
-
 def test_budgets_worked_by_hand():
     rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8).with_defaults(8)
     places = torch.tensor([-1, 0, 1, 2, 4, 6, 8, 100])
     assert rule.budget.at(places).tolist() == [6, 6, 6, 5, 4, 3, 2, 2]  # 5.5 rounds to even
     assert rule.skipped(6, 8) == whole_layers({1, 2})
     assert rule.skipped(2, 8) == whole_layers({1, 2, 3, 4, 5, 6})
-
-
-def test_unified_equals_the_slow_form(model):
-    rule = Unified(speedup=2.0).with_defaults(L)
-    dropped = whole_layers(set(range(L)) - set(rule.keep))
-    # Prompt tokens but the last have keys in every layer, which nobody reads in those dropped.
-    expected = [slow_greedy(model, p, 12, lambda place, n: dropped) for p in PROMPTS]
-    full_prompt = [
-        slow_greedy(model, p, 12, lambda place, n: NOTHING if place < n - 1 else dropped)
-        for p in PROMPTS
-    ]
-    assert decode(model, PROMPTS, rule, max_new_tokens=12).tokens == full_prompt
-    assert full_prompt != expected
-
-
-@pytest.mark.parametrize("keep", [(0, 2, 4), (0, 5), (1, 2, 3)])
-def test_pruned_equals_a_model_without_the_other_layers(model, keep):
-    dropped = whole_layers(set(range(L)) - set(keep))
-    expected = [slow_greedy(model, p, 12, lambda place, n: dropped) for p in PROMPTS]
-    assert decode(model, PROMPTS, Pruned(keep=keep), max_new_tokens=12).tokens == expected
 
 
 @pytest.mark.parametrize("length", [1, 3, 10])
@@ -108,33 +72,9 @@ def test_a_row_that_is_done_takes_no_layers(model):
     assert counters.token_layers == 2 * decode(model, prompts[:1], rule).counters.token_layers
 
 
-def test_everything_kept_is_plain_decoding(model):
-    plain = decode(model, PROMPTS, Autoregressive()).tokens
-    whole = tuple(range(L))
-    for rule in (Unified(speedup=1.0), Pruned(keep=whole), SkipDecode(min_layers=L)):
-        assert decode(model, PROMPTS, rule).tokens == plain
-
-
-RULES = [Unified(), Pruned(), SkipDecode(max_layers=4, min_layers=2, length=5)]
-
-
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_no_slot_nobody_wrote_is_read(model, rule):
-    clean = decode(model, PROMPTS[:1], rule).tokens
-    generation = Generation(model, PROMPTS[:1], rule, max_new_tokens=20)
-    for buffer in generation._state.cache.keys + generation._state.cache.values:
-        buffer.fill_(torch.nan)
-    assert generation.finish().tokens == clean
-
-
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Unified(speedup=0.5), "speedup: 0.5, unified needs at least 1"),
-        (Unified(speedup=float("nan")), "speedup: nan, unified needs at least 1"),
-        (Unified(keep=(0, 6)), r"keep: 0\+6, unified needs layers from 0 to 5"),
-        (Pruned(every=1), "every: 1, pruned needs at least 2"),
-        (Pruned(keep=()), "keep: none, pruned needs layers"),
         (SkipDecode(max_layers=7), "max_layers: 7, skipdecode needs 1 to 6"),
         (SkipDecode(min_layers=0), "min_layers: 0, .*; warmup: 1, skipdecode needs 0 to"),
         (SkipDecode(length=0), "length: 0, skipdecode needs at least 1"),

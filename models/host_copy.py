@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host."""
+"""Copy numbers from a device to the host without stalling either."""
 
 from typing import Any
 
@@ -7,14 +7,13 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A copy of a tensor as it is now, which the host can read while the device goes on.
+    """A copy of a tensor's present values, which the host reads while the device goes on.
 
-    Reading a tensor of a CUDA device itself, the host would wait for all that the device was told
-    since.
+    Reading the tensor itself would wait for every CUDA kernel launched since.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        """Start the copy."""
+        """Start the copy, without waiting for it."""
         self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -24,7 +23,7 @@ class HostCopy:
             self._host = tensor.clone()
 
     def read(self) -> Any:
-        """Return the numbers as nested lists, after waiting until they are there."""
+        """Return the numbers as nested lists, waiting for this copy alone."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.tolist()

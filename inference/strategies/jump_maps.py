@@ -1,0 +1,52 @@
+"""Linear maps from an exit's state to what the last layer would make of it, and their files.
+
+Jump to Conclusions (arXiv 2303.09435), section 3: A_l = argmin_A sum ||A h_l - h_L||^2, and the
+exit predicts with head(norm(A_l h_l)). Ours is written A = I + B, so that a ridge pulls it towards
+no map at all, and a map of low rank is one whose B is. `inference.fit_jump` fits them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from inference.loading.adapters import load_adapter, save_adapter
+from models.llama import Llama
+
+
+@dataclass(frozen=True)
+class JumpMap:
+    """The maps of all exits; at the last layer it is the identity."""
+
+    tensors: Mapping[str, Tensor]
+    """By E: "E.B", (dim, dim), or "E.out", (dim, r), and "E.in", (r, dim), with B = out in."""
+
+    def __call__(self, E: int, h: Tensor) -> Tensor:
+        """Return A h for h = x_E: (..., dim)."""
+        if f"{E}.B" in self.tensors:
+            return h + F.linear(h, self.tensors[f"{E}.B"])
+        if f"{E}.in" in self.tensors:
+            return h + F.linear(F.linear(h, self.tensors[f"{E}.in"]), self.tensors[f"{E}.out"])
+        return h
+
+
+def save_jump(path: Path, jump: JumpMap, model: Llama, settings: Mapping[str, str]) -> None:
+    """Write maps fitted to `model`."""
+    tensors = {name: t.to(model.norm.weight.dtype) for name, t in jump.tensors.items()}
+    save_adapter(path, "jump", model, tensors, settings)
+
+
+def load_jump(path: Path, model: Llama) -> JumpMap:
+    """Read maps.
+
+    Raises:
+        ValueError: there are none, or they were fitted to other weights.
+    """
+    return JumpMap(load_adapter(path, "jump", model)[0])
+
+
+def load_exit_map(path: Path | None, model: Llama) -> JumpMap | None:
+    """Read maps where a file is given."""
+    return None if path is None else load_jump(path, model)
