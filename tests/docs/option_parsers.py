@@ -1,10 +1,9 @@
 """Reads the commands of a block without running them, each with the parser it would meet."""
 
-import argparse
 import configparser
 import importlib
-import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,7 +16,8 @@ from data import command_line
 from inference.strategies.registry import parse_strategy
 from tests.docs.pages import ROOT
 from train import sweep
-from train.config.command_line import parse
+from train.config import command_line as training
+from train.config.demos import demo
 
 # Programs whose options are not ours.
 OTHERS = (
@@ -79,17 +79,18 @@ def parse_command(words):
 
 
 def parse_script(path, words, ranks=None):
-    """Parse the options of a script by its path; training on so many ranks must be possible."""
+    """Parse the options of a script; training must be possible on so many ranks.
+
+    A file that --config names may not be there yet: the demo stands in for it.
+    """
     if path == "train/main.py":
-        with redirect_stdout(StringIO()):
-            command = parse(words, show=True)
+        no_file = mock.patch.object(training, "read_config", lambda _, base: base or demo())
+        with no_file, redirect_stdout(StringIO()):
+            command = training.parse(words, show=True)
         if ranks is not None:
             command.config.check(int(ranks))
         return
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    parse_main(module.main, [path, *words])
+    parse_main(lambda: runpy.run_path(str(ROOT / path), run_name="__main__"), [path, *words])
 
 
 def parse_module(name, words):
@@ -114,14 +115,10 @@ def parse_verb(verb, words):
 
 def parse_main(main, words):
     """Call a command's main up to where its options are read; strategies in them are read too."""
-    argparse_reads = argparse.ArgumentParser.parse_args
-    ours_reads = command_line.read_options
+    read_options = command_line.read_options
 
-    def read_arguments(parser, *args, **kwargs):
-        raise ParsedError(argparse_reads(parser, *args, **kwargs))
-
-    def read_ours(*args, **kwargs):
-        raise ParsedError(ours_reads(*args, **kwargs))
+    def read(*args, **kwargs):
+        raise ParsedError(read_options(*args, **kwargs))
 
     def stop(*_):
         raise ParsedError(None)
@@ -129,8 +126,7 @@ def parse_main(main, words):
     said = StringIO()
     with (
         mock.patch.multiple(sweep, train=stop, submit=stop, report=stop),
-        mock.patch.object(argparse.ArgumentParser, "parse_args", read_arguments),
-        mock.patch.object(command_line, "read_options", read_ours),
+        mock.patch.object(command_line, "read_options", read),
         mock.patch.object(sys, "argv", words),
         redirect_stdout(said),
         redirect_stderr(said),
@@ -147,9 +143,8 @@ def parse_main(main, words):
 
 def check_strategies(options):
     """Read the strategies among the options of a command."""
-    texts = getattr(options, "strategies", None) or [getattr(options, "strategy", None)]
-    for text in texts.split(",") if isinstance(texts, str) else texts:
-        if text:
+    for text in (getattr(options, "strategy", None), *getattr(options, "strategies", ())):
+        if text is not None:
             parse_strategy(text)
 
 
