@@ -1,7 +1,8 @@
 """Command lines from frozen dataclasses: each documented field is an option; errors are one line.
 
 The lowest file that every command may import, so that options, suggestions and errors are the same
-in `train`, `inference`, `data` and `models`. Imports no other file of ours.
+in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`
+and `suggestion` alone.
 """
 
 import inspect
@@ -20,6 +21,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from data.command_help import JOINED_HELP
 from data.suggestion import suggest
 
 T = TypeVar("T")
@@ -129,7 +131,7 @@ def read_known_options(
     box = io.StringIO()
     try:
         wide = nullcontext() if {"-h", "--help"} & {*words} else _wide_terminal()
-        with redirect_stderr(box), wide:
+        with redirect_stderr(box), wide, JOINED_HELP:
             options, unknown = tyro.cli(
                 kind,
                 prog=prog,

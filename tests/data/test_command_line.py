@@ -135,7 +135,8 @@ class Copy:
     source: Annotated[Literal["hf", "ours"], tyro.conf.arg(name="from")]
     """Format."""
     parts: tuple[str, ...] = ()
-    """Parts."""
+    """Parts, which are listed
+    one after the other."""
 
 
 @pytest.mark.parametrize("words", ["--from hf a", "a --from hf", "--parts x y --from hf a"])
@@ -158,6 +159,12 @@ def test_a_mistake_beside_positional_words_is_one_line(words, message):
     with pytest.raises(ValueError, match=".") as error:
         read_copy(words)
     assert str(error.value) == message
+
+
+def test_lines_of_a_docstring_are_joined_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        read_copy("--help")
+    assert "Parts, which are listed one after the other." in capsys.readouterr().out
 
 
 def read_copy(words):
