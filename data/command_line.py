@@ -134,6 +134,10 @@ def run_command(
         command(
             read_options(kind, sys.argv[1:], prog=prog, description=description, synonyms=synonyms)
         )
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `| head`; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -202,6 +206,7 @@ def _one_line(box: str, kind: type) -> str:
         return f"{option[2:]}: none, give {option} {metavar}"
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
     text = " ".join(lines[:end]).removeprefix("Error parsing ").rstrip(".")
+    text = text.removeprefix(f"{kind.__name__}: ")  # raised by the class itself
     if found := re.match(r"Missing value for argument '--([^']*)'", text):
         return f"{found[1]}: no value, give {_wanted(kind, found[1])}"
     if found := re.match(r"invalid choice '(.*)' for argument '--([^']*)'. Expected one of", text):
