@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.docs.option_parsers import entry_points
+from tests.docs.option_parsers import read_setup
 from tests.docs.pages import ROOT
 
 # What is written differently in the clone: {file: (expression, replacement), once}.
@@ -97,6 +97,24 @@ def smaller(text):
     return "\n".join(lines) + "\n"
 
 
+def write_entry_points(site, python):
+    """Write what an installation makes of the entry points of setup.cfg."""
+    setup = read_setup()
+    groups = setup["options.entry_points"] if setup.has_section("options.entry_points") else {}
+    info = site / "skipstone-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: skipstone\nVersion: 0\n")
+    lines = [line for name, entries in groups.items() for line in (f"[{name}]", entries)]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    for entry in filter(None, groups.get("console_scripts", "").splitlines()):
+        name, module, function = re.fullmatch(r"(\S+) = (\S+):(\S+)", entry).groups()
+        script = python.with_name(name)
+        script.write_text(
+            f"#!{python}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
+        )
+        script.chmod(0o755)
+
+
 def install(folder):
     """Make folder/.venv with the packages that run the tests, and with ours as they are there."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
@@ -114,12 +132,6 @@ def install(folder):
             target.chmod(0o755)
         else:
             target.symlink_to(script)
-    for name, entry in entry_points().items():
-        module, _, function = entry.partition(":")
-        script = folder / ".venv" / "bin" / name
-        script.write_text(
-            f"#!{python}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
-        )
-        script.chmod(0o755)
+    write_entry_points(site, python)
     stamp = "cat setup.cfg pyproject.toml launch/constraints.txt | cksum >.venv/installed-test"
     subprocess.run(stamp, shell=True, check=True, cwd=folder)

@@ -1,10 +1,9 @@
 """Reads the commands of a block without running them, each with the parser it would meet."""
 
-import argparse
 import configparser
 import importlib
-import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,7 +16,8 @@ from data import command_line
 from inference.strategies.registry import parse_strategy
 from tests.docs.pages import ROOT
 from train import sweep
-from train.config.command_line import parse
+from train.config import command_line as training
+from train.config.demos import demo
 
 # Programs whose options are not ours.
 OTHERS = (
@@ -57,7 +57,7 @@ def parse_command(words):
     program, *rest = words
     if program == "torchrun":
         options = get_args_parser().parse_args(rest)
-        parse_script(options.training_script, options.training_script_args)
+        parse_script(options.training_script, options.training_script_args, options.nproc_per_node)
     elif program == "sbatch":
         script = rest.index("launch/train.slurm")
         assert all(word.startswith("--") for word in rest[:script])
@@ -69,7 +69,7 @@ def parse_command(words):
     elif program == "python":
         parse_script(rest[0], rest[1:])
     elif program == "skipstone":
-        parse_entry(words)
+        parse_verb(rest[0], rest[1:])
     elif program == "pip":
         parse_install(rest)
     elif program in ("bash", "pytest"):
@@ -78,16 +78,19 @@ def parse_command(words):
         assert program in OTHERS, f"{program}: unknown to the tests of the documentation"
 
 
-def parse_script(path, words):
-    """Parse the options of a script by its path."""
+def parse_script(path, words, ranks=None):
+    """Parse the options of a script; training must be possible on so many ranks.
+
+    A file that --config names may not be there yet: the demo stands in for it.
+    """
     if path == "train/main.py":
-        with redirect_stdout(StringIO()):
-            parse(words, show=True)
+        no_file = mock.patch.object(training, "read_config", lambda _, base: base or demo())
+        with no_file, redirect_stdout(StringIO()):
+            command = training.parse(words, show=True)
+        if ranks is not None:
+            command.config.check(int(ranks))
         return
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    parse_main(module.main, [path, *words])
+    parse_main(lambda: runpy.run_path(str(ROOT / path), run_name="__main__"), [path, *words])
 
 
 def parse_module(name, words):
@@ -100,30 +103,22 @@ def parse_module(name, words):
         parse_main(importlib.import_module(name).main, [name, *words])
 
 
-def parse_entry(words):
-    """Parse the options of a program that setup.cfg installs."""
-    module, _, function = entry_points()[words[0]].partition(":")
-    parse_main(getattr(importlib.import_module(module), function), words)
-
-
-def entry_points():
-    """Return {program: module:function} of setup.cfg."""
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    lines = setup.get("options.entry_points", "console_scripts", fallback="").split("\n")
-    return dict(re.split(r"\s*=\s*", line) for line in lines if line)
+def parse_verb(verb, words):
+    """Parse the options of `skipstone verb`; those of torchrun come before a preset."""
+    if verb == "train":
+        while words and words[0].startswith(("--nproc", "--nnodes")):
+            words = words[1:]
+        parse_script("train/main.py", words)
+    elif verb != "--help":
+        parse_module(importlib.import_module("launch.main").VERBS[verb][0], words)
 
 
 def parse_main(main, words):
     """Call a command's main up to where its options are read; strategies in them are read too."""
-    argparse_reads = argparse.ArgumentParser.parse_args
-    ours_reads = command_line.read_options
+    read_options = command_line.read_options
 
-    def read_arguments(parser, *args, **kwargs):
-        raise ParsedError(argparse_reads(parser, *args, **kwargs))
-
-    def read_ours(*args, **kwargs):
-        raise ParsedError(ours_reads(*args, **kwargs))
+    def read(*args, **kwargs):
+        raise ParsedError(read_options(*args, **kwargs))
 
     def stop(*_):
         raise ParsedError(None)
@@ -131,8 +126,7 @@ def parse_main(main, words):
     said = StringIO()
     with (
         mock.patch.multiple(sweep, train=stop, submit=stop, report=stop),
-        mock.patch.object(argparse.ArgumentParser, "parse_args", read_arguments),
-        mock.patch.object(command_line, "read_options", read_ours),
+        mock.patch.object(command_line, "read_options", read),
         mock.patch.object(sys, "argv", words),
         redirect_stdout(said),
         redirect_stderr(said),
@@ -149,19 +143,24 @@ def parse_main(main, words):
 
 def check_strategies(options):
     """Read the strategies among the options of a command."""
-    texts = getattr(options, "strategies", None) or [getattr(options, "strategy", None)]
-    for text in texts.split(",") if isinstance(texts, str) else texts:
-        if text:
+    for text in (getattr(options, "strategy", None), *getattr(options, "strategies", ())):
+        if text is not None:
             parse_strategy(text)
 
 
 def parse_install(words):
     """Check that what `pip install` names is there: files, and extras of ours."""
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
+    setup = read_setup()
     for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
         assert setup.has_option("options.extras_require", extra), extra
     check_paths(words)
+
+
+def read_setup():
+    """Return the contents of setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup
 
 
 def check_paths(words):

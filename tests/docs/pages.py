@@ -1,6 +1,6 @@
 """The pages of the documentation as the tests read them: paragraphs, links and fenced blocks.
 
-The language of a block says what it is:
+The language of a block is what it is for:
 
     bash, python   run as it stands, in the order of the pages, in one fresh clone
     output         what the block before it prints: these lines, in this order. Numbers are masked;

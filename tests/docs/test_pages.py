@@ -84,6 +84,14 @@ def test_files_that_pages_name_exist(page):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+@by_name
+def test_names_beside_files_are_in_them(page):
+    for name, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", "\n".join(page.lines)):
+        text = next(ROOT.rglob(name)).read_text()
+        for symbol in re.findall(r"`([\w.]+)`", names):
+            assert symbol.split(".")[-1] in text, f"{page.name}: {symbol} in {name}"
+
+
 def test_numbers_are_masked_and_lines_keep_their_order():
     printed = ["step 25/500 | J 6.711", "E  loss", "1  -5.0e-3   12,345", "done"]
     assert not missing_lines(["step 1/60 | J 3.1", "...", "1 2 3", "do..."], printed)
@@ -96,8 +104,8 @@ def test_numbers_are_masked_and_lines_keep_their_order():
 def messages():
     """Return the texts in our code, one a line, with ... for what is put into them."""
     found = []
-    for room in ("train", "models", "loss", "data", "inference"):
-        for path in (ROOT / room).rglob("*.py"):
+    for package in ("train", "models", "loss", "data", "inference"):
+        for path in (ROOT / package).rglob("*.py"):
             nodes = [*ast.walk(ast.parse(path.read_text()))]
             found += [text_of(node) for node in nodes if isinstance(node, ast.JoinedStr)]
             found += [
