@@ -18,7 +18,7 @@ import torch
 
 from data.command_line import run_command
 from data.suggestion import suggest
-from inference.cli.arguments import Count, Names, OutputFile
+from inference.cli.arguments import Count, Counts, OutputFile
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
 from inference.engine.generation import wait_for
@@ -40,9 +40,9 @@ class Options:
 
     size: str
     """Model size, see models/sizes.py."""
-    E: Names
+    E: Counts
     """Layers that draft, each in turn."""
-    d: Names
+    d: Counts
     """Tokens drafted, each in turn."""
     batch_size: Count = 1
     """Prompts decoded at once."""
@@ -117,7 +117,7 @@ def decode(options: Options) -> None:
         raise ValueError("device: cuda, this machine has no CUDA device")
     device, config = torch.device(options.device), SIZES[options.size]
     arms = expand_arms(["self_speculative"], options.E, options.d, config.n_layers)
-    model = build(options, min(map(int, options.E)))
+    model = build(options, min(options.E))
     on_gpu = device.type == "cuda"
     if on_gpu:
         compile_layers(model)

@@ -1,13 +1,15 @@
 """Command lines from frozen dataclasses: each documented field is an option; errors are one line.
 
 The lowest file that every command may import, so that options, suggestions and errors are the same
-in `train`, `inference`, `data` and `models`. Imports no other file of ours.
+in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`
+and `suggestion` alone.
 """
 
 import inspect
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -19,6 +21,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from data.command_help import JOINED_HELP
 from data.suggestion import suggest
 
 T = TypeVar("T")
@@ -128,7 +131,7 @@ def read_known_options(
     box = io.StringIO()
     try:
         wide = nullcontext() if {"-h", "--help"} & {*words} else _wide_terminal()
-        with redirect_stderr(box), wide:
+        with redirect_stderr(box), wide, JOINED_HELP:
             options, unknown = tyro.cli(
                 kind,
                 prog=prog,
@@ -161,6 +164,10 @@ def run_command(
         command(
             read_options(kind, sys.argv[1:], prog=prog, description=description, synonyms=synonyms)
         )
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone: write no more, nor at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,6 +1,6 @@
 """A prepared dataset: a folder of token shards, their tokenizer and `dataset.json`.
 
-`data.prepare` writes such a folder, training and evaluation open it. Knows nothing of batches.
+`data.prepare` writes such a folder, training and evaluation open it. Independent of batches.
 """
 
 import dataclasses
@@ -38,7 +38,6 @@ class Split:
 
     @property
     def documents(self) -> int:
-        """Number of documents."""
         return sum(shard.documents for shard in self.shards)
 
     @property
@@ -49,7 +48,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What `dataset.json` says, and where it says it."""
+    """The content of `dataset.json`, and its folder."""
 
     path: Path
     vocab_size: int
@@ -64,13 +63,13 @@ class Dataset:
     skipped: Mapping[str, int]
     """Number of documents (or lines, rows, files) left out, by reason."""
     skipped_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The first few places of each reason: file, file:line or file:row."""
+    """The first few origins of each reason: file, file:line or file:row."""
     arguments: Mapping[str, object]
-    """What `data.prepare` was asked for."""
+    """The arguments of `data.prepare`, see `PrepareConfig.arguments`."""
 
     @property
     def tokenizer_path(self) -> Path:
-        """The SentencePiece model behind the ids."""
+        """The tokenizer of the ids."""
         return self.path / TOKENIZER_NAME
 
     @property
@@ -105,7 +104,7 @@ class Dataset:
             if header.tokens != record.tokens:
                 raise ValueError(
                     f"shard {self.path / record.name} has {header.tokens} tokens but"
-                    f" {DESCRIPTION_NAME} says {record.tokens}, prepare the dataset again"
+                    f" {DESCRIPTION_NAME} lists {record.tokens}, prepare the dataset again"
                 )
             shards.append(tokens)
         return TokenStream(shards)
@@ -115,11 +114,11 @@ def verify_shards(dataset: Dataset, *, part: int = 0, parts: int = 1) -> None:
     """Read every `parts`-th shard of all splits, from the `part`-th on, and check its content.
 
     Finds what opening does not: a file of the right size whose bytes are no longer those that were
-    prepared, and ids that the vocabulary does not have. Each shard is read once, in blocks of 8 MB.
-    The ranks of a job share the work by giving their number and their count.
+    prepared, and ids outside the vocabulary. Each shard is read once, in blocks of 8 MB. The ranks
+    of a job share the work: `part` is the rank, `parts` their number.
 
     Raises:
-        ValueError: all that is wrong with these shards, each with its reason.
+        ValueError: shards are damaged; the message names each with its reason.
     """
     records = [record for _, split in sorted(dataset.splits.items()) for record in split.shards]
     records = records[part::parts]
@@ -149,15 +148,15 @@ def _verify_shard(dataset: Dataset, record: ShardRecord, progress: Progress) -> 
             progress.update(len(block))
             ids = token_ids(np.frombuffer(block, dtype))
             if not faults and ids.max() >= dataset.vocab_size:
-                place = int((ids >= dataset.vocab_size).argmax())
+                index = int((ids >= dataset.vocab_size).argmax())
                 faults.append(
-                    f"id {ids[place]} of token {first + place} is outside the vocabulary of"
+                    f"id {ids[index]} of token {first + index} is outside the vocabulary of"
                     f" {dataset.vocab_size}"
                 )
             first += len(ids)
     if digest.hexdigest() != record.sha256:
         faults.append(
-            f"its sha256 is {digest.hexdigest()} but {DESCRIPTION_NAME} says {record.sha256}"
+            f"its sha256 is {digest.hexdigest()} but {DESCRIPTION_NAME} lists {record.sha256}"
         )
     if faults:
         raise ValueError(f"shard {path}: {' and '.join(faults)}, prepare the dataset again")

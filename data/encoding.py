@@ -1,7 +1,7 @@
 """Documents to token ids, over several processes, in order.
 
-The output is the same for any number of processes. Knows nothing of files but the tokenizer's.
-Not a ProcessPoolExecutor: that of Python 3.11 may wait for ever when a process of it is killed
+The output is the same for any number of processes. Reads no file but the tokenizer's.
+Not a ProcessPoolExecutor: that of Python 3.11 may hang when one of its processes is killed
 (https://github.com/python/cpython/issues/94777).
 """
 
@@ -35,8 +35,8 @@ _Tokens = npt.NDArray[np.integer]
 def encode_document(tokenizer: Tokenizer, text: str, prompt_chars: int | None = None) -> _Tokens:
     """Return BOS, the ids of the text, EOS: (seq,) as they are stored.
 
-    A prompt is encoded by itself, as it is when the model is asked; BOS and its ids are marked as
-    not to be learnt, see `data.shards.ShardHeader`.
+    A prompt is encoded by itself, as it is for generation; BOS and its ids are marked as not to be
+    learnt, see `data.shards.ShardHeader`.
     """
     dtype = token_dtype(tokenizer.vocab_size, pairs=prompt_chars is not None)
     bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], dtype=dtype)
@@ -64,7 +64,7 @@ def encode_documents(
         workers: number of processes; 1 means this one.
 
     Raises:
-        ValueError: a process was killed.
+        ValueError: a worker process was killed.
     """
     if workers == 1:
         for document in documents:
@@ -77,29 +77,29 @@ def encode_documents(
 def _encode_over(
     connections: list[Connection], documents: Iterable[Document]
 ) -> Iterator[tuple[Document, _Tokens]]:
-    """Deal batches out in turn, and take the results back in the same order."""
+    """Send batches to the workers in turn, and receive the results in the same order."""
     running: deque[tuple[Connection, list[Document]]] = deque()
     chars = 0
     for connection, batch in zip(cycle(connections), _batches(documents), strict=False):
-        with _loss_explained(len(connections)):
+        with _worker_loss_explained(len(connections)):
             connection.send([(document.text, document.prompt_chars) for document in batch])
         running.append((connection, batch))
         chars += _count_chars(batch)
         while chars >= _BATCHES_AHEAD * len(connections) * _BATCH_CHARS:
             oldest, batch = running.popleft()
             chars -= _count_chars(batch)
-            with _loss_explained(len(connections)):
+            with _worker_loss_explained(len(connections)):
                 encoded = oldest.recv()
             yield from zip(batch, encoded, strict=True)
     for oldest, batch in running:
-        with _loss_explained(len(connections)):
+        with _worker_loss_explained(len(connections)):
             encoded = oldest.recv()
         yield from zip(batch, encoded, strict=True)
 
 
 @contextmanager
-def _loss_explained(workers: int) -> Iterator[None]:
-    """Say what it means when the other side of a connection is gone."""
+def _worker_loss_explained(workers: int) -> Iterator[None]:
+    """Turn the loss of a connection into an error with its likely cause."""
     try:
         yield
     except (EOFError, OSError) as error:
@@ -136,7 +136,7 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
             process.start()
-            theirs.close()  # Else its end would stay open when the process has gone.
+            theirs.close()  # Else its end would stay open after the process has exited.
             connections.append(ours)
             processes.append(process)
         yield connections
@@ -148,14 +148,14 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
 
 
 def _work(connection: Connection, path: Path) -> None:
-    """Encode the batches that come, until none comes any more."""
+    """Encode batches until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends this process.
     batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-    # Else both sides could wait for the other to take what they send.
+    # Without a thread both sides could block in send, each for the other to receive.
     threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()
     tokenizer = Tokenizer(path)
     while (batch := batches.get()) is not None:
-        with suppress(ConnectionError):  # The parent may be gone; then no batch follows.
+        with suppress(ConnectionError):  # The parent may have exited; then no batch follows.
             connection.send([encode_document(tokenizer, *document) for document in batch])
 
 
@@ -163,5 +163,5 @@ def _receive(connection: Connection, batches: "queue.SimpleQueue[_Batch | None]"
     try:
         while True:
             batches.put(connection.recv())
-    except (EOFError, OSError):  # The parent is gone, perhaps in the middle of a batch.
+    except (EOFError, OSError):  # The parent has exited, perhaps in the middle of a batch.
         batches.put(None)

@@ -1,4 +1,4 @@
-"""What could not be used of a corpus: counted by reason and located."""
+"""Documents and files of a corpus that could not be used: counted by reason and located."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,14 +9,13 @@ UNKNOWN_KIND = "unknown file kind"
 
 @dataclass
 class Faults:
-    """What was skipped, counted by reason, with the first few places of each."""
+    """What was skipped, counted by reason, with the first few origins of each."""
 
     max_examples: int = 3
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, origin: str) -> None:
-        """Count one fault."""
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < self.max_examples:
@@ -28,7 +27,7 @@ class Faults:
         return self.counts.total() - self.counts[EMPTY] - self.counts[UNKNOWN_KIND]
 
     def lines(self) -> list[str]:
-        """Return one line per reason: the count, the reason, the first places."""
+        """Return one line per reason: the count, the reason, the first origins."""
         return [
             f"skipped {count}: {reason} ({', '.join(self.examples[reason])}"
             f"{', ...' if count > len(self.examples[reason]) else ''})"

@@ -1,6 +1,6 @@
 """The tokenizer files of a Hugging Face folder: written, found, and proven to give our ids.
 
-Knows nothing of models.
+Independent of models.
 """
 
 import json
@@ -24,14 +24,14 @@ PROOF_TEXTS = 2000
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> None:
-    """Write what `AutoTokenizer` reads: our ids, with BOS before them.
+    """Write the files of `AutoTokenizer`: our ids, with BOS before them.
 
-    A SentencePiece model becomes a tokenizer.json, see `data.tokenizer_json`, and lies beside it
-    as it is, for llama.cpp. Names of special tokens in a text stay text then, as they do here; a
-    tokenizer.json of others goes out as it came in, and transformers reads such names as tokens.
+    A SentencePiece model becomes a tokenizer.json, see `data.tokenizer_json`, and is copied beside
+    it for llama.cpp. Names of special tokens in a text stay text then, as they do here. A
+    tokenizer.json that was given is written unchanged, and transformers reads such names as tokens.
 
     Raises:
-        ValueError: tokenizer.json cannot say what the SentencePiece model does.
+        ValueError: tokenizer.json has no exact form for the SentencePiece model.
     """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -54,11 +54,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> 
 def find_tokenizer(folder: Path, vocab_size: int) -> Path:
     """Return the tokenizer file of a Hugging Face folder.
 
-    Its SentencePiece model where it has one of the model's size, for that is what the other file
-    was made from; else its tokenizer.json.
+    Its SentencePiece model where it has one of the model's size, from which the other file was
+    made; else its tokenizer.json.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: the folder has neither.
     """
     model = folder / SENTENCEPIECE_NAME
     if model.is_file() and Tokenizer(model).vocab_size == vocab_size:
@@ -73,7 +73,7 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Path:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether a tokenizer's folder says how a chat is written, which no tokenizer here keeps.
+    """Whether a tokenizer's folder has a chat template, which no tokenizer here keeps.
 
     Raises:
         ValueError: its tokenizer_config.json is damaged.
@@ -93,15 +93,15 @@ def prove_same_ids(tokenizer: Tokenizer, folder: Path) -> str:
     """Compare the ids of `PROOF_TEXTS` seeded random texts with those of the files in `folder`.
 
     Returns:
-        What was compared, for a reader.
+        What was compared, as a line of text.
 
     Raises:
-        ValueError: a text has other ids.
+        ValueError: the ids of a text differ.
     """
     encode, reader = _reader(folder)
     unigram = b'"type": "Unigram"' in (folder / JSON_NAME).read_bytes()
     ties = 0
-    for text in nasty_texts(PROOF_TEXTS, seed=0):
+    for text in random_texts(PROOF_TEXTS, seed=0):
         ours, theirs = [tokenizer.bos_id, *tokenizer.encode(text)], encode(text)
         if ours == theirs:
             continue
@@ -116,7 +116,7 @@ def prove_same_ids(tokenizer: Tokenizer, folder: Path) -> str:
 
 
 def _reader(folder: Path) -> tuple[Callable[[str], list[int]], str]:
-    """Return what encodes a text, BOS first, and whose it is."""
+    """Return a function that encodes a text, BOS first, and the name of its library."""
     if find_spec("transformers"):
         import transformers
 
@@ -138,7 +138,7 @@ _PARTS = (
 )
 
 
-def nasty_texts(count: int, *, seed: int) -> Iterator[str]:
+def random_texts(count: int, *, seed: int) -> Iterator[str]:
     """Yield the empty text and random ones: white space, words, emoji, any character there is."""
     draw = random.Random(seed)
     yield ""

@@ -22,8 +22,8 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def read_rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of each row, from 1, and some columns of it, in the dataset's order.
 
-    A folder is read as it lies on the disk; of a name on the hub no more is fetched than what is
-    read, again on every pass.
+    A folder is read from the disk; of a name on the hub no more is fetched than is read, again on
+    every pass.
 
     Args:
         source: hf:NAME[:SPLIT[:CONFIG]]; the split is "train" if not given. Folders saved with
@@ -50,7 +50,7 @@ def read_rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, A
 
 
 def check_columns(source: str, columns: Sequence[str], layout: RowLayout) -> None:
-    """Raise a ValueError if a source has no such column."""
+    """Raise a ValueError if a source lacks a column of the layout."""
     for field in layout.fields:
         if field not in columns:
             raise ValueError(
@@ -60,7 +60,6 @@ def check_columns(source: str, columns: Sequence[str], layout: RowLayout) -> Non
 
 
 def _open(source: str) -> Any:
-    """Open one split."""
     name, split, config = (source.removeprefix(PREFIX).split(":", 2) + ["", ""])[:3]
     if not name:
         raise ValueError(f"input {source} names no dataset, give hf:NAME[:SPLIT[:CONFIG]]")
@@ -71,7 +70,7 @@ def _open(source: str) -> Any:
         if not Path(name).is_dir():
             if not _HUB_NAME.fullmatch(name):
                 raise ValueError("there is no such folder")
-            with _without_warnings("huggingface_hub"):  # Of every retry; the error says the same.
+            with _without_warnings("huggingface_hub"):  # Of every retry; the error repeats them.
                 return datasets.load_dataset(
                     name, config or None, split=split or DEFAULT_SPLIT, streaming=True
                 )
@@ -95,7 +94,7 @@ def _open(source: str) -> Any:
 
 @contextmanager
 def _without_warnings(name: str) -> Iterator[None]:
-    """Silence what a logger says below an error."""
+    """Silence a logger below the level of errors."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

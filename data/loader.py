@@ -1,6 +1,6 @@
 """Batches out of a mixture of sources, as a pure function of (seed, batch number).
 
-Knows nothing of the model, of files or of how ranks talk: rank and world size are numbers here.
+Independent of the model, of files and of process groups: rank and world size are numbers here.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ from data.windows import document_numbers
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The sequences that one rank puts through the model at once."""
+    """The sequences of one forward pass on one rank."""
 
     tokens: torch.Tensor
     """(batch, seq) int64."""
@@ -38,7 +38,7 @@ class Microbatch:
         return int((self.labels != NO_LOSS).sum())
 
     def pin_memory(self) -> "Microbatch":
-        """Return a copy in page-locked memory, from where a GPU copies without blocking."""
+        """Return a copy in page-locked memory, from which copies to a GPU do not block."""
         return Microbatch(
             self.tokens.pin_memory(),
             self.labels.pin_memory(),
@@ -47,7 +47,7 @@ class Microbatch:
         )
 
     def to(self, device: torch.device) -> "Microbatch":
-        """Return what the model reads on a device; `samples` stay on the host."""
+        """Return a copy on a device; `samples` stay on the host."""
         return Microbatch(
             self.tokens.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
@@ -61,10 +61,10 @@ def batch_number(t: int, skipped: Sequence[tuple[int, int]]) -> int:
 
     Args:
         t: optimizer step, from 0.
-        skipped: half-open ranges [start, stop) of batch numbers that are never dealt, in any
+        skipped: half-open ranges [start, stop) of batch numbers that are never used, in any
             order; they may overlap.
     """
-    number, behind = t, 0  # `behind` is where the ranges that are passed end.
+    number, behind = t, 0  # `behind` is the end of the ranges so far.
     for start, stop in sorted(skipped):
         if start > number:
             break
@@ -74,7 +74,7 @@ def batch_number(t: int, skipped: Sequence[tuple[int, int]]) -> int:
 
 
 class TokenLoader:
-    """Deals the rows of a mixture out to steps, ranks and microbatches.
+    """Distributes the rows of a mixture over steps, ranks and microbatches.
 
     Row j of global batch b is row b * global_batch_size + j of the mixture: a batch may hold the
     end of one epoch and the start of the next. Microbatch m holds the global rows
@@ -103,7 +103,6 @@ class TokenLoader:
         world_size: int = 1,
         bos_id: int | None = None,
     ) -> None:
-        """Check the sizes; see the class."""
         if min(global_batch_size, microbatch_size) < 1:
             raise ValueError(
                 f"global_batch_size {global_batch_size} and microbatch_size {microbatch_size}"
@@ -125,7 +124,7 @@ class TokenLoader:
         self._bos_id = bos_id
 
     def epochs(self, number: int) -> list[float]:
-        """Return how often each source was read through before global batch `number`."""
+        """Return the epochs of each source that precede global batch `number`."""
         return self.mixture.epochs(number * self.global_batch_size)
 
     def batch(self, number: int) -> list[Microbatch]:
@@ -145,13 +144,13 @@ class TokenLoader:
     ) -> Iterator[tuple[int, list[Microbatch]]]:
         """Yield (t, batch(batch_number(t, skipped))) for t in [start, stop).
 
-        A background thread reads ahead. It ends with the iterator, also when the caller leaves it
+        A background thread reads ahead. It ends with the iterator, also when the caller closes it
         early.
 
         Args:
             start: first step.
             stop: step after the last.
-            skipped: half-open ranges of batch numbers that are never dealt, see `batch_number`.
+            skipped: half-open ranges of batch numbers that are never used, see `batch_number`.
             depth: batches to hold ready, at least 1.
             pin_memory: put them in page-locked memory, where there is CUDA.
         """
@@ -168,7 +167,7 @@ class TokenLoader:
                 yield t, batch
 
     def _load(self, number: int, *, pin: bool) -> list[Microbatch]:
-        """Return batch(number), in page-locked memory if asked."""
+        """Return batch(number), in page-locked memory where `pin` is True."""
         batch = self.batch(number)
         return [microbatch.pin_memory() for microbatch in batch] if pin else batch
 
@@ -184,7 +183,7 @@ def microbatch(
     samples: npt.NDArray[np.int64],
     bos_id: int | None,
 ) -> Microbatch:
-    """Return rows as they go into the model; without `bos_id`, their documents see each other."""
+    """Return a microbatch of some rows; without `bos_id`, attention crosses their documents."""
     documents = None if bos_id is None else document_numbers(tokens, bos_id)
     return Microbatch(
         tokens=torch.from_numpy(tokens),

@@ -1,4 +1,4 @@
-"""Several sources dealt out as one endless sequence of rows, as a pure function of (seed, row)."""
+"""Several sources mixed into one endless sequence of rows, as a pure function of (seed, row)."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from data.permutation import permute
 from data.windows import Windows
 
 PERIOD = 4096
-"""Rows after which every source has had its share, to the row."""
+"""Rows in which every source has exactly its share."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -18,13 +18,13 @@ class Mixture:
     """An endless sequence of rows from one or more sources.
 
     Of every PERIOD rows, from the first on, each source gets its share, rounded to whole rows by
-    largest remainder, in an order of the period's own. The n-th row of a source is place
-    n % windows of the permutation of its epoch n // windows, so that each source is read through,
-    every window once, before any comes again, at its own pace.
+    largest remainder, in an order of the period's own. The n-th row of a source is element
+    n % windows of the permutation of its epoch n // windows, so that every window of a source is
+    read once before any is read again, independently of the other sources.
 
     Args:
         sources: Each with windows of the same length.
-        weights: Relative, one for each source; None: as many as it has windows.
+        weights: Relative, one for each source; None: its number of windows.
         seed: Fixes the order.
         shuffle: False reads each source's windows in order, in every epoch.
 
@@ -40,7 +40,6 @@ class Mixture:
         seed: int,
         shuffle: bool = True,
     ) -> None:
-        """Share out the rows of a period; see the class."""
         self.sources = sources
         self.rows_per_period = shares(weights or [len(source) for source in sources])
         self._ends = np.cumsum(self.rows_per_period)
@@ -52,14 +51,14 @@ class Mixture:
         return sum(map(len, self.sources))
 
     def epochs(self, rows: int) -> list[float]:
-        """Return how often each source has been read through after so many rows."""
+        """Return the epochs of each source in the first `rows` rows."""
         return [
             rows * share / PERIOD / len(source)
             for source, share in zip(self.sources, self.rows_per_period, strict=True)
         ]
 
-    def places(self, rows: Ids) -> tuple[Ids, Ids]:
-        """Return the source of each row, and which of its windows it is.
+    def locate(self, rows: Ids) -> tuple[Ids, Ids]:
+        """Return the source of each row, and the index of its window in the source.
 
         Args:
             rows: (count,) int64, from 0.
@@ -69,17 +68,17 @@ class Mixture:
             period, row = np.divmod(rows, PERIOD)
             for number in np.unique(period).tolist():
                 here = period == number
-                source[here], turn[here] = (dealt[row[here]] for dealt in self._deal(number))
+                source[here], turn[here] = (each[row[here]] for each in self._mix(number))
         window = np.empty_like(rows)
         for s in range(len(self.sources)):
             here = source == s
-            epoch, place = np.divmod(turn[here], len(self.sources[s]))
+            epoch, index = np.divmod(turn[here], len(self.sources[s]))
             if self._shuffle:
-                place = permute(place, epoch, size=len(self.sources[s]), seed=self._seed + s)
-            window[here] = place
+                index = permute(index, epoch, size=len(self.sources[s]), seed=self._seed + s)
+            window[here] = index
         return source, window
 
-    def _deal(self, period: int) -> tuple[Ids, Ids]:
+    def _mix(self, period: int) -> tuple[Ids, Ids]:
         """Return the source of each row of a period, and its number among all rows of it."""
         rows = np.arange(PERIOD)
         slot = permute(rows, np.full_like(rows, period), size=PERIOD, seed=self._seed)
@@ -91,7 +90,7 @@ class Mixture:
 
     def read(self, rows: Ids) -> tuple[Ids, Ids]:
         """Return tokens and labels of some rows, (count, seq) int64 each."""
-        source, window = self.places(rows)
+        source, window = self.locate(rows)
         read = [
             self.sources[s].read(i) for s, i in zip(source.tolist(), window.tolist(), strict=True)
         ]
@@ -100,10 +99,10 @@ class Mixture:
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Return how many of PERIOD rows each weight has a right to, by largest remainder.
+    """Return the rows of PERIOD that each weight amounts to, by largest remainder.
 
     Raises:
-        ValueError: a weight is not positive, or has no right to one row.
+        ValueError: a weight is not positive, or amounts to less than one row.
     """
     for weight in weights:
         if not 0.0 < weight < float("inf"):

@@ -2,7 +2,7 @@
 
 An index is split into a left and a right half of its bits and goes through a Feistel network,
 which is a bijection for any round function; an image outside the range goes through again (cycle
-walking) until it falls inside. Nothing is stored, so any step can be asked for at any time.
+walking) until it falls inside. Nothing is stored, so any step can be computed at any time.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def mix(words: _Words) -> _Words:
 def permute(
     slots: npt.NDArray[np.int64], keys: npt.NDArray[np.int64], *, size: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Return where each slot goes under the permutation of range(size) of its key.
+    """Return the image of each slot under the permutation of range(size) of its key.
 
     Args:
         slots: (count,) int64 in [0, size).

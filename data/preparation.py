@@ -1,8 +1,8 @@
 """Making a dataset out of text, from reading the input to naming the finished folder.
 
 Two passes over the input: the first counts, splits and trains the tokenizer, the second encodes.
-The dataset appears under its name only when it is whole. Training calls this too, so it prints
-nothing; `data.prepare` is the command around it.
+The dataset appears under its name only when it is complete. Prints nothing, for training calls it
+too; `data.prepare` is its command.
 """
 
 import hashlib
@@ -94,7 +94,7 @@ class PrepareConfig:
         return found
 
     def arguments(self) -> dict[str, object]:
-        """Return what `dataset.json` remembers: the tokenizer by content, the rest as given."""
+        """Return the arguments for `dataset.json`: the tokenizer by its hash, the rest as given."""
         layout = self.layout
         given: dict[str, object] = {
             "input": list(self.input),
@@ -112,13 +112,13 @@ class PrepareConfig:
 def prepare(
     config: PrepareConfig, output: Path, *, workers: int | None = None, overwrite: bool = False
 ) -> Dataset:
-    """Make the dataset of `config` in the folder `output`, or find it already there.
+    """Make the dataset of `config` in the folder `output`, or open it if it is already there.
 
     The bytes written depend on the config and the input alone, not on `workers`. Worker processes
     are spawned: a script that calls this needs an `if __name__ == "__main__"` guard.
 
     Args:
-        config: what to read and how to cut it.
+        config: the input, the tokenizer and the splits.
         output: the folder of the dataset; the work happens in a hidden folder beside it.
         workers: processes that encode; None means every core this process may use.
         overwrite: replace a dataset that is already at `output`.
@@ -132,7 +132,7 @@ def prepare(
         workers = _available_cores()
     if workers < 1:
         raise ValueError(f"workers {workers} is below 1, give at least 1")
-    arguments = config.arguments()  # Loads the tokenizer, so a fault shows before any work.
+    arguments = config.arguments()  # Loads the tokenizer, whose faults are raised first.
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -149,14 +149,14 @@ def prepare(
 
 
 def _available_cores() -> int:
-    """Return how many cores a scheduler has left to this process."""
+    """Return the number of cores this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _is_free(output: Path) -> bool:
-    """Whether nothing is at `output`; what is no dataset is refused, it is not ours to replace."""
+    """Whether `output` is free; anything there but a dataset is refused, not replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return True
     if not (output / DESCRIPTION_NAME).is_file():
@@ -165,7 +165,7 @@ def _is_free(output: Path) -> bool:
 
 
 def _open_existing(arguments: Mapping[str, object], output: Path) -> Dataset:
-    """Open the dataset that is already there, if it is the one asked for."""
+    """Open the dataset at `output`, if it was made with the same arguments."""
     dataset = open_dataset(output)
     if dataset.arguments != arguments:
         raise ValueError(
@@ -188,12 +188,12 @@ def _fill(
             validation_fraction=config.validation_fraction,
             sample_bytes=0 if config.tokenizer else _TOKENIZER_SAMPLE_BYTES,
         )
-    finally:  # Also when nothing was left: the faults say why.
+    finally:  # Also when nothing was left: the faults are the reason.
         for line in faults.lines():
             logger.warning("%s", line)
     if survey.cut is not None:
         logger.info(
-            "one document only: what follows its first %d characters is validation", survey.cut
+            "one document only: all after its first %d characters is validation", survey.cut
         )
     tokenizer_path = folder / TOKENIZER_NAME
     if config.vocab_size is not None:

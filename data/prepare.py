@@ -48,7 +48,7 @@ class Options:
 
 
 def format_table(dataset: Dataset) -> str:
-    """Return the sizes of a dataset and what was left out, as lines for a reader."""
+    """Return a table of the sizes of a dataset, and a line for each kind of skipped document."""
     lines = [f"{'split':<12}{'documents':>12}{'tokens':>14}{'text MB':>10}{'bytes/token':>13}"]
     for name, split in dataset.splits.items():
         ratio = split.text_bytes / split.tokens
@@ -58,13 +58,13 @@ def format_table(dataset: Dataset) -> str:
         )
     lines.append(f"vocabulary {dataset.vocab_size}, duplicate documents kept {dataset.duplicates}")
     for reason, count in dataset.skipped.items():
-        places = ", ".join(dataset.skipped_at.get(reason, []))
-        lines.append(f"skipped {count}: {reason}" + (f" (first: {places})" if places else ""))
+        origins = ", ".join(dataset.skipped_at.get(reason, []))
+        lines.append(f"skipped {count}: {reason}" + (f" (first: {origins})" if origins else ""))
     return "\n".join(lines)
 
 
 def summarize(dataset: Dataset) -> dict[str, object]:
-    """Return what the table shows, for `--json`."""
+    """Return the content of the table, for `--json`."""
     return {
         "path": str(dataset.path),
         "fingerprint": dataset.fingerprint,
@@ -84,7 +84,7 @@ def summarize(dataset: Dataset) -> dict[str, object]:
 
 
 def run(options: Options) -> None:
-    """Prepare the dataset, print its table and write it as JSON where asked."""
+    """Prepare the dataset, print its table and write it to `json` where that is given."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config, layout = options.config, options.config.layout
     if config.vocab_size is None and config.tokenizer is None:

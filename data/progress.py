@@ -13,16 +13,15 @@ _LINE_INTERVAL_SECONDS = 10.0
 
 
 class Progress:
-    """Counts bytes of work done, as a context.
+    """A context that counts the bytes processed.
 
     Args:
-        label: what is being done.
-        total_bytes: all of it, if known.
-        is_main: whether this is the one of several processes that draws the bar.
+        label: name of the work.
+        total_bytes: of all the work, if known.
+        is_main: whether this process draws the bar; one of several does.
     """
 
     def __init__(self, label: str, total_bytes: int | None = None, *, is_main: bool = True) -> None:
-        """Begin at zero; see the class."""
         self._label = label
         self._total = "" if total_bytes is None else f" of {total_bytes / 1e6:.1f}"
         self._done_bytes = 0
@@ -37,7 +36,6 @@ class Progress:
         )
 
     def __enter__(self) -> "Progress":
-        """Return itself."""
         return self
 
     def __exit__(
@@ -46,13 +44,13 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Take the bar away and, if all went well, say how much was done."""
+        """Remove the bar and, without an error, log the total."""
         self._bar.close()
         if error is None:
             logger.info("%s: %.1f MB, done", self._label, self._done_bytes / 1e6)
 
     def update(self, count_bytes: int) -> None:
-        """Count work done since the last call."""
+        """Add bytes processed since the last call."""
         self._done_bytes += count_bytes
         self._bar.update(count_bytes)
         if self._bar.disable and time.monotonic() >= self._next_line:

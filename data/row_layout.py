@@ -1,4 +1,4 @@
-"""Which fields of a row are a document: one of text, or those that a prompt and a response name."""
+"""The fields of a row that are a document: one of text, or those of a prompt and a response."""
 
 import re
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ _SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it came from: a path, or a path and a line or row."""
+    """One text and its origin: a path, or a path and a line or row."""
 
     origin: str
     text: str
     prompt_chars: int | None = None
-    """Of a pair, so many characters of the text, from its first, are read but not learnt; it may be
-    none. None: plain text, learnt from its BOS on."""
+    """Of a pair, the number of characters of its prompt, which begins the text and is not learnt; 0
+    for an empty prompt. None: plain text, learnt from its BOS on."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the named fields of a row become a document."""
+    """How fields of a row become a document."""
 
     text_field: str = "text"
     """JSON field or Parquet column that holds the text; unused where there is a response."""
@@ -37,7 +37,7 @@ class RowLayout:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields that are read."""
+        """Names of the fields that are read."""
         if not self.response:
             return (self.text_field,)
         return tuple(dict.fromkeys(_names(self.prompt) + _names(self.response)))
@@ -48,7 +48,7 @@ class RowLayout:
         return "prompt and response" if self.response else "text_field"
 
     def naming(self, field: str) -> str:
-        """Return a field with the option that names it."""
+        """Return a field with the option that selects it, for messages."""
         if not self.response:
             return f"text_field {field}"
         return f"{'response' if field in _names(self.response) else 'prompt'} field {field}"
@@ -71,7 +71,7 @@ class RowLayout:
         return found
 
     def document(self, row: object, origin: str, faults: Faults) -> Document | None:
-        """Return the document of a row of named fields if it is sound, else count the fault."""
+        """Return the document of a row {field: value} if it is sound, else count the fault."""
         texts = {}
         for name in self.fields:
             if not isinstance(row, Mapping) or name not in row:

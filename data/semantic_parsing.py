@@ -1,4 +1,4 @@
-"""A small task to finetune on: requests to an assistant, and what they mean as a tree.
+"""A small task to finetune on: requests to an assistant, and their parse trees.
 
     python -m data.semantic_parsing --output datasets/parsing --examples 20000 --held_out 500
 
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Intent:
-    """What is asked for, and how it may be said."""
+    """An intent and its phrases."""
 
     name: str
     phrases: tuple[str, ...]
@@ -68,7 +68,7 @@ SLOTS: Mapping[str, Sequence[str]] = {
     "CATEGORY": _CATEGORIES,
     "ERRAND": _TASKS,
 }
-"""What may stand in each slot, besides the intents of NESTED."""
+"""Values of each slot, besides the intents of NESTED."""
 
 NESTED: Mapping[str, tuple[Intent, ...]] = {
     "LOCATION": (
@@ -122,7 +122,7 @@ INTENTS = (
     ),
     Intent("CALL", ("call {CONTACT}", "call {CONTACT} {DATE_TIME}")),
 )
-"""What a request may be as a whole."""
+"""Intents of whole requests."""
 
 _NESTED_SHARE = 0.4
 
@@ -131,18 +131,18 @@ def examples(seed: int) -> Iterator[tuple[str, str]]:
     """Yield requests and their parses without end, no request twice.
 
     Args:
-        seed: The same gives the same, in the same order.
+        seed: Fixes the requests and their order.
     """
     draw, seen = random.Random(seed), set()
     while True:
-        utterance, parse = _say(draw.choice(INTENTS), draw)
+        utterance, parse = _utter(draw.choice(INTENTS), draw)
         if utterance not in seen:
             seen.add(utterance)
             yield utterance, parse
 
 
-def _say(intent: Intent, draw: random.Random) -> tuple[str, str]:
-    """Return an utterance of an intent and its parse."""
+def _utter(intent: Intent, draw: random.Random) -> tuple[str, str]:
+    """Return a random utterance of an intent, and its parse."""
     words, tree = [], [f"[IN:{intent.name}"]
     for word in draw.choice(intent.phrases).split():
         if not word.startswith("{"):
@@ -150,7 +150,7 @@ def _say(intent: Intent, draw: random.Random) -> tuple[str, str]:
             continue
         slot = word.strip("{}")
         if slot in NESTED and draw.random() < _NESTED_SHARE:
-            text, meaning = _say(draw.choice(NESTED[slot]), draw)
+            text, meaning = _utter(draw.choice(NESTED[slot]), draw)
         else:
             text = meaning = draw.choice(SLOTS[slot])
         words.append(text)

@@ -1,7 +1,7 @@
 """Token shards on disk, and the shards of one split read as one stream of tokens.
 
 A shard is one file: 1024 bytes of header (8 bytes of magic, then JSON padded with spaces), then
-the raw little-endian token ids. Knows nothing of text, batches or ranks.
+the raw little-endian token ids. Independent of text, batches and ranks.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ NO_LOSS = -100
 
 @dataclass(frozen=True, kw_only=True)
 class ShardHeader:
-    """What a shard says of itself."""
+    """The header of a shard."""
 
     dtype: str
     """numpy name of the type of one token: "<u2" or "<u4", its id; "<i4", its id or, of a token
@@ -47,7 +47,7 @@ class ShardHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What a dataset remembers of a shard."""
+    """The entry of a shard in `dataset.json`."""
 
     name: str
     tokens: int
@@ -73,7 +73,7 @@ class ShardWriter:
     """Writes the documents of one split into shards, in order.
 
     Args:
-        folder: where `<split>-00000.tokens` and so on go.
+        folder: of `<split>-00000.tokens` and so on.
         split: the name of the split.
         vocab_size: fixes the type on disk.
         tokenizer_fingerprint: goes into every header.
@@ -91,7 +91,6 @@ class ShardWriter:
         shard_tokens: int,
         pairs: bool = False,
     ) -> None:
-        """Write nothing yet; see the class."""
         self._folder = folder
         self._split = split
         self._vocab_size = vocab_size
@@ -161,20 +160,18 @@ def write_shard(
 
 
 class ShardTokens:
-    """The ids in a shard: read from the file when a slice is asked for, which is not kept open.
+    """The ids in a shard: the file is opened and read for each slice, and closed again.
 
-    A map into memory would hold a file descriptor per shard, of which a large corpus has more than
-    a process may, and end the process by SIGBUS, without a word, when a file shrinks under it.
+    A memory map would hold a file descriptor per shard, of which a large corpus has more than a
+    process may open, and SIGBUS would end the process without a message when a file shrinks.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[np.integer], count: int) -> None:
-        """Read nothing yet; see the class."""
         self._path = path
         self._dtype = dtype
         self._count = count
 
     def __len__(self) -> int:
-        """Return the number of ids."""
         return self._count
 
     def __getitem__(self, part: slice) -> npt.NDArray[np.integer]:
@@ -196,21 +193,19 @@ class ShardTokens:
 class Sliceable(Protocol):
     """Ids in memory, or in a file."""
 
-    def __len__(self) -> int:
-        """Return the number of ids."""
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, part: slice, /) -> npt.NDArray[np.integer]:
-        """Return the ids of a slice."""
+    def __getitem__(self, part: slice, /) -> npt.NDArray[np.integer]: ...
 
 
 def open_shard(path: Path) -> tuple[ShardHeader, ShardTokens]:
     """Check the header and the size of a shard.
 
     Returns:
-        The header, and the ids, which are read when they are asked for.
+        The header, and the ids, which are read when sliced.
 
     Raises:
-        ValueError: the file is missing, no shard, or not as long as its header says.
+        ValueError: the file is missing, no shard, or of another length than in its header.
     """
     if not path.is_file():
         raise ValueError(f"shard {path} does not exist, prepare the dataset again")
@@ -227,26 +222,24 @@ def open_shard(path: Path) -> tuple[ShardHeader, ShardTokens]:
     actual = path.stat().st_size
     if actual != expected:
         raise ValueError(
-            f"shard {path} has {actual} bytes but its header says {expected},"
+            f"shard {path} has {actual} bytes but by its header {expected},"
             " prepare the dataset again"
         )
     return header, ShardTokens(path, dtype, header.tokens)
 
 
 class TokenStream:
-    """Shards, one after the other, as one array of tokens that is read in ranges.
+    """Shards, concatenated, as one array of tokens that is read in ranges.
 
     Args:
         shards: each (tokens,), as stored.
     """
 
     def __init__(self, shards: Sequence[Sliceable]) -> None:
-        """Keep the shards; see the class."""
         self._shards = shards
         self._ends = np.cumsum([len(shard) for shard in shards])
 
     def __len__(self) -> int:
-        """Return the number of tokens."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
@@ -256,9 +249,9 @@ class TokenStream:
     def read_targets(
         self, start: int, count: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return tokens [start, start + count) twice, (count,) int64 each.
+        """Return tokens [start, start + count) as inputs and as targets, (count,) int64 each.
 
-        Once as they are, once as something to predict: NO_LOSS where they are not to be learnt.
+        A target is NO_LOSS where the token is not to be learnt.
         """
         stored = self._read(start, count)
         return token_ids(stored), np.where(stored < 0, np.int64(NO_LOSS), stored)

@@ -1,7 +1,7 @@
 """Reading documents out of files: text, source code, JSON lines, Parquet, saved datasets.
 
 Yields documents one by one in a fixed order. What cannot be used is skipped, counted by reason
-and reported with its file and line. Knows nothing of tokens.
+and reported with its file and line. Independent of tokens.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from data.hugging_face_datasets import PREFIX, check_columns, read_rows
 from data.row_layout import Document, RowLayout, sound_document
 
 EMBEDDED = "embedded"
-"""The input that is always there: the sources of the running Python and of torch."""
+"""The input on every machine: the sources of the running Python and of torch."""
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
@@ -46,12 +46,12 @@ def read_documents(inputs: Iterable[str], faults: Faults, layout: RowLayout) -> 
             .txt .md .rst .py hold one document per file, .jsonl .jsonl.gz one per line,
             .parquet one per row. A text file above MAX_DOCUMENT_BYTES is cut at line ends into
             documents of 16 MB.
-        faults: receives what is skipped.
+        faults: counts what is skipped.
         layout: the JSON fields or Parquet columns that hold the text.
 
     Raises:
         ValueError: an input does not exist, is of an unknown kind, has no such column, or has no
-            fields where pairs are asked for.
+            fields for the prompt and response of `layout`.
     """
     files = [entry for source in inputs for entry in _list_files(source, faults)]
     for path, name in files:
@@ -87,7 +87,7 @@ def _list_files(source: str, faults: Faults) -> Iterator[tuple[Path, str]]:
         raise ValueError(f"input {source} does not exist, give a file, a folder or a glob")
     for entry in found:
         for file in _walk(entry) if entry.is_dir() else [entry]:
-            if not file.is_file():  # Reading a pipe would wait for ever.
+            if not file.is_file():  # Reading a pipe would block.
                 faults.add("neither a file nor a folder, or a link to a folder", str(file))
             elif file.name.endswith(SUFFIXES):
                 yield file, str(file)
@@ -96,7 +96,7 @@ def _list_files(source: str, faults: Faults) -> Iterator[tuple[Path, str]]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield what is below a folder in sorted order, without hidden files and folders."""
+    """Yield the files below a folder in sorted order, without hidden files and folders."""
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
@@ -236,7 +236,7 @@ def _rows(path: Path, name: str, layout: RowLayout) -> Iterator[dict[str, bytes 
         for field in fields:
             column = batch.column(field)
             try:
-                # As bytes, so that one row of invalid UTF-8 does not take its batch with it.
+                # As bytes, so that one row of invalid UTF-8 does not fail its whole batch.
                 values.append(column.cast(pyarrow.large_binary()))
             except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
                 raise ValueError(

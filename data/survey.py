@@ -1,6 +1,6 @@
-"""The first of two passes over a corpus: what is there, what is held out, what to train on.
+"""The first of two passes over a corpus: its size, the held-out split, a sample for the tokenizer.
 
-One pass in bounded memory (8 bytes per document and the sample). Knows nothing of tokens.
+One pass in bounded memory (8 bytes per document and the sample). Independent of tokens.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ _KEY_RANGE = 2**64
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What the first pass saw."""
+    """The result of the first pass."""
 
     documents: int
     duplicates: int
-    """Documents whose text was seen before."""
+    """Documents whose text repeats that of an earlier one."""
     text_bytes: int
     fingerprint: str
     """sha256 over the sha256 of every document, in order."""
     held_out_key: int
-    """Documents whose key is at most this are the validation split; where there is but one
-    different document, the part whose key this is."""
+    """Documents whose key is at most this are the validation split; of a single distinct document,
+    the part of this key is."""
     cut: int | None
-    """Characters of that one document that are trained on, the rest is held out; else None."""
+    """Characters of the only document that are trained on, the rest is held out; else None."""
     sample: tuple[str, ...]
     """Chunks of documents of the train split, to train a tokenizer on."""
 
@@ -43,7 +43,7 @@ class Survey:
         return key <= self.held_out_key if self.cut is None else key == self.held_out_key
 
     def parts(self, document: Document) -> list[Document]:
-        """Return the document, or two parts of it where it has to serve both splits.
+        """Return the document, or its two parts where it is the only one.
 
         The second, held out, is `validation_fraction` of the characters, from the last line end
         within as many characters before, where there is one.
@@ -75,7 +75,7 @@ def survey_documents(
     Args:
         documents: the corpus.
         validation_fraction: expected fraction of documents to hold out.
-        sample_bytes: about how much text to keep for the tokenizer; 0 for none.
+        sample_bytes: approximate size of the tokenizer's sample; 0 for none.
 
     Raises:
         ValueError: there is nothing to split.
@@ -122,7 +122,7 @@ def _bound(distinct: npt.NDArray[np.uint64], validation_fraction: float) -> int:
 
 
 def _cut(text: str, validation_fraction: float) -> int:
-    """Return how much of the only document is trained on."""
+    """Return the number of characters of the only document that are trained on."""
     end = len(text) - max(round(len(text) * validation_fraction), 1)
     cut = text.rfind("\n", max(2 * end - len(text), 0), end) + 1 or end
     if text[:cut] in ("", text[cut:]):
@@ -143,12 +143,12 @@ class _Sample:
         self._heap: list[tuple[int, int, str]] = []
 
     def add(self, key: int, text: str) -> None:
-        """Offer the chunks of one document."""
+        """Add the chunks of one document, as far as their hashes are among the smallest."""
         if not self._limit_bytes:
             return
         for start in range(0, len(text), _SAMPLE_CHUNK_CHARS):
             chunk = text[start : start + _SAMPLE_CHUNK_CHARS]
-            # Other bits than the document's key: else short documents that are held out come first.
+            # Other bits than the document's key, which are small for all documents held out.
             rank = int.from_bytes(document_digest(chunk)[8:16], "big")
             entry = (-rank, key, chunk)
             if self._size >= self._limit_bytes and entry < self._heap[0]:

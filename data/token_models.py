@@ -1,6 +1,6 @@
 """The two kinds of tokenizer file: a SentencePiece model, and Hugging Face's `tokenizer.json`.
 
-Each is read from one string of bytes. Knows nothing of files, documents or where text is cut.
+Each is read from one string of bytes. Independent of files, documents and where text is cut.
 """
 
 import json
@@ -16,7 +16,7 @@ _WRITTEN = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})
 
 
 class TokenModel(Protocol):
-    """What turns text into ids and back."""
+    """Encodes text as ids and decodes it."""
 
     vocab_size: int
     bos_id: int
@@ -28,7 +28,7 @@ class TokenModel(Protocol):
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of some ids; BOS and EOS give nothing."""
+        """Return the text of some ids; BOS and EOS are left out."""
         ...
 
     def pieces(self) -> list[str]:
@@ -40,11 +40,10 @@ class SentencePieceModel:
     """A SentencePiece model.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the bytes are no such model.
     """
 
     def __init__(self, serialized: bytes) -> None:
-        """Load the model; see the class."""
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.load_from_serialized_proto(serialized)
@@ -55,15 +54,12 @@ class SentencePieceModel:
         self.eos_id = int(self._processor.eos_id())
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
         return list(self._processor.encode(text))
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of some ids."""
         return str(self._processor.decode(ids))
 
     def pieces(self) -> list[str]:
-        """Return every token's text."""
         pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
         return [piece.replace("\u2581", " ") for piece in pieces]
 
@@ -72,11 +68,10 @@ class JsonModel:
     """A `tokenizer.json` with the names of its BOS and EOS, as `with_special_tokens` makes it.
 
     Raises:
-        ValueError: it is none, or has no such tokens.
+        ValueError: the bytes are no such file, or name no such tokens.
     """
 
     def __init__(self, serialized: bytes) -> None:
-        """Load the tokenizer; see the class."""
         import tokenizers  # Imported here: only this kind of file needs it.
 
         try:
@@ -97,32 +92,29 @@ class JsonModel:
         return -1 if found is None else int(found)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of some ids."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def pieces(self) -> list[str]:
-        """Return every token's text."""
         return [piece.translate(_WRITTEN) for piece in self._tokenizer.get_vocab()]
 
 
 def is_json(serialized: bytes) -> bool:
-    """Whether these bytes are of the JSON kind: a SentencePiece model never begins like this."""
+    """Whether these bytes are JSON: a SentencePiece model never begins like this."""
     return serialized.lstrip().startswith(b"{")
 
 
 def with_special_tokens(path: Path) -> bytes:
     """Return a tokenizer's file as it is kept in datasets and checkpoints, one file by itself.
 
-    A `tokenizer.json` does not say which tokens are BOS and EOS: the `tokenizer_config.json` beside
-    it does, and {"bos_token", "eos_token", "tokenizer": its content} says both. Any other file is
-    returned as it is.
+    A `tokenizer.json` does not name BOS and EOS, the `tokenizer_config.json` beside it does: they
+    become one JSON {"bos_token", "eos_token", "tokenizer": content}. Any other file is returned as
+    it is.
 
     Raises:
-        ValueError: it is a tokenizer.json without such a file beside it.
+        ValueError: a tokenizer.json has no such file beside it.
     """
     serialized = path.read_bytes()
     if not is_json(serialized):

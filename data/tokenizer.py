@@ -1,8 +1,8 @@
 """Text to token ids and back, by a SentencePiece model or a Hugging Face `tokenizer.json`.
 
-A tokenizer that `train_tokenizer` makes loses nothing: `decode(encode(text)) == text` for every
-text but one character, U+2581, which SentencePiece itself uses to write a space and gives back
-as a space. Knows nothing of documents, shards or models.
+A tokenizer of `train_tokenizer` is lossless: `decode(encode(text)) == text` for every text but one
+character, U+2581, which SentencePiece itself uses to write a space and decodes as a space.
+Independent of documents, shards and models.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from data.token_models import (
 # a long string is up to four times slower per byte, one call per line is slower again.
 _PIECE_CHARS = 1000
 
-# A longer piece is cut all the same: SentencePiece needs about 60 bytes of memory per byte of text.
+# A longer piece is cut anyway: SentencePiece needs about 60 bytes of memory per byte of text.
 _LONGEST_PIECE_CHARS = 65536
 
 _BEFORE_SPACES = re.compile(r"(?<=[^ ]) (?=.)", re.DOTALL)
@@ -50,7 +50,6 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        """Load the model; see the class."""
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(
@@ -94,10 +93,11 @@ class Tokenizer:
         """Yield the ids of `text`, a piece of the text at a time, in bounded memory.
 
         A piece ends after a newline or, where none follows for 65536 characters, before a space.
-        This changes no id (but that a unigram model may settle a tie another way): no token holds
-        or crosses such a place; for a model where that is not so, those places are left alone.
-        Only 65536 characters without any of these places are cut where they end, which may change
-        the ids beside the cut (and a model with a dummy prefix, such as Llama 2's, sees a space).
+        This changes no id (but that a unigram model may break a tie another way), for no token
+        holds such a newline or crosses such a space; a model that has such tokens is cut at the
+        other kind alone, or at neither. Only 65536 characters without either are cut at their end,
+        which may change the ids beside the cut (and a model with a dummy prefix, such as Llama
+        2's, inserts a space).
         """
         start = 0
         while start < len(text):
@@ -106,7 +106,7 @@ class Tokenizer:
             start = following
 
     def _cut(self, text: str, start: int) -> tuple[int, int]:
-        """Return where the piece from `start` ends and where the next one begins."""
+        """Return the end of the piece from `start`, and the start of the next one."""
         limit = min(start + _LONGEST_PIECE_CHARS, len(text))
         if self._splits_at_newlines:
             newline = text.find("\n", start + _PIECE_CHARS, limit)
@@ -119,7 +119,7 @@ class Tokenizer:
         return limit, limit
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids`; BOS and EOS give nothing, torn UTF-8 gives U+FFFD."""
+        """Return the text of `ids`; BOS and EOS are left out, torn UTF-8 becomes U+FFFD."""
         return self.model.decode(ids)
 
     def _newlines_stand_alone(self, pieces: list[str]) -> bool:
@@ -135,9 +135,9 @@ class Tokenizer:
         return bool(self.model.encode(probe) == list(lines))
 
     def _dropped_when_cut_at_spaces(self, pieces: list[str]) -> int | None:
-        """Return how many spaces to leave out when text is cut before spaces: 0, 1 or None.
+        """Return the number of spaces to drop when text is cut before spaces: 0, 1 or None.
 
-        A dummy prefix gives one back. None: a cut there changes ids, for a token may cross it.
+        A dummy prefix adds one. None: a cut there changes ids, for a token may cross it.
         """
         if any(self._spaces.search(piece) for piece in pieces):
             return None

@@ -1,7 +1,7 @@
 """A SentencePiece model written as Hugging Face's `tokenizer.json`, with the same ids.
 
 transformers 5 converts such models wrongly for many strings: it merges unigram models as BPE, and
-puts no dummy prefix before a space. Knows nothing of how either file is used.
+puts no dummy prefix before a space. Independent of how either file is used.
 """
 
 import itertools
@@ -20,11 +20,11 @@ _LONGEST_RESERVED = 32
 
 
 def tokenizer_json(model: bytes) -> dict[str, Any]:
-    """Return the content of the `tokenizer.json` that gives every text the ids of `model`.
+    """Return the content of the `tokenizer.json` that encodes every text to the ids of `model`.
 
     BOS is put before a text, as our training and decoding do, and special tokens are named. The
-    ids of a unigram model may differ where two ways to cut a text have the same score: both
-    programs then follow their own rounding.
+    ids of a unigram model may differ where two ways to cut a text have the same score: each
+    program then has its own rounding.
 
     Args:
         model: The bytes of a SentencePiece model.
@@ -35,8 +35,8 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     if problems := _problems(proto):
         raise ValueError(
-            f"tokenizer: this SentencePiece model {' and '.join(problems)}, which tokenizer.json "
-            "cannot say exactly, use one as data.prepare trains them"
+            f"tokenizer: this SentencePiece model {' and '.join(problems)}, which has no exact "
+            "form in tokenizer.json, use one as data.prepare trains them"
         )
     bpe = proto.trainer_spec.model_type == _BPE
     replace: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -63,7 +63,7 @@ def special_tokens(model: bytes) -> dict[str, str]:
 
 
 def _problems(proto: Any) -> list[str]:
-    """Return what `tokenizer.json` has no exact form for."""
+    """Return the properties that have no exact form in `tokenizer.json`."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = {piece.type for piece in proto.pieces}
     dummy = normalizer.add_dummy_prefix
@@ -102,7 +102,7 @@ def _spelled_out(proto: Any) -> set[str]:
 
 
 def _added_tokens(proto: Any) -> list[dict[str, Any]]:
-    """Name what is never made of smaller pieces: special tokens and user-defined symbols."""
+    """List the tokens that no merge makes: special tokens and user-defined symbols."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
     return [
         {"id": i, "content": piece.piece, "special": special, "normalized": not special, **flags}
@@ -139,7 +139,7 @@ def _bpe(proto: Any) -> dict[str, Any]:
 
     SentencePiece merges any two neighbours that make a piece, the best score first, and of the
     same score the leftmost pair. In a run of one character the leftmost pair that merges is the
-    one with the longest left part, for what lies to the left of it has merged before.
+    one with the longest left part, for the text to the left of it has merged before.
     """
     vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     pieces = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}

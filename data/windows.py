@@ -1,4 +1,4 @@
-"""Sequences of one length out of a stream of tokens, in two ways. Knows nothing of batches.
+"""Sequences of one length out of a stream of tokens, in two ways. Independent of batches.
 
 A sequence is its inputs and its labels, the token after each of them; NO_LOSS where there is none
 or where it is not to be learnt, as in the prompts of pairs.
@@ -20,7 +20,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class Windows(Protocol):
-    """Sequences by number, all as long as each other."""
+    """Numbered sequences of one length."""
 
     @property
     def dropped_tokens(self) -> int:
@@ -28,7 +28,7 @@ class Windows(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of sequences."""
         ...
 
     def read(self, i: int) -> tuple[Ids, Ids]:
@@ -43,11 +43,10 @@ class StreamWindows:
     many labels.
 
     Raises:
-        ValueError: the stream has not one window.
+        ValueError: the stream is shorter than one window.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int) -> None:
-        """Keep the stream; see the class."""
         _check(seq_len)
         if len(stream) < seq_len + 1:
             raise ValueError(
@@ -63,7 +62,6 @@ class StreamWindows:
         return len(self._stream) - 1 - len(self) * self._seq_len
 
     def __len__(self) -> int:
-        """Return the number of whole windows."""
         return (len(self._stream) - 1) // self._seq_len
 
     def read(self, i: int) -> tuple[Ids, Ids]:
@@ -76,14 +74,13 @@ class DocumentWindows:
     """Whole documents, as many as fit, one after the other; the rest of a window is padding.
 
     A document longer than a window is cut at its end. Padding is BOS without a loss: documents of
-    one token to an attention that stays within documents. Opening reads the whole stream once.
+    one token each, for an attention that stays within documents. Opening reads the stream once.
 
     Raises:
         ValueError: there is no document.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, bos_id: int) -> None:
-        """Find the documents and deal them into windows; see the class."""
         _check(seq_len)
         starts = _find(stream, bos_id)
         if not len(starts):
@@ -102,7 +99,6 @@ class DocumentWindows:
             )
 
     def __len__(self) -> int:
-        """Return the number of windows."""
         return len(self._begins)
 
     def read(self, i: int) -> tuple[Ids, Ids]:
@@ -121,7 +117,7 @@ def open_windows(
     """Return a stream's sequences; bos_id begins each document.
 
     Raises:
-        ValueError: there is not one sequence.
+        ValueError: the stream has no sequence of this length.
     """
     if len(stream) < 2:
         raise ValueError(f"data: {len(stream)} tokens, prepare a larger dataset")
@@ -137,7 +133,7 @@ def spread(windows: Windows, count: int) -> list[int]:
 
 
 def document_numbers(tokens: Ids, bos_id: int) -> Ids:
-    """Number the documents of each row, from 0 for what the row begins with.
+    """Number the documents of each row, from 0; from 1 where the row begins with BOS.
 
     Args:
         tokens: (..., seq) int64.
@@ -158,7 +154,7 @@ def _check(seq_len: int) -> None:
 
 
 def _find(stream: TokenStream, bos_id: int) -> Ids:
-    """Return where documents start."""
+    """Return the stream positions at which documents start, (documents,) int64."""
     found = [
         begin + np.flatnonzero(stream.read(begin, min(_SCAN, len(stream) - begin)) == bos_id)
         for begin in range(0, len(stream), _SCAN)
@@ -167,7 +163,7 @@ def _find(stream: TokenStream, bos_id: int) -> Ids:
 
 
 def _pack(starts: Ids, lengths: Ids, seq_len: int) -> tuple[list[int], list[int]]:
-    """Return where each window begins in the stream and how many tokens it takes from there.
+    """Return the stream position at which each window begins, and its number of tokens.
 
     Documents stay in order, so a window is one part of the stream; none is longer than seq_len.
     """

@@ -51,9 +51,9 @@ class BenchmarkOptions(SamplingOptions, PromptOptions, DecodingOptions):
             f"{', '.join(STRATEGIES)}; autoregressive is always measured."
         ),
     ] = ("autoregressive", "early_exit", "self_speculative")
-    E: Names = ()
+    E: Counts | None = None
     """Layers run before the exit, each in turn; a quarter of the model's if not given."""
-    d: Names = ()
+    d: Counts | None = None
     """Tokens drafted per round, each in turn; 4 if not given."""
     batch_size: Counts = (1,)
     """Prompts decoded at once, each number in turn."""

@@ -1,6 +1,6 @@
 """A checkpoint under lm-evaluation-harness: `python -m inference.lm_harness --run DIR --tasks A,B`.
 
-Likelihoods are those of any exit; what tasks ask to be written, any strategy writes.
+Likelihoods are those of any exit; continuations are written by any strategy.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ _MAX_GEN_TOKS = 256  # the harness's own
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """What the harness asks of a model: log-likelihoods and continuations.
+    """The harness's interface to a model: log-likelihoods and continuations.
 
     Args:
         run: The checkpoint.
@@ -44,7 +44,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     """
 
     def __init__(self, run: Run, *, E: int, strategy: Strategy, batch_size: int) -> None:
-        """Check E and batch_size; see the class."""
         super().__init__()
         n_layers = run.model.config.n_layers
         if not 1 <= E <= n_layers:
@@ -55,12 +54,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
+        """Id of the token that ends a text."""
         return self._run.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The id every text begins with."""
+        """Id of the token that every text begins with."""
         return self._run.tokenizer.bos_id
 
     def tok_encode(
@@ -100,8 +99,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         A context that does not fit is cut at its beginning.
         """
         model = self._run.model
-        room = model.config.max_seq_len + 1  # the last token is only predicted
-        rows = [(context + continuation)[-room:] for _, context, continuation in requests]
+        longest = model.config.max_seq_len + 1  # the last token is only predicted
+        rows = [(context + continuation)[-longest:] for _, context, continuation in requests]
         answers = [(0.0, True)] * len(rows)
         longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         batches = [longest_first[i : i + self._batch] for i in range(0, len(rows), self._batch)]
@@ -129,15 +128,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             by_settings.setdefault(_generation_settings(request.args[1]), []).append(i)
         texts = [""] * len(requests)
         for (max_new_tokens, temperature, top_p), indices in by_settings.items():
-            room = self._run.model.config.max_seq_len - max_new_tokens
-            if room < 1:
+            max_prompt = self._run.model.config.max_seq_len - max_new_tokens
+            if max_prompt < 1:
                 raise ValueError(
                     f"max_gen_toks: {max_new_tokens} leaves no room for a prompt in the model's "
                     f"context of {self._run.model.config.max_seq_len}, give --gen_tokens"
                 )
             generation = Generation(
                 self._run.model,
-                [self.tok_encode(requests[i].args[0])[-room:] for i in indices],
+                [self.tok_encode(requests[i].args[0])[-max_prompt:] for i in indices],
                 self._strategy,
                 max_new_tokens=max_new_tokens,
                 batch_size=self._batch,
@@ -152,7 +151,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 
 def _generation_settings(options: dict[str, Any]) -> tuple[int, float, float | None]:
-    """Return what the harness's options say: most tokens, temperature, top_p."""
+    """Return the most tokens, the temperature and top_p of the harness's options."""
     samples = options.get("do_sample", options.get("temperature", 0.0) > 0)
     temperature = float(options.get("temperature", 1.0)) if samples else 0.0
     most = int(options.get("max_gen_toks", _MAX_GEN_TOKS))
@@ -215,7 +214,7 @@ def lm_harness(options: HarnessOptions) -> None:
     manager = TaskManager(include_path=options.include_path and str(options.include_path))
     tasks = [*options.tasks]
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ValueError(f"tasks: the harness knows no {', '.join(unknown)}, see lm-eval ls tasks")
+        raise ValueError(f"tasks: the harness has no {', '.join(unknown)}, see lm-eval ls tasks")
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,

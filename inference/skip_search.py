@@ -1,4 +1,4 @@
-"""Find what drafts can do without: `python -m inference.skip_search --run DIR`.
+"""Find parts that drafts can leave out: `python -m inference.skip_search --run DIR`.
 
 Draft & Verify (arXiv 2309.08168), section 3.2: Bayesian optimisation over the 2 L attention and
 feed-forward parts of a model. The paper maximises tokens/s, which another machine or another load
@@ -46,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """How strategies are measured."""
+    """A way to measure strategies."""
 
     model: Llama
     objective: str
@@ -112,7 +112,7 @@ def strategy_of(choice: Choice) -> SkipDraft:
 def draft_cost(skipped: SkippedParts, config: LlamaConfig) -> float:
     """Return c: parameters that a draft step reads over those of a full step, head included.
 
-    Keys and values are not counted: where texts are long, attention costs more than this says.
+    Keys and values are not counted: where texts are long, attention costs more than this.
     """
     feed_forward = 3 * config.dim * config.ffn_dim + config.dim
     attention = block_params(config) - feed_forward
@@ -153,8 +153,7 @@ class SkipSearchOptions(SamplingOptions, PromptOptions, RunOptions):
     """
 
     objective: Literal["model_cost", "tokens_per_second"] = "model_cost"
-    """What to maximise: the speedup that measured agreement and the parameters read allow, or
-    measured tokens/s, one prompt at a time."""
+    """Maximise the speedup by agreement and parameters read, or measured tokens/s, batch 1."""
     iterations: Count = 200
     """Choices to try."""
     d: Count = 8
@@ -202,7 +201,7 @@ def skip_search(options: SkipSearchOptions) -> None:
     run = options.open_run()
     prompts = prompts_from(run, options)
     if len(prompts) < 2:
-        raise ValueError(f"prompts: {len(prompts)}, give at least 2, of which one is not seen")
+        raise ValueError(f"prompts: {len(prompts)}, give at least 2, one to search on")
     measurement = Measurement(
         model=run.model,
         objective=options.objective,

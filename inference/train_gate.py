@@ -1,6 +1,6 @@
 """Fit a gate to a frozen model: `python -m inference.train_gate --run DIR --form linear`.
 
-The gate learns from the training split, and is judged on the validation split beside the softmax
+The gate is fitted to the training split, and measured on the validation split beside the softmax
 gap, which needs no training, and static exit, which needs no confidence.
 """
 
@@ -26,10 +26,13 @@ from inference.strategies.gate_classifiers import Form, save_gate
 from inference.strategies.row_exits import exit_problems, exits_from
 
 LEGEND = """
-Agreement with the last layer at equal mean depth: of static exit after E layers, of the softmax gap
-(which pays for a head at every exit), of the gate, and the most any choice could have. Every token
-was read with all layers behind the keys it saw. AUROC and ECE: of a score as the probability that
-an exit is right; what halting and geometric give is the chance to stop if not stopped before."""
+Agreement with the last layer at equal mean depth E; keys and values are those of all layers.
+static   exit after E layers
+gap      exit where the softmax gap reaches a threshold; costs a head at every exit
+gate     exit where the gate's score reaches a threshold
+oracle   the most that any choice of exits reaches
+AUROC and ECE are those of a score as the probability that an exit is right; a score of halting and
+geometric is the chance to stop at an exit if not before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ class TrainGateOptions(FitOptions):
     train_tokens: Count = 16_384
     """Tokens of the training split to learn from; each takes dim numbers an exit in memory."""
     test_tokens: Count = 8_192
-    """Tokens of the validation split to judge by."""
+    """Tokens of the validation split to measure on."""
     epochs: Count = 20
     """Passes over the tokens."""
     hidden: Count = 64
@@ -103,7 +106,7 @@ def train_gate(options: TrainGateOptions) -> None:
     train = read_windows(dataset.stream(TRAIN), options.train_tokens, seq_len)
     test = read_windows(dataset.stream(VALIDATION), options.test_tokens, seq_len)
     gate = fit_gate(
-        record(model, train, exits, "reading what to learn from"),
+        record(model, train, exits, "training tokens"),
         options.form,
         epochs=options.epochs,
         hidden=options.hidden,
@@ -111,7 +114,7 @@ def train_gate(options: TrainGateOptions) -> None:
     )
     path = options.output or decode_folder(run.checkpoint) / f"gate_{options.form}.safetensors"
     save_gate(path, gate, model)
-    trace = record(model, test, exits, "reading what to judge by")
+    trace = record(model, test, exits, "validation tokens")
     scores = all_scores(gate, trace.states)
     found = compare(trace, scores, L)
     quality = {
@@ -121,7 +124,9 @@ def train_gate(options: TrainGateOptions) -> None:
         }
         for name, s in (("gap", trace.gap), ("gate", scores))
     }
-    print(f"{run.checkpoint}: {options.form}, {train.numel()} tokens learnt, {test.numel()} judged")
+    print(
+        f"{run.checkpoint}: {options.form}, {train.numel()} tokens fitted, {test.numel()} measured"
+    )
     rows = [
         [str(f.E), *(f"{share:.1%}" for share in (f.static, f.gap, f.gate, f.oracle))]
         for f in found

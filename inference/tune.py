@@ -49,11 +49,9 @@ class TuneOptions(PromptOptions, DecodingOptions):
     """
 
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Seconds instead of minutes: at most 2 prompts, 64 tokens of each and 3 repeats, of the most
-    promising strategies alone. Speedups are less certain."""
+    """At most 2 prompts, 64 tokens, 3 repeats, the best predicted pair: seconds, less certain."""
     strategy: str = SelfSpeculative.name
-    """self_speculative: it and dynamic are tried, with every E, d, stop and ngram; or one with a
-    threshold, such as calm, and its other settings."""
+    """self_speculative, which includes dynamic; or one with a threshold, such as calm, as text."""
     min_agreement: float = 0.99
     """With a threshold: least share of tokens that the full model finds most probable."""
     thresholds: Numbers = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

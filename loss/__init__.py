@@ -1,1 +1,1 @@
-"""What is minimised: the early-exit loss, its curriculum and the cross entropy."""
+"""The training objective: the early-exit loss, its curriculum and the cross entropy."""

@@ -2,8 +2,8 @@
 
 However many exits a step has, one chunk of logits is alive at a time. Each chunk's gradient is
 taken at once, so no logits are kept for the backward pass and none are computed twice; what
-remains is the gradient of each exit's hidden state and one fp32 sum for the head. Knows nothing of
-layers or schedules.
+remains is the gradient of each exit's hidden state and one fp32 sum for the head. Independent of
+layers and schedules.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ IGNORE_INDEX = -100
 
 
 class ExitTokens(NamedTuple):
-    """The tokens that one exit has a loss on, and how much it counts."""
+    """The tokens that one exit has a loss on, and the exit's weight."""
 
     hidden: Tensor
     """(..., dim), normed, any float dtype."""
@@ -36,7 +36,7 @@ def weighted_cross_entropy_sums(
     """Return sum_k weight_k sum over tokens of c (CE + z_loss log^2 Z), and the plain sums of CE.
 
     Z is the softmax's normaliser: a positive z_loss draws it to 1 (PaLM, arXiv 2204.02311, section
-    5). c is 1, or the token's largest probability where exit k goes by confidence.
+    5). c is 1, or the token's largest probability where exit k has `by_confidence`.
 
     Args:
         exits: K exits, with hidden states of one dtype.
@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         *hidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        # `hidden` is that of `exits`, named for autograd to see.
+        # `hidden` is that of `exits`, passed by itself for autograd.
         total, sums, grads, head_grad = _sums_and_gradients(
             exits,
             head_weight,
@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def scaled_gradients(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-    """Return, once, what `forward` left in ctx.grads, times the gradient of its result.
+    """Return, once, the gradients in ctx.grads times that of the result of `forward`.
 
     In place, so that no second copy is ever alive.
     """
@@ -113,7 +113,7 @@ def _sums_and_gradients(
     gradients: bool = False,
     head_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
-    """Run every exit chunk by chunk, and take gradients on the way if asked."""
+    """Run every exit chunk by chunk, and compute gradients on the way where `gradients` is True."""
     sums = torch.zeros(2, len(exits), dtype=torch.float32, device=head_weight.device)
     grads = []
     head_grad = torch.zeros_like(head_weight, dtype=torch.float32) if head_gradient else None
@@ -140,12 +140,12 @@ def _sums_and_gradients(
 
 
 class _ChunkLoss(NamedTuple):
-    """What the logits of n tokens come to."""
+    """The loss of n tokens, from their logits."""
 
     log_probs: Tensor
     """(n, vocab) fp32."""
     target: Tensor
-    """(n, 1) int64: the label; any where there is none."""
+    """(n, 1) int64: the label; arbitrary where there is none."""
     has_loss: Tensor
     """(n,) bool."""
     factor: Tensor
@@ -176,7 +176,7 @@ class _ChunkLoss(NamedTuple):
 def _chunk_loss(
     rows: Tensor, head_weight: Tensor, labels: Tensor, by_confidence: bool
 ) -> _ChunkLoss:
-    """Take the loss of rows: (n, dim), with labels: (n,)."""
+    """Compute the loss of rows: (n, dim), with labels: (n,)."""
     logits = F.linear(rows, head_weight)
     log_probs = F.log_softmax(logits, -1, dtype=torch.float32)
     target = labels.clamp(min=0).unsqueeze(-1)

@@ -12,7 +12,7 @@ Curriculum = Literal["rot", "grad", "all", "alternating", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
-    """When the loss of which exit is on."""
+    """At which steps each exit has a loss."""
 
     C: Curriculum = "none"
     """rot: every R-th layer, rotating by one each step. grad: from the last layer down, one more
@@ -41,8 +41,8 @@ def C_rot(t: int, l: int, R: int) -> int:
     """Return 1 where the rotational curriculum trains the exit after layer l at step t, else 0.
 
     LayerSkip, section 4.1.2: exits at every R-th layer, the pattern moved by one each step, so that
-    R consecutive steps train each exit exactly once and one step evaluates ceil(L / R) heads at
-    most.
+    R consecutive steps train each exit exactly once and one step evaluates at most ceil(L / R)
+    heads.
     """
     return int((l - t) % R == 0)
 
@@ -71,8 +71,8 @@ def active_layers(t: int, *, L: int, T: int, config: CurriculumConfig) -> tuple[
 
 
 def period(config: CurriculumConfig) -> int:
-    """Return after how many steps C(t, l) begins again.
+    """Return the number of steps after which C(t, l) repeats.
 
-    grad never does, but only ever adds to what is on at step 0: as if at every step, 1.
+    grad never repeats; it only ever adds exits to those of step 0, and counts as 1.
     """
     return {"rot": config.R, "alternating": 2}.get(config.C, 1)

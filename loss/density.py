@@ -1,6 +1,6 @@
 """The density penalty: how far the share of layers that routers let run is from a target.
 
-Knows nothing of models. Every row is judged by itself, so the penalty does not depend on how a
+Independent of models. Every row has a penalty of its own, so that the sum does not depend on how a
 batch is split over microbatches and ranks. Layers l count from 0.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class DensityConfig:
-    """What a model with routers pays for running layers."""
+    """The penalty on the density of a model with routers."""
 
     weight: float = 0.0
     """The mean over sequences of (density - target)^2 is added to J with this weight, where the

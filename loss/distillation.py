@@ -2,7 +2,7 @@
 
 Hinton et al. (arXiv 1503.02531). As in `cross_entropy`, gradients are taken chunk by chunk on the
 way forward, so that however many exits there are, the logits of one chunk of the teacher and of one
-pupil are alive at a time. The teacher is a constant; the head learns from the students' side alone.
+student are alive at a time. The teacher is a constant; the head's gradient is the students' alone.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ Weighting = Literal["layerskip", "linear", "uniform", "fixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExitConfig:
-    """What the loss of each exit is, and how much it weighs.
+    """The loss of each exit, and its weight in J.
 
     "Exits before the last": all but the deepest of those that are on.
     """
@@ -42,28 +42,29 @@ class EarlyExitConfig:
     distill: float = 0.0
     """Share of an exit's loss that is distillation from the last layer, 0 to 1: cross entropy goes
     to (1 - distill) CE + distill temperature^2 KL(last layer || exit). The last layer's own loss
-    stays as it is, and learns nothing from its students."""
+    stays as it is, and gets no gradient from its students."""
     temperature: float = 1.0
-    """Divides the logits of both in the KL."""
+    """Divides the logits of both distributions in the KL."""
     distill_states: StateMatching = "none"
-    """Whose hidden states teach the layers up to the deepest of exits, after E layers (FREE), at
-    every step. last: the last layer's the E-th. uniform: those of E evenly spaced layers, in order.
-    dynamic: each of these the nearest student below the one of the teacher above. The squared
-    difference of normed states, averaged over pairs, tokens and dim; teachers learn nothing."""
+    """Distillation of hidden states into the layers up to the deepest of exits, after E layers
+    (FREE), at every step. last: the last layer teaches the E-th. uniform: E evenly spaced layers
+    teach them, in order. dynamic: each of these teaches the nearest student below that of the
+    teacher above. The squared difference of normed states, averaged over pairs, tokens and dim;
+    teachers get no gradient."""
     distill_states_weight: float = 0.5
-    """What that is multiplied by before it is added to the loss (FREE's alpha)."""
+    """Weight of the distillation of states in the loss (FREE's alpha)."""
     z_loss: float = 0.0
     """Added to each token's cross entropy, at every exit: z_loss log^2 Z, of the softmax's
-    normaliser Z. PaLM: 1e-4. 0: off. The losses that are told leave it out."""
+    normaliser Z. PaLM: 1e-4. 0: off. The reported losses leave it out."""
     confidence_weights: bool = False
     """Weigh each token's cross entropy, at the exits before the last, by its largest probability,
     which gets no gradient (EE-LLM's dynamic weights)."""
     token_fraction: float = 1.0
     """Share of each sequence's tokens that the exits before the last learn from, above 0 to 1:
-    others at every step, the same for all exits, scaled by its inverse. As much less goes through
-    their heads; the losses that are told are estimates."""
+    drawn anew at every step, the same for all exits, the loss scaled by its inverse. Their heads
+    compute as much less; the reported losses are estimates."""
     chunk_rows: int = 4096
-    """Tokens whose logits are alive at once: chunk_rows * vocab_size numbers."""
+    """Tokens whose logits are in memory at once: chunk_rows * vocab_size numbers."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -113,13 +114,13 @@ class EarlyExitConfig:
 
 
 class EarlyExitLoss(NamedTuple):
-    """J and the parts it was made of."""
+    """J and the loss of each exit."""
 
     total: Tensor
     """Scalar fp32: sum over exits of e_tilde * summed token loss; J is this, over the tokens."""
     per_exit: dict[int, Tensor]
     """{l: summed cross entropy of the exit after layer l}, scalar fp32 each, detached, unreduced;
-    estimated from the tokens that it learnt from."""
+    estimated from the tokens that the exit learnt from."""
 
 
 def e(l: int, L: int, e_scale: float) -> float:
@@ -201,10 +202,10 @@ def early_exit_loss(
         head_weight: (vocab, dim), the one LM head all exits share.
         labels: (batch, seq) int64; IGNORE_INDEX is left out.
         weights: {l: e_tilde(t, l)}.
-        config: What the loss of an exit is.
+        config: The loss of an exit.
         tokens: (n,) int64 indices into (batch * seq), of those that the exits before the last learn
             from: equally many of each sequence, every one as likely. None: all.
-        state_pairs: Which states teach which.
+        state_pairs: Students and teachers of the distillation of states.
     """
     *shallower, deepest = sorted(weights)
     chosen_labels = _choose(labels, tokens)
@@ -215,7 +216,7 @@ def early_exit_loss(
         )
         for l in shallower
     ]
-    exits = [pupil._replace(weight=pupil.weight * (1.0 - config.distill)) for pupil in students]
+    exits = [each._replace(weight=each.weight * (1.0 - config.distill)) for each in students]
     exits.append(ExitTokens(hidden[deepest], labels, weights[deepest]))
     total, sums = weighted_cross_entropy_sums(
         exits, head_weight, chunk_rows=config.chunk_rows, z_loss=config.z_loss
@@ -237,11 +238,11 @@ def _distillation(
 ) -> Tensor:
     """Return the weighted divergence of the students from a teacher shaped like them."""
     return weighted_divergence_sum(
-        [pupil.hidden for pupil in students],
+        [student.hidden for student in students],
         teacher,
         head_weight,
         students[0].labels,
-        torch.tensor([pupil.weight * config.distill for pupil in students]),
+        torch.tensor([student.weight * config.distill for student in students]),
         temperature=config.temperature,
         chunk_rows=config.chunk_rows,
     )

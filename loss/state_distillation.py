@@ -1,9 +1,9 @@
-"""Distillation of hidden states: shallow layers learn to give what deep layers give.
+"""Distillation of hidden states: shallow layers learn the states of deep layers.
 
 FREE (arXiv 2310.05424): of a shallow exit after E layers, the layers up to it are students, and as
-many deep layers are teachers. A layer's state is norm(x_{l+1}), what its exit reads, as in the
+many deep layers are teachers. A layer's state is norm(x_{l+1}), its exit's input, as in the
 authors' code; l = layer index from 0. Gradients are taken on the way forward, as in
-`cross_entropy`; a teacher's state is a constant. Knows nothing of the head.
+`cross_entropy`; a teacher's state is a constant. Independent of the head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,10 @@ def teacher_layers(L: int, E: int) -> tuple[int, ...]:
 
 
 def state_pairs(L: int, E: int, matching: StateMatching) -> tuple[StatePair, ...]:
-    """Return who may learn from whom, by teacher and then by student ascending.
+    """Return the candidate pairs of student and teacher, by teacher and then by student ascending.
 
     last: layer E - 1 from layer L - 1. uniform: each student from the teacher of its rank. dynamic:
-    as found by `closest_pairs`, where the i-th teacher can only come to have the i-th student or
+    the choice is left to `closest_pairs`, where the i-th teacher can only get the i-th student or
     one below.
 
     Args:
@@ -60,8 +60,8 @@ def closest_pairs(distances: Tensor, pairs: Sequence[StatePair]) -> Tensor:
 
     From the deepest teacher down, take the nearest student below the one taken before; once the
     lowest is taken, it is taken again (FREE's dynamic layer matching). The authors choose once for
-    a batch, padding included; here every sequence has its own, so that gradients do not depend on
-    how the global batch is split over ranks and microbatches. Nothing waits for the device.
+    a batch, padding included; here every sequence has its own choice, so that gradients do not
+    depend on how the global batch is split over ranks and microbatches. No synchronisation.
 
     Args:
         distances: (pairs, batch).
@@ -92,7 +92,7 @@ def state_distance_sum(
         states: {l: norm(x_{l+1})}, (batch, seq, dim) each, of every layer in `pairs`.
         pairs: Of `state_pairs`.
         labels: (batch, seq) int64; a position of IGNORE_INDEX does not count.
-        dynamic: Of each teacher's pairs take one, by `closest_pairs`; else all.
+        dynamic: Use one of each teacher's pairs, by `closest_pairs`; False: all.
 
     Returns:
         Scalar fp32, differentiable in the students' states and in no teacher's.

@@ -25,6 +25,7 @@ ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
     "inference": {
+        "text": {"strategies", "loading", "engine"},
         "cli": {"loading", "engine"},
         "fitting": {"strategies", "cli"},
         "evaluation": {"strategies", "loading", "engine", "cli"},

@@ -1,1 +1,1 @@
-"""Terminal and command line: arguments, one-line errors, tables, progress."""
+"""Options that commands share, tables, progress, streamed text."""

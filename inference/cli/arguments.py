@@ -5,15 +5,13 @@ A command's options are a dataclass that inherits those it takes, so that its he
 
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from data.command_line import read_as
-from inference.engine.compiled import compile_layers
-from inference.engine.cuda_graphs import round_graphs
 from inference.engine.sampling import Sampling
 from inference.loading.quantized import Bits
 from inference.loading.run import Run, load_run
@@ -116,8 +114,7 @@ class RunOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and KV cache; float32 on a CPU, bfloat16 on CUDA if not given."""
     quantize: Bits | None = None
-    """Hold the layers' matrices in so few bits, by torchao; in --dtype if not given, as those of
-    another model that drafts always are."""
+    """Hold the layers' matrices in so few bits (torchao), but not those of a draft model."""
     json: OutputFile | None = None
     """Also write the results here."""
 
@@ -131,16 +128,17 @@ class DecodingOptions(RunOptions):
     """The run to decode with."""
 
     compile: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Compile the layers, and on CUDA run whole rounds as graphs: faster, after seconds for each
-    shape of a pass."""
+    """Compile the layers, and on CUDA run rounds as graphs; takes seconds per shape of a pass."""
 
     def open_run(self) -> Run:
         """Load the run; compiled, its rounds are kept as graphs on a device that has them."""
-        run = super().open_run()
-        if not self.compile:
-            return run
-        compile_layers(run.model)
-        return replace(run, graphs=round_graphs(run.model.norm.weight.device))
+        return load_run(
+            self.run,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            compiled=self.compile,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One-line errors, tables, progress and JSON of the commands."""
+"""Tables, progress and JSON of the commands."""
 
 import json
 import sys
@@ -10,7 +10,6 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-
 
 _LINE_INTERVAL_SECONDS = 10.0
 
@@ -35,7 +34,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def report_line(line: str) -> None:
-    """Say on stderr how far long work is."""
+    """Print a line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -12,11 +12,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from inference.engine.batch import Round
 from inference.engine.compiled import WINDOW_STEP
 from inference.engine.counters import Counters
+from inference.engine.decoder import Decoder, GraphableDecoder, advancing
 from inference.engine.prefill import allocate, reset
 from inference.engine.sampling import Sampling
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round, advancing
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from models.llama import Llama
 
@@ -101,37 +103,37 @@ class GraphedRounds:
 
     def __call__(self, max_tokens: int) -> Round:
         """Run a round."""
-        state, n = self._state, min(max_tokens, self._rounds.most)
+        state, n = self._state, min(max_tokens, self._rounds.max_tokens)
         self._rounds.prepare(n)
-        beyond = self._rounded_up(n) - state.max_position
-        state.max_position += beyond
-        key = n, state.max_position
+        beyond = self._rounded_up(n) - state.batch.max_position
+        state.batch.max_position += beyond
+        key = n, state.batch.max_position
         if key in self._graphs:
             graph = self._graphs[key] or self._record(n)
             self._graphs[key] = graph
             result = graph.replay()
             state.counters += graph.counters
-            state.max_position += graph.max_position
+            state.batch.max_position += graph.max_position
         else:
             syncs = state.counters.syncs
             result = self._rounds.run(n)
             assert state.counters.syncs == syncs, "graphable rounds may not sync with the host"
             self._graphs[key] = None
-        state.max_position -= beyond
+        state.batch.max_position -= beyond
         return result
 
     def _rounded_up(self, n: int) -> int:
         """Return a `max_position` such that n more slots end a window; it bounds the true one."""
-        slots = -(-(self._state.max_position + n) // WINDOW_STEP) * WINDOW_STEP
+        slots = -(-(self._state.batch.max_position + n) // WINDOW_STEP) * WINDOW_STEP
         return min(slots, self._state.cache.slots) - n
 
     def _record(self, n: int) -> _Graph:
         state = self._state
-        counters, max_position = state.counters, state.max_position
+        counters, max_position = state.counters, state.batch.max_position
         state.counters = Counters()
         replay = self._recorder.record(partial(self._rounds.run, n), state)
-        graph = _Graph(replay, state.counters, state.max_position - max_position)
-        state.counters, state.max_position = counters, max_position
+        graph = _Graph(replay, state.counters, state.batch.max_position - max_position)
+        state.counters, state.batch.max_position = counters, max_position
         return graph
 
 
@@ -156,7 +158,7 @@ class GraphedBatch:
         """Begin to decode, with the graphs there are; the decoder advances the state as well."""
         if strategy in self._decoders:
             return self._decoders[strategy]
-        plain = advancing(self.state, strategy.start(self.state))
+        plain = advancing(self.state.batch, strategy.start(self.state))
         decoder = graphed(self.state, plain, self.recorder)
         if decoder is not plain:
             self._decoders[strategy] = decoder
@@ -182,7 +184,7 @@ class RoundGraphs:
         batch, self._kept = self._kept, None
         if batch is not None:
             state = batch.state
-            shape = len(state.positions), state.cache.slots, state.sampling
+            shape = len(state.batch.positions), state.cache.slots, state.sampling
             if state.model is model and shape == (rows, slots, sampling):
                 reset(state, seed)
                 return batch

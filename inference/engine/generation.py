@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from inference.engine.batch import Round
 from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
+from inference.engine.decoder import advancing
 from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
-from inference.engine.state import Round, advancing
 from inference.engine.strategy import Strategy
 from models.config import LlamaConfig
 from models.host_copy import HostCopy
@@ -97,7 +98,7 @@ class Generation:
         self._batch: GraphedBatch | None = None
         if graphs is None:
             self._state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed)
-            self._run_round = advancing(self._state, strategy.start(self._state))
+            self._run_round = advancing(self._state.batch, strategy.start(self._state))
         else:
             self._batch = graphs.take(model, rows, slots=slots, sampling=sampling, seed=seed)
             self._state, self._run_round = self._batch.state, self._batch.start(strategy)
@@ -147,7 +148,7 @@ class Generation:
         """Return the most tokens a round may give: 0 if every prompt may be done."""
         sure = len(self._in_flight)  # each in_flight round gave every row a token at least
         left = max(self._left(p) for p in self._rows if p is not None) - sure
-        return max(0, min(left, self._state.cache.slots - self._state.max_position))
+        return max(0, min(left, self._state.cache.slots - self._state.batch.max_position))
 
     def _read(self) -> list[Emission]:
         """Take in the oldest in_flight round; rows whose prompts are done get the next ones."""
@@ -195,22 +196,22 @@ class Generation:
                     prefill_row(state, row, self.prompts[self._next_prompt], self._prefill_layers)
                 self._next_prompt += 1
             else:
-                state.finished[row] = True
-                state.positions[row] = 0
+                state.batch.finished[row] = True
+                state.batch.positions[row] = 0
         in_flight = sum(round.n for round in self._in_flight)
         places = [
             len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1
             for prompt in self._rows
             if prompt is not None
         ]
-        state.max_position = max(places, default=0) + in_flight
+        state.batch.max_position = max(places, default=0) + in_flight
 
     @contextmanager
     def _timing_prefill(self) -> Iterator[None]:
         state, start = self._state, time.perf_counter()
         state.counters = Counters()
         yield
-        wait_for(state.pending.device)
+        wait_for(state.batch.pending.device)
         self.counters.prompt_token_layers += state.counters.token_layers
         state.counters = self.counters
         self.counters.prefill_seconds += time.perf_counter() - start

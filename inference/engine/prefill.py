@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from inference.engine.batch import Batch
 from inference.engine.compiled import window_step
 from inference.engine.counters import Counters
 from inference.engine.kv_cache import StaticKVCache
@@ -26,30 +26,21 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
     """
     weight = model.norm.weight
     device = weight.device
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-
+    generator = torch.Generator(device=device).manual_seed(seed) if sampling.temperature else None
+    cache = StaticKVCache(
+        model.config,
+        rows,
+        slots,
+        device=device,
+        dtype=weight.dtype,
+        window_step=window_step(model),
+    )
     return DecodeState(
         model=model,
-        cache=StaticKVCache(
-            model.config,
-            rows,
-            slots,
-            device=device,
-            dtype=weight.dtype,
-            window_step=window_step(model),
-        ),
+        batch=Batch.empty(rows, slots, device),
+        cache=cache,
         sampling=sampling,
-        generator=(
-            torch.Generator(device=device).manual_seed(seed) if sampling.temperature else None
-        ),
-        history=zeros(rows, slots + 1),
-        pending=zeros(rows),
-        positions=zeros(rows),
-        prompt_lengths=zeros(rows),
-        finished=torch.zeros(rows, dtype=torch.bool, device=device),
-        max_position=0,
+        generator=generator,
     )
 
 
@@ -74,40 +65,29 @@ def prefill(
         prompts: One list of token ids for each row, none empty.
         parts: The first so many layers, less those skipped.
     """
-    device = state.pending.device
+    batch = state.batch
     longest = max(map(len, prompts))
-    padded = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    state.history[:, :longest] = padded
-    state.pending.copy_(padded.gather(1, lengths[:, None] - 1).squeeze(1))
-    state.prompt_lengths.copy_(lengths)
-    state.finished.fill_(False)
+    padded = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=batch.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=batch.device)
+    batch.history[:, :longest] = padded
+    batch.pending.copy_(padded.gather(1, lengths[:, None] - 1).squeeze(1))
+    batch.prompt_lengths.copy_(lengths)
+    batch.finished.fill_(False)
     if longest > 1:
         depth, skipped = parts
-        state.positions.zero_()
-        state.max_position = 0
+        batch.positions.zero_()
+        batch.max_position = 0
         state.run(state.model.embed(padded[:, :-1]), 0, depth, skipped=skipped)
-    state.positions.copy_(lengths - 1)
-    state.max_position = longest - 1
-    state.num_prefills += 1
+    batch.positions.copy_(lengths - 1)
+    batch.max_position = longest - 1
+    batch.num_prefills += 1
 
 
 def prefill_row(
     state: DecodeState, row: int, prompt: Sequence[int], parts: tuple[int, SkippedParts]
 ) -> None:
     """Put a prompt into one row of a batch, as `prefill` does; the other rows stay."""
-    one = slice(row, row + 1)
-    alone = replace(
-        state,
-        cache=state.cache.row(row),
-        history=state.history[one],
-        pending=state.pending[one],
-        positions=state.positions[one],
-        prompt_lengths=state.prompt_lengths[one],
-        finished=state.finished[one],
-    )
-    prefill(alone, [prompt], parts)
-    state.max_position, state.num_prefills = (
-        max(state.max_position, alone.max_position),
-        alone.num_prefills,
-    )
+    batch, alone = state.batch, state.batch.row(row)
+    prefill(replace(state, batch=alone, cache=state.cache.row(row)), [prompt], parts)
+    batch.max_position = max(batch.max_position, alone.max_position)
+    batch.num_prefills += 1

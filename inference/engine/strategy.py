@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from inference.engine.state import Decoder, DecodeState
+from inference.engine.decoder import Decoder
+from inference.engine.state import DecodeState
 from models.llama import NOTHING, SkippedParts
 
 

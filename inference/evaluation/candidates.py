@@ -18,8 +18,8 @@ EXITS = 3
 
 def expand_arms(
     strategies: Sequence[str],
-    exits: Sequence[str | None],
-    draft_tokens: Sequence[str | None],
+    exits: Sequence[int | None],
+    draft_tokens: Sequence[int | None],
     n_layers: int,
 ) -> list[Strategy]:
     """Return every combination that differs, autoregressive decoding first.
@@ -28,14 +28,18 @@ def expand_arms(
         ValueError: A name is unknown, or E or d does not fit the model.
     """
     arms = [
-        parse_strategy(name, E=E, d=d).with_defaults(n_layers)
+        parse_strategy(name, E=_text(E), d=_text(d)).with_defaults(n_layers)
         for name, E, d in product(strategies, exits, draft_tokens)
     ]
     return _that_fit([AUTOREGRESSIVE, *arms], n_layers)
 
 
+def _text(setting: int | None) -> str | None:
+    return None if setting is None else str(setting)
+
+
 def check_draft_fits(name: str, d: int, run: Run) -> None:
-    """Refuse drafts of d tokens, which option `name` asks for, where they cannot be timed.
+    """Refuse drafts of d tokens, the value of option `name`, where they cannot be timed.
 
     Raises:
         ValueError: The context has no room for a token, d drafted ones and the one after.

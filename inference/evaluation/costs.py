@@ -122,7 +122,7 @@ def measure_costs(
         for run in passes.values():
             run()
         passes = {key: recorder.record(run, state) for key, run in passes.items()}
-    seconds = median_seconds(passes, state.pending.device, timings)
+    seconds = median_seconds(passes, state.batch.device, timings)
     full = seconds["step", L]
     steps = {key: time / full for key, time in seconds.items()}
     return Costs(
@@ -163,18 +163,18 @@ def _round(state: DecodeState, E: int, d: int) -> Callable[[], object]:
 
 
 def _lookup(state: DecodeState, d: int) -> Callable[[], object]:
-    tokens = state.pending[:, None].expand(-1, d).contiguous()
-    drafted = NgramDrafts(tokens, ~state.finished, state.model.config.vocab_size).alone()
+    tokens = state.batch.pending[:, None].expand(-1, d).contiguous()
+    drafted = NgramDrafts(tokens, ~state.batch.finished, state.model.config.vocab_size).alone()
     return lambda: accept_round(state, drafted, verify(state, 0, drafted))
 
 
 def _layers(state: DecodeState, n: int) -> Callable[[], object]:
-    tokens, L = state.pending[:, None].expand(-1, n), state.model.config.n_layers
+    tokens, L = state.batch.pending[:, None].expand(-1, n), state.model.config.n_layers
     return lambda: state.run(state.model.embed(tokens), 0, L)
 
 
 def _head(state: DecodeState, n: int) -> Callable[[], object]:
-    h = state.model.embed(state.pending[:, None].expand(-1, n))
+    h = state.model.embed(state.batch.pending[:, None].expand(-1, n))
     return lambda: state.distribution(h).argmax(-1)
 
 

@@ -220,7 +220,7 @@ def _round_seconds(
         recorder = graphs.new_recorder()
         decoders = {config: graphed(state, d, recorder) for config, d in decoders.items()}
     rounds = {config: partial(decoder, deepest + 1) for config, decoder in decoders.items()}
-    return median_seconds(rounds, state.pending.device, timings)
+    return median_seconds(rounds, state.batch.device, timings)
 
 
 def _summarise(

@@ -1,4 +1,4 @@
-"""The most memory some work took: CUDA: allocated; CPU: growth of the resident set."""
+"""Peak memory of some work: on CUDA allocated, on a CPU growth of the resident set."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> int | None:
-    """Forget the peak so far; return what the next is counted from."""
+    """Reset the peak; return the bytes that the next one is counted from."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return 0

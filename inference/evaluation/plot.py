@@ -20,7 +20,7 @@ def write_exit_plot(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
 
     Args:
         path: A PNG file.
-        curves: By run name, the loss in nats per token of the exits l = 0, 1, ...
+        curves: By run name, the loss in nats per token of the exits E = 1, 2, ...
     """
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -42,7 +42,7 @@ def write_plot(
     Args:
         path: A PNG file.
         results: The arms, of all batch sizes.
-        agreement: By E - 1, how often the exit says what the last layer says.
+        agreement: By E - 1, share of tokens where the exit predicts the last layer's.
         title: Of the whole.
     """
     panels: list[Callable[[Axes], None]] = [
@@ -58,8 +58,8 @@ def write_plot(
     figure.set_layout_engine("constrained")
     grid_spec = figure.add_gridspec(1 + rows, 2)
     panels[0](figure.add_subplot(grid_spec[0, :]))
-    for place, draw in enumerate(panels[1:]):
-        draw(figure.add_subplot(grid_spec[1 + place // 2, place % 2]))
+    for i, draw in enumerate(panels[1:]):
+        draw(figure.add_subplot(grid_spec[1 + i // 2, i % 2]))
     figure.suptitle(title, fontsize="medium")
     _write(figure, path)
 
@@ -73,7 +73,7 @@ def _write(figure: Figure, path: Path) -> None:
 def _draw_speedups(axes: Axes, results: Sequence[ArmResult]) -> None:
     """Draw one bar for each arm and a mark at its bound.
 
-    A lossy arm's tokens are other tokens: its bar says how fast they come, not how good they are.
+    A lossy arm decodes other tokens: its bar is a speed, not a quality.
     """
     colors = _colors(results)
     for x, result in enumerate(results):
@@ -108,7 +108,7 @@ def _draw_grid(axes: Axes, results: Sequence[ArmResult]) -> None:
 def _draw_agreement(axes: Axes, agreement: Sequence[float]) -> None:
     axes.plot(range(1, len(agreement) + 1), agreement, marker="o")
     axes.set_xlabel("E, layers run before the exit")
-    axes.set_ylabel("agrees with the last layer")
+    axes.set_ylabel("agreement with the last layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0.0, 1.05)
     axes.grid(alpha=0.3)

@@ -30,8 +30,7 @@ class PromptOptions:
     task_file: Path | None = None
     """Local file of the task: .jsonl, .jsonl.gz, .tsv or .parquet."""
     shots: int | None = None
-    """Answered examples before each question, the first of the file; 1, for humaneval 0, if not
-    given."""
+    """Answered examples before each question, the first of the file; the task's own if None."""
     max_new_tokens: Count = 128
     """Tokens to add to each."""
 

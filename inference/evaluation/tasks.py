@@ -1,6 +1,6 @@
-"""Tasks with known answers, in the layouts they are published in, and scores of what was answered.
+"""Tasks with known answers, in the layouts they are published in, and scores of answers.
 
-Files are local, and code in them is never run. Knows nothing of models and tokens.
+Files are local, and code in them is never run. Imports no model and no tokenizer.
 """
 
 import ast
@@ -29,7 +29,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """How a kind of file is read, asked and scored."""
+    """The fields of a kind of file, the layout of its prompts, and the score of an answer."""
 
     source: str
     """Field that holds the question."""
@@ -40,7 +40,7 @@ class Task:
     answered: str
     """What follows a prompt in an example with its answer, with {answer} in it."""
     shots: int
-    """Examples with their answers before the question, if the user does not say."""
+    """Examples with their answers before the question, unless the user gives a number."""
     ends: tuple[str, ...]
     """Texts an answer ends before."""
     score: Callable[[Example, str], dict[str, float]]
@@ -48,11 +48,11 @@ class Task:
 
     def prompt(self, example: Example, shots: Sequence[Example]) -> str:
         """Return the text to continue: the shots with their answers, then the question."""
-        asked = [
+        answered = [
             self.question.format(source=shot.source) + self.answered.format(answer=shot.answer)
             for shot in shots
         ]
-        return "".join([*asked, self.question.format(source=example.source)])
+        return "".join([*answered, self.question.format(source=example.source)])
 
     def cut(self, text: str) -> str:
         """Return a continuation up to where its answer ends."""
@@ -165,12 +165,12 @@ def read_examples(task: Task, path: Path) -> Iterator[Example]:
     Raises:
         ValueError: a record cannot be read or lacks a field, or the file is none of the kinds.
     """
-    for place, record in _records(path):
+    for position, record in _records(path):
         texts = record if isinstance(record, Mapping) else {}
         for name in (task.source, task.answer):
             if not isinstance(texts.get(name), str):
                 raise ValueError(
-                    f"task_file: {path}, {place}: no text in {name!r}, give records with "
+                    f"task_file: {path}, {position}: no text in {name!r}, give records with "
                     f"{task.source} and {task.answer}"
                 )
         yield Example(texts[task.source], texts[task.answer])

@@ -7,9 +7,10 @@ import torch
 
 from data.dataset import Dataset, open_dataset
 from data.tokenizer import Tokenizer
-from inference.engine.cuda_graphs import RoundGraphs
+from inference.engine.compiled import compile_layers
+from inference.engine.cuda_graphs import RoundGraphs, round_graphs
 from inference.loading.packed import can_pack, pack
-from inference.loading.quantized import Bits, quantize_layers
+from inference.loading.quantized import BITS, Bits, quantize_layers
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
@@ -61,6 +62,7 @@ def load_run(
     dtype: str | None = None,
     quantize: Bits | None = None,
     packed: bool = True,
+    compiled: bool = False,
 ) -> Run:
     """Load the newest checkpoint of a run folder, or the checkpoint folder `path`.
 
@@ -70,10 +72,16 @@ def load_run(
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
         quantize: Hold the matrices of layers, and of exits of their own, in so few bits.
         packed: Pack the weights for decoding, where that can be.
+        compiled: Compile the layers, and keep rounds as graphs on a device that has them.
 
     Raises:
-        ValueError: nothing there, damaged, or with another tokenizer than the manifest names.
+        ValueError: nothing there, damaged, or with another tokenizer than the manifest names; or
+            an option is none of its values.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype}, give one of {', '.join(DTYPES)}")
+    if quantize is not None and quantize not in BITS:
+        raise ValueError(f"quantize: {quantize}, give one of {', '.join(BITS)}")
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     file = checkpoint / TOKENIZER
@@ -91,8 +99,11 @@ def load_run(
         quantize_layers(model, quantize)
     if packed and can_pack(model):
         pack(model)
-    tokenizer = Tokenizer(file)
-    return Run(checkpoint, manifest, tokenizer, model)
+    graphs = None
+    if compiled:
+        compile_layers(model)
+        graphs = round_graphs(place)
+    return Run(checkpoint, manifest, Tokenizer(file), model, graphs)
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.engine.state import Round
+from inference.engine.batch import Round
 from inference.strategies.drafting import NgramDrafts
 from models.config import LlamaConfig
 from models.flops import block_params, own_exit_params

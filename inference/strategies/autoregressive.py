@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder, GraphableDecoder
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from models.llama import NOTHING, SkippedParts
 
@@ -28,6 +30,6 @@ def one_by_one(state: DecodeState, depth: int, skipped: SkippedParts) -> Decoder
 
 def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, max_tokens: int) -> Round:
     """Draw one token after each pending one from the first layers, less those skipped."""
-    h = state.run(state.model.embed(state.pending[:, None]), 0, depth, skipped=skipped)
+    h = state.run(state.embed_pending(), 0, depth, skipped=skipped)
     tokens = sample(state.distribution(h, depth), state.generator)
     return Round.plain(tokens)

@@ -121,12 +121,12 @@ class RowThresholds:
         self, state: DecodeState, *, exits: int, first: float, zeta: float, longest_round: int
     ) -> None:
         """Remember nothing; see the class."""
-        rows, device = len(state.positions), state.positions.device
+        rows, device = len(state.batch.positions), state.batch.positions.device
         self._state, self._first, self._zeta = state, first, zeta
         self._length = max(16, longest_round)  # of a block
         self._now = torch.full((rows,), first, device=device)
         self._next = self._now
-        self._block = torch.zeros_like(state.positions)
+        self._block = torch.zeros_like(state.batch.positions)
         self._new = self._block
         # By a new token's place, modulo their number; for each exit.
         slots = _WINDOW + self._length
@@ -137,7 +137,7 @@ class RowThresholds:
     def begin(self) -> None:
         """Take note of where the rows are at the start of a round."""
         state = self._state
-        self._new = (state.positions + 1 - state.prompt_lengths).clamp(min=0)
+        self._new = (state.batch.positions + 1 - state.batch.prompt_lengths).clamp(min=0)
         block = self._new // self._length
         fresh = self._new == 0
         self._block = self._block.masked_fill(fresh, 0)

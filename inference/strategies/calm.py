@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from inference.engine.state import Decoder, DecodeState
+from inference.engine.decoder import Decoder
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.confidence import softmax_gap
 from inference.strategies.gate import TRAINED_BY, decode_gated

@@ -115,7 +115,7 @@ def lookup_drafts(state: DecodeState, ngram: int, d: int) -> NgramDrafts | None:
     """Guess d tokens from each row's own past; None if d or ngram is 0."""
     if not ngram or not d:
         return None
-    tokens, found = look_up(state.history[:, :-1], state.positions, ngram, d)
+    tokens, found = look_up(state.batch.history[:, :-1], state.batch.positions, ngram, d)
     return NgramDrafts(tokens, found, state.model.config.vocab_size)
 
 
@@ -144,11 +144,11 @@ def draft(
         head: The head drafts are drawn from, over a part of the vocabulary; None: all of it.
         guesses: d or more guesses, which their rows draft instead; these never stop.
     """
-    batch, vocab = len(state.pending), state.model.config.vocab_size
-    tokens, exits, shallow = [state.pending[:, None]], [], []
-    q = [torch.empty(batch, 0, vocab, device=state.pending.device)]
-    sure = ~state.finished if guesses is None else ~(state.finished | guesses.found)
-    lengths = torch.zeros_like(state.positions)
+    batch, vocab = len(state.batch.pending), state.model.config.vocab_size
+    tokens, exits, shallow = [state.batch.pending[:, None]], [], []
+    q = [torch.empty(batch, 0, vocab, device=state.batch.pending.device)]
+    sure = ~state.batch.finished if guesses is None else ~(state.batch.finished | guesses.found)
+    lengths = torch.zeros_like(state.batch.positions)
     for i in range(d):
         x_E, taps = state.run_and_tap(
             state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped

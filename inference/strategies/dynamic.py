@@ -20,7 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inference.engine.state import Decoder, DecodeState, Round
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy, exits_problems
 from inference.strategies.agreement import (
     Agreement,
@@ -157,7 +159,7 @@ class _Rounds:
         else:
             result = self._draft_and_verify(E, d, guesses, max_tokens)
         if found is not None:
-            stats = lookups_that_agreed(found, result, ~self.state.finished)
+            stats = lookups_that_agreed(found, result, ~self.state.batch.finished)
             self._record([self.guesses], stats[None])
         return result
 
@@ -181,7 +183,7 @@ class _Rounds:
         """Return how many of the rows that go on have none, and how many have one."""
         if guesses is None:
             return 1, 0
-        live = ~self.state.finished
+        live = ~self.state.batch.finished
         without, having = (live & ~guesses.found).sum(), (live & guesses.found).sum()
         rows_without, rows_having = self.state.sync_list(torch.stack((without, having)))
         return rows_without, rows_having
@@ -213,7 +215,7 @@ class _Rounds:
             stop = Stop(self.settings.stop, self.settings.stop_entropy)
             tapped = tuple(other - 1 for other in self.exits if other < E) if probing else ()
             drafted = draft(state, E, d, stop=stop, tapped=tapped, guesses=guesses)
-        rows = ~state.finished if guesses is None else ~(state.finished | guesses.found)
+        rows = ~state.batch.finished if guesses is None else ~(state.batch.finished | guesses.found)
         if probing:
             return self._verify_and_probe(E, drafted, rows)
         result = self._verify(drafted, E)

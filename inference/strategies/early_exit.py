@@ -7,7 +7,8 @@ l = E - 1, later layers never run, and their part of the KV cache is never read.
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from inference.engine.state import Decoder, DecodeState
+from inference.engine.decoder import Decoder
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.autoregressive import one_by_one
 from models.llama import NOTHING, SkippedParts

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder
 from inference.engine.sampling import accept, sample
-from inference.engine.state import Decoder, DecodeState, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy, exits_problems
 from inference.strategies.beta_mixture import RowThresholds
 from inference.strategies.confidence import softmax_gap
@@ -118,7 +120,7 @@ class _Run:
         self._settings, self._state, self._thresholds = settings, state, thresholds
         self._stages = [0, *settings.exits, state.model.config.n_layers]
         self._waiting: list[list[Tensor]] = [[] for _ in self._stages]
-        self._tokens = [state.pending[:, None]]
+        self._tokens = [state.batch.pending[:, None]]
         self._depths: list[Tensor] = []
         self._q: list[Tensor] = []
         self._confidences: list[Tensor] = []
@@ -132,10 +134,10 @@ class _Run:
 
     def next_token(self) -> bool:
         """Find each row's next token; say whether one came from the last layer."""
-        state, rows = self._state, len(self._state.pending)
+        state, rows = self._state, len(self._state.batch.pending)
         self._waiting[0].append(state.model.embed(self._tokens[-1]))
         self._begun += 1
-        undecided = ~state.finished
+        undecided = ~state.batch.finished
         depth = torch.full((rows,), self._stages[1], device=undecided.device)
         confidences = torch.zeros(rows, len(self._stages) - 2, device=undecided.device)
         said = torch.full(confidences.shape, -1, device=undecided.device)
@@ -191,7 +193,7 @@ class _Run:
         state, settings, L = self._state, self._settings, self._stages[-1]
         tokens, depths = torch.cat(self._tokens[1:], dim=1), torch.stack(self._depths, dim=1)
         n = tokens.shape[1]
-        drafted = torch.full_like(state.positions, n - 1)
+        drafted = torch.full_like(state.batch.positions, n - 1)
         if settings.rollback == "off" and self._thresholds is None:
             return Round(tokens, accepted=drafted, drafted=drafted, depths=depths)
         logits = self._last_layers_logits(x_L)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from inference.engine.state import Decoder, DecodeState
+from inference.engine.decoder import Decoder
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.gate_classifiers import GateClassifier, load_gate
 from inference.strategies.jump_maps import load_exit_map

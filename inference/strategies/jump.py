@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder, GraphableDecoder
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.early_exit import a_quarter
 from inference.strategies.jump_maps import JumpMap, load_jump
@@ -52,6 +54,6 @@ class Jump(Strategy):
 
     def _decode_one(self, state: DecodeState, jump: JumpMap, max_tokens: int) -> Round:
         assert self.E is not None
-        h = state.run(state.model.embed(state.pending[:, None]), 0, self.E)
+        h = state.run(state.embed_pending(), 0, self.E)
         tokens = sample(state.distribution(jump(self.E, h)), state.generator)
         return Round.plain(tokens)

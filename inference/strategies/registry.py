@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from data.suggestion import suggest
 from inference.engine.strategy import Strategy
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.calm import Calm
@@ -64,7 +65,7 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
     """
     name, *parts = text.split(":")
     if name not in STRATEGIES:
-        raise ValueError(f"strategy: {name or 'empty'}, give one of {', '.join(STRATEGIES)}")
+        raise ValueError(f"strategy: {name or 'empty'}, {suggest(name, [*STRATEGIES])}")
     kind = STRATEGIES[name]
     known = setting_types(kind)
     given = {key: value for key, value in settings.items() if value is not None and key in known}
@@ -73,8 +74,8 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
         if not equals:
             raise ValueError(f"strategy: {part!r} in {text!r} is no setting, write name=value")
         if key not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"strategy: {name} has no setting {key}, {has}")
+            hint = suggest(key, [*known]) if known else "it has none"
+            raise ValueError(f"strategy: {name} has no setting {key}, {hint}")
         given[key] = value
     values = {key: _read(f"{name}: {key}", value, known[key]) for key, value in given.items()}
     return kind(**values)

@@ -10,8 +10,10 @@ from typing import ClassVar
 
 import torch
 
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from models.router import runs
 
@@ -37,14 +39,14 @@ class Routed(Strategy):
 
 
 def _decode_one(state: DecodeState, max_tokens: int) -> Round:
-    h = state.model.embed(state.pending[:, None])
-    depths = torch.zeros_like(state.positions)
+    h = state.embed_pending()
+    depths = torch.zeros_like(state.batch.positions)
     for l in range(state.model.config.n_layers):
         p = state.model.gate(l, h)
         assert p is not None
         takes = runs(p[:, 0])
         depths += takes
-        if state.sync_bool((takes & ~state.finished).any()):
+        if state.sync_bool((takes & ~state.batch.finished).any()):
             h = state.run(h, l, l + 1)  # the rows that do not run it are left out there
         else:
             state.write_keys_and_values(h, l, l + 1)

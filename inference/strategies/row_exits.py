@@ -13,8 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, Round
+from inference.engine.state import DecodeState
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ def _decode_one(
     max_tokens: int,
 ) -> Round:
     n_layers, rule = state.model.config.n_layers, new_rule()
-    h = state.model.embed(state.pending[:, None])
-    left, layer, before = state.finished, 0, h
-    depths = torch.full_like(state.positions, n_layers)
+    h = state.embed_pending()
+    left, layer, before = state.batch.finished, 0, h
+    depths = torch.full_like(state.batch.positions, n_layers)
     read, logits = h, None
     """What the head reads of the rows that have left, and says, if it was put on every exit."""
     for E in exits:
         h, layer = _run(state, h, layer, E, left), E
         probe = _Probe(state, h, E) if exit_map is None else _Probe(state, exit_map(E, h), None)
-        new_tokens = state.positions + 1 - state.prompt_lengths
+        new_tokens = state.batch.positions + 1 - state.batch.prompt_lengths
         leaves = rule(ExitObservation(E, h[:, 0], before[:, 0], probe, new_tokens)) & ~left
         before = h
         read = torch.where(leaves[:, None, None], probe.read, read)

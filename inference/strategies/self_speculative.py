@@ -13,8 +13,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder, GraphableDecoder
 from inference.engine.sampling import accept
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.drafting import Draft, Stop, draft, lookup_drafts
 from inference.strategies.early_exit import a_quarter
@@ -89,7 +91,7 @@ class SelfSpeculative(Strategy):
         assert self.E is not None
         d = min(self.d, max_tokens - 1)
         guesses = lookup_drafts(state, self.ngram, d)
-        if guesses is not None and state.sync_bool((guesses.found | state.finished).all()):
+        if guesses is not None and state.sync_bool((guesses.found | state.batch.finished).all()):
             drafted = guesses.alone()
         else:
             stop = Stop(self.stop, self.stop_entropy)
@@ -130,7 +132,7 @@ def run_verifier_layers(
     state: DecodeState, E: int, drafted: Draft, tapped: tuple[int, ...]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Return x_L of all d + 1 tokens, and {l: x_{l+1}} for l >= E in `tapped`."""
-    tokens = torch.cat((state.pending[:, None], drafted.tokens), dim=1)
+    tokens = torch.cat((state.batch.pending[:, None], drafted.tokens), dim=1)
     done = len(drafted.exits)
     x_E = state.model.embed(tokens[:, done:])
     if E > 0:

@@ -11,7 +11,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder, GraphableDecoder
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.drafting import NEVER, StopRule, draft
 from inference.strategies.self_speculative import accept_round, verify
@@ -95,7 +97,7 @@ class _Rounds:
 
     def __init__(self, settings: SkipDraft, state: DecodeState) -> None:
         self._settings, self._state = settings, state
-        self._stop = LearningStop(settings, state.positions.device)
+        self._stop = LearningStop(settings, state.batch.positions.device)
 
     def __call__(self, max_tokens: int) -> Round:
         settings, state = self._settings, self._state
@@ -106,7 +108,7 @@ class _Rounds:
         drafted = replace(drafted, exits=[])
         result = accept_round(state, drafted, verify(state, 0, drafted))
         if d and not stop.never:
-            self._stop.learn(result, d, ~state.finished)
+            self._stop.learn(result, d, ~state.batch.finished)
         return result
 
 

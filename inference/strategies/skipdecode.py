@@ -6,8 +6,10 @@ from typing import ClassVar, Self
 
 import torch
 
+from inference.engine.batch import Round
+from inference.engine.decoder import Decoder
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from models.llama import SkippedParts, whole_layers
 from models.token_depth import FallingBudget, falling_budget
@@ -68,10 +70,10 @@ class SkipDecode(Strategy):
         Such a row writes keys no later token of it will read: its budget never grows again.
         """
         n_layers, rule = state.model.config.n_layers, self.budget
-        budgets = rule.at(state.positions - state.prompt_lengths)  # (batch,)
-        h = state.model.embed(state.pending[:, None])
+        budgets = rule.at(state.batch.positions - state.batch.prompt_lengths)  # (batch,)
+        h = state.embed_pending()
         # The largest and the smallest budget are the host's to know: one question for both.
-        active = budgets.masked_fill(state.finished, rule.least)
+        active = budgets.masked_fill(state.batch.finished, rule.least)
         most, least = state.sync_list(torch.stack((active.max(), active.min())))
         some = rule.left_out(least, n_layers)[n_layers - most :]
         h = state.run(h, 0, some.stop, skipped=self.skipped(least, n_layers))

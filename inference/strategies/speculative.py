@@ -1,6 +1,6 @@
-"""Speculative decoding with two models: a smaller one drafts, ours verifies.
+"""Speculative decoding with two models: a smaller one drafts, the run's own verifies.
 
-Leviathan et al. (arXiv 2211.17192). The draft model keeps its own keys and values.
+Leviathan et al. (arXiv 2211.17192). The draft model keeps its own KV cache.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import torch
 
-from inference.engine.compiled import compile_layers, is_compiled
+from inference.engine.batch import Round
+from inference.engine.compiled import is_compiled
 from inference.engine.counters import Counters
+from inference.engine.decoder import Decoder, GraphableDecoder
 from inference.engine.prefill import allocate
 from inference.engine.sampling import sample
-from inference.engine.state import Decoder, DecodeState, GraphableDecoder, Round
+from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.loading.quantized import Bits, bits_of
 from inference.loading.run import Run, load_run
@@ -28,7 +30,7 @@ from models.llama import Llama
 
 @dataclass(frozen=True, kw_only=True)
 class Speculative(Strategy):
-    """Draft d tokens with another model, then verify them."""
+    """Draft d tokens with a separate draft model, then verify them."""
 
     name: ClassVar[str] = "speculative"
     draft: Path | None = None
@@ -37,7 +39,6 @@ class Speculative(Strategy):
     """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the settings."""
         found = []
         if self.draft is None:
             found.append(
@@ -48,10 +49,10 @@ class Speculative(Strategy):
         return found
 
     def start(self, state: DecodeState) -> Decoder:
-        """Load the draft model, compiled and quantised as the other is, and begin to decode.
+        """Load the draft model, compiled and quantized as the verifier is.
 
         Raises:
-            ValueError: its vocabulary is another, or its context is too short.
+            ValueError: Its vocabulary is another, or its context is too short.
         """
         assert self.draft is not None
         weight, config = state.model.norm.weight, state.model.config
@@ -75,19 +76,16 @@ class Speculative(Strategy):
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
 def _load(path: Path, device: str, dtype: str, bits: Bits | None, compiled: bool) -> Run:
     try:
-        run = load_run(path, device=device, dtype=dtype, quantize=bits)
+        return load_run(path, device=device, dtype=dtype, quantize=bits, compiled=compiled)
     except ValueError as error:
         raise ValueError(f"draft: {error}") from None
-    if compiled:
-        compile_layers(run.model)
-    return run
 
 
 def check_tokenizer(strategy: Strategy, run: Run) -> None:
-    """Make sure that a draft model reads the tokens of the model it drafts for.
+    """Check that a draft model, if the strategy has one, shares the run's tokenizer.
 
     Raises:
-        ValueError: it has another tokenizer.
+        ValueError: It has another tokenizer.
     """
     if not isinstance(strategy, Speculative) or strategy.draft is None:
         return
@@ -100,98 +98,96 @@ def check_tokenizer(strategy: Strategy, run: Run) -> None:
 
 
 class TwoModels:
-    """The rounds of one generation.
+    """The rounds of one generation, with a batch and a KV cache of the draft model's own.
 
     Args:
-        state: The batch of the model that verifies.
-        model: The one that drafts.
+        state: The batch, with the model that verifies.
+        model: The draft model.
     """
 
     def __init__(self, state: DecodeState, model: Llama) -> None:
-        """Open the draft model's own batch; see the class."""
         self._state = state
         self._own = allocate(
-            model,
-            len(state.positions),
-            slots=state.cache.slots,
-            sampling=state.sampling,
-            seed=0,
+            model, len(state.batch), slots=state.cache.slots, sampling=state.sampling, seed=0
         )
-        self._own.history.fill_(-1)  # what the draft model has run, by place; -1: nothing
+        # The tokens that the draft model has run, by position; -1: none.
+        self._own.batch.history.fill_(-1)
         self._caught_up: int | None = None
-        """`num_prefills` of the state when the draft model had last seen all; None: it has not."""
+        """`num_prefills` of the batch when the draft model had last run all that rows held; None
+        where it is behind."""
 
     def prepare(self, n: int) -> None:
-        """Let the draft model catch up before a round of n tokens, if there can be need.
+        """Run the draft model on what it missed, before a round of n tokens.
 
-        It keeps up by itself: a round leaves it one token behind at most, which the next runs
-        anyway. Not so a prompt, nor a round in which it had nothing to draft.
+        It misses a prompt, and what was decoded in a round without drafts. After any other round it
+        is one token behind at most, which the next round runs anyway.
         """
         if n == 1:
             self._caught_up = None
-        elif self._caught_up != self._state.num_prefills:
+        elif self._caught_up != self._state.batch.num_prefills:
             with self._counting():
                 self._catch_up()
-            self._caught_up = self._state.num_prefills
+            self._caught_up = self._state.batch.num_prefills
 
     def __call__(self, n: int) -> Round:
         """Draft n - 1 tokens, verify, accept: 1 to n tokens for every row."""
         with self._counting():
-            drafted = self._draft(n - 1) if n > 1 else self._nothing()
+            drafted = self._draft(n - 1) if n > 1 else self._no_draft()
         return accept_round(self._state, drafted, verify(self._state, 0, drafted))
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        """Count what the draft model runs as that of a draft model."""
+        """Add what the draft model runs to the counts of draft models."""
         self._own.counters = own = Counters()
         yield
         self._state.counters.draft_token_layers += own.token_layers
         self._state.counters.draft_head_evaluations += own.head_evaluations
 
-    def _nothing(self) -> Draft:
-        rows, vocab = len(self._state.positions), self._state.model.config.vocab_size
-        tokens = self._state.pending.new_empty(rows, 0)
-        return Draft(tokens, torch.empty(rows, 0, vocab, device=tokens.device), None, [], [])
+    def _no_draft(self) -> Draft:
+        batch, vocab = self._state.batch, self._state.model.config.vocab_size
+        tokens = batch.pending.new_empty(len(batch), 0)
+        q = torch.empty(len(batch), 0, vocab, device=batch.device)
+        return Draft(tokens, q, None, [], [])
 
     def _draft(self, d: int) -> Draft:
         """Decode d tokens with the draft model."""
-        state, own = self._state, self._own
-        own.positions.copy_(state.positions)
-        own.finished.copy_(state.finished)
-        own.max_position = state.max_position
+        own, batch, run = self._own, self._state.batch, self._own.batch
+        run.positions.copy_(batch.positions)
+        run.finished.copy_(batch.finished)
+        run.max_position = batch.max_position
         # The token before the pending one may be the last of a draft accepted whole, which the
         # draft model has not run. Running it again does no harm.
-        first = (state.positions - 1).clamp(min=0)
-        tokens = state.history.gather(1, torch.stack((first, first + 1), dim=1))
+        first = (batch.positions - 1).clamp(min=0)
+        tokens = batch.history.gather(1, torch.stack((first, first + 1), dim=1))
         h = own.run(own.model.embed(tokens), 0, own.model.config.n_layers, first=first)
-        h = h.gather(1, (state.positions - first)[:, None, None].expand(-1, 1, h.shape[2]))
-        drafts, q = [state.pending[:, None]], []
+        h = h.gather(1, (batch.positions - first)[:, None, None].expand(-1, 1, h.shape[2]))
+        drafts, q = [batch.pending[:, None]], []
         for i in range(d):
             if i:
                 h = own.run(own.model.embed(drafts[-1]), 0, own.model.config.n_layers, offset=i)
             q.append(own.distribution(h))
-            drafts.append(sample(q[-1], state.generator))
-        ran = torch.cat(drafts[:-1], dim=1)
-        places = state.positions[:, None] + torch.arange(d, device=ran.device)
-        own.history.scatter_(1, first[:, None], tokens[:, :1])
-        own.history.scatter_(1, places.clamp(max=own.history.shape[1] - 1), ran)
+            drafts.append(sample(q[-1], self._state.generator))
+        positions = batch.positions[:, None] + torch.arange(d, device=batch.device)
+        positions = positions.clamp(max=run.history.shape[1] - 1)
+        run.history.scatter_(1, first[:, None], tokens[:, :1])
+        run.history.scatter_(1, positions, torch.cat(drafts[:-1], dim=1))
         return Draft(torch.cat(drafts[1:], dim=1), torch.cat(q, dim=1), None, [], [])
 
     def _catch_up(self) -> None:
-        """Run what a row holds and the draft model has not seen: prompts, for the most part.
+        """Run the draft model on tokens it has not run, prompts for the most part.
 
-        What it has run is compared with what the row holds, so that a row given another prompt
-        needs no telling.
+        The tokens it has run are compared with those each row holds, so that a row with a new
+        prompt needs no mark.
         """
-        state, own = self._state, self._own
-        own.max_position = state.max_position
-        same = (own.history == state.history).long().cumprod(1).sum(1)
-        count = max(state.sync_list(state.positions - 1 - same))
+        own, batch, run = self._own, self._state.batch, self._own.batch
+        run.max_position = batch.max_position
+        same = (run.history == batch.history).long().cumprod(1).sum(1)
+        count = max(self._state.sync_list(batch.positions - 1 - same))
         if count <= 0:
             return
         # Rows that are less behind run some tokens again.
-        first = (state.positions - 1 - count).clamp(min=0)
-        places = first[:, None] + torch.arange(count, device=first.device)
-        tokens = state.history.gather(1, places)
+        first = (batch.positions - 1 - count).clamp(min=0)
+        positions = first[:, None] + torch.arange(count, device=batch.device)
+        tokens = batch.history.gather(1, positions)
         own.run(own.model.embed(tokens), 0, own.model.config.n_layers, first=first)
-        own.history.scatter_(1, places, tokens)
+        run.history.scatter_(1, positions, tokens)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from data.command_line import _one_line, option_names, read_options, run_command
+from data.command_line import _one_line, option_names, read_as, read_options, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,12 @@ class Optim:
     """Learning rate."""
     steps: int = 3
     """Steps."""
+
+
+def pair_of(text):
+    if text.count(",") != 1:
+        raise ValueError(f"{text}, give two words")
+    return tuple(text.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,10 @@ class Options:
     optim: Optim = field(default_factory=Optim)
     layers: int = 2
     """Layers."""
+    top: int | None = None
+    """Or none."""
+    pair: Annotated[tuple[str, ...], read_as("A,B", pair_of, ",".join)] = ("a", "b")
+    """Two words."""
 
 
 def read(text, **settings):
@@ -45,12 +55,18 @@ def read(text, **settings):
 
 def test_options_are_the_fields():
     assert [*option_names(Options)] == [
-        "run", "from", "bits", "fuse", "quick", "optim.lr", "optim.steps", "layers",
+        "run", "from", "bits", "fuse", "quick", "optim.lr", "optim.steps", "layers", "top",
+        "pair",
     ]  # fmt: skip
     options = read("--run a --from ours --quick --optim.lr 2e-3 --fuse True --bits int4")
     assert options == Options(
         run=Path("a"), source="ours", quick=True, optim=Optim(lr=2e-3), fuse=True, bits="int4"
     )
+
+
+def test_what_is_optional_may_be_none():
+    assert read("--run a --top 3 --pair x,y") == Options(run=Path("a"), top=3, pair=("x", "y"))
+    assert read("--run a --top None --bits None") == Options(run=Path("a"))
 
 
 LONG = "/" + "very-long-folder-name" * 8
@@ -70,6 +86,8 @@ LONG = "/" + "very-long-folder-name" * 8
         ("--run a --fuse maybe", "fuse: maybe, give one of False, True"),
         ("--run a --bits int7", "bits: int7, give one of int4, int8"),
         (f"--run a --layers {LONG}", f"layers: {LONG}, give an integer"),
+        ("--run a --top x", "top: x, give an integer"),
+        ("--run a --pair a", "pair: a, give two words"),
         ("--run a --quick True", "True: a value without an option, put its --option before it"),
         ("--run a b", "b: a value without an option, put its --option before it, see --help"),
         ("--run a --layer 3", "option: --layer does not exist, did you mean --layers?"),
@@ -117,7 +135,8 @@ class Copy:
     source: Annotated[Literal["hf", "ours"], tyro.conf.arg(name="from")]
     """Format."""
     parts: tuple[str, ...] = ()
-    """Parts."""
+    """Parts, which are listed
+    one after the other."""
 
 
 @pytest.mark.parametrize("words", ["--from hf a", "a --from hf", "--parts x y --from hf a"])
@@ -142,8 +161,37 @@ def test_a_mistake_beside_positional_words_is_one_line(words, message):
     assert str(error.value) == message
 
 
+def test_lines_of_a_docstring_are_joined_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        read_copy("--help")
+    assert "Parts, which are listed one after the other." in capsys.readouterr().out
+
+
 def read_copy(words):
     return read_options(Copy, words.split(), prog="x", description="d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """Do something.
+
+    In a paragraph of
+    two lines.
+
+    Example:
+      python -m x
+    """
+
+    top: int | None = None
+    """Or none."""
+
+
+def test_the_docstring_is_the_description_and_what_is_optional_has_its_own_name(capsys):
+    with pytest.raises(SystemExit):
+        read_options(Described, ["--help"], prog="x")
+    text = capsys.readouterr().out
+    assert "Do something.\n\nIn a paragraph of two lines.\n\nExample:\n  python -m x\n" in text
+    assert "--top INT " in text
 
 
 def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):

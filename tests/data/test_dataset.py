@@ -68,7 +68,7 @@ def test_shard_of_another_dataset_names_both_lengths(dataset: Dataset) -> None:
     first, second = dataset.splits["train"].shards[:2]
     assert first.tokens != second.tokens
     (dataset.path / second.name).replace(dataset.path / first.name)
-    with pytest.raises(ValueError, match=f"has {second.tokens} tokens but .* says {first.tokens}"):
+    with pytest.raises(ValueError, match=f"has {second.tokens} tokens but .* lists {first.tokens}"):
         dataset.stream("train")
 
 

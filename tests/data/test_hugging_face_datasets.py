@@ -1,4 +1,4 @@
-"""Rows of a Hugging Face dataset are documents; what is not there is said in one line."""
+"""Rows of a Hugging Face dataset are documents; what does not exist is one line."""
 
 import logging
 
@@ -42,9 +42,9 @@ def test_rows_come_in_their_order(saved, name):
 def test_a_name_of_the_hub_is_streamed(saved, monkeypatch):
     def hub(name, config, *, split, streaming):
         assert (name, config, split, streaming) == ("a/b", "small", "test", True)
-        return honest(str(saved / "hub"), split="train", streaming=True)
+        return original(str(saved / "hub"), split="train", streaming=True)
 
-    honest = datasets.load_dataset
+    original = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", hub)
     documents, _ = read("hf:a/b:test:small")
     assert [document.text for document in documents] == TEXTS

@@ -14,7 +14,7 @@ from data.windows import StreamWindows
 
 
 def make_stream(count: int, parts: int = 3) -> TokenStream:
-    """Return tokens 0, 1, 2, ... in several shards, so that a token tells its place."""
+    """Return tokens 0, 1, 2, ... in several shards, so that a token is its own position."""
     return TokenStream(np.array_split(np.arange(count, dtype=np.uint32), parts))
 
 

@@ -11,7 +11,7 @@ SIZES = (300, 1700, 50)
 
 
 def sources() -> list[StreamWindows]:
-    """Return sources whose every token says which source it is of, and where."""
+    """Return sources whose every token encodes its source and its position in it."""
     return [
         StreamWindows(TokenStream([np.arange(2 * n + 1, dtype=np.uint32) + 10_000 * s]), 2)
         for s, n in enumerate(SIZES)
@@ -22,7 +22,7 @@ def sources() -> list[StreamWindows]:
 def test_each_source_has_its_share_of_each_period_and_is_read_through(shuffle: bool) -> None:
     mixture = Mixture(sources(), (1.0, 2.0, 1.0), seed=3, shuffle=shuffle)
     assert mixture.rows_per_period == [1024, 2048, 1024]
-    source, window = mixture.places(np.arange(3 * PERIOD))
+    source, window = mixture.locate(np.arange(3 * PERIOD))
     for period in np.split(source, 3):
         assert Counter(period.tolist()) == {0: 1024, 1: 2048, 2: 1024}
         # Mixed through and through: every 512 rows have about a quarter of the first.
@@ -39,11 +39,11 @@ def test_each_source_has_its_share_of_each_period_and_is_read_through(shuffle: b
 def test_rows_are_a_function_of_their_number_alone() -> None:
     mixture = Mixture(sources(), (0.2, 0.5, 0.3), seed=3)
     rows = np.arange(5000)
-    source, window = mixture.places(rows)
+    source, window = mixture.locate(rows)
     some = np.random.default_rng(0).permutation(5000)[:200]
-    for got, all_of_them in zip(mixture.places(some), (source, window), strict=True):
+    for got, all_of_them in zip(mixture.locate(some), (source, window), strict=True):
         assert (got == all_of_them[some]).all()
-    other, _ = Mixture(sources(), (0.2, 0.5, 0.3), seed=4).places(rows)
+    other, _ = Mixture(sources(), (0.2, 0.5, 0.3), seed=4).locate(rows)
     assert (other != source).any()
     tokens, labels = mixture.read(rows[:64])
     assert (tokens // 10_000 == source[:64, None]).all()
@@ -62,7 +62,7 @@ def test_without_weights_sources_are_read_as_if_they_were_one() -> None:
 def test_one_source_alone_has_every_row() -> None:
     [_, source, _] = sources()
     mixture = Mixture([source], seed=3)
-    _, window = mixture.places(np.arange(2 * 1700))
+    _, window = mixture.locate(np.arange(2 * 1700))
     for epoch in np.split(window, 2):
         assert sorted(epoch.tolist()) == list(range(1700))
 

@@ -60,7 +60,7 @@ def test_the_response_and_eos_alone_are_learnt(
             assert learnt == [NO_LOSS] * at + document[at:]
             assert document[-1] == tokenizer.eos_id
             prompt = tokenizer.decode(document[1:at])
-            assert document[1:at] == tokenizer.encode(prompt), "as it is when the model is asked"
+            assert document[1:at] == tokenizer.encode(prompt), "as it is for generation"
             found.append((prompt, tokenizer.decode(document[at:-1])))
     expected = {(f"Q: {row['question']}\nA:", f" {row['answer']}") for row in rows}
     assert set(found) == expected

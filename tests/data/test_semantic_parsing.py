@@ -15,28 +15,28 @@ NAMES = {intent.name for intent in (*INTENTS, *(i for few in NESTED.values() for
 
 
 def read(words):
-    """Read one tree off the front of `words`; return the words it says."""
+    """Read one tree off the front of `words`; return its words."""
     kind, name = re.fullmatch(r"\[(IN|SL):(\w+)", words.pop(0)).groups()
     assert name in (NAMES if kind == "IN" else SLOTS)
-    said = []
+    spoken = []
     while words[0] != "]":
         if words[0].startswith("["):
             assert words[0][1:3] != kind, "an intent holds slots, a slot an intent"
-            said += read(words)
+            spoken += read(words)
         else:
             assert kind == "SL", "a word that fills no slot is left out"
-            said.append(words.pop(0))
+            spoken.append(words.pop(0))
     words.pop(0)
-    return said
+    return spoken
 
 
 @pytest.mark.parametrize("number", range(0, 2000, 40))
-def test_a_parse_is_one_tree_of_words_that_were_said_in_their_order(number):
+def test_a_parse_is_one_tree_of_the_utterances_words_in_their_order(number):
     utterance, parse = MADE[number]
     words = parse.split()
-    said, heard = read(words), iter(utterance.split())
+    spoken, heard = read(words), iter(utterance.split())
     assert not words
-    assert all(word in heard for word in said)
+    assert all(word in heard for word in spoken)
 
 
 def test_all_intents_and_depths_come_and_no_request_comes_twice():

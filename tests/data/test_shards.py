@@ -90,7 +90,7 @@ def test_shard_of_another_length_names_both_lengths(tmp_path: Path, change: int)
     path = tmp_path / "train-00000.tokens"
     content = path.read_bytes()
     path.write_bytes(content[:change] if change < 0 else content + bytes(change))
-    expected = rf"train-00000.tokens has {1058 + change} bytes but its header says 1058, prepare"
+    expected = rf"train-00000.tokens has {1058 + change} bytes but by its header 1058, prepare"
     with pytest.raises(ValueError, match=expected):
         open_shard(path)
 

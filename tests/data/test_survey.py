@@ -52,7 +52,7 @@ def test_counts_and_fingerprint_cover_every_document() -> None:
 def test_sample_is_bounded_and_the_same_in_any_order() -> None:
     texts = [f"{n} " * 2000 for n in range(200)]
     seen = survey(texts, sample_bytes=100_000)
-    # About a tenth of it is held out, and so missing; one chunk more than asked for may be there.
+    # About a tenth of it is held out, and so missing; one chunk more than the limit may be there.
     assert 75_000 <= sum(map(len, seen.sample)) < 100_000 + 16_384
     assert survey(texts[::-1], sample_bytes=100_000).sample == seen.sample
 

@@ -9,7 +9,7 @@ import sentencepiece
 import data.tokenizer
 from data.tokenizer import Tokenizer, train_tokenizer
 
-NASTY = [
+DIFFICULT = [
     "",
     "\n",
     "\n\n\n",
@@ -32,8 +32,8 @@ NASTY = [
 ]
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_round_trip_is_exact_on_nasty_text(tokenizer_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", DIFFICULT)
+def test_round_trip_is_exact_on_difficult_text(tokenizer_path: Path, text: str) -> None:
     tokenizer = Tokenizer(tokenizer_path)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -119,7 +119,7 @@ def test_training_twice_gives_the_same_file(tmp_path: Path, documents: list[str]
 def test_special_ids_are_fixed_and_never_in_text(tokenizer_path: Path) -> None:
     tokenizer = Tokenizer(tokenizer_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 320)
-    assert min(tokenizer.encode("".join(NASTY))) > 2
+    assert min(tokenizer.encode("".join(DIFFICULT))) > 2
     assert tokenizer.decode([1, *tokenizer.encode(" x\n"), 2]) == " x\n"
 
 
@@ -132,7 +132,7 @@ def test_pickled_tokenizer_encodes_the_same(tokenizer_path: Path) -> None:
     tokenizer = Tokenizer(tokenizer_path)
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.fingerprint == tokenizer.fingerprint
-    assert copy.encode(NASTY[9]) == tokenizer.encode(NASTY[9])
+    assert copy.encode(DIFFICULT[9]) == tokenizer.encode(DIFFICULT[9])
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", bytes(100)])

@@ -27,7 +27,7 @@ PARTS = (
 )
 
 
-def nasty(count, seed=0):
+def random_texts(count, seed=0):
     """Return other texts than the export itself is proven with: these name special tokens too."""
     draw = random.Random(seed)
     texts = [""]
@@ -73,7 +73,7 @@ def load(model):
 )
 def test_ids_and_texts_of_bpe_are_equal(settings):
     ours, rust = load(train(**settings))
-    for text in nasty(2000):
+    for text in random_texts(2000):
         ids = ours.encode(text)
         assert rust.encode(text, add_special_tokens=False).ids == ids
         assert rust.decode(ids) == ours.decode(ids)
@@ -83,7 +83,7 @@ def test_ids_and_texts_of_bpe_are_equal(settings):
 def test_ids_of_unigram_are_equal_but_for_ties(settings):
     ours, rust = load(train(model_type="unigram", **settings))
     ties = 0
-    for text in nasty(2000):
+    for text in random_texts(2000):
         ids, theirs = ours.encode(text), rust.encode(text, add_special_tokens=False).ids
         ties += ids != theirs
         assert sorted(ids) == sorted(theirs), text

@@ -97,7 +97,7 @@ def with_hash_of(dataset: Dataset, shard: int, content: bytes) -> Dataset:
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "does not exist, prepare"),
-        (lambda path: os.truncate(path, path.stat().st_size - 2), "bytes but its header says"),
+        (lambda path: os.truncate(path, path.stat().st_size - 2), "bytes but by its header"),
         (lambda path: path.write_bytes(b""), "does not begin with"),
     ],
     ids=["missing", "truncated", "emptied"],

@@ -8,9 +8,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inference.engine.batch import Round
 from inference.engine.counters import Counters
 from inference.engine.cuda_graphs import RoundGraphs
-from inference.engine.state import Round
 
 pytree.register_dataclass(Round)
 DRAWS = (torch.ops.aten.exponential_.default, torch.ops.aten.uniform_.default)
@@ -67,10 +67,10 @@ class Rerunner:
             if first:
                 first.clear()
                 return static
-            max_position, counters = state.max_position, state.counters
+            max_position, counters = state.batch.max_position, state.counters
             state.counters = Counters()
             new = run()
-            state.max_position, state.counters = max_position, counters
+            state.batch.max_position, state.counters = max_position, counters
             pairs = zip(pytree.tree_leaves(static), pytree.tree_leaves(new), strict=True)
             for old, now in pairs:
                 if old is not None:

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like and says what it measured."""
+"""The benchmark measures all strategies on the same prompts, and writes what it measured."""
 
 import json
 import sys
@@ -134,9 +134,7 @@ def test_a_tasks_answers_are_scored(run_folder, monkeypatch, capsys, tmp_path):
 
 
 def test_arms_are_every_combination_once():
-    arms = expand_arms(
-        ["autoregressive", "early_exit", "self_speculative"], ("1", "2"), ("3", "4"), 8
-    )
+    arms = expand_arms(["autoregressive", "early_exit", "self_speculative"], (1, 2), (3, 4), 8)
     assert arms == [
         Autoregressive(),
         EarlyExit(E=1),
@@ -147,7 +145,7 @@ def test_arms_are_every_combination_once():
         SelfSpeculative(E=2, d=4),
     ]
     with pytest.raises(ValueError, match="E: 8, self_speculative needs 1 to 7"):
-        expand_arms(["self_speculative"], ("8",), (None,), 8)
+        expand_arms(["self_speculative"], (8,), (None,), 8)
 
 
 def test_prompts_are_spread_over_the_held_out_text():
@@ -164,7 +162,7 @@ def test_prompts_are_spread_over_the_held_out_text():
     [
         (("--strategies", "magic"), "strategy: magic, give one of"),
         (("--repeats", 0), "repeats: 0"),
-        (("--E", "1,x"), "E=x, give an integer"),
+        (("--E", "1,x"), "E: 1,x, give whole numbers, at least 1, as in 1,4"),
         (("--prompt_tokens", 200), "context of 96"),
     ],
 )

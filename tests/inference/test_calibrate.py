@@ -1,4 +1,4 @@
-"""The command certifies what its losses allow, and says what to use."""
+"""The command certifies what its losses allow, and prints the strategy to use."""
 
 import json
 import sys

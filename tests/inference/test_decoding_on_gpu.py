@@ -48,7 +48,7 @@ def test_it_runs_through_on_a_cpu(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_so_in_one_line():
+def test_without_a_gpu_the_error_is_one_line():
     done = run()
     assert done.returncode == 2
     assert done.stderr == "error: device: cuda, this machine has no CUDA device\n"

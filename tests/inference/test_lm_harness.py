@@ -146,4 +146,4 @@ metric_list:
         [*command[:-1], "--tasks", "no_such"], capture_output=True, text=True, check=False
     )
     assert unknown.returncode == 2
-    assert unknown.stderr.splitlines()[-1].startswith("error: tasks: the harness knows no no_such")
+    assert unknown.stderr.splitlines()[-1].startswith("error: tasks: the harness has no no_such")

@@ -1,4 +1,4 @@
-"""What the search finds is what it says, and is read back as a strategy."""
+"""The search finds parts that do nothing, and its strategies are read back."""
 
 import json
 import sys

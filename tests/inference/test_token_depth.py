@@ -36,7 +36,7 @@ def decoded_logits(model, prompt, start, prefill_layers):
     hook = model.norm.register_forward_hook(lambda module, inputs, out: read.append(out[0, 0]))
     for token in RESPONSE:
         result = decoder(len(RESPONSE))
-        state.advance(replace(result, tokens=torch.tensor([[token]])))
+        state.batch.advance(replace(result, tokens=torch.tensor([[token]])))
     hook.remove()
     assert len(read) == len(RESPONSE)
     return F.linear(torch.stack(read), model.head_weight)
@@ -81,7 +81,7 @@ def test_mixed_training_computes_what_projecting_an_early_exit_does(model):
 
     def start(state):
         def leaves(seen):
-            return torch.tensor([exits[0, int(state.positions)] == seen.E])
+            return torch.tensor([exits[0, int(state.batch.positions)] == seen.E])
 
         return decode_until_sure(state, range(1, L), lambda: leaves)
 

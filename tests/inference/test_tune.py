@@ -54,21 +54,21 @@ def test_a_round_shorter_than_one_of_its_terms_is_no_negative_speedup():
     assert "x" in table[1].split()[-3]
 
 
-def test_dynamic_is_told_the_costs_that_were_measured():
+def test_dynamic_gets_the_costs_that_were_measured():
     rounds = [(0.1234, 1.7), (0.3, 1.5), (0.5, 1.45), (0.7, -0.1), (2.0, 2.0)]
     costs = replace(OF_FOUR_LAYERS, draft=[0.2, 0.3, 0.5, 0.7, 1.0], rounds=rounds, lookup=1.234)
     predictions = predict([torch.tensor([[5, 6, 7, 8]] * 6)], costs, 2)
     # By prediction E = 4, 2, 1, 3, 5 in this order, as all agree.
     arms = candidates(predictions, costs, 5, top=1)
-    told = Dynamic(
+    expected = Dynamic(
         d=5,
         exits=(1, 2, 4),
         draft_costs=(0.12, 0.3, 0.7),
         verify_costs=(1.7, 1.5, 0.01),
     )
     assert [arm for arm in arms if arm.name == "dynamic"] == [
-        told,
-        *(replace(told, lookup_cost=1.23, ngram=n) for n in (2, 3)),
+        expected,
+        *(replace(expected, lookup_cost=1.23, ngram=n) for n in (2, 3)),
     ]
     assert {arm.E for arm in arms if arm.name == "self_speculative"} == {4}
 
@@ -90,7 +90,7 @@ def test_every_arm_has_a_row_of_where_its_time_went():
     assert drafted["draft"] == pytest.approx(3 * 0.4, rel=0.2)  # the last round has less room
     assert drafted["verify"] == pytest.approx(1.2 * 2 / 3, rel=0.1)
     assert drafted["head"] == pytest.approx(2 * 0.1 + 0.3, rel=0.2)
-    by_hand = replace(  # 2 rounds that draft, 1 of guesses alone, 1 plain
+    by_hand = replace(  # 2 rounds that draft, 1 of n-gram drafts alone, 1 plain
         results[1], passes=[(0, 1, 1, 6), (0, 3, 1, 1), (0, 3, 3, 1), (1, 3, 3, 2)],
         head_passes=[(1, 5), (3, 3)],
     )  # fmt: skip
@@ -136,7 +136,7 @@ def tune_a_little(monkeypatch, folder, *arguments):
 
 
 def generate_a_little(monkeypatch, capsys, folder, *arguments):
-    """Return what is said on stderr."""
+    """Return what is printed on stderr."""
     run_command(
         monkeypatch, generate, "--run", folder, "--prompt", "the", "--max_new_tokens", 3, *arguments
     )
@@ -160,7 +160,7 @@ def test_a_threshold_is_tuned_under_the_agreement_asked_for(folder, tmp_path, mo
     assert always["mean_depth"] == 2.0
     assert always["full_choice"] < 0.999
     assert content["strategy"] in (None, "calm:threshold=1.1:first=2")
-    assert "which term above" not in capsys.readouterr().out
+    assert "predicted:" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tune_a_little(monkeypatch, folder, "--strategy", "early_exit:E=1")
     assert "early_exit:E=1 has nothing to tune" in capsys.readouterr().err
@@ -221,10 +221,12 @@ def test_a_threshold_that_is_not_faster_is_not_kept(folder, monkeypatch, capsys)
 
 def test_what_is_tuned_is_decoded_with(folder, tmp_path, monkeypatch, capsys):
     tune_a_little(monkeypatch, folder, "--top", 1, "--max_d", 3, "--json", tmp_path / "out.json")
-    out = capsys.readouterr().out
+    answer, _, *tables = capsys.readouterr().out.splitlines()
     run = load_run(folder)
     tuned = read_tuned(run, None)
-    assert str(tuned_path(run)) in out
+    assert answer.startswith("best: ")
+    assert answer.endswith(f"; kept in {tuned_path(run)}")
+    assert {"predicted:", "measured:", "rounds, in full steps:"} <= {*tables}
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["costs"]["draft"]) == 3
     assert len(found["costs"]["layers"]) == 4
@@ -236,6 +238,25 @@ def test_what_is_tuned_is_decoded_with(folder, tmp_path, monkeypatch, capsys):
     assert "tuned for this checkpoint: early_exit:E=2\n" in err
     err = generate_a_little(monkeypatch, capsys, folder, "--strategy", "autoregressive")
     assert "tuned" not in err
+
+
+def test_the_quick_form_measures_little(folder, tmp_path, monkeypatch, capsys):
+    few = tune.TuneOptions(run=folder, quick=True, repeats=9, max_d=4).limited()
+    assert (few.prompts, few.max_new_tokens, few.repeats, few.top, few.max_d) == (2, 64, 3, 1, 4)
+    path = tmp_path / "out.json"
+    (tmp_path / "prompts.txt").write_text("the cat\na mat\nthe moon\n")
+    run_command(
+        monkeypatch, tune, "--run", folder, "--quick", "--json", path, "--max_d", 1, "--repeats", 1,
+        "--prompt_file", tmp_path / "prompts.txt", "--max_new_tokens", 8,
+    )  # fmt: skip
+    assert capsys.readouterr().out.startswith("best: ")
+    found = json.loads(path.read_text())
+    settings = [arm["settings"] for arm in found["measured"]]
+    assert settings[0] == "autoregressive"
+    assert len(settings) == 6
+    assert all("ngram=3" not in text for text in settings)
+    assert sum(times for *_, times in found["measured"][0]["passes"]) == 2 * 8, "two prompts"
+    assert found["strategy"] == read_tuned(load_run(folder), None).strategy
 
 
 def test_other_conditions_are_named_in_the_same_line(folder, monkeypatch, capsys):

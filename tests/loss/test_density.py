@@ -14,7 +14,7 @@ def make_gates(rows=5):
 def slow_penalty(gates, weight, target):
     total = 0.0
     for row in range(5):
-        density = sum(gates[l][row, place] for l in range(3) for place in range(7)) / 21
+        density = sum(gates[l][row, i] for l in range(3) for i in range(7)) / 21
         total = total + weight * (density - target) ** 2
     return total
 

@@ -181,7 +181,7 @@ def test_distillation_equals_the_plain_loop_and_teaches_one_way(chunk_rows):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_a_teacher_gets_no_gradient_from_its_pupils():
+def test_a_teacher_gets_no_gradient_from_its_students():
     g = torch.Generator().manual_seed(0)
     hidden = {l: torch.randn(1, 4, 6, generator=g).requires_grad_() for l in (0, 1)}
     head = torch.randn(11, 6, generator=g)
@@ -252,8 +252,8 @@ def test_fewer_tokens_cost_fewer_operations():
     row = 6 * 11 * 6  # of one token through the head, forward and backward
     assert operations(None) == 3 * 16 * row
     assert operations(torch.arange(0, 16, 4)) == (2 * 4 + 16) * row
-    # Distillation asks the teacher, forward alone, about no other tokens either.
-    pupils_and_teacher = 2 * 4 * row + 4 * row // 3
+    # Distillation runs the teacher, forward alone, on no other tokens either.
+    students_and_teacher = 2 * 4 * row + 4 * row // 3
     assert operations(torch.arange(0, 16, 4), distill=0.5) == (
-        (2 * 4 + 16) * row + pupils_and_teacher
+        (2 * 4 + 16) * row + students_and_teacher
     )

@@ -1,13 +1,15 @@
-"""What all commands share: paths and numbers are checked before anything is loaded."""
+"""The options of all commands: read from documented lines, checked before anything is loaded."""
 
 import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from inference.cli.arguments import picture_file
+from data.command_line import option_names, read_options
+from inference.cli.arguments import RunOptions, picture_file
 from inference.evaluation.plot import write_exit_plot
 
 REQUIRED = {
@@ -30,7 +32,7 @@ COMMANDS = {
 
 
 def refused(monkeypatch, capsys, name, *arguments):
-    """Return the one line a command says to arguments it refuses; its run is not there."""
+    """Return the error line of a command for options it refuses; its run does not exist."""
     module, required = COMMANDS[name]
     command = [name, "--run", "nowhere", *required, *map(str, arguments)]
     monkeypatch.setattr(sys, "argv", command)
@@ -42,6 +44,51 @@ def refused(monkeypatch, capsys, name, *arguments):
     assert err.count("\n") == 1
     assert err.startswith("error: ")
     return err
+
+
+def options_of(name):
+    """Return the options of a command: the class that its file defines."""
+    module, _ = COMMANDS[name]
+    [kind] = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, RunOptions)
+        and value.__module__ == module.__name__
+    ]
+    return kind
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("benchmark --E 2,3 --d 4", {"E": (2, 3), "d": (4,), "compile": False}),
+        ("benchmark --batch_size 1,4 --compile", {"batch_size": (1, 4), "compile": True}),
+        ("benchmark --strategies a,b:E=2 --top_k 5", {"strategies": ("a", "b:E=2")}),
+        ("benchmark --seed=7 --dtype None", {"seed": 7, "dtype": None}),
+        ("evaluate --compare a.json b.json", {"compare": (Path("a.json"), Path("b.json"))}),
+        ("evaluate --compare", {"compare": ()}),
+        ("tune --thresholds 0.2,0.5 --quick", {"thresholds": (0.2, 0.5), "quick": True}),
+        ("fit_jump --rank 8", {"rank": 8}),
+        ("fit_jump --rank full", {"rank": None}),
+        ("skip_search", {"prompts": 16, "max_new_tokens": 32, "prompt_tokens": 64}),
+        ("lm_harness --tasks a,b", {"tasks": ("a", "b")}),
+    ],
+)
+def test_documented_lines_are_read(line, expected):
+    name, *words = line.split()
+    options = read_options(options_of(name), ["--run", "x", *words], prog=name)
+    assert {field: getattr(options, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_help_has_every_option_and_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_options(options_of(name), ["--help"], prog=name)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"Example:\n  python -m inference.{name} --run outputs/demo" in out
+    assert all(f"--{option}" in out for option in option_names(options_of(name)))
 
 
 @pytest.mark.parametrize(
@@ -90,9 +137,14 @@ def test_pictures_of_the_known_kinds_can_be_drawn(kind, tmp_path):
         ("train_gate", "--seed", "a", "a, give 0 to"),
         ("tune", "--thresholds", "0.5,a", "0.5,a, give numbers, as in 0.5,0.9"),
         ("fit_jump", "--rank", "abc", "abc, give a whole number or full"),
+        ("benchmark", "--batch_size", "1,x", "1,x, give whole numbers, at least 1, as in 1,4"),
+        ("oracle", "--lanes", 0, "0, give at least 1"),
+        ("train_gate", "--epochs", 1.5, "1.5, give an integer"),
+        ("skip_search", "--top_k", "x", "x, give an integer"),
+        ("evaluate", "--dtype", "int3", "int3, give one of bfloat16, float16, float32"),
     ],
 )
-def test_a_value_that_cannot_be_read_is_told_what_is_wanted(
+def test_a_value_that_cannot_be_read_is_refused_with_what_is_wanted(
     name, option, value, message, monkeypatch, capsys
 ):
     err = refused(monkeypatch, capsys, name, option, value)

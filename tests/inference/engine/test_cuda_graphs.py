@@ -6,12 +6,13 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from inference.engine.batch import Round
 from inference.engine.compiled import WINDOW_STEP
 from inference.engine.cuda_graphs import GraphedRounds, graphed, round_graphs
+from inference.engine.decoder import GraphableDecoder, advancing
 from inference.engine.generation import Generation
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.engine.state import GraphableDecoder, Round, advancing
 from inference.evaluation.costs import measure_costs
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
 from inference.strategies import speculative
@@ -116,7 +117,7 @@ def test_windows_are_few_and_hold_every_token(another_model):
 
         def watch(n, state=state, windows=windows, set_window=set_window):
             set_window(n)
-            assert n > int(state.positions.max())
+            assert n > int(state.batch.positions.max())
             windows.add(state.cache.window)
 
         state.cache.set_window = watch
@@ -135,15 +136,15 @@ def test_the_host_knows_the_same_length_after_every_round(model, strategy):
     for recorder in (None, Rerunner()):
         state = allocate(model, 3, slots=60, sampling=Sampling(), seed=0)
         prefill(state, PROMPTS[:3], (4, NOTHING))
-        decoder = advancing(state, strategy.with_defaults(4).start(state))
+        decoder = advancing(state.batch, strategy.with_defaults(4).start(state))
         if recorder is not None:
             decoder = graphed(state, decoder, recorder)
         seen.append([])
         for room in (9, 9, 9, 9, 2, 2, 2, 9, 1, 1, 1, 9):
             decoder(room)
-            assert state.max_position >= int(state.positions.max())
+            assert state.batch.max_position >= int(state.batch.positions.max())
             seen[-1].append(
-                (state.max_position, deepcopy(state.counters), state.positions.tolist())
+                (state.batch.max_position, deepcopy(state.counters), state.batch.positions.tolist())
             )
     assert seen[0] == seen[1]
     assert recorder.replayed > 3
@@ -248,8 +249,8 @@ def test_a_decoder_that_asks_is_found_out_before_it_is_recorded(model):
     prefill(state, [[1, 2]], (4, NOTHING))
 
     def asks(n):
-        state.sync_bool(state.positions.sum() > 0)
-        return Round(state.pending[:, None], state.positions * 0, state.positions * 0)
+        state.sync_bool(state.batch.positions.sum() > 0)
+        return Round.plain(state.batch.pending[:, None])
 
     recorder = Rerunner()
     with pytest.raises(AssertionError, match="may not sync with the host"):
@@ -266,7 +267,7 @@ def on_no_data(**options):
 def start_on_no_data(strategy, *, temperature=0.0):
     model = on_no_data(n_layers=4, n_kv_heads=2)
     state = allocate(model, 3, slots=30, sampling=Sampling(), seed=0)
-    state.max_position, decoder = 5, strategy.with_defaults(4).start(state)
+    state.batch.max_position, decoder = 5, strategy.with_defaults(4).start(state)
     if temperature:  # not before: there are no generators of this device
         state.sampling = Sampling(temperature=temperature, top_k=5, top_p=0.9)
         state.generator = torch.Generator()
@@ -282,9 +283,9 @@ def test_rounds_neither_ask_nor_take_anything_of_the_host(monkeypatch, strategy,
     monkeypatch.setattr(speculative._load(), "model", on_no_data(n_layers=2))
     state, decoder = start_on_no_data(strategy, temperature=temperature)
     assert isinstance(decoder, GraphableDecoder)
-    for n in range(1, decoder.most + 1):
+    for n in range(1, decoder.max_tokens + 1):
         with on_device_alone():
-            result = advancing(state, decoder.run)(n)
+            result = advancing(state.batch, decoder.run)(n)
         assert result.tokens.shape == (3, n)
         assert result.tokens.device.type == "meta"
 

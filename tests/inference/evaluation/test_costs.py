@@ -34,7 +34,7 @@ OF_FOUR_LAYERS = Costs(
 
 
 def test_predictions_worked_by_hand():
-    # E = 1 is wrong at places 1 and 4, E = 2 never.
+    # E = 1 is wrong at positions 1 and 4, E = 2 never.
     last = [5, 6, 7, 8, 9, 1]
     trace = torch.tensor([[5, 0, 7, 8, 0, 1], last, last])
     assert tokens_per_round([trace], 1, 2) == 6 / 3  # 5 6 | 7 8 9 | 1
@@ -89,7 +89,7 @@ def test_costs_are_measured_in_full_steps():
     assert costs.lookup > 0
 
 
-def test_what_is_timed_is_told_apart(monkeypatch):
+def test_each_kind_of_pass_is_timed_by_itself(monkeypatch):
     """With a clock that counts: 1 for each layer of a pass, 0.5 for each of its tokens but one, 10
     for each call of the head, 2 to accept."""
     model, clock = make_model(3), [0.0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inference.engine.state import Round
+from inference.engine.batch import Round
 from inference.strategies.agreement import (
     Agreement,
     best_pair,

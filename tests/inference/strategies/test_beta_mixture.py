@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from inference.engine.batch import Batch
 from inference.strategies.beta_mixture import BetaMixture, RowThresholds, fit, fitted_threshold
 
 
@@ -136,16 +137,15 @@ def test_confidences_all_alike_give_no_nan():
 
 def thresholds_of(stream, cuts, prompts=((0, 400),)):
     """Feed rounds that end at `cuts`; return the threshold of every new token, prompt by prompt."""
-    state = SimpleNamespace(
-        positions=torch.tensor([4]), prompt_lengths=torch.tensor([5]), sync_bool=lambda x: bool(x)
-    )
+    state = SimpleNamespace(batch=Batch.empty(1, 800, torch.device("cpu")), sync_bool=bool)
+    state.batch.prompt_lengths.fill_(5)
     memory = RowThresholds(state, exits=1, first=0.5, zeta=0.6, longest_round=8)
     found = []
     for first, last in prompts:
         t, row = 0, []
         while t < last - first:
             count = min(cuts.choice((1, 2, 5, 8)), last - first - t)
-            state.positions = torch.tensor([4 + t])
+            state.batch.positions.fill_(4 + t)
             memory.begin()
             row += [float(memory.of_token(i)) for i in range(count)]
             # What is drafted beyond the tokens that stay is forgotten.

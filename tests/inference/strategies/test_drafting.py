@@ -78,7 +78,7 @@ def test_tokens_drafted_with_layers_beside_guesses_are_drawn_from_their_own_dist
 
 def test_the_loop_ends_when_every_row_that_counts_has_stopped(model):
     state = filled(model)
-    state.finished[2] = True
+    state.batch.finished[2] = True
     drafted = draft(state, E, D, stop=Stop(1.1))
     assert drafted.lengths.tolist() == [1, 1, 0, 1]
     assert state.counters.syncs == 1

@@ -90,8 +90,8 @@ def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):
     def accept_round_all(state, drafted, p):
         return dynamic.Round(
             torch.cat((drafted.tokens, p[:, -1:].argmax(-1)), 1),
-            torch.full_like(state.positions, drafted.tokens.shape[1]),
-            torch.full_like(state.positions, drafted.tokens.shape[1]),
+            torch.full_like(state.batch.positions, drafted.tokens.shape[1]),
+            torch.full_like(state.batch.positions, drafted.tokens.shape[1]),
         )
 
     monkeypatch.setattr(dynamic, "accept_round", accept_round_all)
@@ -336,7 +336,7 @@ def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
     found = torch.tensor([True, True, False, False, False, False, False, True])
     guesses = NgramDrafts(torch.zeros(8, 2, dtype=torch.int64), found, 61)
     assert rounds._count_lookups(guesses) == (5, 3)
-    rounds.state.finished[2:] = True
+    rounds.state.batch.finished[2:] = True
     assert rounds._count_lookups(guesses) == (0, 2)
     assert rounds.state.counters.syncs == 2
 

@@ -56,7 +56,11 @@ def test_what_is_described_is_read_back(name):
     [
         ("magic", "strategy: magic, give one of autoregressive, "),
         ("", "strategy: empty, give one of"),
-        ("early_exit:d=2", "early_exit has no setting d, it has E"),
+        ("self_spec", "strategy: self_spec, did you mean self_speculative\\?"),
+        ("layer_skip", "strategy: layer_skip, give one of autoregressive, "),
+        ("early_exit:d=2", "early_exit has no setting d, give one of E"),
+        ("calm:treshold=1", "calm has no setting treshold, did you mean threshold\\?"),
+        ("self_speculative:n_gram=2", "has no setting n_gram, did you mean ngram\\?"),
         ("autoregressive:E=2", "autoregressive has no setting E, it has none"),
         ("early_exit:E", "'E' in 'early_exit:E' is no setting, write name=value"),
         ("early_exit:E=two", "early_exit: E=two, give an integer"),

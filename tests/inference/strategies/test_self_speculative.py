@@ -151,10 +151,10 @@ def test_the_statistic_catches_tokens_accepted_behind_a_drafts_end(biased_model,
 
 def forged_draft(state, E, d, **options):
     """Draft tokens 3, 3 and claim one of them, with a q that is not what they were drawn from."""
-    tokens = torch.full((len(state.pending), d), 3)
-    q = torch.full((len(state.pending), d, VOCAB), 1e-6)
+    tokens = torch.full((len(state.batch), d), 3)
+    q = torch.full((len(state.batch), d, VOCAB), 1e-6)
     q[:, :1] = torch.nn.functional.one_hot(tokens[:, :1], VOCAB).float()
-    return drafting.Draft(tokens, q, torch.full_like(state.pending, min(d, 1)), [], [])
+    return drafting.Draft(tokens, q, torch.full_like(state.batch.pending, min(d, 1)), [], [])
 
 
 @pytest.mark.parametrize("d", [1, 2])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from inference.engine.batch import Round
 from inference.engine.sampling import Sampling
-from inference.engine.state import Round
 from inference.strategies import drafting
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.skip_draft import LearningStop, SkipDraft

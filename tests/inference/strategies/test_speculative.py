@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from inference.engine.compiled import compile_layers, is_compiled
+from inference.engine.decoder import advancing
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
-from inference.engine.state import advancing
 from inference.loading.run import load_run
 from inference.strategies import speculative
 from inference.strategies.autoregressive import Autoregressive
@@ -88,7 +88,7 @@ def test_a_draft_that_is_the_model_is_right_after_rounds_without_room(model, mon
     drafting_with(monkeypatch, model)
     state = allocate(model, 2, slots=60, sampling=Sampling(), seed=0)
     prefill(state, PROMPTS[:2], (4, NOTHING))
-    decoder = advancing(state, Speculative(draft=tmp_path, d=3).start(state))
+    decoder = advancing(state.batch, Speculative(draft=tmp_path, d=3).start(state))
     syncs = []
     for room in (9, 9, 1, 9, 1, 1, 1, 9, 9, 2, 9):
         result = decoder(room)

@@ -183,7 +183,7 @@ def test_help_documents_the_plan_with_units_and_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--dry_run" in text
     assert "--ranks INT" in text
-    assert "--tokens {None}|FLOAT" in text
+    assert "--tokens FLOAT" in text
     assert "GiB. (default: 80.0)" in text
 
 

@@ -5,33 +5,33 @@ from data.tokenizer import Tokenizer
 _TORN = "\N{REPLACEMENT CHARACTER}"
 
 
-class TextStream:
-    """Decodes a growing row; a character of several byte tokens appears with its last.
+class Detokenizer:
+    """Decodes a growing row; a character of several byte tokens comes with the last of them.
 
     The whole row is decoded each time, because what a token's text is may depend on the tokens
     before it.
 
     Args:
         tokenizer: The model's.
-        prompt: Token ids whose text is not to be given out.
+        prompt: Token ids of which no text is returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        """Take the prompt as given out; see the class."""
         self._tokenizer = tokenizer
         self._ids = list(prompt)
-        self._given = len(tokenizer.decode(self._ids))
+        self._returned = len(tokenizer.decode(self._ids))
+        """Characters of the row's text."""
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is now certain."""
         self._ids.append(token)
-        return self._give(self._tokenizer.decode(self._ids).rstrip(_TORN))
+        return self._beyond(self._tokenizer.decode(self._ids).rstrip(_TORN))
 
     def finish(self) -> str:
         """Return what was held back: bytes that never became a character."""
-        return self._give(self._tokenizer.decode(self._ids))
+        return self._beyond(self._tokenizer.decode(self._ids))
 
-    def _give(self, text: str) -> str:
-        new = text[self._given :]
-        self._given += len(new)
+    def _beyond(self, text: str) -> str:
+        new = text[self._returned :]
+        self._returned += len(new)
         return new

@@ -1,0 +1,1 @@
+"""Text in, text out: the Python API over the engine, used by `python -m inference.generate`."""

@@ -1,0 +1,171 @@
+"""Reads the commands of a block without running them, each with the parser it would meet."""
+
+import argparse
+import configparser
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from unittest import mock
+
+from torch.distributed.run import get_args_parser
+
+from data import command_line
+from inference.strategies.registry import parse_strategy
+from tests.docs.pages import ROOT
+from train import sweep
+from train.config.command_line import parse
+
+# Programs whose options are not ours.
+OTHERS = (
+    *("cat", "cp", "git", "head", "ls", "mkdir", "mypy", "pgrep"),
+    *("pre-commit", "rm", "ruff", "sleep", "tail", "tensorboard"),
+)
+# Finds no program, so that the shell hands over the words of each one it would start.
+_RECORDER = """
+PATH=/nowhere
+command_not_found_handle() { printf '%s\\0' "$#" "$@" >&3; }
+source() { :; }
+kill() { :; }
+"""
+
+
+class ParsedError(BaseException):
+    """Raised where the options of a command have been read, to go no further."""
+
+
+def words_of(block, folder):
+    """Return the words of every program that a bash block starts, as the shell expands them."""
+    record = folder / "words"
+    (folder / "outputs").mkdir()
+    script = f"exec 3>{record}\n{_RECORDER}{block.text}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{block}: {done.stderr}"
+    words, commands = iter(record.read_text().split("\0")[:-1]), []
+    for count in words:
+        commands.append([next(words) for _ in range(int(count))])
+    return commands
+
+
+def parse_command(words):
+    """Parse one command; an error of its user is raised, as ValueError or SystemExit."""
+    program, *rest = words
+    if program == "torchrun":
+        options = get_args_parser().parse_args(rest)
+        parse_script(options.training_script, options.training_script_args)
+    elif program == "sbatch":
+        script = rest.index("launch/train.slurm")
+        assert all(word.startswith("--") for word in rest[:script])
+        parse_script("train/main.py", rest[script + 1 :])
+    elif program in ("python", "python3") and rest[0] == "-m":
+        parse_module(rest[1], rest[2:])
+    elif program == "python" and rest[0] == "-c":
+        compile(rest[1], "-c", "exec")
+    elif program == "python":
+        parse_script(rest[0], rest[1:])
+    elif program == "skipstone":
+        parse_entry(words)
+    elif program == "pip":
+        parse_install(rest)
+    elif program in ("bash", "pytest"):
+        check_paths(rest)
+    else:
+        assert program in OTHERS, f"{program}: unknown to the tests of the documentation"
+
+
+def parse_script(path, words):
+    """Parse the options of a script by its path."""
+    if path == "train/main.py":
+        with redirect_stdout(StringIO()):
+            parse(words, show=True)
+        return
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parse_main(module.main, [path, *words])
+
+
+def parse_module(name, words):
+    """Parse the options of `python -m name`."""
+    if name == "pytest":
+        check_paths(words)
+    elif name == "train.main":
+        parse_script("train/main.py", words)
+    elif name != "venv":
+        parse_main(importlib.import_module(name).main, [name, *words])
+
+
+def parse_entry(words):
+    """Parse the options of a program that setup.cfg installs."""
+    module, _, function = entry_points()[words[0]].partition(":")
+    parse_main(getattr(importlib.import_module(module), function), words)
+
+
+def entry_points():
+    """Return {program: module:function} of setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup.get("options.entry_points", "console_scripts", fallback="").split("\n")
+    return dict(re.split(r"\s*=\s*", line) for line in lines if line)
+
+
+def parse_main(main, words):
+    """Call a command's main up to where its options are read; strategies in them are read too."""
+    argparse_reads = argparse.ArgumentParser.parse_args
+    ours_reads = command_line.read_options
+
+    def read_arguments(parser, *args, **kwargs):
+        raise ParsedError(argparse_reads(parser, *args, **kwargs))
+
+    def read_ours(*args, **kwargs):
+        raise ParsedError(ours_reads(*args, **kwargs))
+
+    def stop(*_):
+        raise ParsedError(None)
+
+    said = StringIO()
+    with (
+        mock.patch.multiple(sweep, train=stop, submit=stop, report=stop),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", read_arguments),
+        mock.patch.object(command_line, "read_options", read_ours),
+        mock.patch.object(sys, "argv", words),
+        redirect_stdout(said),
+        redirect_stderr(said),
+    ):
+        try:
+            status = main()
+        except ParsedError as parsed:
+            check_strategies(parsed.args[0])
+            return
+        except SystemExit as stop:
+            status = stop.code
+    assert not status, f"{' '.join(words)}: {said.getvalue()}"
+
+
+def check_strategies(options):
+    """Read the strategies among the options of a command."""
+    texts = getattr(options, "strategies", None) or [getattr(options, "strategy", None)]
+    for text in texts.split(",") if isinstance(texts, str) else texts:
+        if text:
+            parse_strategy(text)
+
+
+def parse_install(words):
+    """Check that what `pip install` names is there: files, and extras of ours."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
+        assert setup.has_option("options.extras_require", extra), extra
+    check_paths(words)
+
+
+def check_paths(words):
+    """Check that the files among some words are there."""
+    for word in words:
+        if re.search(r"\.(py|sh|txt|slurm)\b", word):
+            assert (ROOT / word.split("::")[0]).is_file(), word
