@@ -218,6 +218,7 @@ def _one_line(box: str, kind: type) -> str:
         return f"{name if dashes else name.lower()}: none, give {dashes}{name}{metavar}"
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
     text = " ".join(lines[:end]).removeprefix("Error parsing ").rstrip(".")
+    text = text.removeprefix(f"{kind.__name__}: ")  # raised by the class itself
     if found := re.match(r"Missing value for argument '--([^']*)'\. Expected (\d*)", text):
         several = int(found[2] or 0) > 1
         wanted = f"{found[2]} values" if several else _wanted(kind, found[1])

@@ -1,8 +1,10 @@
-"""Decoding of trained models: strategies over one shared KV cache, commands, and an API for text.
+"""Decoding of trained models: strategies over one shared KV cache.
 
-import inference
-model = inference.load("outputs/demo")
-print(model.generate("def main(").text)
+The loose files are commands. For text from Python:
+
+    import inference
+    model = inference.load("outputs/demo")
+    print(model.generate("def main(").text)
 """
 
 from inference.text.continuation import Continuation, Piece

@@ -19,9 +19,12 @@ from inference.loading.run import Run
 class EvaluateOptions(RunOptions):
     """Measure every exit on the validation split.
 
-    E: layers run before the exit. loss: nats per token. agreement: share of positions where the
-    exit's most probable token is the last layer's. confidence: mean probability of that token. ece:
-    expected calibration error over 15 bins, how far confidence and accuracy are apart.
+    Columns:
+      E            layers run before the exit
+      loss         nats per token
+      agreement    positions where the exit's most probable token is the last layer's
+      confidence   mean probability of that token
+      ece          expected calibration error over 15 bins: confidence against accuracy
 
     Example:
       python -m inference.evaluate --run outputs/demo --max_tokens 50000

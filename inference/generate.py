@@ -28,7 +28,7 @@ from inference.text.model import BATCH_SIZE, Model
 from inference.text.strategy_choice import choose_strategy
 from inference.text.stream import TextStream
 
-_COLORS: dict[Provenance, str] = {"accepted": "\033[32m", "corrected": "\033[33m", "plain": ""}
+_COLORS: dict[Provenance, str] = {"accepted": "\033[32m", "corrected": "\033[33m"}
 _RESET = "\033[0m"
 
 
@@ -135,7 +135,7 @@ def _prompts_of_json(path: Path, lines: Sequence[str]) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Replace what a terminal would obey: a model may write escape sequences byte by byte."""
+    """Replace control characters: a model may write escape sequences byte by byte."""
     return "".join(
         char
         if char in "\n\t" or unicodedata.category(char) != "Cc"
@@ -181,14 +181,12 @@ def _print_pieces(stream: TextStream) -> None:
     print(stream.prompts[0], end="", flush=True)
     for piece in stream:
         text = printable(piece.text) if on_terminal else piece.text
-        on, off = (_COLORS[piece.provenance], _RESET) if colored else ("", "")
-        print(f"{on}{text}{off}", end="", flush=True)
+        if colored and (color := _COLORS.get(piece.provenance)):
+            text = f"{color}{text}{_RESET}"
+        print(text, end="", flush=True)
     print(flush=True)
-    if colored:
-        legend: tuple[Provenance, ...] = ("plain",)
-        if stream.counters.drafted:
-            legend = ("accepted", "corrected")
-        print(*(f"{_COLORS[source]}{source}{_RESET}" for source in legend), file=sys.stderr)
+    if colored and stream.counters.drafted:
+        print(*(f"{color}{name}{_RESET}" for name, color in _COLORS.items()), file=sys.stderr)
 
 
 def converse(answer: Callable[[str], list[Continuation]]) -> list[Continuation]:
@@ -231,7 +229,7 @@ def generate(options: GenerateOptions) -> None:
             batch_size=options.batch_size,
         )
 
-    stream = start(texts or [""])  # before any output, as it finds what is wrong
+    stream = start(texts or [""])  # errors come before any output
     if note:
         print(note, file=sys.stderr)
     if options.interactive:

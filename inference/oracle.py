@@ -18,10 +18,15 @@ from inference.evaluation.prompts import PromptOptions, prompts_from
 class OracleOptions(PromptOptions, RunOptions):
     """Find the least number of layers, by token and by sequence, that predict what all of them do.
 
-    Along greedy continuations: the ceiling of every exit rule. E: layers run before the exit.
-    agrees: share of tokens where the exit predicts the last layer's token. least, settled: share of
-    tokens by the least E that agrees, and by the least from which on all exits agree. sequences:
-    continuations by the least E that agrees at every token. in_flight, flushed: a model of SPEED.
+    It is measured along greedy continuations, and is the ceiling of every exit rule.
+
+    Columns:
+      E            layers run before the exit
+      agrees       tokens where the exit predicts the last layer's token
+      least        tokens by the least E that agrees
+      settled      tokens by the least E from which on all exits agree
+      sequences    continuations by the least E that agrees at every token
+      in_flight    tokens kept, flushed: bursts flushed, by a model of SPEED
 
     Example:
       python -m inference.oracle --run outputs/demo --prompts 16

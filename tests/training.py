@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,11 +34,25 @@ TINY = {
 }
 
 
+def describe_installation(folder: Path) -> None:
+    """Write what an installation of this tree leaves of its entry points, for torchrun to find."""
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    info = folder / "skipstone-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: skipstone\nVersion: 0\n")
+    groups = settings["options.entry_points"].items()
+    lines = [line for group, names in groups for line in (f"[{group}]", *names.split("\n"))]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
 class Training:
     """The training command with tiny settings."""
 
     def __init__(self, corpus: Path, output: Path):
         self.output = output
+        self._installation = output.parent / "installation"
+        describe_installation(self._installation)
         self.fields = TINY | {"data.path": corpus, "output_dir": output}
 
     def arguments(self, *, preset="demo", **overrides):
@@ -52,10 +67,13 @@ class Training:
         return [*command, *launcher, script, *self.arguments(**arguments)]
 
     def start(self, *, environment=None, **arguments):
+        path = [str(self._installation), str(ROOT), os.environ.get("PYTHONPATH", "")]
         return subprocess.Popen(
             self.command(**arguments),
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+            | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -26,7 +26,7 @@ class TrainingMonitor:
         self.stop = False
         """Whether any rank was requested to stop."""
         self.anomaly: tuple[int, Anomaly] | None = None
-        """The first anomaly to roll back from, after its first step."""
+        """First step of the anomaly to roll back from, and that anomaly; None: go on."""
         self._job, self._metrics = job, metrics
         job.sections.read()  # leaves out the time before these steps
         config = job.config

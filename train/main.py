@@ -3,6 +3,11 @@
 Reads like the algorithm: the plan of step t, one step of minimising J, and what is due after it.
 """
 
+import signal
+
+if __name__ == "__main__":  # a Ctrl-C in the seconds of the imports ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,8 +24,10 @@ from train.loop.validate import validate
 from train.monitoring.interruption import Interruption
 from train.monitoring.replica_check import ReplicasDifferError
 from train.parallel.runtime import (
+    USER_ERROR,
     Runtime,
     end_process,
+    is_first_of_node,
     is_main_process,
     launched_ranks,
     start_logging,
@@ -119,19 +126,18 @@ def due(interval_steps: int, done_steps: int, steps: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, train, and turn a user's error into one line."""
+    """Train as the command line asks for, and return the exit status."""
     start_logging()
-    speaks = is_main_process()
     try:
-        command = parse(arguments, show=speaks)
+        command = parse(arguments, show=is_main_process())
         config = command.config
         if command.dry_run:
-            if speaks:
+            if is_main_process():
                 print(plan_run(config, command.dry_run))
             return 0
         config.check(launched_ranks())
     except ValueError as error:
-        return fail(error) if speaks else 2
+        return fail(error, prints=is_first_of_node())
     try:
         with (
             Interruption() as interruption,
@@ -139,17 +145,23 @@ def main(arguments: Sequence[str]) -> int:
         ):
             train(config, runtime, interruption)
     except (FloatingPointError, ReplicasDifferError) as error:  # agreed on by all ranks
-        return fail(error) if speaks else 2
+        return fail(error, prints=is_main_process())
     except (ValueError, OSError) as error:
-        return fail(error)
+        return fail(error, prints=True)
     return 0
 
 
-def fail(error: Exception) -> int:
-    """Print a user's error, one line per problem, and return the exit status."""
+def fail(error: Exception, *, prints: bool) -> int:
+    """Print a user's error, one line per problem, and return the exit status.
+
+    Raises:
+        SystemExit: Where another rank prints it.
+    """
+    if not prints:
+        raise SystemExit(USER_ERROR)
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
-    return 2
+    return USER_ERROR
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ follows -- goes to every run; --sbatch passes all other options (--nodes=4) to s
       --nproc_per_node 2 -- --steps 200
   python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --sbatch --nodes=4
   python -m train.sweep scratch_1_5b --grid optim.lr=4e-4,8e-4 --table"""
+_SCRIPT = Path(__file__).with_name("main.py")
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 
 
@@ -205,7 +206,7 @@ def train(preset: str, run: Sequence[str], name: str, ranks: str) -> None:
         KeyboardInterrupt: Ctrl-C has stopped it.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", "train/main.py", preset, *run]
+    command += [f"--nproc_per_node={ranks}", str(_SCRIPT), preset, *run]
     interrupts: list[int] = []  # a Ctrl-C reaches torchrun too, which ends once the run is saved
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
@@ -227,7 +228,7 @@ def options_of_each(runs: Sequence[Sequence[str]]) -> str:
     for word in (word for run in runs for word in run):
         if word.split() != [word]:
             raise ValueError(
-                f"options: {word!r} cannot be told from two words on a line of a job array, "
+                f"options: {word!r} reads as two words on a line of a job array, "
                 "choose a value without spaces"
             )
     return "".join(" ".join(run) + "\n" for run in runs)

@@ -1,8 +1,10 @@
-"""A checkpoint that continues text: three lines from a run folder to the text.
+"""A checkpoint that continues text.
 
-import inference
-model = inference.load("outputs/demo")
-print(model.generate("def main(").text)
+Three lines lead from a run folder to a text:
+
+    import inference
+    model = inference.load("outputs/demo")
+    print(model.generate("def main(").text)
 """
 
 from collections.abc import Sequence
@@ -77,7 +79,7 @@ class Model:
             of them in the order of the texts, the samples of a text side by side.
 
         Raises:
-            ValueError: A text or an option is of no use; all are named, with a remedy.
+            ValueError: A text or an option is not valid; the message names field, value and remedy.
         """
         stream = self.stream(prompts, num_samples=num_samples, **options)
         found = [*stream.continuations()]
@@ -113,7 +115,7 @@ class Model:
                 ends; None: 8 at most.
 
         Raises:
-            ValueError: A text or an option is of no use; all are named, with a remedy.
+            ValueError: A text or an option is not valid; the message names field, value and remedy.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -154,7 +156,7 @@ def load(
             seconds for each shape of a pass.
 
     Raises:
-        ValueError: There is no checkpoint, it is damaged, or an option is of no use here.
+        ValueError: There is no checkpoint, it is damaged, or an option is not valid.
     """
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     run = load_run(Path(path), device=str(device), dtype=name, quantize=quantize, compiled=compile)
@@ -162,7 +164,7 @@ def load(
 
 
 def _problems(seed: int, num_samples: int, temperature: float, batch_size: int | None) -> list[str]:
-    """Return what is wrong with options that no other file checks."""
+    """Return the faults of the options that the engine does not check."""
     found = []
     if not 0 <= seed < _SEEDS:
         found.append(f"seed: {seed}, give 0 to {_SEEDS - 1}")

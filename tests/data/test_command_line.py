@@ -1,5 +1,8 @@
 """Dataclasses as command lines: what is read, and every mistake in one line with its remedy."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +51,10 @@ class Options:
     pair: Annotated[tuple[str, ...], read_as("A,B", pair_of, ",".join)] = ("a", "b")
     """Two words."""
 
+    def __post_init__(self):
+        if self.layers > 99:
+            raise ValueError(f"layers: {self.layers}, give fewer")
+
 
 def read(text, **settings):
     return read_options(Options, text.split(), prog="x", description="d", **settings)
@@ -87,6 +94,7 @@ LONG = "/" + "very-long-folder-name" * 8
         ("--run a --bits int7", "bits: int7, give one of int4, int8"),
         (f"--run a --layers {LONG}", f"layers: {LONG}, give an integer"),
         ("--run a --top x", "top: x, give an integer"),
+        ("--run a --layers 100", "layers: 100, give fewer"),
         ("--run a --pair a", "pair: a, give two words"),
         ("--run a --quick True", "True: a value without an option, put its --option before it"),
         ("--run a b", "b: a value without an option, put its --option before it, see --help"),
@@ -101,6 +109,7 @@ def test_a_mistake_is_one_line_with_its_remedy(words, message):
     with pytest.raises(ValueError, match=".") as error:
         read(words, synonyms={"learning_rate": "optim.lr"})
     assert message in str(error.value)
+    assert not str(error.value).startswith("Options")
     assert "\n" not in str(error.value)
 
 
@@ -176,7 +185,7 @@ class Described:
     """Do something.
 
     In a paragraph of
-    two lines.
+    2 lines.
 
     Example:
       python -m x
@@ -186,11 +195,13 @@ class Described:
     """Or none."""
 
 
-def test_the_docstring_is_the_description_and_what_is_optional_has_its_own_name(capsys):
+def test_the_docstring_is_the_description_and_what_is_optional_has_its_own_name(
+    capsys,
+):
     with pytest.raises(SystemExit):
         read_options(Described, ["--help"], prog="x")
     text = capsys.readouterr().out
-    assert "Do something.\n\nIn a paragraph of two lines.\n\nExample:\n  python -m x\n" in text
+    assert "Do something.\n\nIn a paragraph of 2 lines.\n\nExample:\n  python -m x\n" in text
     assert "--top INT " in text
 
 
@@ -223,3 +234,20 @@ def test_a_command_ends_with_its_code_and_one_line(monkeypatch, capsys, words, c
         run_command(Options, command, prog="x", description="d")
     assert stop.value.code == code
     assert capsys.readouterr().err == message
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "from tests.data.test_command_line import Described, run_command\n"
+        "run_command(Described, lambda options: print('x' * 200_000), prog='x')\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "x.py")],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -1,4 +1,4 @@
-"""The command streams text, says where tokens come from, and turns user errors into one line."""
+"""The command streams text and its tokens' provenance; user errors are one line."""
 
 import io
 import json

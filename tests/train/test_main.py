@@ -3,8 +3,11 @@
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,9 +155,32 @@ def test_a_truncated_shard_is_one_line(training, corpus, tmp_path, capsys, quiet
 def test_a_run_folder_of_another_model_size_is_refused(training, launch):
     assert launch(name="sized", steps=1).wait() == [0, 0]
     status, output = training.run(name="sized", steps=2, model__n_layers=3, ranks=2)
-    assert status == 1  # torchrun's own, after our line
+    assert_error_ends(status, output, "name: ")
     assert "is of another model, with model.n_layers 4 (configured: 3)" in output
-    assert output.count("error: name:") == 1
+
+
+def assert_error_ends(status, output, message):
+    """Assert that a command has ended with a user's error, and torchrun has added nothing."""
+    lines = output.splitlines()
+    assert status == 2, output
+    assert lines[-1].startswith(f"error: {message}"), output
+    assert output.count("error: ") == 1, output
+    assert len(lines) <= 10, output
+
+
+def test_a_wrong_option_is_one_line_under_torchrun(training):
+    status, output = training.run(ranks=2, lr="1e-3")
+    assert_error_ends(status, output, "option: --lr does not exist, did you mean --optim.lr?")
+
+
+def test_ctrl_c_while_importing_ends_without_a_traceback(training):
+    process = training.start()
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (-signal.SIGINT, "")
 
 
 def test_a_new_run_starts_from_given_weights(launch):

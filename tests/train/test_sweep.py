@@ -1,13 +1,16 @@
 """A grid becomes runs, each resumed by its name, and a table of what they came to."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.training import ROOT
 from train import sweep as module
 from train.config.command_line import parse
 from train.run_folder.events import write_status
@@ -58,7 +61,9 @@ def test_runs_go_one_after_another_and_the_best_comes_first(tmp_path, monkeypatc
     started = []
 
     def train(command, check):
-        config = parse(command[command.index("train/main.py") + 1 :], show=False).config
+        config = parse(
+            command[command.index(str(ROOT / "train" / "main.py")) + 1 :], show=False
+        ).config
         started.append((config.name, command[4]))
         finish(config)
         return subprocess.CompletedProcess(command, 0)
@@ -74,6 +79,22 @@ def test_runs_go_one_after_another_and_the_best_comes_first(tmp_path, monkeypatc
     ]
     assert capsys.readouterr().out.splitlines() == TABLE
     assert json.loads((tmp_path / "out.json").read_text())["demo-lr_0.5"]["validation/loss"] == 2
+
+
+def test_ctrl_c_ends_the_sweep_once_the_run_has_ended(monkeypatch, capsys):
+    ended = []
+
+    def train(command, check):
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.append(command)
+        return subprocess.CompletedProcess(command, 130)
+
+    monkeypatch.setattr(module.subprocess, "run", train)
+    monkeypatch.setattr(sys, "argv", ["sweep", "demo", "--grid", "optim.lr=0.25,0.5"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert (stop.value.code, len(ended)) == (130, 1)
+    assert capsys.readouterr().err == "run 1 of 2: demo-lr_0.25\n"
 
 
 def test_a_table_has_the_finished_runs_and_names_the_others(tmp_path, monkeypatch, capsys):
@@ -159,7 +180,7 @@ def test_what_sbatch_refuses_is_said(fake_sbatch, monkeypatch):
 
 def test_a_word_that_a_line_cannot_hold_is_refused(fake_sbatch):
     for word in ("two words", ""):
-        with pytest.raises(ValueError, match=f"options: '{word}' cannot be told"):
+        with pytest.raises(ValueError, match=f"options: '{word}' reads as two words"):
             sweep(["demo", "--grid", GRID[0], "--sbatch", "--", "--data.input", word])
     assert not fake_sbatch.exists()
     assert not Path("outputs").exists()

@@ -87,12 +87,12 @@ def accumulate_gradients(
 ) -> StepTotals:
     """Run forward and backward of J over this rank's microbatches.
 
-    J is a sum divided by the number of tokens with a loss in the global batch, its density penalty
-    one divided by the number of rows, so the gradient is the same however the batch is split over
+    The loss is divided by the number of tokens with a label in the global batch, the density
+    penalty by the number of rows, so the gradient is the same however the batch is split over
     ranks and microbatches.
 
     Returns:
-        This rank's part of the totals, less the gradient norm, which is 0.
+        This rank's part of the totals; gradient norm and stops are still 0.
     """
     L, device = model.config.n_layers, runtime.device
     num_labels = [microbatch.num_labels for microbatch in microbatches]

@@ -1,7 +1,7 @@
-"""Being asked to stop: a flag that the ranks agree on between two steps.
+"""Requests to stop: a flag that the ranks agree on between two steps.
 
 Knows nothing of steps or checkpoints. A scheduler's SIGTERM or SIGUSR1 may reach one rank, all of
-them, several times, or kill torchrun alone; whichever it is, this rank's flag goes up once.
+them, several times, or kill torchrun alone; in each case this rank's flag is set once.
 """
 
 import os
@@ -12,16 +12,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption:
-    """Whether this process has been asked to stop, and by what."""
+    """Whether this process is to stop, and why; signals are caught within `with`."""
 
     def __init__(self) -> None:
-        """Ask for nothing yet; signals are caught within `with`."""
         self._pid, self._parent = os.getpid(), os.getppid()
         self._signal = ""
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> "Interruption":
-        """Catch the signals."""
         self._before = {number: signal.signal(number, self._notice) for number in SIGNALS}
         return self
 
@@ -31,19 +29,18 @@ class Interruption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave the signals as they were."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @property
     def reason(self) -> str:
-        """Why to stop: a signal's name, or the death of the launcher; empty: go on."""
+        """Why to stop: the name of a signal, or the end of the launcher; empty: go on."""
         if not self._signal and os.getppid() != self._parent:
             return "the end of the launcher"
         return self._signal
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        """Remember the first signal; a second Ctrl-C stops at once."""
+        """Set the flag to the first signal; a second Ctrl-C stops at once."""
         if os.getpid() != self._pid:  # a worker process that inherited this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

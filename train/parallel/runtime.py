@@ -1,4 +1,4 @@
-"""The process: its place among the ranks, its device, its clock, and agreement with the others.
+"""The process: its rank, its device, its end, and agreement with the other ranks.
 
 The only file that reads environment variables or sets global torch state.
 """
@@ -8,9 +8,11 @@ import logging
 import os
 import platform
 import resource
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -21,6 +23,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+USER_ERROR = 2
+"""Exit status after a user's error, which one rank has printed."""
+PRINTED_WITHIN_SECONDS = 60.0
+"""Longest wait of a rank for another of its node to print their error and exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class Runtime:
         return self.rank == 0
 
     def on_every_rank(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; where it fails on any, end all, with rank 0 to speak.
+        """Run `action` on every rank; where it fails on any, all raise and rank 0 has the message.
 
         Raises:
             ValueError: On rank 0, with the message of the first rank whose action raised one.
@@ -78,7 +85,7 @@ class Runtime:
         failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
         if failed:
             if not self.is_main:
-                raise SystemExit(2)
+                raise SystemExit(USER_ERROR)
             rank, text = failed[0]
             raise ValueError(text if rank == 0 else f"{text} (on rank {rank})")
         return result  # type: ignore[return-value]
@@ -111,7 +118,7 @@ class Runtime:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def device_name(self) -> str:
-        """Return the name of the device, as its maker writes it."""
+        """Return the vendor's name of the device."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return platform.processor() or platform.machine()
@@ -122,6 +129,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_first_of_node() -> bool:
+    """Whether this process is the first of those that torchrun has started on this node."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def launched_ranks() -> int:
     """Return how many ranks torchrun has started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -129,6 +141,9 @@ def launched_ranks() -> int:
 
 def end_process(main: Callable[[], int]) -> NoReturn:
     """Run `main`, which closes what it opens, and end with its status.
+
+    SystemExit(USER_ERROR) is the end of a rank whose error another rank prints. It waits: torchrun
+    kills the other ranks as soon as one has failed, also the one that is about to print.
 
     The process ends at once: on torch 2.13, the threads of a process group that is gone abort one
     in some fifty processes while their libraries are taken down, and torchrun then takes a rank
@@ -138,9 +153,17 @@ def end_process(main: Callable[[], int]) -> NoReturn:
         status = main()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if status == USER_ERROR and not is_first_of_node():
+            time.sleep(PRINTED_WITHIN_SECONDS)
+            logger.warning("ends with an error that no rank of this node has printed")
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:  # --help | head
+        status = 128 + signal.SIGPIPE
     atexit._run_exitfuncs()
     logging.shutdown()
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
@@ -183,12 +206,12 @@ def start_runtime(config: RuntimeConfig, seed: int) -> Iterator[Runtime]:
         store=_shared_store(rank, world_size),
         rank=rank,
         world_size=world_size,
-        # The watchdog is to speak first, and it names the rank.
+        # The watchdog is to report first: it names the rank.
         timeout=timedelta(seconds=2 * max(config.timeout_seconds, config.setup_timeout_seconds)),
     )
     try:
         yield Runtime(rank, world_size, device, _job())
-        # torch 2.11 now and then aborts when a rank leaves while another still talks.
+        # torch 2.11 now and then aborts where a rank leaves while another still communicates.
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -42,24 +42,44 @@ def test_a_failure_on_one_rank_ends_all_and_the_first_speaks(tmp_path):
     run_distributed(both, 2, tmp_path / "made")
 
 
-@pytest.mark.parametrize(
-    ("end", "status"),
-    [("return 3", 3), ("return 0", 0), ("sys.exit(2)", 2), ("sys.exit()", 0), ("sys.exit('x')", 1)],
-)
-def test_a_process_ends_with_its_status_and_all_its_output(end, status):
-    script = (
-        "import atexit, sys, threading\n"
-        "from train.parallel.runtime import end_process\n"
-        "def main():\n"
-        "    atexit.register(print, 'closed')\n"
-        "    threading.Thread(target=threading.Event().wait).start()  # would never end\n"
-        f"    print('done', end='')\n    {end}\n"
-        "end_process(main)\n"
-    )
+ENDS = {
+    "return 3": 3,
+    "return 0": 0,
+    "sys.exit(2)": 2,
+    "sys.exit()": 0,
+    "sys.exit('x')": 1,
+    "raise KeyboardInterrupt": 130,
+    "raise BrokenPipeError": 141,
+    "wait(); sys.exit(2)": 2,
+}
+SCRIPT = """
+import atexit, os, sys, threading
+from train.parallel import runtime
+
+def wait():  # as a rank that is not the first of its node does
+    os.environ["LOCAL_RANK"], runtime.PRINTED_WITHIN_SECONDS = "1", 0.1
+
+for end in sys.argv[1:]:
+    if os.fork() == 0:
+        exec(
+            "def main():\\n"
+            "    atexit.register(print, 'closed')\\n"
+            "    threading.Thread(target=threading.Event().wait).start()\\n"  # would never end
+            f"    print('done', end='')\\n    {end}\\n"
+        )
+        runtime.end_process(main)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_a_process_ends_with_its_status_and_all_its_output():
     ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (ended.returncode, ended.stdout) == (status, "doneclosed\n")
+        [sys.executable, "-c", SCRIPT, *ENDS],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    expected = [line for status in ENDS.values() for line in ("doneclosed", str(status))]
+    assert ended.stdout.splitlines() == expected
+    assert ended.stderr == "ends with an error that no rank of this node has printed\n"
 
 
 def test_an_error_is_shown_and_ends_the_process():
