@@ -13,7 +13,10 @@ from tests.docs.pages import ROOT
 SMALLER_FILES = {
     "train/config/demos.py": (r"steps=500,", "steps=40,"),
     "train/config/presets.py": (r"steps=200,", "steps=40,"),
-    "launch/quickstart.sh": (r"--max_new_tokens \d+", "--max_new_tokens 16 --repeats 1"),
+    "launch/quickstart.sh": (
+        r"--prompts 4 --max_new_tokens \d+",
+        "--prompts 2 --max_new_tokens 16 --repeats 1",
+    ),
 }
 # What is written differently in commands, one after another; options at the end count most.
 SMALLER_COMMANDS = (
