@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host."""
+"""Copies of device tensors on the host, without waiting for the device."""
 
 from typing import Any
 
@@ -9,12 +9,10 @@ from torch import Tensor
 class HostCopy:
     """A copy of a tensor as it is now, which the host can read while the device goes on.
 
-    Reading a tensor of a CUDA device itself, the host would wait for all that the device was told
-    since.
+    To read a CUDA tensor itself, the host would wait for all kernels launched since.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        """Start the copy."""
         self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -24,7 +22,7 @@ class HostCopy:
             self._host = tensor.clone()
 
     def read(self) -> Any:
-        """Return the numbers as nested lists, after waiting until they are there."""
+        """Return the numbers as nested lists, once they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.tolist()
