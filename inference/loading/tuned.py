@@ -1,7 +1,7 @@
-"""What the tuner found for a checkpoint, kept beside it, where `generate` finds it.
+"""Results of `inference.tune` for a checkpoint, in a file beside it.
 
-The fastest lossless strategy is what `generate` uses by default; a tuned threshold is used where
-its strategy is asked for.
+The fastest lossless strategy is the default of `generate`; a tuned threshold is the default of its
+strategy.
 """
 
 import json
@@ -17,17 +17,17 @@ from models.fingerprint import weights_fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a measurement depends on, besides checkpoint and machine."""
+    """Conditions of a measurement, besides checkpoint and machine."""
 
     batch_size: int
     compiled: bool
     quantize: str | None
     dtype: str
     device: str
-    """Its kind: cpu or cuda."""
+    """cpu or cuda."""
 
     def differences(self, now: "Conditions") -> list[str]:
-        """Return what is other now, one text each."""
+        """Return the conditions that differ now, one text each."""
         values = asdict(now)
         return [
             f"{name} {value} (now {values[name]})"
@@ -38,10 +38,10 @@ class Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What was found, and how."""
+    """A result of tuning."""
 
     strategy: str | None
-    """As a user writes it; None: no threshold is of use."""
+    """As text for `parse_strategy`; None: no threshold is useful."""
     conditions: Conditions
 
 
@@ -58,18 +58,19 @@ def conditions_of(run: Run, *, batch_size: int, quantize: str | None) -> Conditi
 
 
 def tuned_path(run: Run) -> Path:
-    """Return where what was tuned for a checkpoint is kept."""
+    """Return the file of a checkpoint's tuning results."""
     return decode_folder(run.checkpoint) / "tuned.json"
 
 
 def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any]) -> Path:
-    """Write what was found and what led to it; what other tuning found stays.
+    """Write a result and its measurements; results of other tuning stay.
 
     Args:
         run: The checkpoint.
-        name: The strategy whose threshold was tuned; None: the fastest lossless one was looked for.
-        tuned: What was found.
-        found: What led to it.
+        name: The strategy whose threshold was tuned; None: the fastest lossless strategy was
+            searched for.
+        tuned: The result.
+        found: The measurements that led to it.
     """
     path = tuned_path(run)
     try:
@@ -89,10 +90,10 @@ def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any])
 
 
 def read_tuned(run: Run, name: str | None) -> Tuned | None:
-    """Return what was tuned for a checkpoint, `name` as in `write_tuned`; None if nothing was.
+    """Return a checkpoint's result, `name` as in `write_tuned`; None if there is none.
 
     Raises:
-        ValueError: the file is damaged or belongs to other weights.
+        ValueError: The file is damaged or belongs to other weights.
     """
     content = _read(run)
     if content is None:
