@@ -41,7 +41,7 @@ def records(run):
 
 
 def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(training, launch):
-    # Written at once: the checkpoint of step 3 is there when step 4 is told. Kills while one is
+    # Written at once: the checkpoint of step 3 is there when step 4 is logged. Kills while one is
     # written in the background are tests/faults/test_checkpoints.py's.
     often = {"ranks": 2, "metrics__interval_steps": 1, "checkpoint__asynchronous": False}
     job = launch(**often, name="straight")

@@ -169,7 +169,7 @@ def test_a_sweep_is_submitted_as_one_array_job(fake_sbatch, capsys):
     assert Path(file).read_text() == lines
 
 
-def test_what_sbatch_refuses_is_said(fake_sbatch, monkeypatch):
+def test_what_sbatch_refuses_is_reported(fake_sbatch, monkeypatch):
     monkeypatch.setenv("FAILS", "1")
     with pytest.raises(ValueError, match="sbatch: refused 2 tasks of "):
         sweep(["demo", "--grid", GRID[0], "--sbatch"])
@@ -180,7 +180,7 @@ def test_what_sbatch_refuses_is_said(fake_sbatch, monkeypatch):
 
 def test_a_word_that_a_line_cannot_hold_is_refused(fake_sbatch):
     for word in ("two words", ""):
-        with pytest.raises(ValueError, match=f"options: '{word}' cannot be told"):
+        with pytest.raises(ValueError, match=f"options: '{word}' is not one word"):
             sweep(["demo", "--grid", GRID[0], "--sbatch", "--", "--data.input", word])
     assert not fake_sbatch.exists()
     assert not Path("outputs").exists()
