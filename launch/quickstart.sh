@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a bare machine to a self-speculating model: bash launch/quickstart.sh
 # Installs, prepares the corpus every machine has, trains the demo preset on all GPUs (or two CPU
-# ranks), measures every exit, and decodes with and without self-speculation. Run it again and it
-# resumes, or says what is done.
+# ranks), measures every exit, and decodes with and without self-speculation. The same command again
+# resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh
