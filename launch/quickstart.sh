@@ -35,9 +35,11 @@ python -m inference.benchmark --run "$run" \
   --prompts 4 --max_new_tokens 96 --dtype float32 \
   --json "$reports/speed.json" --plot "$reports/speed.png"
 
-step "a sample"
-python -m inference.generate --run "$run" --strategy self_speculative --prompt "def " \
-  --temperature 0.7 --top_p 0.9
+step "the fastest lossless strategy for this checkpoint on this machine"
+python -m inference.tune --run "$run" --quick --dtype float32
+
+step "a sample, decoded with it"
+python -m inference.generate --run "$run" --prompt "def " --dtype float32
 
 step "done; pictures: $reports/exits.png, $reports/speed.png"
 echo "dashboard: tensorboard --logdir outputs    more text: python -m inference.generate --help"

@@ -25,6 +25,8 @@ class Conditions:
     dtype: str
     device: str
     """cpu or cuda."""
+    temperature: float
+    """0: greedy."""
 
     def differences(self, now: "Conditions") -> list[str]:
         """Return the conditions that differ now, one text each."""
@@ -45,7 +47,9 @@ class Tuned:
     conditions: Conditions
 
 
-def conditions_of(run: Run, *, batch_size: int, quantize: str | None) -> Conditions:
+def conditions_of(
+    run: Run, *, batch_size: int, quantize: str | None, temperature: float = 0.0
+) -> Conditions:
     """Return the conditions under which a run decodes."""
     weight = run.model.norm.weight
     return Conditions(
@@ -54,6 +58,7 @@ def conditions_of(run: Run, *, batch_size: int, quantize: str | None) -> Conditi
         quantize=quantize,
         dtype=str(weight.dtype).removeprefix("torch."),
         device=weight.device.type,
+        temperature=temperature,
     )
 
 

@@ -123,7 +123,7 @@ class Model:
             raise ValueError("; ".join(problems))
         texts = [text for text in texts for _ in range(num_samples)]
         rows = max(1, min(batch_size or BATCH_SIZE, len(texts)))
-        chosen, _ = choose_strategy(self.run, strategy, batch_size=rows)
+        chosen, _ = choose_strategy(self.run, strategy, batch_size=rows, temperature=temperature)
         check_tokenizer(chosen, self.run)
         return TextStream(
             self.run,

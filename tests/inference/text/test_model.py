@@ -97,6 +97,9 @@ def test_what_was_tuned_is_taken_where_no_strategy_is_named(run_folder, tmp_path
     for name, text in ((None, "self_speculative:E=3:d=2"), ("calm", "calm:threshold=0.5")):
         write_tuned(model.run, name, Tuned(strategy=text, conditions=conditions), {})
         assert model.generate(PROMPT, max_new_tokens=2, strategy=name).strategy == text
+    hot = model.generate(PROMPT, max_new_tokens=2, temperature=0.5)
+    assert hot.strategy == "autoregressive", "what is fastest when sampling was not measured"
+    assert model.generate([PROMPT] * 2, max_new_tokens=2)[0].strategy == "autoregressive"
     given = model.generate(PROMPT, max_new_tokens=2, strategy=Calm(threshold=0.25))
     assert given.strategy == "calm:threshold=0.25"
 
