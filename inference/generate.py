@@ -273,7 +273,6 @@ def result(
 
 
 def main() -> None:
-    """Enter from the command line."""
     # Bytes that are no text are refused as a prompt, and characters a terminal lacks replaced.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):

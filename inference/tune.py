@@ -19,7 +19,6 @@ from inference.engine.strategy import Strategy
 from inference.evaluation.candidates import candidates, check_draft_fits, with_thresholds
 from inference.evaluation.costs import Costs, Prediction, measure_costs, predict
 from inference.evaluation.greedy_traces import record_continuations
-from inference.evaluation.machine import machine
 from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
 from inference.evaluation.prompts import PromptOptions, prompts_from
 from inference.evaluation.report import LEGEND, table
@@ -31,6 +30,7 @@ from inference.evaluation.round_breakdown import (
     round_terms,
 )
 from inference.evaluation.timing import TIMINGS
+from inference.loading.machine import machine
 from inference.loading.run import Run
 from inference.loading.tuned import Tuned, conditions_of, write_tuned
 from inference.strategies.self_speculative import SelfSpeculative
@@ -230,7 +230,6 @@ def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs,
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(TuneOptions, tune, prog="python -m inference.tune")
 
 

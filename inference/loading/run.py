@@ -22,6 +22,7 @@ from models.checkpoint_format import (
 from models.llama import Llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,7 @@ def load_run(
         ValueError: There is no checkpoint, it is damaged, its tokenizer is not the manifest's, or
             an option is none of its values.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype}, give one of {', '.join(DTYPES)}")
-    if quantize is not None and quantize not in BITS:
-        raise ValueError(f"quantize: {quantize}, give one of {', '.join(BITS)}")
+    _check_names(dtype, quantize)
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     file = checkpoint / TOKENIZER
@@ -104,6 +102,16 @@ def load_run(
         compile_layers(model)
         graphs = round_graphs(target)
     return Run(checkpoint, manifest, Tokenizer(file), model, graphs)
+
+
+def _check_names(dtype: str | None, quantize: str | None) -> None:
+    """Raise a ValueError where a name is none of the known ones."""
+    if dtype is not None and dtype not in DTYPES:
+        meant = _DTYPE_SYNONYMS.get(dtype)
+        hint = f"did you mean {meant}?" if meant else f"give one of {', '.join(DTYPES)}"
+        raise ValueError(f"dtype: {dtype}, {hint}")
+    if quantize is not None and quantize not in BITS:
+        raise ValueError(f"quantize: {quantize}, give one of {', '.join(BITS)}")
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,15 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inference.engine.compiled import is_compiled
 from inference.loading.adapters import decode_folder
+from inference.loading.machine import processor
 from inference.loading.run import Run
 from models.fingerprint import weights_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Conditions of a measurement, besides checkpoint and machine."""
+    """Conditions of a measurement, besides the checkpoint."""
 
     batch_size: int
     compiled: bool
@@ -25,6 +28,10 @@ class Conditions:
     dtype: str
     device: str
     """cpu or cuda."""
+    processor: str
+    """Model name of that CPU or GPU."""
+    threads: int
+    """Of torch, on the CPU."""
     temperature: float
     """0: greedy."""
 
@@ -58,6 +65,8 @@ def conditions_of(
         quantize=quantize,
         dtype=str(weight.dtype).removeprefix("torch."),
         device=weight.device.type,
+        processor=processor(weight.device),
+        threads=torch.get_num_threads(),
         temperature=temperature,
     )
 
@@ -68,7 +77,7 @@ def tuned_path(run: Run) -> Path:
 
 
 def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any]) -> Path:
-    """Write a result and its measurements; results of other tuning stay.
+    """Write a result and its measurements; results under other conditions stay.
 
     Args:
         run: The checkpoint.
@@ -82,20 +91,24 @@ def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any])
         content = _read(run)
     except ValueError:  # damaged, or of other weights
         content = None
-    content = content or {"lossless": None, "thresholds": {}}
-    record = {**asdict(tuned), **found}
-    if name is None:
-        content["lossless"] = record
-    else:
-        content["thresholds"][name] = record
+    content = content or {"lossless": [], "thresholds": {}}
+    records = content["lossless"] if name is None else content["thresholds"].setdefault(name, [])
+    conditions = asdict(tuned.conditions)
+    records[:] = [record for record in records if record["conditions"] != conditions]
+    records.append({**asdict(tuned), **found})
     path.parent.mkdir(parents=True, exist_ok=True)
     content["weights"] = weights_fingerprint(run.model)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def read_tuned(run: Run, name: str | None) -> Tuned | None:
-    """Return a checkpoint's result, `name` as in `write_tuned`; None if there is none.
+def read_tuned(run: Run, name: str | None, now: Conditions | None = None) -> Tuned | None:
+    """Return the result under the conditions `now`, or else the newest; None if there is none.
+
+    Args:
+        run: The checkpoint.
+        name: As in `write_tuned`.
+        now: Conditions of the decoding to come.
 
     Raises:
         ValueError: The file is damaged or belongs to other weights.
@@ -104,12 +117,15 @@ def read_tuned(run: Run, name: str | None) -> Tuned | None:
     if content is None:
         return None
     try:
-        record = content["lossless"] if name is None else content["thresholds"].get(name)
-        if record is None:
-            return None
-        return Tuned(strategy=record["strategy"], conditions=Conditions(**record["conditions"]))
+        records = content["lossless"] if name is None else content["thresholds"].get(name, [])
+        found = [
+            Tuned(strategy=r["strategy"], conditions=Conditions(**r["conditions"])) for r in records
+        ]
     except (KeyError, TypeError, AttributeError):
         raise _damaged(run) from None
+    same = [tuned for tuned in found if tuned.conditions == now]
+    newest = found[-1] if found else None
+    return same[0] if same else newest
 
 
 def _read(run: Run) -> dict[str, Any] | None:

@@ -7,7 +7,13 @@ from inference.engine.strategy import Strategy
 from inference.loading.quantized import bits_of
 from inference.loading.run import Run
 from inference.loading.tuned import Conditions, conditions_of, read_tuned, tuned_path
-from inference.strategies.registry import STRATEGIES, has_threshold, parse_strategy
+from inference.strategies.registry import (
+    STRATEGIES,
+    describe,
+    has_threshold,
+    parse_strategy,
+    setting_types,
+)
 
 DEFAULT = "autoregressive"
 WITH_SETTINGS = "self_speculative"
@@ -42,8 +48,13 @@ def choose_strategy(
     n_layers = run.model.config.n_layers
     if isinstance(asked, Strategy):
         return asked.with_defaults(n_layers), ""
-    if asked is None and (E is not None or d is not None):
-        asked = WITH_SETTINGS
+    given = {name: value for name, value in (("E", E), ("d", d)) if value is not None}
+    if asked is None and given:
+        strategy = parse_strategy(WITH_SETTINGS, **given).with_defaults(n_layers)
+        return strategy, f"strategy: {describe(strategy)}"
+    if given and asked is not None and (kind := STRATEGIES.get(asked.partition(":")[0])):
+        for name in given.keys() - setting_types(kind):
+            raise ValueError(f"{name}: {given[name]}, but {kind.name} has none, leave it out")
     now = conditions_of(
         run, batch_size=batch_size, quantize=bits_of(run.model), temperature=temperature
     )
@@ -53,7 +64,7 @@ def choose_strategy(
             f"strategy: {DEFAULT}, plain decoding; python -m inference.tune --run {run.checkpoint}"
             " finds the fastest for this checkpoint"
         )
-    strategy = parse_strategy(tuned or (DEFAULT if asked is None else asked), E=E, d=d)
+    strategy = parse_strategy(tuned or (DEFAULT if asked is None else asked), **given)
     return strategy.with_defaults(n_layers), note
 
 
@@ -65,7 +76,7 @@ def _tuned(run: Run, asked: str | None, now: Conditions) -> tuple[str | None, st
     """
     if asked is not None and not (asked in STRATEGIES and has_threshold(STRATEGIES[asked])):
         return None, ""
-    tuned = read_tuned(run, asked)
+    tuned = read_tuned(run, asked, now)
     if tuned is None or tuned.strategy is None:
         return None, ""
     try:
