@@ -27,8 +27,8 @@ from inference.cli.arguments import Count, Folder, OutputFile
 from inference.engine.compiled import compile_layers
 from inference.engine.generation import Generation
 from inference.engine.strategy import Strategy
-from inference.evaluation.machine import machine
 from inference.evaluation.prompts import held_out_prompts
+from inference.loading.machine import machine
 from inference.loading.packed import can_pack, pack
 from inference.loading.run import load_run
 from inference.strategies.autoregressive import Autoregressive

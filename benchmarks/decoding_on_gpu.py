@@ -24,9 +24,9 @@ from inference.engine.cuda_graphs import round_graphs
 from inference.engine.generation import wait_for
 from inference.engine.sampling import Sampling
 from inference.evaluation.candidates import expand_arms
-from inference.evaluation.machine import machine
 from inference.evaluation.measurement import ArmResult, Workload, measure
 from inference.evaluation.report import LEGEND, table
+from inference.loading.machine import machine
 from inference.loading.run import DTYPES
 from models.config import LlamaConfig
 from models.flops import block_params

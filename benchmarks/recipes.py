@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.command_line import run_command
 from inference.cli.arguments import Count, OutputFile
-from inference.evaluation.machine import machine
+from inference.loading.machine import machine
 from train.config.demos import DEMOS
 from train.sweep import last_validation
 

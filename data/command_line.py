@@ -127,7 +127,7 @@ def read_known_options(
     default: T | None = None,
     show: bool = True,
 ) -> tuple[T, list[str]]:
-    """Return what a command line asks for as `read_options` does, and the words that are none."""
+    """Read a command line as `read_options` does; return also the words that are no options."""
     box = io.StringIO()
     try:
         wide = nullcontext() if {"-h", "--help"} & {*words} else _wide_terminal()

@@ -20,12 +20,12 @@ from inference.cli.terminal import report_line, write_json
 from inference.engine.strategy import Strategy
 from inference.evaluation.candidates import check_draft_fits, expand_arms
 from inference.evaluation.greedy_traces import record_continuations
-from inference.evaluation.machine import machine
 from inference.evaluation.measurement import ArmResult, Workload, measure
 from inference.evaluation.oracle import find_oracle
 from inference.evaluation.plot import write_plot
 from inference.evaluation.prompts import PromptOptions, PromptSet, prompt_set_from
 from inference.evaluation.report import LEGEND, table
+from inference.loading.machine import machine
 from inference.loading.run import Run
 from inference.strategies.registry import STRATEGIES
 from inference.strategies.self_speculative import SelfSpeculative
@@ -139,7 +139,6 @@ def _measure_and_print(
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(BenchmarkOptions, benchmark, prog="python -m inference.benchmark")
 
 

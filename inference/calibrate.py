@@ -95,7 +95,6 @@ def calibrate(options: CalibrateOptions) -> None:
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(CalibrateOptions, calibrate, prog="python -m inference.calibrate")
 
 

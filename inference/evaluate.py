@@ -108,7 +108,6 @@ def _read_losses(path: Path) -> tuple[str, list[float]]:
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(EvaluateOptions, evaluate, prog="python -m inference.evaluate")
 
 

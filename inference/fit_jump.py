@@ -76,7 +76,6 @@ def run_fit_jump(options: FitJumpOptions) -> None:
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(FitJumpOptions, run_fit_jump, prog="python -m inference.fit_jump")
 
 

@@ -70,7 +70,6 @@ def run_count(options: FrequentTokensOptions) -> None:
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(FrequentTokensOptions, run_count, prog="python -m inference.frequent_tokens")
 
 

@@ -215,7 +215,12 @@ def generate(options: GenerateOptions) -> None:
     model = Model(options.open_run())
     rows = min(options.batch_size, max(1, len(texts)) * options.num_samples)
     strategy, note = choose_strategy(
-        model.run, options.strategy, batch_size=rows, E=options.E, d=options.d
+        model.run,
+        options.strategy,
+        batch_size=rows,
+        temperature=options.sampling.temperature,
+        E=options.E,
+        d=options.d,
     )
 
     def start(texts: Sequence[str]) -> TextStream:
@@ -268,7 +273,6 @@ def result(
 
 
 def main() -> None:
-    """Enter from the command line."""
     # Bytes that are no text are refused as a prompt, and characters a terminal lacks replaced.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):

@@ -242,7 +242,6 @@ def lm_harness(options: HarnessOptions) -> None:
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(HarnessOptions, lm_harness, prog="python -m inference.lm_harness")
 
 

@@ -63,7 +63,6 @@ def oracle(options: OracleOptions) -> None:
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(OracleOptions, oracle, prog="python -m inference.oracle")
 
 

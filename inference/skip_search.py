@@ -248,7 +248,6 @@ def _content(
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(SkipSearchOptions, skip_search, prog="python -m inference.skip_search")
 
 

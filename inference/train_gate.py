@@ -141,7 +141,6 @@ def train_gate(options: TrainGateOptions) -> None:
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(TrainGateOptions, train_gate, prog="python -m inference.train_gate")
 
 

@@ -13,14 +13,12 @@ from typing import Any, Self
 import tyro
 
 from data.command_line import run_command
-from inference.cli.arguments import Count, DecodingOptions, Numbers
+from inference.cli.arguments import Count, DecodingOptions, Numbers, SamplingOptions
 from inference.cli.terminal import report_line, write_json
-from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.evaluation.candidates import candidates, check_draft_fits, with_thresholds
 from inference.evaluation.costs import Costs, Prediction, measure_costs, predict
 from inference.evaluation.greedy_traces import record_continuations
-from inference.evaluation.machine import machine
 from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
 from inference.evaluation.prompts import PromptOptions, prompts_from
 from inference.evaluation.report import LEGEND, table
@@ -32,17 +30,19 @@ from inference.evaluation.round_breakdown import (
     round_terms,
 )
 from inference.evaluation.timing import TIMINGS
+from inference.loading.machine import machine
 from inference.loading.run import Run
 from inference.loading.tuned import Tuned, conditions_of, write_tuned
 from inference.strategies.self_speculative import SelfSpeculative
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions(PromptOptions, DecodingOptions):
-    """Find the fastest lossless strategy for a checkpoint on this machine, greedy, and keep it.
+class TuneOptions(SamplingOptions, PromptOptions, DecodingOptions):
+    """Find the fastest lossless strategy for a checkpoint on this machine, and keep it.
 
-    It is kept beside the checkpoint, and generate decodes with it. Or find the fastest threshold of
-    a strategy that has one, which generate takes where it is given the strategy's name alone.
+    It is kept beside the checkpoint, and generate decodes with it under the same conditions: batch
+    size, temperature, dtype, device. Or find the fastest threshold of a strategy that has one,
+    which generate takes where it is given the strategy's name alone.
 
     Example:
       python -m inference.tune --run outputs/demo --quick
@@ -112,7 +112,12 @@ def tune(options: TuneOptions) -> None:
     workload = _workload(run, options)
     drafts = options.strategy == SelfSpeculative.name
     outcome = (_tune_drafts if drafts else _tune_threshold)(run, workload, options)
-    conditions = conditions_of(run, batch_size=options.batch_size, quantize=options.quantize)
+    conditions = conditions_of(
+        run,
+        batch_size=options.batch_size,
+        quantize=options.quantize,
+        temperature=options.sampling.temperature,
+    )
     tuned = Tuned(strategy=outcome.strategy, conditions=conditions)
     content = {"machine": machine(), **outcome.content}
     path = write_tuned(run, outcome.name, tuned, content)
@@ -126,8 +131,8 @@ def _workload(run: Run, options: TuneOptions) -> Workload:
         prompts=prompts[: options.prompts] if options.quick else prompts,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
-        sampling=Sampling(),
-        seed=0,
+        sampling=options.sampling,
+        seed=options.seed,
     )
 
 
@@ -225,7 +230,6 @@ def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs,
 
 
 def main() -> None:
-    """Enter from the command line."""
     run_command(TuneOptions, tune, prog="python -m inference.tune")
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a bare machine to a self-speculating model: bash launch/quickstart.sh
 # Installs, prepares the corpus every machine has, trains the demo preset on all GPUs (or two CPU
-# ranks), measures every exit, and decodes with and without self-speculation. Run it again and it
-# resumes, or says what is done.
+# ranks), measures every exit, and decodes with and without self-speculation. The same command again
+# resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/env.sh
@@ -35,9 +35,11 @@ python -m inference.benchmark --run "$run" \
   --prompts 4 --max_new_tokens 96 --dtype float32 \
   --json "$reports/speed.json" --plot "$reports/speed.png"
 
-step "a sample"
-python -m inference.generate --run "$run" --strategy self_speculative --prompt "def " \
-  --temperature 0.7 --top_p 0.9
+step "the fastest lossless strategy for this checkpoint on this machine"
+python -m inference.tune --run "$run" --quick --dtype float32
+
+step "a sample, decoded with it"
+python -m inference.generate --run "$run" --prompt "def " --dtype float32
 
 step "done; pictures: $reports/exits.png, $reports/speed.png"
 echo "dashboard: tensorboard --logdir outputs    more text: python -m inference.generate --help"

@@ -39,7 +39,7 @@ def describe_installation(folder: Path) -> None:
     settings = ConfigParser()
     settings.read(ROOT / "setup.cfg")
     info = folder / "skipstone-0.dist-info"
-    info.mkdir(parents=True)
+    info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: skipstone\nVersion: 0\n")
     groups = settings["options.entry_points"].items()
     lines = [line for group, names in groups for line in (f"[{group}]", *names.split("\n"))]

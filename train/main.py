@@ -126,7 +126,7 @@ def due(interval_steps: int, done_steps: int, steps: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as the command line asks for, and return the exit status."""
+    """Run the command line, and return the exit status."""
     start_logging()
     try:
         command = parse(arguments, show=is_main_process())

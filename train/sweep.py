@@ -126,15 +126,15 @@ def check(configs: Sequence[TrainConfig], ranks: str | None) -> None:
 
     Args:
         configs: The runs.
-        ranks: As torchrun's --nproc_per_node. What is no number, or not known here, is taken for
-            the fewest ranks a run can have.
+        ranks: As torchrun's --nproc_per_node. Where it is None or no number, the fewest ranks that
+            a run can have are assumed.
 
     Raises:
         ValueError: one cannot be trained.
     """
-    known = int(ranks) if ranks and re.fullmatch(r"[1-9]\d*", ranks) else None
+    given = int(ranks) if ranks and re.fullmatch(r"[1-9]\d*", ranks) else None
     for config in configs:
-        if found := config.problems(known or max(config.parallel.dp_replicate, 1)):
+        if found := config.problems(given or max(config.parallel.dp_replicate, 1)):
             raise ValueError(f"run: {config.name} cannot be trained: {'; '.join(found)}")
 
 
@@ -228,8 +228,8 @@ def options_of_each(runs: Sequence[Sequence[str]]) -> str:
     for word in (word for run in runs for word in run):
         if word.split() != [word]:
             raise ValueError(
-                f"options: {word!r} reads as two words on a line of a job array, "
-                "choose a value without spaces"
+                f"options: {word!r} is not one word on a line of a job array, choose a value "
+                "without spaces"
             )
     return "".join(" ".join(run) + "\n" for run in runs)
 
@@ -286,7 +286,7 @@ def state_of(run_dir: Path) -> str:
 
 
 def main() -> None:
-    """Sweep as the command line asks for; a user's error becomes one line and exit code 2."""
+    """Run the command line; a user's error becomes one line and exit code 2."""
     try:
         sweep(sys.argv[1:])
     except (ValueError, OSError) as error:

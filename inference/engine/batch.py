@@ -1,4 +1,4 @@
-"""The rows of a batch between two rounds, and what a round returns. Knows no model.
+"""The rows of a batch between two rounds, and what a round returns. Imports no model.
 
 A row is prompt and continuation. Its last token is *pending*: known, but not run yet, so in no KV
 slot.
@@ -38,7 +38,7 @@ class Round:
 
 @dataclass(kw_only=True)
 class Batch:
-    """Tensors of all rows, changed in place and never replaced, and what the host knows of them."""
+    """The tensors of all rows, changed in place and never replaced, and their host-side lengths."""
 
     history: Tensor
     """(batch, slots + 1) int64, each row's tokens by position, up to the pending one. Tokens beyond

@@ -1,4 +1,4 @@
-"""The layers compiled: one graph for each shape of a pass, kept few and fixed."""
+"""Compiled layers: one compiled graph for each shape of a pass, kept few and fixed."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from models.llama import Llama
 
 LONGEST_PASS = 32
-"""Tokens of a row in a compiled pass at most; longer ones, such as prompts, come once and are not
+"""Most tokens of a row in a compiled pass; longer ones, such as prompts, come once and are not
 worth a graph each."""
 WINDOW_STEP = 128
-"""A compiled pass looks at a multiple of so many slots, as each number of them is a graph."""
+"""A compiled pass reads a multiple of so many KV slots, as each number of them is a graph."""
 GRAPHS = 256
-"""More graphs than this mean that shapes are not fixed: an error, not a slow run."""
+"""Most graphs of a function; more mean that shapes are not fixed, which is an error and not a slow
+run."""
 
 
 class CompiledLayers:
-    """Stands in for `Llama.run_layers`."""
+    """A compiled stand-in for `Llama.run_layers`; each graph is made when its shapes first come."""
 
     def __init__(self, model: Llama) -> None:
-        """Compile nothing yet: a graph is made when its shapes first come."""
         self._eager = model.run_layers
         self._compiled = torch.compile(model.run_layers, fullgraph=True, dynamic=False)
 
@@ -41,9 +41,9 @@ class CompiledLayers:
 
 
 def compile_layers(model: Llama) -> None:
-    """Compile the layers of a model that is only to be run, in place; they stay one function.
+    """Compile the layers of a model for inference, in place; they stay one function.
 
-    With `fullgraph`, anything that would make the host wait inside the layers is an error.
+    With `fullgraph`, anything in the layers that would wait for the device is an error.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
     model.run_layers = CompiledLayers(model)  # type: ignore[method-assign]
@@ -55,5 +55,5 @@ def is_compiled(model: Llama) -> bool:
 
 
 def window_step(model: Llama) -> int:
-    """Return the multiple of slots that a pass of this model looks at."""
+    """Return the number of KV slots that the windows of this model are multiples of."""
     return WINDOW_STEP if is_compiled(model) else 1

@@ -1,8 +1,8 @@
-"""Rounds as graphs: what the device was told once is told again in one call.
+"""Captures decoding rounds as CUDA graphs and replays them: one launch for a whole round.
 
-A round of a `GraphableDecoder` has a graph for its number of tokens and the longest row it is for,
-rounded up, so that a generation needs few. Counts and lengths that the host keeps move with each
-replay as they did when the graph was recorded. Knows no strategy.
+A round of a `GraphableDecoder` has one graph for each number of tokens and each window of the KV
+cache, which is rounded up so that a generation needs few. A replay adds to the host's counters and
+lengths what the captured round added. Imports no strategy.
 """
 
 from collections.abc import Callable
@@ -26,27 +26,32 @@ T = TypeVar("T")
 
 
 class Recorder(Protocol):
-    """Keeps what a device is told."""
+    """Captures functions as graphs."""
 
     def record(self, run: Callable[[], T], state: DecodeState) -> Callable[[], T]:
-        """Return a function that does to tensors what `run` does, and nothing else `run` does.
+        """Return a function that replays the kernels of `run`, and nothing it does on the host.
 
-        `run` is called once, and changes no tensor then; it must have been called before, as what
-        comes first may compile or allocate. Every call of the function returns the same tensors,
-        written anew. `state` is what `run` works on; its generator draws on.
+        `run` is called once, and no tensor changes then; it must have been called before, as its
+        first call may compile or allocate. Every replay returns the same tensors, overwritten.
+
+        Args:
+            run: The function to capture.
+            state: What it works on; replays draw on from the state's generator.
         """
         ...
 
     def idle_bytes(self) -> int:
-        """Return what is held for the records but not counted as allocated."""
+        """Return the memory held for the graphs that torch does not count as allocated."""
         ...
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share their memory: they never run at the same time."""
+    """Captures CUDA graphs that share their memory: they never run at the same time.
+
+    All of a recorder's graphs must be kept until its last `record`.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        """Record nothing yet. A recorder's graphs must all be kept until its last `record`."""
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], T], state: DecodeState) -> Callable[[], T]:
@@ -65,7 +70,7 @@ class CudaRecorder:
         return replay
 
     def idle_bytes(self) -> int:
-        """Return the bytes of the graphs' pool that no tensor has; see `Recorder`."""
+        """Return the bytes of the graphs' memory pool that belong to no tensor."""
         return sum(
             segment["total_size"] - segment["allocated_size"]
             for segment in torch.cuda.memory_snapshot()
@@ -82,63 +87,62 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class _Graph:
     replay: Callable[[], Round]
     counters: Counters
-    max_position: int
-    """How far it moves the state's `max_position`."""
+    """Counts of one round."""
+    advance: int
+    """Increase of the batch's `max_position` in one round."""
 
 
 class GraphedRounds:
-    """A decoder that runs the first round of a kind as it is, and replays a graph for the others.
+    """A decoder that runs the first round of a kind, and captures the second for all later ones.
 
     Args:
         state: The batch.
-        rounds: How to decode.
-        recorder: Of the graphs.
+        decoder: The decoder whose rounds are captured.
+        recorder: Captures them.
     """
 
-    def __init__(self, state: DecodeState, rounds: GraphableDecoder, recorder: Recorder) -> None:
-        """Record nothing yet; see the class."""
-        self._state, self._rounds, self._recorder = state, rounds, recorder
+    def __init__(self, state: DecodeState, decoder: GraphableDecoder, recorder: Recorder) -> None:
+        self._state, self._decoder, self._recorder = state, decoder, recorder
         self._graphs: dict[tuple[int, int], _Graph | None] = {}
-        """By tokens of a round and `max_position` at its begin; None: such a round was run once."""
+        """By tokens of a round and `max_position` before it; None: run once, not captured yet."""
 
     def __call__(self, max_tokens: int) -> Round:
-        """Run a round."""
-        state, n = self._state, min(max_tokens, self._rounds.max_tokens)
-        self._rounds.prepare(n)
-        beyond = self._rounded_up(n) - state.batch.max_position
-        state.batch.max_position += beyond
-        key = n, state.batch.max_position
+        state, batch, n = self._state, self._state.batch, min(max_tokens, self._decoder.max_tokens)
+        self._decoder.prepare(n)
+        beyond = self._rounded_up(n) - batch.max_position
+        batch.max_position += beyond
+        key = n, batch.max_position
         if key in self._graphs:
-            graph = self._graphs[key] or self._record(n)
+            graph = self._graphs[key] or self._capture(n)
             self._graphs[key] = graph
             result = graph.replay()
             state.counters += graph.counters
-            state.batch.max_position += graph.max_position
+            batch.max_position += graph.advance
         else:
             syncs = state.counters.syncs
-            result = self._rounds.run(n)
+            result = self._decoder.run(n)
             assert state.counters.syncs == syncs, "graphable rounds may not sync with the host"
             self._graphs[key] = None
-        state.batch.max_position -= beyond
+        batch.max_position -= beyond
         return result
 
     def _rounded_up(self, n: int) -> int:
-        """Return a `max_position` such that n more slots end a window; it bounds the true one."""
+        """Return the least `max_position` from the true one on whose n next slots end a window."""
         slots = -(-(self._state.batch.max_position + n) // WINDOW_STEP) * WINDOW_STEP
         return min(slots, self._state.cache.slots) - n
 
-    def _record(self, n: int) -> _Graph:
-        state = self._state
-        counters, max_position = state.counters, state.batch.max_position
+    def _capture(self, n: int) -> _Graph:
+        state, batch = self._state, self._state.batch
+        counters, max_position = state.counters, batch.max_position
         state.counters = Counters()
-        replay = self._recorder.record(partial(self._rounds.run, n), state)
-        graph = _Graph(replay, state.counters, state.batch.max_position - max_position)
-        state.counters, state.batch.max_position = counters, max_position
+        replay = self._recorder.record(partial(self._decoder.run, n), state)
+        graph = _Graph(replay, state.counters, batch.max_position - max_position)
+        state.counters, batch.max_position = counters, max_position
         return graph
 
 
 def graphed(state: DecodeState, decoder: Decoder, recorder: Recorder) -> Decoder:
-    """Return a decoder that uses graphs, if its rounds can be any."""
+    """Return a decoder that replays graphs if the given one is graphable, else the given one."""
     return (
         GraphedRounds(state, decoder, recorder)
         if isinstance(decoder, GraphableDecoder)
@@ -148,14 +152,14 @@ def graphed(state: DecodeState, decoder: Decoder, recorder: Recorder) -> Decoder
 
 @dataclass
 class GraphedBatch:
-    """A batch that one generation after another works on, and the graphs on its tensors."""
+    """A batch that generations use in turn, with the graphs captured on its tensors."""
 
     state: DecodeState
     recorder: Recorder
     _decoders: dict[Strategy, Decoder] = field(default_factory=dict)
 
     def start(self, strategy: Strategy) -> Decoder:
-        """Begin to decode, with the graphs there are; the decoder advances the state as well."""
+        """Return a decoder that advances the batch as well, with the graphs captured before."""
         if strategy in self._decoders:
             return self._decoders[strategy]
         plain = advancing(self.state.batch, strategy.start(self.state))
@@ -166,25 +170,24 @@ class GraphedBatch:
 
 
 class RoundGraphs:
-    """Graphs kept from one generation to the next, as long as batches have the same shape.
+    """Keeps graphs from one generation to the next, as long as batches have the same shape.
 
     Args:
-        new_recorder: Gives a recorder for the graphs of one batch.
+        new_recorder: Returns a recorder for the graphs of one batch.
     """
 
     def __init__(self, new_recorder: Callable[[], Recorder]) -> None:
-        """Keep nothing yet; see the class."""
         self.new_recorder = new_recorder
         self._kept: GraphedBatch | None = None
 
     def take(
         self, model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int
     ) -> GraphedBatch:
-        """Return a batch as `allocate` lays it out, for one generation alone."""
+        """Return a batch for one generation alone; arguments as of `allocate`."""
         batch, self._kept = self._kept, None
         if batch is not None:
             state = batch.state
-            shape = len(state.batch.positions), state.cache.slots, state.sampling
+            shape = len(state.batch), state.cache.slots, state.sampling
             if state.model is model and shape == (rows, slots, sampling):
                 reset(state, seed)
                 return batch
@@ -192,14 +195,14 @@ class RoundGraphs:
         return GraphedBatch(state, self.new_recorder())
 
     def give_back(self, batch: GraphedBatch) -> None:
-        """Keep a batch whose generation has ended, in place of any other."""
+        """Keep the batch of a generation that has ended, instead of any other."""
         self._kept = batch
 
     def idle_bytes(self) -> int:
-        """Return what the graphs of the batch that is kept hold; see `Recorder`."""
+        """Return the memory of the kept graphs that torch does not count as allocated."""
         return 0 if self._kept is None else self._kept.recorder.idle_bytes()
 
 
 def round_graphs(device: torch.device) -> RoundGraphs | None:
-    """Return graphs, where the device has any."""
+    """Return where to keep graphs, or None for a device that has none."""
     return RoundGraphs(partial(CudaRecorder, device)) if device.type == "cuda" else None

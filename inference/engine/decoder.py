@@ -15,8 +15,7 @@ class GraphableDecoder:
     """A decoder whose rounds can be captured as CUDA graphs.
 
     All rounds of the same number of tokens launch the same kernels: they never wait for the device,
-    take no tensor from the host, and leave no tensor to the next round but those they change in
-    place.
+    take no tensor from the host, and share no tensor with the next round but those they update.
     """
 
     max_tokens: int

@@ -1,4 +1,4 @@
-"""The driver: prompts in, rounds of tokens out, for any strategy. Knows nothing of text."""
+"""The decoding loop: prompts in, rounds of tokens out, for any strategy. Works on token ids."""
 
 import time
 from collections import deque
@@ -22,7 +22,7 @@ from models.llama import Llama
 
 @dataclass(frozen=True)
 class Emission:
-    """What one round gave one row."""
+    """The tokens that one round added to one prompt."""
 
     prompt_index: int
     """Index of the prompt, in the order they were given."""
@@ -31,31 +31,30 @@ class Emission:
     accepted: int
     """How many of them, from the first, were drafted and accepted."""
     drafted: int
-    """Tokens drafted in this round. 0: the tokens are plain. Otherwise a token after the accepted
-    ones corrects the draft, or follows a draft that was accepted whole."""
+    """Tokens drafted in this round. 0: the tokens were decoded without a draft. Otherwise a token
+    after the accepted ones corrects the draft, or follows a draft that was accepted whole."""
 
 
 class Generation:
-    """Continues prompts; iterate over it for the tokens of each round.
+    """The continuation of some prompts; iterate over it for the tokens of each round.
 
     Args:
         model: In eval mode, on its device.
         prompts: One list of token ids for each; lengths may differ.
         strategy: How to decode.
-        max_new_tokens: Most tokens to add to a prompt; one also ends when it is as long as the
-            model's context.
+        max_new_tokens: Most tokens to add to a prompt; its continuation also ends at the model's
+            context.
         batch_size: Prompts decoded at once; the next takes the row of the first that ends. All
             of them if not given.
         stop_tokens: Ids that end a prompt's continuation; the id itself is its last token.
         sampling: Greedy by default.
         seed: Of every random draw.
-        async_readback: Start each round before the tokens of the one before are read, so that a
-            device need not wait for the host; the default on CUDA.
-        graphs: Where rounds are kept as graphs, for this generation and later ones; none are made
-            if not given.
+        async_readback: Launch each round before the tokens of the one before are read, so that the
+            device does not wait for the host; the default on CUDA.
+        graphs: CUDA graphs of rounds, kept for this generation and later ones; None: no graphs.
 
     Raises:
-        ValueError: a prompt, the strategy's settings or max_new_tokens do not fit the model.
+        ValueError: A prompt, the strategy's settings or max_new_tokens do not fit the model.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class Generation:
         async_readback: bool | None = None,
         graphs: RoundGraphs | None = None,
     ) -> None:
-        """Check everything and compute nothing yet; see the class."""
         config = model.config
         strategy = strategy.with_defaults(config.n_layers)
         problems = strategy.problems(config.n_layers) + _problems(prompts, max_new_tokens, config)
@@ -88,10 +86,10 @@ class Generation:
         self._ends = [min(len(p) + max_new_tokens, config.max_seq_len) for p in self.prompts]
         rows = min(batch_size or len(prompts), len(prompts))
         self._rows: list[int | None] = [*range(rows)]
-        """The prompt in each row; None: the row is free for good."""
+        """The prompt in each row; None: the row stays empty."""
         self._next_prompt = rows
         device = model.norm.weight.device
-        self._reads_late = device.type == "cuda" if async_readback is None else async_readback
+        self._async_readback = device.type == "cuda" if async_readback is None else async_readback
         self._in_flight: deque[InFlightRound] = deque()
         sampling, slots = sampling or Sampling(), max(self._ends)
         self._graphs = graphs
@@ -105,12 +103,11 @@ class Generation:
         self.counters = self._state.counters
 
     def __iter__(self) -> Iterator[list[Emission]]:
-        """Return itself: a loop that was left goes on where it was."""
         return self
 
     @torch.inference_mode()
     def __next__(self) -> list[Emission]:
-        """Run one round, after the prompts before the first; return what each prompt was given."""
+        """Run one round, and the prompts before the first; return the tokens of each prompt."""
         if not any(prompt is not None for prompt in self._rows):
             self._give_back()
             raise StopIteration
@@ -120,7 +117,7 @@ class Generation:
         start, prefill_seconds = time.perf_counter(), self.counters.prefill_seconds
         if not self._in_flight:
             self._launch()
-        if self._reads_late and self._max_tokens() > 0:
+        if self._async_readback and self._max_tokens() > 0:
             self._launch()
         emissions = self._read()
         admitting = self.counters.prefill_seconds - prefill_seconds
@@ -134,31 +131,31 @@ class Generation:
         return self
 
     def _give_back(self) -> None:
-        """Let another generation have the batch with its graphs."""
+        """Hand the batch and its graphs back for the next generation."""
         if self._graphs is not None and self._batch is not None:
             self._graphs.give_back(self._batch)
             self._batch = None
 
     def _launch(self) -> None:
-        """Start a round, which moves the rows on; nothing is read."""
+        """Launch a round, which advances the batch; its tokens are not read yet."""
         result = self._run_round(self._max_tokens())
         self._in_flight.append(InFlightRound(result, list(self._rows)))
 
     def _max_tokens(self) -> int:
-        """Return the most tokens a round may give: 0 if every prompt may be done."""
-        sure = len(self._in_flight)  # each in_flight round gave every row a token at least
-        left = max(self._left(p) for p in self._rows if p is not None) - sure
+        """Return the most tokens a round may add to a row: 0 if every prompt may have ended."""
+        in_flight = len(self._in_flight)  # each adds at least one token to every row
+        left = max(self._remaining(p) for p in self._rows if p is not None) - in_flight
         return max(0, min(left, self._state.cache.slots - self._state.batch.max_position))
 
     def _read(self) -> list[Emission]:
-        """Take in the oldest in_flight round; rows whose prompts are done get the next ones."""
+        """Read the oldest round in flight; rows whose prompts have ended get the next ones."""
         in_flight, counters = self._in_flight.popleft(), self.counters
         tokens, accepted, drafted, depths = in_flight.read()
         emissions = []
         for row, prompt in enumerate(in_flight.rows):
             if prompt is None or prompt != self._rows[row]:
-                continue  # it was done before this round
-            new = self._cut(prompt, tokens[row][: accepted[row] + 1])
+                continue  # it had ended before this round
+            new = self._truncate(prompt, tokens[row][: accepted[row] + 1])
             self.tokens[prompt] += new
             emissions.append(Emission(prompt, new, min(accepted[row], len(new)), drafted[row]))
             counters.tokens += len(new)
@@ -171,23 +168,25 @@ class Generation:
         self._replace_finished()
         return emissions
 
-    def _left(self, prompt: int) -> int:
-        """Return how many tokens a prompt may still get."""
+    def _remaining(self, prompt: int) -> int:
+        """Return how many tokens may still be added to a prompt."""
         return self._ends[prompt] - len(self.prompts[prompt]) - len(self.tokens[prompt])
 
-    def _cut(self, prompt: int, new: list[int]) -> list[int]:
-        """Return `new` up to the limit and up to and with the first stop token."""
-        new = new[: self._left(prompt)]
+    def _truncate(self, prompt: int, new: list[int]) -> list[int]:
+        """Return `new` up to the limit and up to the first stop token, which is kept."""
+        new = new[: self._remaining(prompt)]
         stops = [i for i, token in enumerate(new) if token in self._stop_tokens]
         return new[: stops[0] + 1] if stops else new
 
     def _replace_finished(self) -> None:
-        """Give the rows of finished prompts to waiting ones, or park them; find the longest."""
-        state = self._state
+        """Put waiting prompts into rows that have ended, or park those; set `max_position`."""
+        state, batch = self._state, self._state.batch
         for row, prompt in enumerate(self._rows):
             if prompt is None:
                 continue
-            if self._left(prompt) and not self._stop_tokens.intersection(self.tokens[prompt][-1:]):
+            if self._remaining(prompt) and not self._stop_tokens.intersection(
+                self.tokens[prompt][-1:]
+            ):
                 continue
             self._rows[row] = None
             if self._next_prompt < len(self.prompts):
@@ -196,29 +195,29 @@ class Generation:
                     prefill_row(state, row, self.prompts[self._next_prompt], self._prefill_layers)
                 self._next_prompt += 1
             else:
-                state.batch.finished[row] = True
-                state.batch.positions[row] = 0
+                batch.finished[row] = True
+                batch.positions[row] = 0
         in_flight = sum(round.n for round in self._in_flight)
-        places = [
+        positions = [
             len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1
             for prompt in self._rows
             if prompt is not None
         ]
-        state.batch.max_position = max(places, default=0) + in_flight
+        batch.max_position = max(positions, default=0) + in_flight
 
     @contextmanager
     def _timing_prefill(self) -> Iterator[None]:
         state, start = self._state, time.perf_counter()
         state.counters = Counters()
         yield
-        wait_for(state.batch.pending.device)
+        wait_for(state.batch.device)
         self.counters.prompt_token_layers += state.counters.token_layers
         state.counters = self.counters
         self.counters.prefill_seconds += time.perf_counter() - start
 
 
 class InFlightRound:
-    """A round whose tokens the host has not seen; the round's own tensors may be written again.
+    """A round whose tokens the host has not read; later rounds may overwrite its tensors.
 
     Args:
         result: The round.
@@ -226,7 +225,6 @@ class InFlightRound:
     """
 
     def __init__(self, result: Round, rows: list[int | None]) -> None:
-        """Send for its numbers; see the class."""
         self.rows, self.n = rows, result.tokens.shape[1]
         parts = [result.tokens, result.accepted[:, None], result.drafted[:, None]]
         if result.depths is not None:
@@ -246,7 +244,7 @@ class InFlightRound:
 
 
 def wait_for(device: torch.device) -> None:
-    """Let the device finish, so that a clock read on the host means something."""
+    """Wait until a device has finished, so that a clock can be read on the host."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,8 +1,8 @@
 """Keys and values of earlier tokens in buffers of fixed size, each row at its own position.
 
-A token's slot is its position. Rolling back is not advancing the position: stale slots lie behind
-the mask until the token that takes their position overwrites them. Nothing is ever cropped,
-concatenated or zeroed. Knows nothing of strategies.
+A token's slot is its position. To roll back is not to advance the position: stale slots stay masked
+until the token of their position overwrites them. Nothing is ever cropped, concatenated or zeroed.
+Imports no strategy.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class StaticKVCache:
     Args:
         config: The model.
         batch: Number of rows.
-        slots: Longest row in tokens.
-        device: Where the buffers live.
+        slots: Most tokens of a row.
+        device: Of the buffers.
         dtype: Of keys and values.
         window_step: Windows are multiples of it, or all slots.
     """
@@ -36,7 +36,6 @@ class StaticKVCache:
         dtype: torch.dtype,
         window_step: int = 1,
     ) -> None:
-        """Allocate the buffers; see the class."""
         shape = (batch, config.n_kv_heads, slots, config.head_dim)
         # Zeros, not empty: a masked slot has weight 0, but 0 times a NaN left in memory is NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
@@ -45,8 +44,9 @@ class StaticKVCache:
         self.window_step = window_step
         self.window = slots
         """Slots from this one on are neither masked nor read: one more than the largest position
-        in the batch. Set by `set_window`, so that a pass costs what the text is long, not what the
-        buffers are. A row of a ragged batch may see unwritten slots inside the window, masked."""
+        in the batch. Set by `set_window`, so that the cost of a pass follows the length of the
+        text, not of the buffers. Rows of a ragged batch have unwritten slots inside the window,
+        masked."""
         self._slot_index = torch.arange(slots, device=device)
 
     def set_window(self, slots: int) -> None:
@@ -55,7 +55,7 @@ class StaticKVCache:
         self.window = min(steps * self.window_step, self.slots)
 
     def row(self, row: int) -> "StaticKVCache":
-        """Return one row's part of the same buffers."""
+        """Return the cache of one row alone, on the same memory."""
         view = copy(self)
         view.keys = [keys[row : row + 1] for keys in self.keys]
         view.values = [values[row : row + 1] for values in self.values]
@@ -77,19 +77,18 @@ class StaticKVCache:
 
 
 class LayerSlots:
-    """One layer's buffers, opened for the tokens of one pass."""
+    """One layer's buffers, opened for the tokens of one pass.
+
+    Args:
+        keys: (batch, kv_heads, slots, head_dim).
+        values: (batch, kv_heads, slots, head_dim).
+        index: Row, head and slot of each token, int64, together (batch, kv_heads, seq).
+        window: Number of slots to read.
+    """
 
     def __init__(
         self, keys: Tensor, values: Tensor, index: tuple[Tensor, ...], window: int
     ) -> None:
-        """Keep what `update` needs.
-
-        Args:
-            keys: (batch, kv_heads, slots, head_dim).
-            values: (batch, kv_heads, slots, head_dim).
-            index: Row, head and slot of each token, int64, together (batch, kv_heads, seq).
-            window: Number of slots to read.
-        """
         self._keys, self._values, self._index, self._window = keys, values, index, window
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Laying out a batch and putting prompts into its rows. Knows nothing of strategies."""
+"""Allocate a batch and put prompts into its rows. Imports no strategy."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +15,12 @@ from models.llama import Llama, SkippedParts
 
 
 def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int) -> DecodeState:
-    """Lay out a batch of empty rows.
+    """Allocate a batch of empty rows, with its KV cache.
 
     Args:
         model: On its device.
-        rows: Their number.
-        slots: Longest row, continuation included, in tokens.
+        rows: Number of rows.
+        slots: Most tokens of a row, continuation included.
         sampling: How tokens are drawn.
         seed: Of every draw.
     """
@@ -45,7 +45,7 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
 
 
 def reset(state: DecodeState, seed: int) -> None:
-    """Make a batch as good as new, for prompts in all its rows."""
+    """Reset counters and draws, for a new generation that fills every row."""
     state.counters = Counters()
     if state.generator is not None:
         state.generator.manual_seed(seed)
@@ -57,13 +57,13 @@ def prefill(
 ) -> None:
     """Put a prompt into every row: run all its tokens but the last, the pending one.
 
-    Shorter rows are padded on the right. The padding leaves junk in slots from the pending
-    token's on; each is overwritten by the token of that position before any query may see it.
+    Shorter rows are padded on the right. The padding leaves junk in slots from the pending token's
+    on; each is overwritten by the token of that position before any query attends to it.
 
     Args:
-        state: The batch; whatever its rows held is forgotten.
+        state: The batch; earlier contents of its rows are lost.
         prompts: One list of token ids for each row, none empty.
-        parts: The first so many layers, less those skipped.
+        parts: Number of layers to run from the first on, and the parts of them to skip.
     """
     batch = state.batch
     longest = max(map(len, prompts))
@@ -86,7 +86,7 @@ def prefill(
 def prefill_row(
     state: DecodeState, row: int, prompt: Sequence[int], parts: tuple[int, SkippedParts]
 ) -> None:
-    """Put a prompt into one row of a batch, as `prefill` does; the other rows stay."""
+    """Put a prompt into one row, as `prefill` does, and leave the other rows as they are."""
     batch, alone = state.batch, state.batch.row(row)
     prefill(replace(state, batch=alone, cache=state.cache.row(row)), [prompt], parts)
     batch.max_position = max(batch.max_position, alone.max_position)

@@ -1,4 +1,4 @@
-"""From logits to tokens: the distribution a user asked for, one draw, the one acceptance rule.
+"""From logits to tokens: the sampling distribution, one draw, the one acceptance rule.
 
 Greedy decoding is the one-hot case of the same code, without a generator. Nothing here waits for
 the device.
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_TEMPERATURE = 1e-6
-"""Logits over less may be infinite, and their distribution no number."""
+"""Logits divided by less may be infinite, and their distribution NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,6 @@ class Sampling:
     None keeps all."""
 
     def __post_init__(self) -> None:
-        """Check every field and name all faults at once."""
         problems = []
         if self.temperature and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             problems.append(
@@ -74,8 +73,8 @@ def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
     argmax_x weights(x) / e(x) with e(x) ~ Exponential(1): the exponential race, which unlike
     torch.multinomial never waits for the device. torch draws no e(x) = 0, so a weight of 0 never
-    wins against a positive one. Without a generator the weights must be one-hot, and nothing need
-    be drawn: drawing for a large vocabulary costs a CPU as much as a layer.
+    wins against a positive one. Without a generator the weights must be one-hot, and nothing is
+    drawn: drawing for a large vocabulary costs a CPU as much as a layer.
     """
     if generator is None:
         return weights.argmax(-1)
@@ -103,8 +102,7 @@ def accept(
         q: (batch, d, vocab), the draft's distributions.
         p: (batch, d + 1, vocab), the full model's.
         generator: Source of the u_i and of the last draw; None when q and p are one-hot.
-        lengths: (batch,) int64, tokens each row drafted, where some drafted fewer than d; what
-            stands behind them is not looked at.
+        lengths: (batch,) int64, tokens each row drafted; those after them are ignored. None: d.
 
     Returns:
         num_accepted: (batch,) int64, n in 0..d, and next_token: (batch,) int64.

@@ -97,7 +97,7 @@ class DecodeState:
         See `Llama.write_keys_and_values`.
 
         Args:
-            h: (batch, seq, dim), the state each token left with.
+            h: (batch, seq, dim), the state each token exited with.
             start: First layer index l.
             stop: One past the last layer index.
             offset: As in `run`.

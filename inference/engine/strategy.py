@@ -1,4 +1,4 @@
-"""What a way to decode is: its settings, what they need of a model, and how it begins."""
+"""The interface of a decoding strategy: its settings, their checks, and its decoder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,23 +12,26 @@ from models.llama import NOTHING, SkippedParts
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
-    """A way to continue rows: a frozen dataclass of its settings."""
+    """A decoding strategy: a frozen dataclass of its settings.
+
+    To add one, write a subclass in a file of its name and list it in `strategies/registry.py`.
+    """
 
     name: ClassVar[str]
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with every setting that was left open set for such a model."""
+        """Return a copy with the settings left open filled in for a model of n_layers layers."""
         return self
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with its settings, filled in, for such a model, one line each."""
+        """Return what is wrong with the settings, filled in, one line each."""
         return []
 
     def validated(self, n_layers: int) -> Self:
-        """Return it filled in for such a model.
+        """Return a copy filled in for a model of n_layers layers.
 
         Raises:
-            ValueError: its settings do not fit.
+            ValueError: The settings do not fit.
         """
         filled = self.with_defaults(n_layers)
         if problems := filled.problems(n_layers):
@@ -36,23 +39,36 @@ class Strategy(ABC):
         return filled
 
     def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return the layers prompts are run through: the first so many, less those skipped."""
+        """Return the number of layers that prompts are run through, and the parts skipped."""
         return n_layers, NOTHING
 
     @abstractmethod
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode.
+        """Return a decoder for a batch.
 
         Raises:
-            ValueError: what it needs besides the model is missing or does not fit.
+            ValueError: A file or model that the settings name is missing or does not fit.
         """
 
-    def unused_settings(self, *names: str, without: str) -> list[str]:
-        """Return a problem for each of these settings, if it is not at its default.
+    def below(self, least: int, **units: str) -> list[str]:
+        """Return a problem for each of the settings that is less than `least`.
 
         Args:
-            names: Settings that have no effect as the others are.
-            without: What it would take, as one writes it.
+            least: The least value allowed.
+            units: Names of the settings, and the unit of each, or "" for none.
+        """
+        return [
+            f"{name}: {getattr(self, name)}, give at least {least} {unit}".rstrip()
+            for name, unit in units.items()
+            if not getattr(self, name) >= least
+        ]
+
+    def unused_settings(self, *names: str, without: str) -> list[str]:
+        """Return a problem for each of the settings that is not at its default.
+
+        Args:
+            names: Settings that have no effect, as the others are.
+            without: The setting that would give them one.
         """
         return [
             f"{name}: {getattr(self, name)}, has no effect without {without}"
@@ -61,8 +77,8 @@ class Strategy(ABC):
         ]
 
 
-def exits_problems(name: str, exits: Sequence[int], n_layers: int) -> list[str]:
-    """Return what is wrong with the `exits`, each an E, of the strategy called `name`."""
+def exit_list_problems(name: str, exits: Sequence[int], n_layers: int) -> list[str]:
+    """Return what is wrong with `exits`, each an E, of the strategy of this name."""
     if exits and list(exits) == sorted({E for E in exits if 1 <= E < n_layers}):
         return []
     return [

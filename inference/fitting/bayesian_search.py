@@ -1,7 +1,7 @@
-"""Bayesian optimisation over many yes-or-no questions. Knows nothing of models.
+"""Bayesian optimisation over vectors of booleans. Runs no model.
 
 A Gaussian process is fitted to the choices tried so far, and the one of most expected improvement
-comes next. Everything is fp64 on the CPU and seeded.
+is tried next. Everything is fp64 on the CPU and seeded.
 """
 
 import time
@@ -17,7 +17,7 @@ _RANDOM_CANDIDATES = 512
 _LINE_INTERVAL_SECONDS = 10.0
 
 Choice = tuple[bool, ...]
-"""The answers."""
+"""One boolean for each question."""
 
 
 def search(
@@ -28,22 +28,22 @@ def search(
     seed: int,
     report: Callable[[str], None],
 ) -> dict[Choice, float]:
-    """Try choices, each where those before promise most.
+    """Try choices, each the most promising by those before.
 
     Args:
-        measure: What is to be as large as possible.
+        measure: Returns the score to be maximised.
         starts: Tried first, and after them a few random ones; at least one.
-        iterations: Choices to try; fewer if there are no more.
+        iterations: Choices to try; fewer if there are fewer.
         seed: Of everything random.
-        report: Called with a line of progress at every best yet, and now and then.
+        report: Called with a line of progress at every new best, and every 10 seconds.
 
     Returns:
-        What was measured, best first.
+        The scores, best first.
     """
     generator = torch.Generator().manual_seed(seed)
     starts = [*starts, *draw_candidates(starts, generator)[-_RANDOM_STARTS:]]
     scores: dict[Choice, float] = {}
-    begun = told = time.monotonic()
+    begun = reported = time.monotonic()
     while len(scores) < iterations:
         untried = [start for start in starts if start not in scores]
         choice = untried[0] if untried else propose(scores, generator)
@@ -53,8 +53,8 @@ def search(
         is_best = score > max(scores.values(), default=-torch.inf)
         scores[choice] = score
         now = time.monotonic()
-        if is_best or now - told > _LINE_INTERVAL_SECONDS:
-            best, told = max(scores.values()), now
+        if is_best or now - reported > _LINE_INTERVAL_SECONDS:
+            best, reported = max(scores.values()), now
             report(f"trial {len(scores)} of {iterations}: best {best:.4g}, {now - begun:.0f} s")
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
@@ -72,9 +72,9 @@ def propose(scores: Mapping[Choice, float], generator: torch.Generator) -> Choic
 
 
 def draw_candidates(best: Sequence[Choice], generator: torch.Generator) -> list[Choice]:
-    """Return choices to take the next from.
+    """Return candidates for the next choice.
 
-    Those that differ from the best so far in one answer or in a few, and random ones of every
+    Those that differ from the best so far in one boolean or in a few, and random ones of every
     density.
     """
     near, answers = torch.tensor(best), len(best[0])
@@ -92,8 +92,8 @@ def draw_candidates(best: Sequence[Choice], generator: torch.Generator) -> list[
 def predict(x: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of a Gaussian process at points not yet measured.
 
-    Its kernel is exp(-|x - x'|^2 / (2 s)), where |x - x'|^2 is the number of answers in which two
-    choices differ. Of a few s, that under which y is most probable is taken.
+    Its kernel is exp(-|x - x'|^2 / (2 s)), where |x - x'|^2 is the number of booleans in which two
+    choices differ. Of a few s, the one of largest marginal likelihood is used.
 
     Args:
         x: (n, answers) fp64 of 0 and 1, the points measured.

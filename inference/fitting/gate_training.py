@@ -1,4 +1,4 @@
-"""Fits a gate to what the exits of a frozen model saw and said. Knows nothing of files."""
+"""Fits a gate to a trace of the exits of a frozen model. Reads and writes no files."""
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ def fit_gate(trace: Trace, form: Form, *, epochs: int, hidden: int, seed: int) -
     """Fit a gate, the model frozen.
 
     Args:
-        trace: What to fit it to.
-        form: Which kind.
-        epochs: Times each token is looked at.
+        trace: The training data.
+        form: Form of the classifier.
+        epochs: Passes over the tokens.
         hidden: Units of mlp's hidden layer.
         seed: Of its weights and of the order of tokens.
     """
@@ -46,8 +46,8 @@ def fit_gate(trace: Trace, form: Form, *, epochs: int, hidden: int, seed: int) -
     for weight in weights:
         weight.requires_grad_(False)
     if form not in STOPPING:
-        # Fitted as if half of the cases were true: the odds they really have turn sigma back into
-        # the probability that the exit is right.
+        # Fitted as if half of the cases were true: their true odds turn sigma back into the
+        # probability that the exit is right.
         gate.tensors["b"].add_(odds[: len(gate.tensors["b"])].log())
     return gate
 
@@ -73,7 +73,7 @@ def all_scores(gate: GateClassifier, states: Tensor) -> Tensor:
 
 
 def balance(agrees: Tensor, *, shared: bool) -> Tensor:
-    """Return true over false cases, one of each added: (exits,).
+    """Return the odds of agreement, true over false cases with one of each added: (exits,).
 
     Args:
         agrees: (exits, tokens) bool.
@@ -86,10 +86,10 @@ def balance(agrees: Tensor, *, shared: bool) -> Tensor:
 
 
 def balanced_loss(outputs: Tensor, agrees: Tensor, odds: Tensor) -> Tensor:
-    """Return the cross entropy of "the exit is right", both answers weighing the same in all.
+    """Return the cross entropy of "the exit is right", both classes of the same total weight.
 
     Args:
-        outputs: (exits, tokens), before sigma.
+        outputs: (exits, tokens), logits.
         agrees: (exits, tokens) bool.
         odds: (exits,), true over false cases.
     """
@@ -101,9 +101,9 @@ def balanced_loss(outputs: Tensor, agrees: Tensor, odds: Tensor) -> Tensor:
 def stopping_loss(form: Form, outputs: Tensor, agrees: Tensor) -> Tensor:
     """Return -log P(stop at the first exit that is right, or at the last layer).
 
-    Depth-Adaptive Transformer (arXiv 1910.10073), section 4, with the oracle that looks at whether
-    an exit is right. For h_n = sigma(outputs_n):
-      P(n) = h_n (1 - h_{n-1}) ... (1 - h_1), the last layer taking what is left.
+    Depth-Adaptive Transformer (arXiv 1910.10073), section 4, with the oracle by whether an exit is
+    right. For h_n = sigma(outputs_n):
+      P(n) = h_n (1 - h_{n-1}) ... (1 - h_1), and the last layer has the remaining probability.
 
     Args:
         form: One of STOPPING.
@@ -115,6 +115,6 @@ def stopping_loss(form: Form, outputs: Tensor, agrees: Tensor) -> Tensor:
         return F.cross_entropy(outputs[0], target)
     stop = outputs[..., 0]
     exits = torch.arange(len(stop))[:, None]
-    asked, stops = exits <= target, exits == target
+    reached, stops = exits <= target, exits == target
     each = F.binary_cross_entropy_with_logits(stop, stops.float(), reduction="none")
-    return (each * asked).sum(0).mean()
+    return (each * reached).sum(0).mean()

@@ -1,4 +1,4 @@
-"""Fits linear maps from exits to the last layer, in one pass over a text. Knows nothing of files.
+"""Fits linear maps from exits to the last layer, in one pass over a text. Writes no files.
 
 Jump to Conclusions (arXiv 2303.09435), section 3. The paper fits one random position of each
 sentence; ours every position.
@@ -17,12 +17,12 @@ from models.llama import Llama
 
 @dataclass(frozen=True, kw_only=True)
 class ExitFit:
-    """How near an exit is to the last layer, as it is (identity) and through its map."""
+    """Distance of an exit from the last layer, as it is (identity) and through its map."""
 
     E: int
     """Layers run."""
     r2: float
-    """1 - squared error / variance of the last layer's state, of the map."""
+    """1 - squared error / variance of the last layer's state, through the map."""
     r2_identity: float
     agreement: float
     """Share of tokens whose most probable token is the last layer's, through the map."""
@@ -41,8 +41,8 @@ def fit_jump(model: Llama, windows: Tensor, *, rank: int | None, ridge: float) -
     Args:
         model: In eval mode.
         windows: (windows, seq) int64, the text.
-        rank: r, at most dim; None for no limit.
-        ridge: How much the maps are pulled to the identity, at least 0.
+        rank: r, at most dim; None for full rank.
+        ridge: Strength of the pull towards the identity, at least 0.
     """
     dim, exits = model.config.dim, range(1, model.config.n_layers)
     device = model.norm.weight.device
@@ -57,7 +57,7 @@ def fit_jump(model: Llama, windows: Tensor, *, rank: int | None, ridge: float) -
     for n, E in enumerate(exits):
         pull = ridge * xx[n].diagonal().mean()
         M = xx[n] + torch.diag(pull.expand(dim))
-        # Not every direction need be in the text: the pseudoinverse maps those to themselves.
+        # Directions that are not in the text map to themselves, by the pseudoinverse.
         B = yx[n] @ torch.linalg.pinv(M, hermitian=True)
         if rank is None:
             tensors[f"{E}.B"] = B
@@ -69,7 +69,7 @@ def fit_jump(model: Llama, windows: Tensor, *, rank: int | None, ridge: float) -
 
 @torch.inference_mode()
 def measure_jump(model: Llama, jump: JumpMap, windows: Tensor) -> list[ExitFit]:
-    """Measure the maps on a text, (windows, seq) int64, that they were not fitted to."""
+    """Measure the maps on a held-out text, (windows, seq) int64."""
     exits = range(1, model.config.n_layers)
     device = model.norm.weight.device
     sums = torch.zeros(len(exits), 2, 3, dtype=torch.float64, device=device)
@@ -78,7 +78,7 @@ def measure_jump(model: Llama, jump: JumpMap, windows: Tensor) -> list[ExitFit]:
     for states, x_L in run_windows(model, windows, exits, "measuring"):
         last = model.exit_logits(x_L).argmax(-1)
         for n, (E, x) in enumerate(zip(exits, states, strict=True)):
-            # What a map gives stands for x_L, and is read as that is.
+            # A map's output estimates x_L, and is read by the last layer's norm.
             for which, (h, layers) in enumerate(((x, E), (jump(E, x), None))):
                 logits = model.exit_logits(h, layers).float()
                 sums[n, which, 0] += (x_L.double() - h.double()).square().sum()

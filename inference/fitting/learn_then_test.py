@@ -1,7 +1,6 @@
-"""Which thresholds are safe, with a certain probability: fixed-sequence testing of risks.
+"""Thresholds certified to keep a risk low: fixed-sequence testing.
 
-Learn then Test (arXiv 2110.01052), as CALM (arXiv 2207.07061, section 4) uses it. Knows nothing of
-models.
+Learn then Test (arXiv 2110.01052), as in CALM (arXiv 2207.07061, section 4). Runs no model.
 """
 
 import math
@@ -11,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """One threshold and what is known of it."""
+    """One threshold and the result of its test."""
 
     threshold: float
     risk: float
-    """Mean loss seen."""
+    """Mean of the losses observed."""
     p_value: float
     """Of the hypothesis that its expected loss is above delta."""
     certified: bool
@@ -43,7 +42,7 @@ def hoeffding_bentkus(risk: float, n: int, delta: float) -> float:
 
 
 def _log_binomial(k: int, n: int, p: float) -> float:
-    """Return ln P(Binomial(n, p) = k): the coefficients alone are too large for a float."""
+    """Return ln P(Binomial(n, p) = k), as the coefficients alone are too large for a float."""
     ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return ways + k * math.log(p) + (n - k) * math.log1p(-p)
 
@@ -55,16 +54,16 @@ def certify(
     delta: float,
     eps: float,
 ) -> list[Tested]:
-    """Test thresholds one after the other until one cannot be certified.
+    """Test thresholds in turn until one cannot be certified.
 
     With probability 1 - eps over the losses, no certified threshold has an expected loss above
     delta.
 
     Args:
-        thresholds: From the safest on; they must not be chosen by the losses.
+        thresholds: Safest first; they must not depend on the losses.
         losses: Returns the independent losses in [0, 1] at a threshold.
         delta: Largest expected loss allowed, in (0, 1).
-        eps: Largest probability of being wrong, in (0, 1).
+        eps: Largest probability of a wrong certificate, in (0, 1).
     """
     tested: list[Tested] = []
     for threshold in thresholds:

@@ -1,7 +1,7 @@
-"""What every exit of a model sees and says along a text, recorded once for any rule to look at.
+"""Traces: states, confidence and agreement of every exit along a text, recorded for any rule.
 
-The text is read as it is, with all layers behind every key: a rule that is judged on a trace is
-judged without the errors that its own exits would leave in the KV cache.
+The text is read with all layers behind every key: a rule evaluated on a trace is evaluated without
+the errors that its own exits would leave in the KV cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,19 +32,19 @@ class Trace:
     gap: Tensor
     """(exits, tokens) fp32, see `softmax_gap`."""
     agrees: Tensor
-    """(exits, tokens) bool, whether the exit says what the last layer says."""
+    """(exits, tokens) bool, whether the exit predicts the last layer's token."""
 
 
 def read_windows(stream: TokenStream, tokens: int, seq_len: int) -> Tensor:
     """Return windows spread evenly over a stream, (windows, seq) int64.
 
     Args:
-        stream: Where from.
+        stream: The text.
         tokens: Of all windows together, rounded down to whole windows, at least one.
         seq_len: Tokens of a window; fewer if the stream is shorter.
 
     Raises:
-        ValueError: the stream has fewer than two tokens, or tokens is below 1.
+        ValueError: The stream has fewer than two tokens, or tokens is below 1.
     """
     if tokens < 1:
         raise ValueError(f"tokens: {tokens}, give at least 1")
@@ -66,7 +66,7 @@ def run_windows(
         model: In eval mode.
         windows: (windows, seq) int64.
         exits: The E wanted, less than n_layers.
-        label: What to call it where progress is shown.
+        label: Label of the progress bar.
 
     Yields:
         (exits, tokens, dim), x_E, and (tokens, dim), x_L, of the next windows.
@@ -80,13 +80,13 @@ def run_windows(
 
 @torch.inference_mode()
 def record(model: Llama, windows: Tensor, exits: range, label: str) -> Trace:
-    """Record what these exits see and say.
+    """Record a trace of these exits.
 
     Args:
         model: In eval mode.
         windows: (windows, seq) int64.
         exits: The E wanted, ascending, less than n_layers.
-        label: What to call it where progress is shown.
+        label: Label of the progress bar.
     """
     states, gaps, agreements = [], [], []
     for x, x_L in run_windows(model, windows, exits, label):
@@ -94,15 +94,15 @@ def record(model: Llama, windows: Tensor, exits: range, label: str) -> Trace:
         read = [read_exit(model, h, E) for E, h in zip(exits, x, strict=True)]
         states.append(x.cpu())
         gaps.append(torch.stack([gap for gap, _ in read]).cpu())
-        agreements.append(torch.stack([said == last for _, said in read]).cpu())
+        agreements.append(torch.stack([predicted == last for _, predicted in read]).cpu())
     return Trace(exits, torch.cat(states, 1), torch.cat(gaps, 1), torch.cat(agreements, 1))
 
 
 def read_exit(model: Llama, h: Tensor, E: int) -> tuple[Tensor, Tensor]:
     """Return `softmax_gap` and the most probable token, each (tokens,), for x_E: (tokens, dim)."""
-    gaps, said = [], []
+    gaps, predicted = [], []
     for rows in h.split(_LOGITS_ROWS):
         logits = model.exit_logits(rows, E)
         gaps.append(softmax_gap(logits))
-        said.append(logits.argmax(-1))
-    return torch.cat(gaps), torch.cat(said)
+        predicted.append(logits.argmax(-1))
+    return torch.cat(gaps), torch.cat(predicted)

@@ -1,7 +1,7 @@
-"""Small files of tensors that were fitted to a checkpoint: gates, linear maps.
+"""Small files of tensors fitted to a checkpoint: gates, linear maps.
 
-They lie beside it, in `<checkpoint>.decode/`, as safetensors, which run no code when loaded, and
-name the weights they belong to.
+They are kept beside it, in `<checkpoint>.decode/`, as safetensors, which run no code when loaded,
+with the fingerprint of the weights they belong to.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from models.llama import Llama
 
 
 def decode_folder(checkpoint: Path) -> Path:
-    """Return where what was fitted to a checkpoint is kept."""
+    """Return the folder of files fitted to a checkpoint."""
     return checkpoint.with_name(checkpoint.name + ".decode")
 
 
@@ -27,21 +27,21 @@ def save_adapter(
 
     Args:
         path: The file; its folder is made.
-        kind: What it is, such as "gate".
-        model: What it was fitted to.
+        kind: Such as "gate".
+        model: The model they were fitted to.
         tensors: By name.
-        settings: What else its reader needs, as text.
+        settings: Further contents, as text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {**settings, "kind": kind, "weights": weights_fingerprint(model)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, told)
+    metadata = {**settings, "kind": kind, "weights": weights_fingerprint(model)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def load_adapter(path: Path, kind: str, model: Llama) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors fitted to `model`, to its device and dtype, and their settings.
 
     Raises:
-        ValueError: there is no such file, it is something else, or it was fitted to other weights.
+        ValueError: The file is missing, of another kind, or fitted to other weights.
     """
     weight = model.norm.weight
     try:

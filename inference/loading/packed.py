@@ -1,8 +1,8 @@
-"""Matrix products of few tokens on a CPU, at the price of one.
+"""Matrix products of a few tokens on a CPU, at the cost of one.
 
-torch hands a float32 product of 2 to 16 rows to MKL, which on many processors takes 2 to 5 times
-as long as one row: verifying a draft would cost several steps. oneDNN, given the weight in its
-own layout, reads it once for all rows. Both compute in full float32.
+torch passes a float32 product of 2 to 16 rows to MKL, which on many processors takes 2 to 5 times
+as long as one row: to verify a draft would cost several steps. oneDNN, with the weight in its own
+layout, reads it once for all rows. Both compute in full float32.
 """
 
 import torch
@@ -15,7 +15,7 @@ from models.llama import Llama
 PACKED_ELEMENTS = 2**17
 """Weights with fewer elements stay as they are: oneDNN's call costs more than it saves."""
 PACKED_ONLY_ELEMENTS = 2**20
-"""From so many elements on, one row is no faster unpacked, and the packed weight is kept alone."""
+"""From so many elements on, one row is no faster unpacked, and only the packed weight is kept."""
 
 
 class PackedLinear(nn.Module):
@@ -27,7 +27,6 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, *, keep: bool = False) -> None:
-        """Pack the weight; see the class."""
         super().__init__()
         weight = weight.detach()
         self.width = len(weight)
@@ -53,7 +52,7 @@ def _packed_product(x: Tensor, packed: Tensor) -> Tensor:
 
 @torch.library.custom_op("skipstone::packed_linear", mutates_args=())
 def _product(x: Tensor, packed: Tensor, width: int) -> Tensor:
-    """Be one call to compiled code: torch 2.13's compiler takes no weight in oneDNN's layout."""
+    """Wrap the product as one call: torch 2.13's compiler takes no weight in oneDNN's layout."""
     return _packed_product(x, packed)
 
 
@@ -63,18 +62,18 @@ def _(x: Tensor, packed: Tensor, width: int) -> Tensor:
 
 
 def can_pack(model: Llama) -> bool:
-    """Whether this machine and the model's place and dtype have packed products."""
+    """Return whether this machine has packed products for the model's device and dtype."""
     weight = model.norm.weight
     dtypes = (torch.float32, torch.bfloat16)
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return weight.device.type == "cpu" and weight.dtype in dtypes and there
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return weight.device.type == "cpu" and weight.dtype in dtypes and onednn
 
 
 def pack(model: Llama) -> None:
-    """Pack the large matrices of a model that is only to be run, in place.
+    """Pack the large matrices of a model for inference, in place.
 
-    The head keeps its plain weight too, which `Llama.head_weight` gives out; a large matrix of a
-    layer, or of an exit's own, is freed.
+    The head keeps its plain weight too, which `Llama.head_weight` returns; large matrices of the
+    layers, and of exits of their own, are freed.
     """
     for part in (*model.layers.modules(), *model.own_exits.modules()):
         for name, linear in list(part.named_children()):

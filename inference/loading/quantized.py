@@ -1,8 +1,7 @@
 """Weights of the layers, and of exits of their own, in 8 or 4 bits, through torchao.
 
-Embeddings, norms and the head stay plain.
-
-A quantised model is another model: what is lossless keeps to it, not to the one it was made of.
+Embeddings, norms and the head stay plain. A quantized model is another model: lossless decoding
+gives its tokens, not those of the model it was made from.
 """
 
 import importlib.util
@@ -21,13 +20,13 @@ INT4_GROUP = 32
 
 
 def quantize_layers(model: Llama, bits: Bits) -> None:
-    """Quantise the matrices of a model that is only to be run, in place.
+    """Quantize the matrices of a model for inference, in place.
 
     int8: a scale for each output feature. int4: one for each INT4_GROUP input features; a CPU has
     no kernel for it, and holds the 4-bit numbers in 8.
 
     Raises:
-        ValueError: torchao is missing, or the model does not fit it.
+        ValueError: torchao is missing, or has no kernel for the model.
     """
     if importlib.util.find_spec("torchao") is None:
         raise ValueError("quantize: torchao is not installed, pip install -e .[quantize]")
@@ -48,12 +47,12 @@ def quantize_layers(model: Llama, bits: Bits) -> None:
 
 
 def bits_of(model: Llama) -> Bits | None:
-    """Return in how many bits the layers' matrices are held, None where they are plain."""
+    """Return the bits of the layers' matrices, None where they are plain."""
     return getattr(model, "bits", None)
 
 
 def is_quantized(linear: nn.Linear) -> bool:
-    """Whether a matrix is no longer of plain numbers."""
+    """Return whether the weight of a linear layer is quantized."""
     return type(linear.weight.data) is not torch.Tensor
 
 

@@ -22,6 +22,7 @@ from models.checkpoint_format import (
 from models.llama import Llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Run:
     tokenizer: Tokenizer
     model: Llama
     graphs: RoundGraphs | None = None
-    """Where generations keep their rounds, if as graphs."""
+    """CUDA graphs of rounds, kept from one generation to the next; None: no graphs."""
 
     def open_data(self, path: Path | None) -> Dataset:
         """Open the dataset at `path`, or the one the run was trained on.
 
         Raises:
-            ValueError: it is no dataset, or made with another tokenizer; or none is known.
+            ValueError: It is no dataset, or of another tokenizer; or the run names none.
         """
         known = self.manifest.config.get("data", {}).get("path")
         if path is None and known is None:
@@ -68,20 +69,17 @@ def load_run(
 
     Args:
         path: A run folder or a checkpoint folder.
-        device: "auto" (CUDA if there is a device, else CPU) or a name torch knows.
+        device: "auto" (CUDA if there is a device, else CPU) or a name of torch's.
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
-        quantize: Hold the matrices of layers, and of exits of their own, in so few bits.
-        packed: Pack the weights for decoding, where that can be.
+        quantize: Bits of the matrices of layers, and of exits of their own; None: plain.
+        packed: Pack the weights for decoding, where the machine can.
         compiled: Compile the layers, and keep rounds as graphs on a device that has them.
 
     Raises:
-        ValueError: nothing there, damaged, or with another tokenizer than the manifest names; or
+        ValueError: There is no checkpoint, it is damaged, its tokenizer is not the manifest's, or
             an option is none of its values.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype}, give one of {', '.join(DTYPES)}")
-    if quantize is not None and quantize not in BITS:
-        raise ValueError(f"quantize: {quantize}, give one of {', '.join(BITS)}")
+    _check_names(dtype, quantize)
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     file = checkpoint / TOKENIZER
@@ -91,10 +89,10 @@ def load_run(
             f"tokenizer: {file} is {str(fingerprint)[:12]} but the checkpoint was trained with "
             f"{manifest.tokenizer_fingerprint[:12]}, put that tokenizer.model back"
         )
-    place = choose_device(device)
+    target = choose_device(device)
     if dtype is None:
-        dtype = "bfloat16" if place.type == "cuda" else "float32"
-    model = load_model(checkpoint, device=place, dtype=DTYPES[dtype])
+        dtype = "bfloat16" if target.type == "cuda" else "float32"
+    model = load_model(checkpoint, device=target, dtype=DTYPES[dtype])
     if quantize is not None:
         quantize_layers(model, quantize)
     if packed and can_pack(model):
@@ -102,15 +100,25 @@ def load_run(
     graphs = None
     if compiled:
         compile_layers(model)
-        graphs = round_graphs(place)
+        graphs = round_graphs(target)
     return Run(checkpoint, manifest, Tokenizer(file), model, graphs)
 
 
+def _check_names(dtype: str | None, quantize: str | None) -> None:
+    """Raise a ValueError where a name is none of the known ones."""
+    if dtype is not None and dtype not in DTYPES:
+        meant = _DTYPE_SYNONYMS.get(dtype)
+        hint = f"did you mean {meant}?" if meant else f"give one of {', '.join(DTYPES)}"
+        raise ValueError(f"dtype: {dtype}, {hint}")
+    if quantize is not None and quantize not in BITS:
+        raise ValueError(f"quantize: {quantize}, give one of {', '.join(BITS)}")
+
+
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`, or for "auto" the best there is.
+    """Return the device of this name, or for "auto" the best there is.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: There is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
-"""What the tuner found for a checkpoint, kept beside it, where `generate` finds it.
+"""Results of `inference.tune` for a checkpoint, in a file beside it.
 
-The fastest lossless strategy is what `generate` uses by default; a tuned threshold is used where
-its strategy is asked for.
+The fastest lossless strategy is the default of `generate`; a tuned threshold is the default of its
+strategy.
 """
 
 import json
@@ -9,25 +9,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from inference.engine.compiled import is_compiled
 from inference.loading.adapters import decode_folder
+from inference.loading.machine import processor
 from inference.loading.run import Run
 from models.fingerprint import weights_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a measurement depends on, besides checkpoint and machine."""
+    """Conditions of a measurement, besides the checkpoint."""
 
     batch_size: int
     compiled: bool
     quantize: str | None
     dtype: str
     device: str
-    """Its kind: cpu or cuda."""
+    """cpu or cuda."""
+    processor: str
+    """Model name of that CPU or GPU."""
+    threads: int
+    """Of torch, on the CPU."""
+    temperature: float
+    """0: greedy."""
 
     def differences(self, now: "Conditions") -> list[str]:
-        """Return what is other now, one text each."""
+        """Return the conditions that differ now, one text each."""
         values = asdict(now)
         return [
             f"{name} {value} (now {values[name]})"
@@ -38,14 +47,16 @@ class Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What was found, and how."""
+    """A result of tuning."""
 
     strategy: str | None
-    """As a user writes it; None: no threshold is of use."""
+    """As text for `parse_strategy`; None: no threshold is useful."""
     conditions: Conditions
 
 
-def conditions_of(run: Run, *, batch_size: int, quantize: str | None) -> Conditions:
+def conditions_of(
+    run: Run, *, batch_size: int, quantize: str | None, temperature: float = 0.0
+) -> Conditions:
     """Return the conditions under which a run decodes."""
     weight = run.model.norm.weight
     return Conditions(
@@ -54,56 +65,67 @@ def conditions_of(run: Run, *, batch_size: int, quantize: str | None) -> Conditi
         quantize=quantize,
         dtype=str(weight.dtype).removeprefix("torch."),
         device=weight.device.type,
+        processor=processor(weight.device),
+        threads=torch.get_num_threads(),
+        temperature=temperature,
     )
 
 
 def tuned_path(run: Run) -> Path:
-    """Return where what was tuned for a checkpoint is kept."""
+    """Return the file of a checkpoint's tuning results."""
     return decode_folder(run.checkpoint) / "tuned.json"
 
 
 def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any]) -> Path:
-    """Write what was found and what led to it; what other tuning found stays.
+    """Write a result and its measurements; results under other conditions stay.
 
     Args:
         run: The checkpoint.
-        name: The strategy whose threshold was tuned; None: the fastest lossless one was looked for.
-        tuned: What was found.
-        found: What led to it.
+        name: The strategy whose threshold was tuned; None: the fastest lossless strategy was
+            searched for.
+        tuned: The result.
+        found: The measurements that led to it.
     """
     path = tuned_path(run)
     try:
         content = _read(run)
     except ValueError:  # damaged, or of other weights
         content = None
-    content = content or {"lossless": None, "thresholds": {}}
-    record = {**asdict(tuned), **found}
-    if name is None:
-        content["lossless"] = record
-    else:
-        content["thresholds"][name] = record
+    content = content or {"lossless": [], "thresholds": {}}
+    records = content["lossless"] if name is None else content["thresholds"].setdefault(name, [])
+    conditions = asdict(tuned.conditions)
+    records[:] = [record for record in records if record["conditions"] != conditions]
+    records.append({**asdict(tuned), **found})
     path.parent.mkdir(parents=True, exist_ok=True)
     content["weights"] = weights_fingerprint(run.model)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def read_tuned(run: Run, name: str | None) -> Tuned | None:
-    """Return what was tuned for a checkpoint, `name` as in `write_tuned`; None if nothing was.
+def read_tuned(run: Run, name: str | None, now: Conditions | None = None) -> Tuned | None:
+    """Return the result under the conditions `now`, or else the newest; None if there is none.
+
+    Args:
+        run: The checkpoint.
+        name: As in `write_tuned`.
+        now: Conditions of the decoding to come.
 
     Raises:
-        ValueError: the file is damaged or belongs to other weights.
+        ValueError: The file is damaged or belongs to other weights.
     """
     content = _read(run)
     if content is None:
         return None
     try:
-        record = content["lossless"] if name is None else content["thresholds"].get(name)
-        if record is None:
-            return None
-        return Tuned(strategy=record["strategy"], conditions=Conditions(**record["conditions"]))
+        records = content["lossless"] if name is None else content["thresholds"].get(name, [])
+        found = [
+            Tuned(strategy=r["strategy"], conditions=Conditions(**r["conditions"])) for r in records
+        ]
     except (KeyError, TypeError, AttributeError):
         raise _damaged(run) from None
+    same = [tuned for tuned in found if tuned.conditions == now]
+    newest = found[-1] if found else None
+    return same[0] if same else newest
 
 
 def _read(run: Run) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""How often drafts agree with the last layer, learnt while decoding, and the E and d that pay best.
+"""Agreement of drafts with the last layer, estimated while decoding, and the E and d that pay most.
 
 DEL (arXiv 2504.05598).
 """
@@ -18,68 +18,71 @@ from models.flops import block_params, own_exit_params
 
 @dataclass
 class Agreement:
-    """Of tokens that one exit, or guesses, gave."""
+    """A running estimate of a, the probability that a drafted token agrees with the last layer.
+
+    For the drafts of one exit, or of n-gram lookup.
+    """
 
     memory: float
-    """What weight an observation keeps when the next comes."""
+    """Weight an observation keeps when the next comes."""
     agreed: float = 1.0
-    """Tokens seen to agree, old ones counting less; at first as if one of two had."""
-    seen: float = 2.0
-    """Tokens looked at, old ones counting less."""
+    """Tokens that agreed, old ones weighing less; initially one of two."""
+    tried: float = 2.0
+    """Tokens compared, old ones weighing less."""
 
-    def add(self, agreed: float, seen: float) -> None:
-        """Take in an observation."""
+    def add(self, agreed: float, tried: float) -> None:
+        """Add an observation."""
         self.agreed = self.memory * self.agreed + agreed
-        self.seen = self.memory * self.seen + seen
+        self.tried = self.memory * self.tried + tried
 
-    def at_least(self) -> float:
-        """Return a = agreed / seen less its standard error.
+    def lower_bound(self) -> float:
+        """Return a = agreed / tried less its standard error.
 
-        Of many exits seen a few times, the best is mostly the one that had luck.
+        Of many exits with few observations, the best by a itself is mostly one that was lucky.
         """
-        a = min(1.0, self.agreed / self.seen)  # sums of probabilities may be a hair above
-        return max(0.0, a - math.sqrt(a * (1.0 - a) / self.seen))
+        a = min(1.0, self.agreed / self.tried)  # sums of probabilities may be a hair above
+        return max(0.0, a - math.sqrt(a * (1.0 - a) / self.tried))
 
 
-def drafts_that_agreed(result: Round, rows: Tensor) -> Tensor:
-    """Return how many drafted tokens agreed, and how many were tried, after others that agreed.
+def count_agreed_drafts(result: Round, rows: Tensor) -> Tensor:
+    """Count the drafted tokens that agreed, and those compared, which follow only agreed ones.
 
     Args:
         result: The round.
         rows: (batch,) bool, rows that count.
 
     Returns:
-        (2,) int64.
+        (2,) int64, agreed and tried.
     """
     tried = result.accepted + (result.accepted < result.drafted)
     return (torch.stack((result.accepted, tried)) * rows).sum(1)
 
 
-def lookups_that_agreed(guesses: NgramDrafts, result: Round, live: Tensor) -> Tensor:
-    """Return the same of guesses, as far as it is known.
+def count_agreed_lookups(lookups: NgramDrafts, result: Round, rows: Tensor) -> Tensor:
+    """Count the tokens of n-gram lookups that agreed, and those compared, as far as is known.
 
-    Any round tells, whoever drafted its tokens: a guess is held against the tokens that were found.
+    They are compared with the tokens of the round, whether or not the lookups were its drafts.
 
     Args:
-        guesses: Made before the round.
+        lookups: Made before the round.
         result: The round.
-        live: (batch,) bool, rows that count.
+        rows: (batch,) bool, rows that count.
 
     Returns:
-        (2,) int64.
+        (2,) int64, agreed and tried.
     """
-    n = min(guesses.tokens.shape[1], result.tokens.shape[1])
-    known = torch.arange(n, device=live.device) <= result.accepted[:, None]
-    right = known & (guesses.tokens[:, :n] == result.tokens[:, :n])
+    n = min(lookups.tokens.shape[1], result.tokens.shape[1])
+    known = torch.arange(n, device=rows.device) <= result.accepted[:, None]
+    right = known & (lookups.tokens[:, :n] == result.tokens[:, :n])
     agreed = right.long().cumprod(1).sum(1)
     tried = (agreed + 1).minimum(known.sum(1))
-    return (torch.stack((agreed, tried)) * (live & guesses.found)).sum(1)
+    return (torch.stack((agreed, tried)) * (rows & lookups.found)).sum(1)
 
 
-def by_parameters(config: LlamaConfig, E: int) -> float:
-    """Return what a token costs at the exit after E layers, in full steps, by what it multiplies.
+def parameter_cost(config: LlamaConfig, E: int) -> float:
+    """Return the cost of a token drafted with E layers, in full steps, by parameters multiplied.
 
-    That is the layers, what the exit has of its own, and the LM head.
+    Those are the parameters of the layers, of the exit itself, and of the LM head.
     """
     block, head = block_params(config), config.dim * config.vocab_size
     own = own_exit_params(config) / len(config.own_exits) if E in config.own_exits else 0
@@ -89,7 +92,7 @@ def by_parameters(config: LlamaConfig, E: int) -> float:
 def cost_problems(
     name: str, costs: tuple[float, ...] | None, lengths: tuple[int, ...]
 ) -> list[str]:
-    """Return what is wrong with costs of which there may be so many."""
+    """Return what is wrong with the costs of the setting `name`, of which `lengths` are allowed."""
     if costs is None:
         return []
     written = "+".join(map(str, costs))
@@ -104,23 +107,23 @@ def best_pair(
     agreement: Mapping[int, float],
     draft_costs: Mapping[int, float],
     verify_costs: Mapping[int, float],
-    most: int,
+    max_d: int,
 ) -> tuple[int, int, float]:
-    """Return E, d and their tokens per full step, the most of all.
+    """Return the E and d of most tokens per full step, and that number.
 
     Args:
         agreement: a_E by E, at least one.
         draft_costs: c_E, one draft step over one full step, for the same E.
         verify_costs: v_E, the rest of a round of such drafts over one full step.
-        most: Largest d.
+        max_d: Largest d.
 
     Returns:
-        E, d and the tokens; d = 0, plain decoding of 1 token per step, where no pair gives more.
+        E, d and tokens per step; d = 0, plain decoding of 1 token per step, where no pair has more.
     """
     best, E_best, d_best = 1.0, min(agreement), 0
     for E, a in agreement.items():
         tokens = 1.0
-        for d in range(1, most + 1):
+        for d in range(1, max_d + 1):
             tokens += a**d
             gain = tokens / (d * draft_costs[E] + verify_costs[E])
             if gain > best:

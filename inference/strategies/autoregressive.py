@@ -19,17 +19,15 @@ class Autoregressive(Strategy):
     name: ClassVar[str] = "autoregressive"
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         return one_by_one(state, state.model.config.n_layers, NOTHING)
 
 
 def one_by_one(state: DecodeState, depth: int, skipped: SkippedParts) -> Decoder:
-    """Return a decoder of one token a round from the first layers, less those skipped."""
+    """Return a decoder of one token a round from the first `depth` layers, less those skipped."""
     return GraphableDecoder(1, partial(decode_one, state, depth, skipped))
 
 
 def decode_one(state: DecodeState, depth: int, skipped: SkippedParts, max_tokens: int) -> Round:
-    """Draw one token after each pending one from the first layers, less those skipped."""
+    """Decode one token of each row from the first `depth` layers, less those skipped."""
     h = state.run(state.embed_pending(), 0, depth, skipped=skipped)
-    tokens = sample(state.distribution(h, depth), state.generator)
-    return Round.plain(tokens)
+    return Round.plain(sample(state.distribution(h, depth), state.generator))

@@ -1,9 +1,9 @@
-"""A threshold of confidence for each row, fitted to what its past tokens turned out to be.
+"""Confidence thresholds, fitted for each row to whether its past exits were right.
 
 FREE (arXiv 2310.05424), section 4.3: confidences are a mixture of two Beta distributions. Ours is
-fitted by expectation maximisation, weights included, where the authors' code has each token's group
-fixed by its label; it keeps a row's last tokens only, all of them, and lets a threshold be while
-there is too little to go by. Knows nothing of models.
+fitted by expectation maximisation, weights included, where the authors' code fixes each token's
+group by its label; it keeps a row's last tokens only, all of them, and leaves a threshold as it is
+while there are too few. Runs no model.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from torch import Tensor
 from inference.engine.state import DecodeState
 
 _FEWEST = 4
-"""Tokens of either kind, right and wrong, that a threshold is fitted to at least."""
+"""Least tokens of each kind, right and wrong, that a threshold is fitted to."""
 _WINDOW = 256
-"""Tokens it is fitted to at most."""
+"""Most tokens it is fitted to."""
 _EDGE = 1e-3
-"""Confidences nearer to 0 or 1 than this are taken to be there, where a density is finite."""
+"""Confidences nearer to 0 or 1 than this are moved to it, where the density is finite."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BetaMixture:
 
 
 def fit(c: Tensor, y: Tensor, counts: Tensor, iterations: int = 25) -> BetaMixture:
-    """Fit a mixture to each row by expectation maximisation, from y as a first guess of the groups.
+    """Fit a mixture to each row by expectation maximisation, starting from y as the groups.
 
     Beta's parameters are found from mean m and variance s^2 of a group, a = m (m (1 - m) / s^2 - 1)
     and b = (1 - m) (m (1 - m) / s^2 - 1), as the authors do, in place of the likelihood's maximum.
@@ -55,8 +55,8 @@ def fit(c: Tensor, y: Tensor, counts: Tensor, iterations: int = 25) -> BetaMixtu
     Args:
         c: (rows, n), confidences in [0, 1].
         y: (rows, n) bool, whether the exit was right.
-        counts: (rows, n) bool, which to look at.
-        iterations: More than these change little for a few hundred tokens.
+        counts: (rows, n) bool, tokens that count.
+        iterations: Of expectation maximisation; more change little for a few hundred tokens.
     """
     c = c.clamp(_EDGE, 1 - _EDGE)
     belongs = torch.where(y, 0.9, 0.1)
@@ -71,7 +71,7 @@ def fit(c: Tensor, y: Tensor, counts: Tensor, iterations: int = 25) -> BetaMixtu
 
 
 def _maximise(c: Tensor, y: Tensor, r: Tensor) -> BetaMixture:
-    """Return the mixture for which r: (rows, n, 2) says how far each token belongs to a group."""
+    """Return the mixture for r: (rows, n, 2), the responsibility of each group for each token."""
     mass = r.sum(1).clamp(min=_EDGE)  # (rows, 2)
     m = ((r * c.unsqueeze(-1)).sum(1) / mass).clamp(_EDGE, 1 - _EDGE)
     s2 = (r * (c.unsqueeze(-1) - m[:, None]) ** 2).sum(1) / mass
@@ -86,13 +86,10 @@ def _maximise(c: Tensor, y: Tensor, r: Tensor) -> BetaMixture:
 
 
 def fitted_threshold(c: Tensor, y: Tensor, counts: Tensor, zeta: float, old: Tensor) -> Tensor:
-    """Return the least confidence from which on an exit is right with a chance above zeta.
+    """Return the least confidence from which on an exit is right with a chance above zeta: (rows,).
 
-    In steps of 1/100; 1 if there is none. Arguments as in `fit`, and old: (rows,), which stays
-    where fewer than 4 tokens were right or fewer than 4 wrong.
-
-    Returns:
-        (rows,).
+    In steps of 1/100; 1 if there is none. Arguments as in `fit`, and old: (rows,), the result where
+    fewer than 4 tokens were right or fewer than 4 wrong.
     """
     grid = torch.arange(1, 100, device=c.device, dtype=c.dtype).expand(len(c), -1) / 100
     good = fit(c, y, counts).chance_right(grid) > zeta
@@ -103,16 +100,16 @@ def fitted_threshold(c: Tensor, y: Tensor, counts: Tensor, zeta: float, old: Ten
 
 
 class RowThresholds:
-    """A threshold for each row of a batch, kept while the row's prompt is decoded.
+    """A threshold for each row of a batch, reset with the row's prompt.
 
     New tokens are counted in blocks. In block k the threshold is fitted to tokens of blocks before
-    k - 1, which have all been verified by then, wherever rounds began and ended: a row gets the
-    thresholds, and so the tokens, that it would get alone.
+    k - 1, which have all been verified by then, wherever rounds began and ended: a row has the
+    thresholds, and so the tokens, that it would have alone.
 
     Args:
         state: The batch.
         exits: Number of exits that share a threshold.
-        first: The threshold at first.
+        first: The initial threshold.
         zeta: See `fitted_threshold`.
         longest_round: Most tokens of a round.
     """
@@ -120,30 +117,28 @@ class RowThresholds:
     def __init__(
         self, state: DecodeState, *, exits: int, first: float, zeta: float, longest_round: int
     ) -> None:
-        """Remember nothing; see the class."""
-        rows, device = len(state.batch.positions), state.batch.positions.device
+        rows, device = len(state.batch), state.batch.device
         self._state, self._first, self._zeta = state, first, zeta
         self._length = max(16, longest_round)  # of a block
         self._now = torch.full((rows,), first, device=device)
         self._next = self._now
         self._block = torch.zeros_like(state.batch.positions)
         self._new = self._block
-        # By a new token's place, modulo their number; for each exit.
+        # A ring buffer over new tokens, for each exit.
         slots = _WINDOW + self._length
         self._c = torch.zeros(rows, slots, exits, device=device)
         self._y = torch.zeros(rows, slots, exits, dtype=torch.bool, device=device)
-        self._looked = self._y.clone()
+        self._reached = self._y.clone()
 
     def begin(self) -> None:
-        """Take note of where the rows are at the start of a round."""
-        state = self._state
-        self._new = (state.batch.positions + 1 - state.batch.prompt_lengths).clamp(min=0)
+        """Fit the thresholds of rows that have entered another block, at the start of a round."""
+        self._new = self._state.batch.new_tokens.clamp(min=0)
         block = self._new // self._length
         fresh = self._new == 0
         self._block = self._block.masked_fill(fresh, 0)
         self._now, self._next = (t.masked_fill(fresh, self._first) for t in (self._now, self._next))
         moved = block > self._block
-        if state.sync_bool(moved.any()):
+        if self._state.sync_bool(moved.any()):
             fitted = self._fit(block * self._length)
             self._now = torch.where(moved, self._next, self._now)
             self._next = torch.where(moved, fitted, self._next)
@@ -153,25 +148,25 @@ class RowThresholds:
         """Return the threshold of each row, (batch,), for token i of the round."""
         return torch.where((self._new + i) // self._length > self._block, self._next, self._now)
 
-    def learn(self, c: Tensor, y: Tensor, looked: Tensor) -> None:
-        """Take in the tokens of the round.
+    def update(self, c: Tensor, y: Tensor, reached: Tensor) -> None:
+        """Record the tokens of a round.
 
         Args:
-            c: (batch, n, exits), how sure each exit was.
-            y: (batch, n, exits) bool, whether the last layer says the same.
-            looked: (batch, n, exits) bool, whether the row's token got as far as this exit.
+            c: (batch, n, exits), confidence of each exit.
+            y: (batch, n, exits) bool, whether the last layer predicts the same token.
+            reached: (batch, n, exits) bool, whether the row's token got as far as this exit.
         """
         steps = torch.arange(c.shape[1], device=c.device)
         slots = ((self._new[:, None] + steps) % self._c.shape[1])[..., None].expand(c.shape)
-        for memory, seen in ((self._c, c), (self._y, y), (self._looked, looked)):
-            memory.scatter_(1, slots, seen)
+        for buffer, values in ((self._c, c), (self._y, y), (self._reached, reached)):
+            buffer.scatter_(1, slots, values)
 
     def _fit(self, end: Tensor) -> Tensor:
         """Return the threshold fitted to each row's new tokens before end: (batch,)."""
-        places = end[:, None] - 1 - torch.arange(_WINDOW, device=end.device)
-        slots = (places % self._c.shape[1])[..., None].expand(-1, -1, self._c.shape[2])
-        c, y, looked = (memory.gather(1, slots) for memory in (self._c, self._y, self._looked))
-        counts = looked & (places >= 0)[..., None]
+        index = end[:, None] - 1 - torch.arange(_WINDOW, device=end.device)
+        slots = (index % self._c.shape[1])[..., None].expand(-1, -1, self._c.shape[2])
+        c, y, reached = (buffer.gather(1, slots) for buffer in (self._c, self._y, self._reached))
+        counts = reached & (index >= 0)[..., None]
         return fitted_threshold(
             c.flatten(1), y.flatten(1), counts.flatten(1), self._zeta, self._next
         )

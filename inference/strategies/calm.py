@@ -1,4 +1,4 @@
-"""CALM: a token leaves at the first exit that is sure enough of it."""
+"""CALM (arXiv 2207.07061): a token exits at the first exit whose confidence reaches a threshold."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from inference.strategies.row_exits import (
 
 @dataclass(frozen=True, kw_only=True)
 class Calm(Strategy):
-    """Leave at the first exit whose confidence reaches a threshold.
+    """Exit at the first exit whose confidence reaches a threshold.
 
     CALM (arXiv 2207.07061), equation 5 for the threshold of the t-th new token:
       lambda'(t) = clip(0.9 lambda + 0.1 exp(-tau t / N), 0, 1)
@@ -31,13 +31,13 @@ class Calm(Strategy):
 
     name: ClassVar[str] = "calm"
     confidence: Literal["gap", "similarity", "gate"] = "gap"
-    """gap: the two largest probabilities of the exit, one less the other. similarity: the cosine
-    of its hidden state and that of the exit before. gate: what a fitted classifier says. The last
-    two need no head at an exit."""
+    """gap: difference of the exit's two largest probabilities. similarity: cosine of its hidden
+    state and that of the exit before. gate: score of a fitted classifier, as in the strategy gate.
+    The last two need no head at an exit."""
     threshold: float = 0.9
-    """lambda; above 1 no token leaves early."""
+    """lambda; above 1 no token exits early."""
     tau: float | None = None
-    """How fast the threshold falls from its first value (the authors take 4); constant if not
+    """How fast the threshold falls from its first value (the authors use 4); constant if not
     given."""
     length: int = 128
     """N, new tokens over which it falls."""
@@ -51,14 +51,11 @@ class Calm(Strategy):
     """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the settings."""
-        found = exit_problems(self.first, self.interval, n_layers)
-        if not self.threshold >= 0.0:
-            found.append(f"threshold: {self.threshold}, give at least 0")
-        if self.tau is not None and not self.tau >= 0.0:
-            found.append(f"tau: {self.tau}, give at least 0")
-        if self.length < 1:
-            found.append(f"length: {self.length}, give at least 1 token")
+        found = exit_problems(self.first, self.interval, n_layers) + self.below(0, threshold="")
+        if self.tau is not None:
+            found += self.below(0, tau="")
+        if too_short := self.below(1, length="token"):
+            found += too_short
         elif not self.tau:
             found += self.unused_settings("length", without="tau above 0")
         if (self.confidence == "gate") != (self.gate is not None):
@@ -71,15 +68,15 @@ class Calm(Strategy):
         if self.gate is not None:
             return decode_gated(state, self.gate, self.threshold_at, exits=exits, jump=self.jump)
         exit_map = load_exit_map(self.jump, state.model)
-        return decode_until_sure(state, exits, lambda: self.leaves, exit_map)
+        return decode_until_sure(state, exits, lambda: self.exiting, exit_map)
 
-    def leaves(self, seen: ExitObservation) -> Tensor:
-        """Say which rows leave, by what needs no file."""
+    def exiting(self, exit_: ExitObservation) -> Tensor:
+        """Return the rows that exit, (batch,) bool, by a confidence that needs no file."""
         if self.confidence == "gap":
-            confidence = softmax_gap(seen.logits())
+            confidence = softmax_gap(exit_.logits())
         else:
-            confidence = torch.cosine_similarity(seen.h.float(), seen.before.float(), dim=-1)
-        return confidence >= self.threshold_at(seen.new_tokens)
+            confidence = torch.cosine_similarity(exit_.h.float(), exit_.before.float(), dim=-1)
+        return confidence >= self.threshold_at(exit_.new_tokens)
 
     def threshold_at(self, t: Tensor) -> Tensor:
         """Return lambda'(t), for t: (batch,) int64."""

@@ -1,6 +1,6 @@
-"""Drafting with the first E layers, until d tokens or until the draft is no longer sure.
+"""Drafting with the first E layers, until d tokens or until the draft is no longer confident.
 
-LayerSkip (arXiv 2404.16710), section 4.3. Where to stop a draft: Draft & Verify (arXiv 2309.08168,
+LayerSkip (arXiv 2404.16710), section 4.3. When to stop a draft: Draft & Verify (arXiv 2309.08168,
 section 3.3) by the probability of its most probable token, DSSD (arXiv 2407.21082) by entropy.
 """
 
@@ -19,9 +19,22 @@ from inference.strategies.reduced_head import ReducedHead
 from models.llama import NOTHING, SkippedParts
 
 
+class StopRule(Protocol):
+    """When a row's draft ends before d tokens: after the first token that is not confident."""
+
+    @property
+    def never(self) -> bool:
+        """Whether every draft has d tokens."""
+        ...
+
+    def is_confident(self, logits: Tensor) -> Tensor:
+        """Return (batch,) bool for logits: (batch, 1, vocab)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Stop:
-    """When a row's draft ends before d tokens: after a token the draft was not sure of."""
+    """A stop rule of fixed thresholds."""
 
     probability: float = 0.0
     """Least probability of the most probable token, at temperature 1; 0 never stops."""
@@ -30,73 +43,57 @@ class Stop:
 
     @property
     def never(self) -> bool:
-        """Whether every draft has d tokens."""
         return self.probability <= 0.0 and self.entropy == float("inf")
 
-    def is_sure(self, logits: Tensor) -> Tensor:
-        """Return (batch,) bool for logits: (batch, 1, vocab)."""
+    def is_confident(self, logits: Tensor) -> Tensor:
         probs = logits[:, 0].float().softmax(-1)
-        sure = probs.amax(-1) >= self.probability
+        confident = probs.amax(-1) >= self.probability
         if self.entropy < float("inf"):
-            sure &= torch.special.entr(probs).sum(-1) <= self.entropy
-        return sure
+            confident &= torch.special.entr(probs).sum(-1) <= self.entropy
+        return confident
 
 
 NEVER = Stop()
 
 
-class StopRule(Protocol):
-    """When a row's draft ends: a `Stop`, or one that learns."""
-
-    @property
-    def never(self) -> bool:
-        """Whether every draft has d tokens."""
-        ...
-
-    def is_sure(self, logits: Tensor) -> Tensor:
-        """Return (batch,) bool for logits: (batch, 1, vocab)."""
-        ...
-
-
 @dataclass(frozen=True)
 class Draft:
-    """What was drafted after each row's pending token."""
+    """The tokens drafted after each row's pending one."""
 
     tokens: Tensor
     """(batch, d) int64."""
     q: Tensor
-    """(batch, d, vocab), what each was drawn from."""
+    """(batch, d, vocab), the distribution each was drawn from."""
     lengths: Tensor | None
-    """(batch,) int64, how many of a row's count; None: all."""
+    """(batch,) int64, tokens of each row that count; None: all."""
     exits: list[Tensor]
-    """x_E, each (batch, 1, dim), of the tokens run, from the pending one on: all that are drafted
-    but the last, or fewer where some were not drafted by layers."""
-    shallow: list[dict[int, Tensor]]
-    """{l: x_{l+1}} of those, of the layers that were asked for."""
+    """x_E, each (batch, 1, dim), of the tokens that ran through E layers, from the pending one on:
+    all drafted ones but the last, or fewer where n-gram drafts follow."""
+    taps: list[dict[int, Tensor]]
+    """{l: x_{l+1}} of the same tokens, for the layers l that were tapped."""
 
 
 @dataclass(frozen=True)
 class NgramDrafts:
-    """Drafts that cost nothing, for the rows that have one."""
+    """Drafts from n-gram lookup, for the rows where one was found."""
 
     tokens: Tensor
     """(batch, d) int64."""
     found: Tensor
-    """(batch,) bool, which rows do."""
+    """(batch,) bool, the rows where the tokens count."""
     vocab_size: int
-    """Ids there are."""
 
     @cached_property
     def q(self) -> Tensor:
         """One-hot at the tokens: (batch, d, vocab)."""
         return F.one_hot(self.tokens, self.vocab_size).float()
 
-    def in_place_of(self, q: Tensor, i: int) -> Tensor:
-        """Return q: (batch, 1, vocab) of the drafted token i, one-hot in rows with a guess."""
+    def override(self, q: Tensor, i: int) -> Tensor:
+        """Return q: (batch, 1, vocab) of drafted token i, one-hot in the rows with a lookup."""
         return torch.where(self.found[:, None, None], self.q[:, i : i + 1], q)
 
-    def added_to(self, drafted: Draft, d: int) -> Draft:
-        """Return a draft with d tokens in these rows, also where all others have ended before."""
+    def extend(self, drafted: Draft, d: int) -> Draft:
+        """Return a draft with d tokens in these rows, where all others may have stopped before."""
         done, lengths = drafted.tokens.shape[1], drafted.lengths
         return replace(
             drafted,
@@ -105,14 +102,14 @@ class NgramDrafts:
             lengths=None if lengths is None else torch.where(self.found, d, lengths),
         )
 
-    def alone(self) -> Draft:
-        """Return them as a draft; the other rows draft nothing, and no layer is run."""
+    def as_draft(self) -> Draft:
+        """Return a draft of these rows alone, for which no layer runs."""
         lengths = self.tokens.shape[1] * self.found.long()
-        return Draft(self.tokens, self.q, lengths, exits=[], shallow=[])
+        return Draft(self.tokens, self.q, lengths, exits=[], taps=[])
 
 
 def lookup_drafts(state: DecodeState, ngram: int, d: int) -> NgramDrafts | None:
-    """Guess d tokens from each row's own past; None if d or ngram is 0."""
+    """Draft d tokens by n-gram lookup in each row's own past; None if d or ngram is 0."""
     if not ngram or not d:
         return None
     tokens, found = look_up(state.batch.history[:, :-1], state.batch.positions, ngram, d)
@@ -128,48 +125,49 @@ def draft(
     tapped: tuple[int, ...] = (),
     skipped: SkippedParts = NOTHING,
     head: ReducedHead | None = None,
-    guesses: NgramDrafts | None = None,
+    lookups: NgramDrafts | None = None,
 ) -> Draft:
     """Decode d tokens, or fewer, with the first E layers, starting from the pending token.
 
-    Tokens are drawn from q itself, whatever became of it: a part of the vocabulary, or a guess.
+    Tokens are drawn from the returned q itself, also where that covers a part of the vocabulary or
+    is the one-hot of a lookup.
 
     Args:
         state: The batch.
         E: Layers to run.
         d: Most tokens to draft.
-        stop: When a row ends before; the loop ends when all have.
-        tapped: Layer indices l < E whose outputs are wanted as well.
+        stop: When a row's draft ends before; the loop ends when all have.
+        tapped: Layer indices l < E whose outputs are returned as well.
         skipped: Parts of layers to leave out.
         head: The head drafts are drawn from, over a part of the vocabulary; None: all of it.
-        guesses: d or more guesses, which their rows draft instead; these never stop.
+        lookups: d or more tokens that their rows draft instead; these never stop.
     """
-    batch, vocab = len(state.batch.pending), state.model.config.vocab_size
-    tokens, exits, shallow = [state.batch.pending[:, None]], [], []
-    q = [torch.empty(batch, 0, vocab, device=state.batch.pending.device)]
-    sure = ~state.batch.finished if guesses is None else ~(state.batch.finished | guesses.found)
-    lengths = torch.zeros_like(state.batch.positions)
+    batch = state.batch
+    tokens, exits, taps = [batch.pending[:, None]], [], []
+    q = [torch.empty(len(batch), 0, state.model.config.vocab_size, device=batch.device)]
+    active = ~batch.finished if lookups is None else ~(batch.finished | lookups.found)
+    lengths = torch.zeros_like(batch.positions)
     for i in range(d):
-        x_E, taps = state.run_and_tap(
+        x_E, tap = state.run_and_tap(
             state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped
         )
         logits, probs = _from_head(state, state.before_head(x_E, E), head)
-        q.append(probs if guesses is None else guesses.in_place_of(probs, i))
+        q.append(probs if lookups is None else lookups.override(probs, i))
         tokens.append(sample(q[-1], state.generator))
         exits.append(x_E)
-        shallow.append(taps)
+        taps.append(tap)
         if not stop.never:
-            lengths = lengths + sure
-            sure = sure & stop.is_sure(logits)
-            if i + 1 < d and not state.sync_bool(sure.any()):
+            lengths = lengths + active
+            active = active & stop.is_confident(logits)
+            if i + 1 < d and not state.sync_bool(active.any()):
                 break
     counts = None if stop.never else lengths
-    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], torch.cat(q, dim=1), counts, exits, shallow)
-    return drafted if guesses is None else guesses.added_to(drafted, d)
+    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], torch.cat(q, dim=1), counts, exits, taps)
+    return drafted if lookups is None else lookups.extend(drafted, d)
 
 
 def _from_head(state: DecodeState, x: Tensor, head: ReducedHead | None) -> tuple[Tensor, Tensor]:
-    """Return the head's logits, and what tokens are drawn from over the whole vocabulary."""
+    """Return the head's logits, and the sampling distribution over the whole vocabulary."""
     if head is None:
         logits = state.head(x)
         return logits, state.filtered(logits)

@@ -1,6 +1,6 @@
-"""Early exit for good: one token a round from the first E layers.
+"""Static early exit: one token a round, from the first E layers.
 
-LayerSkip (arXiv 2404.16710), section 4.2. E = number of layers run: tokens leave after layer
+LayerSkip (arXiv 2404.16710), section 4.2. E = number of layers run: tokens exit after layer
 l = E - 1, later layers never run, and their part of the KV cache is never read.
 """
 
@@ -23,26 +23,22 @@ class EarlyExit(Strategy):
     """Layers to run, 1 to n_layers; a quarter of the model's if not given."""
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with E set."""
-        return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
+        return replace(self, E=self.E if self.E is not None else default_exit(n_layers))
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with E."""
         if self.E is not None and 1 <= self.E <= n_layers:
             return []
         return [f"E: {self.E}, early_exit needs 1 to {n_layers} for this model"]
 
     def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return the first E layers."""
         assert self.E is not None
         return self.E, NOTHING
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         assert self.E is not None
         return one_by_one(state, self.E, NOTHING)
 
 
-def a_quarter(n_layers: int) -> int:
-    """Return a quarter of the layers, rounded, at least 1."""
+def default_exit(n_layers: int) -> int:
+    """Return E where none is given: a quarter of the layers, rounded, at least 1."""
     return max(1, round(n_layers / 4))

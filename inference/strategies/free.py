@@ -1,9 +1,9 @@
-"""Early exits whose missing layers are made up for later, for many tokens at once.
+"""FREE (arXiv 2310.05424): early exits whose missing layers run later, for many tokens at once.
 
-FREE (arXiv 2310.05424): a token whose exit is sure leaves its state waiting there; when a token is
-not sure, the layers behind the exit run for all waiting tokens and for it in one causal pass, so
-that every key and value is what a full forward would have written. EE-LLM (arXiv 2312.04916,
-section 4: KV recomputation) does so with several exits and a bound on how many may wait.
+A token that exits leaves its state deferred at the exit; when a token is not confident, the layers
+behind the exit run for all deferred tokens and for it in one causal pass, so that every key and
+value is that of a full forward. EE-LLM (arXiv 2312.04916, section 4: KV recomputation) does so with
+several exits and a bound on the number of deferred tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -18,63 +18,57 @@ from inference.engine.batch import Round
 from inference.engine.decoder import Decoder
 from inference.engine.sampling import accept, sample
 from inference.engine.state import DecodeState
-from inference.engine.strategy import Strategy, exits_problems
+from inference.engine.strategy import Strategy, exit_list_problems
 from inference.strategies.beta_mixture import RowThresholds
-from inference.strategies.confidence import softmax_gap
-from inference.strategies.early_exit import a_quarter
+from inference.strategies.confidence import softmax_gap, top_probability
+from inference.strategies.early_exit import default_exit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Free(Strategy):
-    """Leave at the first exit that is sure; run the layers left out when a token needs them."""
+    """Exit at the first confident exit; run the layers left out when a token needs them."""
 
     name: ClassVar[str] = "free"
     exits: tuple[int, ...] | None = None
-    """The E at which tokens may leave, ascending; a quarter of the model's layers if not given."""
+    """The E at which tokens may exit, ascending; a quarter of the model's layers if not given."""
     confidence: Literal["gap", "maxprob"] = "gap"
-    """gap (FREE): the two largest probabilities, one less the other. maxprob (EE-LLM): the
-    largest."""
+    """gap (FREE): difference of the two largest probabilities. maxprob (EE-LLM): the largest."""
     threshold: float = 0.9
-    """Confidence at which a token leaves; above 1 none does."""
+    """Confidence at which a token exits; above 1 none exits early."""
     max_pending: int = 16
-    """Most tokens that wait; then the layers left out run in any case."""
+    """Most deferred tokens of a row; then the layers left out run in any case."""
     adapt: bool = False
     """Move the threshold, for each prompt from the first on, to where exits turn out to be right:
-    see `beta_mixture`. The head is put on all tokens that waited."""
+    see `beta_mixture`. The head runs on all deferred tokens."""
     zeta: float = 0.4
     """An adapted threshold is where the last layer agrees with a chance above this."""
     rollback: Literal["off", "threshold", "exact"] = "off"
-    """What becomes of tokens the last layer would not have chosen. off: they stay. threshold: the
-    first with a cross entropy above rollback_threshold is replaced and what follows it forgotten.
+    """Treatment of tokens the last layer would not have chosen. off: they stay. threshold: the
+    first with a cross entropy above rollback_threshold is replaced, and those after it are dropped.
     exact: as in speculative decoding, which keeps the model's own distribution."""
     rollback_threshold: float = 4.0
     """Cross entropy in nats under the last layer."""
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with the exits set."""
         if self.exits is not None:
             return self
-        return replace(self, exits=(min(a_quarter(n_layers), max(n_layers - 1, 1)),))
+        return replace(self, exits=(min(default_exit(n_layers), max(n_layers - 1, 1)),))
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the settings."""
-        found = exits_problems(self.name, self.exits or (), n_layers)
-        if not self.threshold >= 0.0:
-            found.append(f"threshold: {self.threshold}, give at least 0")
+        found = exit_list_problems(self.name, self.exits or (), n_layers)
+        found += self.below(0, threshold="")
         if not 0.0 < self.zeta < 1.0:
             found.append(f"zeta: {self.zeta}, give a number between 0 and 1")
         elif not self.adapt:
             found += self.unused_settings("zeta", without="adapt=true")
-        if self.max_pending < 1:
-            found.append(f"max_pending: {self.max_pending}, give at least 1 token")
-        if not self.rollback_threshold >= 0.0:
-            found.append(f"rollback_threshold: {self.rollback_threshold}, give nats, at least 0")
+        found += self.below(1, max_pending="token")
+        if too_low := self.below(0, rollback_threshold="nats"):
+            found += too_low
         elif self.rollback != "threshold":
             found += self.unused_settings("rollback_threshold", without="rollback=threshold")
         return found
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         thresholds = None
         if self.adapt:
             thresholds = RowThresholds(
@@ -89,10 +83,10 @@ class Free(Strategy):
     def _round(
         self, state: DecodeState, thresholds: RowThresholds | None, max_tokens: int
     ) -> Round:
-        """Decode until a row needs the last layer, then run what was left out for all of them.
+        """Decode until a row needs the last layer, then run the layers left out for all tokens.
 
-        All rows take the same number of tokens; each token comes from the exit its own row was
-        sure at, so that it is what the row would get alone.
+        All rows decode the same number of tokens; each token comes from the first exit at which its
+        own row was confident, so that it is the one the row would get alone.
         """
         run = _Run(self, state, thresholds)
         if thresholds is not None:
@@ -104,14 +98,12 @@ class Free(Strategy):
         return run.finish()
 
     def confidence_of(self, logits: Tensor) -> Tensor:
-        """Say how sure an exit is, (batch,), for logits: (batch, vocab)."""
-        if self.confidence == "gap":
-            return softmax_gap(logits)
-        return logits.float().softmax(-1).amax(-1)
+        """Return the confidence of an exit, (batch,), for logits: (batch, vocab)."""
+        return softmax_gap(logits) if self.confidence == "gap" else top_probability(logits)
 
 
 class _Run:
-    """One round: tokens found so far, and states waiting at each exit."""
+    """One round: the tokens so far, and the states deferred at each exit."""
 
     def __init__(
         self, settings: Free, state: DecodeState, thresholds: RowThresholds | None
@@ -119,28 +111,29 @@ class _Run:
         assert settings.exits is not None
         self._settings, self._state, self._thresholds = settings, state, thresholds
         self._stages = [0, *settings.exits, state.model.config.n_layers]
-        self._waiting: list[list[Tensor]] = [[] for _ in self._stages]
+        self._deferred: list[list[Tensor]] = [[] for _ in self._stages]
+        """By stage, x of consecutive tokens that have run up to it, (batch, n, dim) each."""
         self._tokens = [state.batch.pending[:, None]]
         self._depths: list[Tensor] = []
         self._q: list[Tensor] = []
         self._confidences: list[Tensor] = []
         """By token, (batch, exits)."""
-        self._said: list[Tensor] = []
-        """By token, (batch, exits) int64, the exits' own tokens; -1 where a row had left before."""
-        self._begun = 0
+        self._predicted: list[Tensor] = []
+        """By token, (batch, exits) int64, the exits' own tokens; -1 where a row exited before."""
+        self._embedded = 0
         """Tokens of each row that are past the embedding."""
         self._last: Tensor | None = None
-        """The last layer's logits, (batch, 1, vocab), where the last token needed them."""
+        """The last layer's logits, (batch, 1, vocab), if the last token came from there."""
 
     def next_token(self) -> bool:
-        """Find each row's next token; say whether one came from the last layer."""
-        state, rows = self._state, len(self._state.batch.pending)
-        self._waiting[0].append(state.model.embed(self._tokens[-1]))
-        self._begun += 1
+        """Decode each row's next token; return whether one came from the last layer."""
+        state, rows = self._state, len(self._state.batch)
+        self._deferred[0].append(state.model.embed(self._tokens[-1]))
+        self._embedded += 1
         undecided = ~state.batch.finished
         depth = torch.full((rows,), self._stages[1], device=undecided.device)
         confidences = torch.zeros(rows, len(self._stages) - 2, device=undecided.device)
-        said = torch.full(confidences.shape, -1, device=undecided.device)
+        predicted = torch.full(confidences.shape, -1, device=undecided.device)
         logits, E = torch.zeros(0), 0
         for stage in range(1, len(self._stages)):
             if stage > 1 and not state.sync_bool(undecided.any()):
@@ -153,14 +146,14 @@ class _Run:
                 confidence = self._settings.confidence_of(here)
                 if self._thresholds is not None:
                     confidences[:, stage - 1] = confidence
-                    said[:, stage - 1] = here.argmax(-1).where(undecided, -1)
+                    predicted[:, stage - 1] = here.argmax(-1).where(undecided, -1)
                 undecided = undecided & ~(confidence >= self._threshold())
         q = state.filtered(logits[:, None])
         self._q.append(q)
         self._tokens.append(sample(q, state.generator))
         self._depths.append(depth)
         self._confidences.append(confidences)
-        self._said.append(said)
+        self._predicted.append(predicted)
         if self._stages[-1] == E:
             self._last = here[:, None]
         return self._last is not None
@@ -168,27 +161,27 @@ class _Run:
     def _threshold(self) -> Tensor | float:
         if self._thresholds is None:
             return self._settings.threshold
-        return self._thresholds.of_token(self._begun - 1)
+        return self._thresholds.of_token(self._embedded - 1)
 
     def _advance(self, stage: int) -> Tensor:
-        """Run what waits before a stage up to it; return the states, which wait there now."""
-        waiting = torch.cat(self._waiting[stage - 1], dim=1)
-        # Those that wait before the earliest stage are the latest tokens.
-        offset = self._begun - waiting.shape[1]
-        h = self._state.run(waiting, self._stages[stage - 1], self._stages[stage], offset=offset)
-        self._waiting[stage - 1] = []
-        self._waiting[stage].append(h)
+        """Run the tokens deferred before a stage up to it; return their states, deferred there."""
+        deferred = torch.cat(self._deferred[stage - 1], dim=1)
+        # Those deferred before the earliest stage are the latest tokens.
+        offset = self._embedded - deferred.shape[1]
+        h = self._state.run(deferred, self._stages[stage - 1], self._stages[stage], offset=offset)
+        self._deferred[stage - 1] = []
+        self._deferred[stage].append(h)
         return h
 
     def finish(self) -> Round:
-        """Run every layer left out, and accept_round which tokens stay."""
-        # Tokens wait in order: the later a stage, the earlier its tokens.
+        """Run every layer left out, and keep or replace the tokens."""
+        # In order: the later a stage, the earlier the tokens deferred there.
         for stage in range(2, len(self._stages)):
-            if self._waiting[stage - 1]:
+            if self._deferred[stage - 1]:
                 self._advance(stage)
-        return self._settle(torch.cat(self._waiting[-1], dim=1))
+        return self._accept(torch.cat(self._deferred[-1], dim=1))
 
-    def _settle(self, x_L: Tensor) -> Round:
+    def _accept(self, x_L: Tensor) -> Round:
         """Keep or replace the tokens, given the last layer's states: (batch, n, dim)."""
         state, settings, L = self._state, self._settings, self._stages[-1]
         tokens, depths = torch.cat(self._tokens[1:], dim=1), torch.stack(self._depths, dim=1)
@@ -196,11 +189,11 @@ class _Run:
         drafted = torch.full_like(state.batch.positions, n - 1)
         if settings.rollback == "off" and self._thresholds is None:
             return Round(tokens, accepted=drafted, drafted=drafted, depths=depths)
-        logits = self._last_layers_logits(x_L)
+        logits = self._last_logits(x_L)
         if self._thresholds is not None:
-            said = torch.stack(self._said, dim=1)  # (batch, n, exits)
-            right = said == logits.argmax(-1, keepdim=True)
-            self._thresholds.learn(torch.stack(self._confidences, dim=1), right, said >= 0)
+            predicted = torch.stack(self._predicted, dim=1)  # (batch, n, exits)
+            right = predicted == logits.argmax(-1, keepdim=True)
+            self._thresholds.update(torch.stack(self._confidences, dim=1), right, predicted >= 0)
         if settings.rollback == "off":
             return Round(tokens, accepted=drafted, drafted=drafted, depths=depths)
         p = state.filtered(logits)
@@ -209,10 +202,11 @@ class _Run:
             accepted, token = accept(tokens[:, :-1], q, p, state.generator)
             depths = torch.full_like(depths, L)
         else:
-            surprise = F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none")
-            fit = (surprise <= settings.rollback_threshold) | (depths == L)
-            fits = fit.long().cumprod(-1).sum(-1)
-            bad, accepted = fits < n, fits.clamp(max=n - 1)  # the first that does not fit, if any
+            surprisal = F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none")
+            fits = (surprisal <= settings.rollback_threshold) | (depths == L)
+            num_fitting = fits.long().cumprod(-1).sum(-1)
+            # The first that does not fit, if any, is replaced.
+            bad, accepted = num_fitting < n, num_fitting.clamp(max=n - 1)
             rows = torch.arange(len(tokens), device=tokens.device)
             own, depth = tokens[rows, accepted], depths[rows, accepted]
             token = torch.where(bad, sample(p[rows, accepted], state.generator), own)
@@ -220,8 +214,8 @@ class _Run:
         tokens = tokens.scatter(1, accepted[:, None], token[:, None])
         return Round(tokens, accepted, drafted=drafted, depths=depths)
 
-    def _last_layers_logits(self, x_L: Tensor) -> Tensor:
-        """Return them for x_L: (batch, n, dim), the last token's from where they were found."""
+    def _last_logits(self, x_L: Tensor) -> Tensor:
+        """Return the last layer's logits for x_L: (batch, n, dim), the last token's if at hand."""
         if self._last is None:
             return self._state.logits(x_L)
         if x_L.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""Early exit where a fitted classifier is sure enough."""
+"""Gates: a token exits at the first exit where a fitted classifier's score reaches a threshold."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,26 +19,23 @@ TRAINED_BY = "give a file that python -m inference.train_gate wrote"
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(Strategy):
-    """Leave at the first exit where a fitted classifier is sure enough.
+    """Exit at the first exit where a fitted classifier's score reaches a threshold.
 
     BERxiT (2021.eacl-main.8), CALM's classifier, the Depth-Adaptive Transformer (arXiv 1910.10073):
-    see `gates.Form`. The file says at which exits it is asked.
+    see `gate_classifiers.Form`. The exits are those the classifier was fitted for.
     """
 
     name: ClassVar[str] = "gate"
     path: Path | None = None
     """The classifier: a file that inference.train_gate wrote."""
     threshold: float = 0.5
-    """Score in [0, 1] at which a token leaves; above 1 none does."""
+    """Score in [0, 1] at which a token exits; above 1 none exits early."""
     jump: Path | None = None
     """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the settings."""
         found = [] if self.path is not None else [f"path: none, {TRAINED_BY}"]
-        if not self.threshold >= 0.0:
-            found.append(f"threshold: {self.threshold}, give at least 0")
-        return found
+        return found + self.below(0, threshold="")
 
     def start(self, state: DecodeState) -> Decoder:
         assert self.path is not None
@@ -53,14 +50,14 @@ def decode_gated(
     exits: range | None = None,
     jump: Path | None,
 ) -> Decoder:
-    """Return a decoder whose rows leave at the first exit where a classifier is sure enough.
+    """Return a decoder whose rows exit where a classifier's score first reaches a threshold.
 
     Args:
         state: The batch.
         path: File of the classifier.
-        threshold_at: Returns the least score at which rows leave, for the number of tokens each
-            has been given: (batch,) int64.
-        exits: The E at which rows may leave; those the classifier was fitted for if None.
+        threshold_at: Returns the threshold for the number of new tokens of each row so far,
+            (batch,) int64.
+        exits: The E at which rows may exit; those the classifier was fitted for if None.
         jump: File of the linear maps before the head, if any.
 
     Raises:
@@ -80,7 +77,7 @@ def decode_gated(
 
 
 class _GateRule:
-    """Scores one token of each row exit by exit, and keeps its state at the first."""
+    """Scores one token of each row at each exit, and keeps its state at the first."""
 
     def __init__(
         self, gate: GateClassifier, threshold_at: Callable[[Tensor], Tensor | float]
@@ -88,8 +85,8 @@ class _GateRule:
         self._gate, self._threshold_at = gate, threshold_at
         self._h_first: Tensor | None = None
 
-    def __call__(self, seen: ExitObservation) -> Tensor:
+    def __call__(self, exit_: ExitObservation) -> Tensor:
         if self._h_first is None:
-            self._h_first = seen.h
-        score = self._gate.score(seen.E, seen.h, self._h_first)
-        return score >= self._threshold_at(seen.new_tokens)
+            self._h_first = exit_.h
+        score = self._gate.score(exit_.E, exit_.h, self._h_first)
+        return score >= self._threshold_at(exit_.new_tokens)

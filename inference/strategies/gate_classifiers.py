@@ -1,8 +1,8 @@
-"""Small classifiers that say from a hidden state whether a token may leave, and their files.
+"""Classifiers that score, from a hidden state, whether a token may exit, and their files.
 
-Every form gives a score in [0, 1] at every exit; a token leaves at the first whose score reaches a
-threshold. All read the state divided by its root mean square: residual streams grow with depth.
-`inference.train_gate` fits them. Knows nothing of strategies.
+Every form has a score in [0, 1] at every exit; a token exits at the first whose score reaches a
+threshold. All read the state divided by its root mean square, as residual streams grow with depth.
+`inference.train_gate` fits them, and the strategies gate and calm use them.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ linear, mlp: one for each exit (CALM, arXiv 2207.07061, section 3.2; FREE, arXiv
 halting, geometric: h_n = sigma(.), one for each exit or one for all, trained so that the chance to
 stop at exit n is h_n (1 - h_{n-1}) ... (1 - h_1) (Depth-Adaptive Transformer, arXiv 1910.10073).
 multinomial: a distribution over exits, predicted from the state at the first of them (same paper,
-which takes its most probable exit; ours the first where the sum reaches the threshold, at 1/2 its
-median, so that a threshold trades depth for agreement as it does elsewhere)."""
+which takes its most probable exit; ours is the first where the sum reaches the threshold, at 1/2
+the median, so that a threshold trades depth for agreement as in the other forms)."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
 SHARED: tuple[Form, ...] = ("lte", "geometric")
 """Forms that are the same at every exit."""
 STOPPING: tuple[Form, ...] = ("halting", "geometric", "multinomial")
-"""Forms of a distribution over the exit to stop at; the others say whether an exit is right."""
+"""Forms of a distribution over the exit to stop at; the others predict if an exit is right."""
 
 
 @dataclass(frozen=True)
 class GateClassifier:
-    """A classifier for some exits."""
+    """A fitted classifier for some exits."""
 
     form: Form
     exits: range
@@ -45,7 +45,7 @@ class GateClassifier:
     (n, hidden). n is 1 where all exits share, exits + 1 for multinomial, else the exits."""
 
     def score(self, E: int, h: Tensor, h_first: Tensor) -> Tensor:
-        """Return how sure it is that tokens may leave, (batch,) fp32.
+        """Return the score of one token of each row, (batch,) fp32.
 
         Args:
             E: One of its exits.
@@ -58,7 +58,7 @@ class GateClassifier:
         return self.outputs(n, h)[:, 0].sigmoid()
 
     def outputs(self, n: int, h: Tensor) -> Tensor:
-        """Return what comes before sigma or softmax, (batch, 1 or exits + 1), at the n-th exit."""
+        """Return logits, before sigma or softmax, (batch, 1 or exits + 1), at the n-th exit."""
         x = F.rms_norm(h.float(), h.shape[-1:])
         w, b = self.tensors["w"].float(), self.tensors["b"].float()
         if self.form == "multinomial":
@@ -72,7 +72,7 @@ class GateClassifier:
 def new_gate(
     form: Form, exits: range, dim: int, *, hidden: int, generator: torch.Generator
 ) -> GateClassifier:
-    """Make a gate that is to be fitted; linear ones begin at zero."""
+    """Initialise a gate to be fitted; linear ones begin at zero."""
     count = {"multinomial": len(exits) + 1}.get(form, 1 if form in SHARED else len(exits))
     tensors = {"w": torch.zeros(count, dim), "b": torch.zeros(count)}
     if form == "mlp":
@@ -97,7 +97,7 @@ def load_gate(path: Path, model: Llama) -> GateClassifier:
     """Read a gate.
 
     Raises:
-        ValueError: there is none, or it was fitted to other weights.
+        ValueError: There is none, or it was fitted to other weights.
     """
     tensors, settings = load_adapter(path, "gate", model)
     [form] = [form for form in FORMS if form == settings["form"]]

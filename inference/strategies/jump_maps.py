@@ -1,8 +1,8 @@
-"""Linear maps from an exit's state to what the last layer would make of it, and their files.
+"""Linear maps from an exit's state to an estimate of the last layer's, and their files.
 
 Jump to Conclusions (arXiv 2303.09435), section 3: A_l = argmin_A sum ||A h_l - h_L||^2, and the
-exit predicts with head(norm(A_l h_l)). Ours is written A = I + B, so that a ridge pulls it towards
-no map at all, and a map of low rank is one whose B is. `inference.fit_jump` fits them.
+exit predicts with head(norm(A_l h_l)). Ours is A = I + B, so that a ridge pulls it towards the
+identity, and a map of low rank is one whose B is. `inference.fit_jump` fits them.
 """
 
 from collections.abc import Mapping
@@ -42,11 +42,11 @@ def load_jump(path: Path, model: Llama) -> JumpMap:
     """Read maps.
 
     Raises:
-        ValueError: there are none, or they were fitted to other weights.
+        ValueError: There are none, or they were fitted to other weights.
     """
     return JumpMap(load_adapter(path, "jump", model)[0])
 
 
 def load_exit_map(path: Path | None, model: Llama) -> JumpMap | None:
-    """Read maps where a file is given."""
+    """Read maps if a file is given, else return None."""
     return None if path is None else load_jump(path, model)

@@ -1,6 +1,6 @@
 """The setting `keep`: the layers that every token runs, the others left out.
 
-No layer that was left out for a token is ever read by a later one, so nothing has to be filled in.
+No later token reads a layer that an earlier one left out, so no keys have to be filled in.
 """
 
 from inference.engine.strategy import Strategy
@@ -21,8 +21,8 @@ def keep_problems(
         strategy: Whose setting it is.
         keep: The layers l.
         n_layers: Of the model.
-        default: The layers that the strategy's other setting stands for.
-        setting: Name of that setting, which has no effect beside other layers.
+        default: The layers that another setting of the strategy leads to.
+        setting: Name of that setting, which has no effect if `keep` differs.
     """
     if not keep or not all(0 <= l < n_layers for l in keep):
         layers = "+".join(map(str, keep)) or "none"
@@ -35,6 +35,6 @@ def keep_problems(
 
 
 def other_layers(keep: tuple[int, ...] | None, n_layers: int) -> SkippedParts:
-    """Return the layers left out."""
+    """Return the layers l not in `keep`."""
     assert keep is not None
     return whole_layers(set(range(n_layers)) - set(keep))

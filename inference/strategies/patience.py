@@ -1,4 +1,4 @@
-"""PABEE: a token leaves when exits in a row agree."""
+"""PABEE (arXiv 2006.04152): a token exits when enough exits in a row agree on it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from inference.strategies.row_exits import (
 
 @dataclass(frozen=True, kw_only=True)
 class Patience(Strategy):
-    """Leave when so many exits in a row, after the first, say the same token.
+    """Exit when so many exits in a row, after the first, predict the same token.
 
     PABEE (arXiv 2006.04152), with the LM head in place of its classifiers.
     """
@@ -37,30 +37,26 @@ class Patience(Strategy):
     """A linear map before the head of every exit: a file that inference.fit_jump wrote."""
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the settings."""
         found = exit_problems(self.first, self.interval, n_layers)
-        if self.patience < 1:
-            found.append(f"patience: {self.patience}, give at least 1 exit")
-        return found
+        return found + self.below(1, patience="exit")
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         exits = exits_from(self.first, self.interval, state.model.config.n_layers)
         exit_map = load_exit_map(self.jump, state.model)
-        return decode_until_sure(state, exits, lambda: _Patient(self.patience), exit_map)
+        return decode_until_sure(state, exits, lambda: _PatienceRule(self.patience), exit_map)
 
 
-class _Patient:
-    """Counts, for one token of each row, the exits in a row that said the same."""
+class _PatienceRule:
+    """Counts, for one token of each row, the exits in a row that predict the same."""
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
-        self._said: Tensor | None = None
+        self._predicted: Tensor | None = None
         self._times = torch.zeros(())
 
-    def __call__(self, seen: ExitObservation) -> Tensor:
-        said = seen.logits().argmax(-1)
-        same = torch.zeros_like(said) if self._said is None else (said == self._said).long()
+    def __call__(self, exit_: ExitObservation) -> Tensor:
+        predicted, before = exit_.logits().argmax(-1), self._predicted
+        same = torch.zeros_like(predicted) if before is None else (predicted == before).long()
         self._times = (self._times + 1) * same
-        self._said = said
+        self._predicted = predicted
         return self._times >= self._patience

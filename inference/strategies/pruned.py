@@ -1,4 +1,4 @@
-"""LayerDrop's pruning: some layers never run, as in a model without them."""
+"""LayerDrop's pruning (arXiv 1909.11556): some layers never run, as in a model without them."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -15,36 +15,32 @@ from models.llama import SkippedParts
 class Pruned(Strategy):
     """Run prompt and new tokens through some layers alone, as a model without the others would.
 
-    LayerDrop (arXiv 1909.11556), *Every Other*: for a pruning rate 1 / N every N-th layer goes. The
-    paper drops depths d = 0 mod N counted from 0; ours drops l = N - 1 mod N, so that layer 0,
-    which a Llama can least do without, stays.
+    LayerDrop (arXiv 1909.11556), *Every Other*: for a pruning rate 1 / N every N-th layer is
+    dropped. The paper drops depths d = 0 mod N counted from 0; ours drops l = N - 1 mod N, so that
+    layer 0, whose loss costs a Llama most, stays.
     """
 
     name: ClassVar[str] = "pruned"
     every: int = 2
-    """N: one layer of so many is left out."""
+    """N: one layer of every N is left out."""
     keep: tuple[int, ...] | None = None
-    """Layers l to run; from `every` if not given."""
+    """Layers l to run; derived from `every` if not given."""
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with `keep` set."""
         if self.keep is not None or self.every < 2:
             return self
         keep = tuple(l for l in range(n_layers) if l % self.every != self.every - 1)
         return replace(self, keep=keep)
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the layers."""
         if self.keep is None:
             return [f"every: {self.every}, pruned needs at least 2"]
         default = replace(self, keep=None).with_defaults(n_layers).keep
         return keep_problems(self, self.keep, n_layers, default=default, setting="every")
 
     def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return the layers that stay."""
         return n_layers, other_layers(self.keep, n_layers)
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         n_layers = state.model.config.n_layers
         return one_by_one(state, n_layers, other_layers(self.keep, n_layers))

@@ -1,7 +1,7 @@
 """The LM head over the most frequent tokens alone, for drafts: FR-Spec (arXiv 2502.14856).
 
-A draft that chooses from V' tokens reads V' rows of the head, and stays exact: verification keeps
-the whole vocabulary. Which tokens are frequent was counted by `inference.frequent_tokens`.
+A draft over V' tokens reads V' rows of the head, and decoding stays exact, as verification keeps
+the whole vocabulary. `inference.frequent_tokens` counts the tokens.
 """
 
 import json
@@ -24,16 +24,16 @@ COUNT_THEM = "count them with python -m inference.frequent_tokens and give its f
 
 @dataclass(frozen=True)
 class ReducedHead:
-    """The LM head over some tokens alone."""
+    """The LM head over a part of the vocabulary."""
 
     tokens: Tensor
-    """(part,) int64, their ids."""
+    """(part,) int64, ids of that part."""
     linear: Callable[[Tensor], Tensor]
     """Normed states (..., dim) to logits (..., part)."""
     vocab_size: int
 
     def widen(self, probs: Tensor) -> Tensor:
-        """Return probs: (batch, seq, part) over the whole vocabulary, 0 elsewhere."""
+        """Spread probs: (batch, seq, part) over the whole vocabulary, 0 elsewhere."""
         wide = probs.new_zeros(*probs.shape[:-1], self.vocab_size)
         return wide.scatter(-1, self.tokens.expand(probs.shape), probs)
 
@@ -50,7 +50,7 @@ def load_reduced_head(model: Llama, path: Path, part: int) -> ReducedHead:
     """Return the head of the `part` most frequent tokens, by the counts in a file.
 
     Raises:
-        ValueError: there are no counts there, they are of another vocabulary, or it is smaller.
+        ValueError: The file holds no counts, or not of this vocabulary, or that is smaller.
     """
     try:
         counts = np.array(json.loads(path.read_text())["counts"], dtype=np.int64)

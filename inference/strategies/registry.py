@@ -1,4 +1,7 @@
-"""Strategies by name, and how a user writes one: `name` or `name:setting=value:setting=value`."""
+"""Strategies by name, and as text: `name` or `name:setting=value:setting=value`.
+
+Each strategy is in the file of its name. To add one, write its file and list its class here.
+"""
 
 import math
 import types
@@ -45,23 +48,23 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
         Routed,
     )
 }
-"""The known ones."""
+"""All strategies, by name."""
 
 _LARGEST_FLOAT = 3.4e38
-"""Of 32 bits, which a tensor that is compared with a setting may have."""
+"""Of 32 bits, the type of tensors that settings are compared with."""
 
 
 def parse_strategy(text: str, **settings: str | None) -> Strategy:
-    """Make the strategy that `text` describes; its settings are not checked against a model.
+    """Return the strategy that `text` describes; its settings are not checked against a model.
 
     Args:
-        text: `name`, or `name:setting=value:...`. Numbers as Python writes them; true or false;
-            the numbers of a list joined by "+", as in 0+3+7; none for what is to be left open.
-        settings: Further settings, as text; None, and what the strategy does not have, is left
-            out.
+        text: `name`, or `name:setting=value:...`. Numbers as in Python; true or false; the numbers
+            of a list joined by "+", as in 0+3+7; none for a setting to be left open.
+        settings: Further settings, as text; those that are None, or that the strategy does not
+            have, are ignored.
 
     Raises:
-        ValueError: there is no such strategy, or it has no such setting, or cannot read its value.
+        ValueError: The strategy or a setting does not exist, or a value cannot be read.
     """
     name, *parts = text.split(":")
     if name not in STRATEGIES:
@@ -88,12 +91,12 @@ def setting_types(kind: type[Strategy]) -> dict[str, Any]:
 
 
 def has_threshold(kind: type[Strategy]) -> bool:
-    """Return whether a strategy trades tokens for speed by a threshold."""
+    """Return whether a strategy has a threshold that trades quality for speed."""
     return "threshold" in setting_types(kind)
 
 
 def describe(strategy: Strategy) -> str:
-    """Return the text `parse_strategy` reads back, every setting named that is not at default."""
+    """Return the text that `parse_strategy` reads back, with the settings not at their defaults."""
     parts = [strategy.name]
     for field in fields(strategy):
         value = getattr(strategy, field.name)
@@ -112,7 +115,7 @@ def _read(what: str, text: str, kind: Any) -> object:
     """Read a value of type `kind`, which may be a union with None.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: It cannot be read.
     """
     if isinstance(kind, types.UnionType):
         if text == "none":
@@ -137,7 +140,7 @@ def _number(text: str, kind: type[int] | type[float]) -> int | float:
     """Read a number that a tensor can hold.
 
     Raises:
-        ValueError: it cannot be read, or is too large.
+        ValueError: It cannot be read, or is too large.
     """
     value = kind(text)
     largest = 2**63 - 1 if kind is int else _LARGEST_FLOAT

@@ -1,6 +1,6 @@
-"""One token per round through the layers that a model's own routers let it run.
+"""Plain decoding of a model with routers, without the layers they leave out.
 
-Every strategy asks the routers of a model that has them; this one saves what they leave out. Where
+Every strategy follows the routers of a model that has them; this one also saves the compute. Where
 no row runs a layer, its keys and values alone are computed.
 """
 
@@ -20,16 +20,11 @@ from models.router import runs
 
 @dataclass(frozen=True, kw_only=True)
 class Routed(Strategy):
-    """Run a layer where the router of any row says so: the same tokens as autoregressive."""
+    """Run each layer if the router of any row does: the same tokens as autoregressive."""
 
     name: ClassVar[str] = "routed"
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode.
-
-        Raises:
-            ValueError: the model has no routers.
-        """
         if state.model.config.router == "none":
             raise ValueError(
                 "strategy: routed needs a model with routers and this one has none, give another "
@@ -47,8 +42,7 @@ def _decode_one(state: DecodeState, max_tokens: int) -> Round:
         takes = runs(p[:, 0])
         depths += takes
         if state.sync_bool((takes & ~state.batch.finished).any()):
-            h = state.run(h, l, l + 1)  # the rows that do not run it are left out there
+            h = state.run(h, l, l + 1)  # which keeps the state of rows whose router skips it
         else:
             state.write_keys_and_values(h, l, l + 1)
-    tokens = sample(state.distribution(h), state.generator)
-    return Round.plain(tokens, depths)
+    return Round.plain(sample(state.distribution(h), state.generator), depths)

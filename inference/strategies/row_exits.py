@@ -1,8 +1,8 @@
-"""Tokens that leave at the first exit a rule is sure of, each row of a batch for itself.
+"""Early exit of each row at the first exit its rule accepts.
 
-A row that has left keeps its hidden state while the others go on, so that the keys and values its
-later layers write are those of the state it left with: CALM's state propagation (arXiv 2207.07061,
-section 3.1). Rows get the tokens they would get alone. Knows no rule.
+A row that has exited keeps its hidden state while the others go on, so that the keys and values its
+later layers write are those of the state it exited with: CALM's state propagation (arXiv
+2207.07061, section 3.1). Rows get the tokens they would get alone. Imports no rule.
 """
 
 from collections.abc import Callable
@@ -21,39 +21,39 @@ from inference.engine.state import DecodeState
 
 @dataclass(frozen=True)
 class ExitObservation:
-    """What a rule may look at when a token is at an exit."""
+    """The inputs of a rule, for one token of each row at one exit."""
 
     E: int
     """Layers run."""
     h: Tensor
     """(batch, dim), x_E."""
     before: Tensor
-    """(batch, dim), x at the exit looked at before; x_0 at the first."""
+    """(batch, dim), x at the previous exit; x_0 at the first."""
     logits: Callable[[], Tensor]
-    """Returns the exit's logits, (batch, vocab); the head is run only if this is called."""
+    """Returns the exit's logits, (batch, vocab); the head runs only if this is called."""
     new_tokens: Tensor
     """(batch,) int64, tokens the row has been given before this one."""
 
 
 Rule = Callable[[ExitObservation], Tensor]
-"""Says which rows leave: (batch,) bool. It looks at the logits of every exit or of none."""
+"""Returns the rows that exit: (batch,) bool. It takes the logits of every exit or of none."""
 
 
 class ExitMap(Protocol):
-    """What stands between an exit and the head."""
+    """A map between an exit and the head."""
 
     def __call__(self, E: int, h: Tensor) -> Tensor:
-        """Return what the head is to read for h = x_E: (..., dim), same shape."""
+        """Return the head's input for h = x_E: (..., dim), same shape."""
         ...
 
 
 def exits_from(first: int, interval: int, n_layers: int) -> range:
-    """Return the E at which a rule is asked; at the last layer every token leaves anyway."""
+    """Return the E of the exits; the last layer is none, as every token exits there anyway."""
     return range(first, n_layers, interval)
 
 
 def exit_problems(first: int, interval: int, n_layers: int) -> list[str]:
-    """Return what is wrong with where a rule is asked."""
+    """Return what is wrong with the first exit and the interval between exits, in layers."""
     found = []
     if not 1 <= first <= n_layers:
         found.append(f"first: {first}, give 1 to {n_layers} layers for this model")
@@ -68,13 +68,13 @@ def decode_until_sure(
     new_rule: Callable[[], Rule],
     exit_map: ExitMap | None = None,
 ) -> Decoder:
-    """Return a decoder of one token a round, each row leaving at the first exit its rule says.
+    """Return a decoder of one token a round, each row exiting where its rule first accepts.
 
     Args:
         state: The batch.
-        exits: The E at which rows may leave, ascending.
-        new_rule: Called once a round; what it returns is asked at each exit in turn.
-        exit_map: Applied to what the head reads at these exits, never to what goes on.
+        exits: The E at which rows may exit, ascending.
+        new_rule: Called once a round for a rule, which is applied at each exit in turn.
+        exit_map: Applied to the head's input at these exits, never to what later layers read.
     """
     return partial(_decode_one, state, exits, new_rule, exit_map)
 
@@ -86,46 +86,45 @@ def _decode_one(
     exit_map: ExitMap | None,
     max_tokens: int,
 ) -> Round:
-    n_layers, rule = state.model.config.n_layers, new_rule()
+    n_layers, rule, batch = state.model.config.n_layers, new_rule(), state.batch
     h = state.embed_pending()
-    left, layer, before = state.batch.finished, 0, h
-    depths = torch.full_like(state.batch.positions, n_layers)
+    exited, layer, before = batch.finished, 0, h
+    depths = torch.full_like(batch.positions, n_layers)
     read, logits = h, None
-    """What the head reads of the rows that have left, and says, if it was put on every exit."""
+    """The head's input of each row, and its logits if the rule takes them at every exit."""
     for E in exits:
-        h, layer = _run(state, h, layer, E, left), E
-        probe = _Probe(state, h, E) if exit_map is None else _Probe(state, exit_map(E, h), None)
-        new_tokens = state.batch.positions + 1 - state.batch.prompt_lengths
-        leaves = rule(ExitObservation(E, h[:, 0], before[:, 0], probe, new_tokens)) & ~left
+        h, layer = _run(state, h, layer, E, exited), E
+        head = _Head(state, h, E) if exit_map is None else _Head(state, exit_map(E, h), None)
+        observation = ExitObservation(E, h[:, 0], before[:, 0], head, batch.new_tokens)
+        exiting = rule(observation) & ~exited
         before = h
-        read = torch.where(leaves[:, None, None], probe.read, read)
-        if probe.logits is not None:
-            said = probe.logits
-            logits = said if logits is None else torch.where(leaves[:, None], said, logits)
-        depths = torch.where(leaves, E, depths)
-        left = left | leaves
-        if state.sync_bool(left.all()):
+        read = torch.where(exiting[:, None, None], head.read, read)
+        if head.logits is not None:
+            here = head.logits
+            logits = here if logits is None else torch.where(exiting[:, None], here, logits)
+        depths = torch.where(exiting, E, depths)
+        exited = exited | exiting
+        if state.sync_bool(exited.all()):
             state.write_keys_and_values(h, E, n_layers)
             break
     else:
-        h = _run(state, h, layer, n_layers, left)
-        read = torch.where(left[:, None, None], read, h)
+        h = _run(state, h, layer, n_layers, exited)
+        read = torch.where(exited[:, None, None], read, h)
         if logits is not None:
-            logits = torch.where(left[:, None], logits, state.logits(read)[:, 0])
+            logits = torch.where(exited[:, None], logits, state.logits(read)[:, 0])
     if logits is None:
-        logits = _read_each(state, read, depths, exits if exit_map is None else range(0))
-    tokens = sample(state.filtered(logits[:, None]), state.generator)
-    return Round.plain(tokens, depths)
+        logits = _logits_by_depth(state, read, depths, exits if exit_map is None else range(0))
+    return Round.plain(sample(state.filtered(logits[:, None]), state.generator), depths)
 
 
-def _read_each(state: DecodeState, read: Tensor, depths: Tensor, exits: range) -> Tensor:
-    """Return the logits, (batch, vocab), of rows that read at exits of different parts.
+def _logits_by_depth(state: DecodeState, read: Tensor, depths: Tensor, exits: range) -> Tensor:
+    """Return the logits, (batch, vocab), of rows whose exits may have parts of their own.
 
     Args:
         state: The batch.
-        read: (batch, 1, dim), what each row left with.
+        read: (batch, 1, dim), the head's input of each row.
         depths: (batch,) int64, E, the layers behind it.
-        exits: Those E that are read as they are, and not as x_L.
+        exits: Those E whose states are read as they are, and not as x_L.
     """
     x = state.before_head(read)
     for E in state.model.config.own_exits:
@@ -134,7 +133,7 @@ def _read_each(state: DecodeState, read: Tensor, depths: Tensor, exits: range) -
     return state.head(x)[:, 0]
 
 
-class _Probe:
+class _Head:
     """The head at one exit, run when it is first called."""
 
     def __init__(self, state: DecodeState, read: Tensor, E: int | None) -> None:
@@ -147,12 +146,12 @@ class _Probe:
         return self.logits
 
 
-def _run(state: DecodeState, h: Tensor, start: int, stop: int, left: Tensor) -> Tensor:
-    """Run layers for the rows that have not left; the others write keys of the state they keep."""
-    if len(left) == 1 or start == 0:
-        # A row alone runs only while it has not left; before the first exit none has but finished
-        # ones, whose keys nothing reads.
+def _run(state: DecodeState, h: Tensor, start: int, stop: int, exited: Tensor) -> Tensor:
+    """Run layers for rows that have not exited; the others write keys of the state they keep."""
+    if len(exited) == 1 or start == 0:
+        # A row alone runs only while it has not exited; before the first exit only finished rows
+        # count as exited, and nothing reads their keys.
         return state.run(h, start, stop)
     for l in range(start, stop):
-        h = torch.where(left[:, None, None], h, state.run(h, l, l + 1))
+        h = torch.where(exited[:, None, None], h, state.run(h, l, l + 1))
     return h

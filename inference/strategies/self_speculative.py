@@ -19,7 +19,7 @@ from inference.engine.sampling import accept
 from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
 from inference.strategies.drafting import Draft, Stop, draft, lookup_drafts
-from inference.strategies.early_exit import a_quarter
+from inference.strategies.early_exit import default_exit
 from inference.strategies.reduced_head import COUNT_THEM, ReducedHead, load_reduced_head
 
 
@@ -38,27 +38,24 @@ class SelfSpeculative(Strategy):
     stop_entropy: float = float("inf")
     """A row's draft ends after a token whose distribution has more entropy, in nats."""
     ngram: int = 0
-    """Where the last so many tokens of a row, or fewer but at least 2, came before, what followed
-    them there is its draft; no layer drafts if that is so in every row; 0: never."""
+    """n-gram lookup: where the last so many tokens of a row, or fewer but at least 2, came before,
+    the tokens after them are its draft; no layer drafts if all rows have a lookup; 0: no lookup."""
     draft_vocab: int = 0
-    """Drafts choose from so many tokens, the most frequent ones (FR-Spec, arXiv 2502.14856); 0:
+    """Drafts are drawn from so many tokens, the most frequent ones (FR-Spec, arXiv 2502.14856); 0:
     from all."""
     token_counts: Path | None = None
-    """Which tokens are frequent: the file `python -m inference.frequent_tokens` makes."""
+    """Counts of each token, a file of `python -m inference.frequent_tokens`."""
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with E set."""
-        return replace(self, E=self.E if self.E is not None else a_quarter(n_layers))
+        return replace(self, E=self.E if self.E is not None else default_exit(n_layers))
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the settings for a model of n_layers layers."""
         found = []
         if n_layers == 1:
             found.append("strategy: self_speculative needs at least 2 layers, this model has 1")
         elif self.E is None or not 1 <= self.E < n_layers:
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
-        if self.d < 1:
-            found.append(f"d: {self.d}, give at least 1 drafted token")
+        found += self.below(1, d="drafted token")
         if self.draft_vocab < 0:
             found.append(f"draft_vocab: {self.draft_vocab}, give a number of tokens, or 0 for all")
         if self.draft_vocab and self.token_counts is None:
@@ -69,33 +66,28 @@ class SelfSpeculative(Strategy):
 
     @property
     def always_drafts(self) -> bool:
-        """Whether each round drafts d tokens with E layers, as the bound of speedup has it."""
+        """Whether each round drafts d tokens with E layers, as the speedup bound assumes."""
         plain = not self.ngram and not self.draft_vocab
         return plain and Stop(self.stop, self.stop_entropy).never
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode.
-
-        Raises:
-            ValueError: the token counts are missing or of another vocabulary.
-        """
         head = None
         if self.token_counts is not None:
             head = load_reduced_head(state.model, self.token_counts, self.draft_vocab)
         rounds = partial(self._round, state, head)
-        asks = self.ngram or not Stop(self.stop, self.stop_entropy).never
-        return rounds if asks else GraphableDecoder(self.d + 1, rounds)
+        syncs = self.ngram or not Stop(self.stop, self.stop_entropy).never
+        return rounds if syncs else GraphableDecoder(self.d + 1, rounds)
 
     def _round(self, state: DecodeState, head: ReducedHead | None, max_tokens: int) -> Round:
         """Draft, verify, accept: 1 to d + 1 tokens for every row, at most `max_tokens`."""
         assert self.E is not None
         d = min(self.d, max_tokens - 1)
-        guesses = lookup_drafts(state, self.ngram, d)
-        if guesses is not None and state.sync_bool((guesses.found | state.batch.finished).all()):
-            drafted = guesses.alone()
+        lookups = lookup_drafts(state, self.ngram, d)
+        if lookups is not None and state.sync_bool((lookups.found | state.batch.finished).all()):
+            drafted = lookups.as_draft()
         else:
             stop = Stop(self.stop, self.stop_entropy)
-            drafted = draft(state, self.E, d, stop=stop, head=head, guesses=guesses)
+            drafted = draft(state, self.E, d, stop=stop, head=head, lookups=lookups)
         return accept_round(state, drafted, verify(state, self.E, drafted))
 
 
@@ -112,14 +104,14 @@ def draft_problems(stop: float, stop_entropy: float, ngram: int) -> list[str]:
 
 
 def verify(state: DecodeState, E: int, drafted: Draft) -> Tensor:
-    """Give the full model's distribution after the pending token and after each drafted one.
+    """Return the full model's distributions after the pending token and after each drafted one.
 
-    The last drafted token has not been run yet, nor have guesses that no layer drafted: they go
-    through the first E layers, then all d + 1 tokens through layers E, ..., L - 1 in one pass.
+    The last drafted token has not been run yet, nor have n-gram drafts: they go through the first E
+    layers, then all d + 1 tokens through layers E, ..., L - 1 in one pass.
 
     Args:
         state: The batch.
-        E: Layers that drafted; 0 where nothing they computed is of use.
+        E: Layers that drafted; 0 where none of their outputs can be used.
         drafted: The draft, with its x_E.
 
     Returns:
@@ -142,7 +134,7 @@ def run_verifier_layers(
 
 
 def accept_round(state: DecodeState, drafted: Draft, p: Tensor) -> Round:
-    """Accept what the full model's distributions p: (batch, d + 1, vocab) allow."""
+    """Accept drafted tokens by the full model's distributions p: (batch, d + 1, vocab)."""
     accepted, next_token = accept(drafted.tokens, drafted.q, p, state.generator, drafted.lengths)
     tokens = torch.cat((drafted.tokens, next_token[:, None]), dim=1)
     tokens.scatter_(1, accepted[:, None], next_token[:, None])

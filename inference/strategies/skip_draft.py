@@ -1,8 +1,8 @@
-"""Drafting with parts of layers left out, wherever they are; verifying with all of them.
+"""Drafting without some parts of the layers, wherever they are, and verifying with all of them.
 
-Draft & Verify (arXiv 2309.08168). Which attention and feed-forward parts are left out is searched
-for each model: `python -m inference.skip_search`. A draft's keys are thrown away: verification runs
-all layers on every drafted token and overwrites them.
+Draft & Verify (arXiv 2309.08168). `python -m inference.skip_search` searches for the attention and
+feed-forward parts to leave out of a model. A draft's keys are discarded: verification runs all
+layers on every drafted token and overwrites them.
 """
 
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from inference.engine.batch import Round
 from inference.engine.decoder import Decoder, GraphableDecoder
 from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy
+from inference.strategies.confidence import top_probability
 from inference.strategies.drafting import NEVER, StopRule, draft
 from inference.strategies.self_speculative import accept_round, verify
 from models.llama import SkippedParts
@@ -40,19 +41,18 @@ class SkipDraft(Strategy):
     d: int = 12
     """Most tokens drafted in a round, the paper's K."""
     gamma: float = 0.6
-    """At first, a row's draft ends after a token whose distribution has no probability as large
-    as this; 0: never."""
+    """A row's draft ends after a token whose distribution has no probability as large as this,
+    which then adapts; 0: never."""
     alpha: float = 0.9
-    """Acceptance rate aimed at."""
+    """Target acceptance rate."""
     eps: float = 0.01
-    """Step of gamma; 0 keeps it."""
+    """Step of gamma; 0 keeps it constant."""
     beta1: float = 0.5
-    """Memory of the acceptance rate."""
+    """Weight of the past in the running acceptance rate."""
     beta2: float = 0.9
-    """Memory of gamma."""
+    """Weight of the past in gamma."""
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with the parts set."""
         attention, feed_forward = self.attention, self.feed_forward
         if attention is None:
             attention = tuple(range(1, n_layers - 1, 2))
@@ -61,7 +61,6 @@ class SkipDraft(Strategy):
         return replace(self, attention=attention, feed_forward=feed_forward)
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the settings."""
         found = []
         for what, layers in (("attention", self.attention), ("feed_forward", self.feed_forward)):
             outside = [l for l in layers or () if not 0 <= l < n_layers]
@@ -70,8 +69,7 @@ class SkipDraft(Strategy):
                     f"{what}: {outside[0]}, skip_draft needs layers from 0 to {n_layers - 1} of "
                     "this model"
                 )
-        if self.d < 1:
-            found.append(f"d: {self.d}, give at least 1 drafted token")
+        found += self.below(1, d="drafted token")
         for what in ("gamma", "alpha", "eps", "beta1", "beta2"):
             if not 0.0 <= getattr(self, what) <= 1.0:
                 found.append(f"{what}: {getattr(self, what)}, give a number from 0 to 1")
@@ -83,11 +81,10 @@ class SkipDraft(Strategy):
 
     @property
     def skipped(self) -> SkippedParts:
-        """The parts drafts leave out."""
+        """The parts that drafts leave out."""
         return SkippedParts(frozenset(self.attention or ()), frozenset(self.feed_forward or ()))
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         rounds = _Rounds(self, state)
         return rounds if self.gamma > 0.0 else GraphableDecoder(self.d + 1, rounds)
 
@@ -97,38 +94,45 @@ class _Rounds:
 
     def __init__(self, settings: SkipDraft, state: DecodeState) -> None:
         self._settings, self._state = settings, state
-        self._stop = LearningStop(settings, state.batch.positions.device)
+        self._stop = AdaptiveStop(settings, state.batch.device)
 
     def __call__(self, max_tokens: int) -> Round:
         settings, state = self._settings, self._state
         stop: StopRule = NEVER if settings.gamma == 0.0 else self._stop
         d, L = min(settings.d, max_tokens - 1), state.model.config.n_layers
         drafted = draft(state, L, d, stop=stop, skipped=settings.skipped)
-        # Nothing of the draft's pass is used again.
+        # Verification runs all layers again, so it needs no state of the draft.
         drafted = replace(drafted, exits=[])
         result = accept_round(state, drafted, verify(state, 0, drafted))
         if d and not stop.never:
-            self._stop.learn(result, d, ~state.batch.finished)
+            self._stop.update(result, d, ~state.batch.finished)
         return result
 
 
-class LearningStop:
-    """Ends a draft after a token with less probability than gamma, and moves gamma."""
+class AdaptiveStop:
+    """Ends a draft after a token of less probability than gamma, which follows the acceptance rate.
+
+    The running rate starts at the target.
+    """
 
     never = False
 
     def __init__(self, settings: SkipDraft, device: torch.device) -> None:
-        """Begin at the settings' gamma, with a running acceptance rate as aimed at."""
         self._settings = settings
         self.gamma = torch.tensor(settings.gamma, device=device)
         self.rate = torch.tensor(settings.alpha, device=device)
 
-    def is_sure(self, logits: Tensor) -> Tensor:
-        """Return (batch,) bool for logits: (batch, 1, vocab)."""
-        return logits[:, 0].float().softmax(-1).amax(-1) >= self.gamma
+    def is_confident(self, logits: Tensor) -> Tensor:
+        return top_probability(logits[:, 0]) >= self.gamma
 
-    def learn(self, result: Round, d: int, active: Tensor) -> None:
-        """Take in a round of drafts of up to d tokens, of the rows that are `active`: (batch,)."""
+    def update(self, result: Round, d: int, active: Tensor) -> None:
+        """Update rate and gamma by a round of drafts of up to d tokens.
+
+        Args:
+            result: The round.
+            d: Most tokens of a draft.
+            active: (batch,) bool, rows that count.
+        """
         s = self._settings
         drafted = (result.drafted * active).sum()
         rate = (result.accepted * active).sum() / drafted.clamp(min=1)

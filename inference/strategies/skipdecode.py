@@ -1,4 +1,7 @@
-"""SkipDecode: later tokens run fewer layers."""
+"""SkipDecode (arXiv 2307.02628): later tokens run fewer layers.
+
+No later token reads a layer that an earlier one left out, so no keys have to be filled in.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +20,7 @@ from models.token_depth import FallingBudget, falling_budget
 
 @dataclass(frozen=True, kw_only=True)
 class SkipDecode(Strategy):
-    """Give later tokens fewer layers: the first few, and the topmost of what their budget leaves.
+    """Run fewer layers for later tokens: the first few, and the topmost that their budget allows.
 
     SkipDecode (arXiv 2307.02628), see `models.token_depth.FallingBudget`.
     """
@@ -33,19 +36,17 @@ class SkipDecode(Strategy):
     """New tokens over which the budget falls; later ones stay at min_layers."""
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with both budgets set."""
         budget = falling_budget(
             n_layers, self.warmup, self.max_layers, self.min_layers, self.length
         )
         return replace(self, max_layers=budget.most, min_layers=budget.least)
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the budgets."""
         return self.budget.problems(n_layers)
 
     @property
     def budget(self) -> FallingBudget:
-        """The rule, once both budgets are set."""
+        """The layers of each new token, once both settings are filled in."""
         assert self.max_layers is not None
         assert self.min_layers is not None
         return FallingBudget(
@@ -53,27 +54,25 @@ class SkipDecode(Strategy):
         )
 
     def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:
-        """Return the layers of the largest budget."""
         return n_layers, self.skipped(self.budget.most, n_layers)
 
     def skipped(self, budget: int, n_layers: int) -> SkippedParts:
-        """Return the layers that a token of this budget leaves out."""
+        """Return the layers l that a token of this budget leaves out."""
         return whole_layers(self.budget.left_out(budget, n_layers))
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         return partial(self._decode_one, state)
 
     def _decode_one(self, state: DecodeState, max_tokens: int) -> Round:
-        """Run the layers that any row takes; a row keeps its state where it takes none.
+        """Run the layers of any row's budget; rows without one in theirs keep their state there.
 
-        Such a row writes keys no later token of it will read: its budget never grows again.
+        Such a row writes keys that no later token of it reads: its budget never grows again.
         """
-        n_layers, rule = state.model.config.n_layers, self.budget
-        budgets = rule.at(state.batch.positions - state.batch.prompt_lengths)  # (batch,)
+        n_layers, rule, batch = state.model.config.n_layers, self.budget, state.batch
+        budgets = rule.at(batch.positions - batch.prompt_lengths)  # (batch,)
         h = state.embed_pending()
-        # The largest and the smallest budget are the host's to know: one question for both.
-        active = budgets.masked_fill(state.batch.finished, rule.least)
+        # The host needs the largest and the smallest budget: one sync for both.
+        active = budgets.masked_fill(batch.finished, rule.least)
         most, least = state.sync_list(torch.stack((active.max(), active.min())))
         some = rule.left_out(least, n_layers)[n_layers - most :]
         h = state.run(h, 0, some.stop, skipped=self.skipped(least, n_layers))
@@ -82,5 +81,4 @@ class SkipDecode(Strategy):
             assert takes is not None
             h = torch.where(takes[:, None, None], state.run(h, l, l + 1), h)
         h = state.run(h, some.stop, n_layers)
-        tokens = sample(state.distribution(h), state.generator)
-        return Round.plain(tokens, budgets)
+        return Round.plain(sample(state.distribution(h), state.generator), budgets)

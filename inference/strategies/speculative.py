@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from inference.engine.batch import Round
 from inference.engine.compiled import is_compiled
@@ -44,9 +45,7 @@ class Speculative(Strategy):
             found.append(
                 "draft: none, speculative needs the folder of a smaller model, give draft=DIR"
             )
-        if self.d < 1:
-            found.append(f"d: {self.d}, give at least 1 drafted token")
-        return found
+        return found + self.below(1, d="drafted token")
 
     def start(self, state: DecodeState) -> Decoder:
         """Load the draft model, compiled and quantized as the verifier is.
@@ -107,11 +106,11 @@ class TwoModels:
 
     def __init__(self, state: DecodeState, model: Llama) -> None:
         self._state = state
-        self._own = allocate(
+        self._drafter = allocate(
             model, len(state.batch), slots=state.cache.slots, sampling=state.sampling, seed=0
         )
         # The tokens that the draft model has run, by position; -1: none.
-        self._own.batch.history.fill_(-1)
+        self._drafter.batch.history.fill_(-1)
         self._caught_up: int | None = None
         """`num_prefills` of the batch when the draft model had last run all that rows held; None
         where it is behind."""
@@ -138,10 +137,10 @@ class TwoModels:
     @contextmanager
     def _counting(self) -> Iterator[None]:
         """Add what the draft model runs to the counts of draft models."""
-        self._own.counters = own = Counters()
+        self._drafter.counters = spent = Counters()
         yield
-        self._state.counters.draft_token_layers += own.token_layers
-        self._state.counters.draft_head_evaluations += own.head_evaluations
+        self._state.counters.draft_token_layers += spent.token_layers
+        self._state.counters.draft_head_evaluations += spent.head_evaluations
 
     def _no_draft(self) -> Draft:
         batch, vocab = self._state.batch, self._state.model.config.vocab_size
@@ -151,26 +150,26 @@ class TwoModels:
 
     def _draft(self, d: int) -> Draft:
         """Decode d tokens with the draft model."""
-        own, batch, run = self._own, self._state.batch, self._own.batch
-        run.positions.copy_(batch.positions)
-        run.finished.copy_(batch.finished)
-        run.max_position = batch.max_position
+        batch, ran = self._state.batch, self._drafter.batch
+        ran.positions.copy_(batch.positions)
+        ran.finished.copy_(batch.finished)
+        ran.max_position = batch.max_position
         # The token before the pending one may be the last of a draft accepted whole, which the
         # draft model has not run. Running it again does no harm.
         first = (batch.positions - 1).clamp(min=0)
         tokens = batch.history.gather(1, torch.stack((first, first + 1), dim=1))
-        h = own.run(own.model.embed(tokens), 0, own.model.config.n_layers, first=first)
+        h = self._run(tokens, first=first)
         h = h.gather(1, (batch.positions - first)[:, None, None].expand(-1, 1, h.shape[2]))
         drafts, q = [batch.pending[:, None]], []
         for i in range(d):
             if i:
-                h = own.run(own.model.embed(drafts[-1]), 0, own.model.config.n_layers, offset=i)
-            q.append(own.distribution(h))
+                h = self._run(drafts[-1], offset=i)
+            q.append(self._drafter.distribution(h))
             drafts.append(sample(q[-1], self._state.generator))
         positions = batch.positions[:, None] + torch.arange(d, device=batch.device)
-        positions = positions.clamp(max=run.history.shape[1] - 1)
-        run.history.scatter_(1, first[:, None], tokens[:, :1])
-        run.history.scatter_(1, positions, torch.cat(drafts[:-1], dim=1))
+        positions = positions.clamp(max=ran.history.shape[1] - 1)
+        ran.history.scatter_(1, first[:, None], tokens[:, :1])
+        ran.history.scatter_(1, positions, torch.cat(drafts[:-1], dim=1))
         return Draft(torch.cat(drafts[1:], dim=1), torch.cat(q, dim=1), None, [], [])
 
     def _catch_up(self) -> None:
@@ -179,9 +178,9 @@ class TwoModels:
         The tokens it has run are compared with those each row holds, so that a row with a new
         prompt needs no mark.
         """
-        own, batch, run = self._own, self._state.batch, self._own.batch
-        run.max_position = batch.max_position
-        same = (run.history == batch.history).long().cumprod(1).sum(1)
+        batch, ran = self._state.batch, self._drafter.batch
+        ran.max_position = batch.max_position
+        same = (ran.history == batch.history).long().cumprod(1).sum(1)
         count = max(self._state.sync_list(batch.positions - 1 - same))
         if count <= 0:
             return
@@ -189,5 +188,11 @@ class TwoModels:
         first = (batch.positions - 1 - count).clamp(min=0)
         positions = first[:, None] + torch.arange(count, device=batch.device)
         tokens = batch.history.gather(1, positions)
-        own.run(own.model.embed(tokens), 0, own.model.config.n_layers, first=first)
-        run.history.scatter_(1, positions, tokens)
+        self._run(tokens, first=first)
+        ran.history.scatter_(1, positions, tokens)
+
+    def _run(self, tokens: Tensor, *, offset: int = 0, first: Tensor | None = None) -> Tensor:
+        """Run all layers on tokens: (batch, seq) int64; the rest as in `DecodeState.run`."""
+        model = self._drafter.model
+        h = model.embed(tokens)
+        return self._drafter.run(h, 0, model.config.n_layers, offset=offset, first=first)

@@ -1,4 +1,4 @@
-"""Unified Layer Skipping: every new token runs the same evenly spaced layers."""
+"""Unified Layer Skipping (arXiv 2404.06954): new tokens run the same evenly spaced layers."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -22,22 +22,19 @@ class Unified(Strategy):
     speedup: float = 2.0
     """Layers of the model over layers run for a new token."""
     keep: tuple[int, ...] | None = None
-    """Layers l to run; from the speedup if not given."""
+    """Layers l to run; derived from the speedup if not given."""
 
     def with_defaults(self, n_layers: int) -> Self:
-        """Return a copy with `keep` set."""
         if self.keep is not None or not self.speedup >= 1.0:
             return self
         return replace(self, keep=unified_layers(n_layers, self.speedup))
 
     def problems(self, n_layers: int) -> list[str]:
-        """Return what is wrong with the layers."""
         if self.keep is None:
             return [f"speedup: {self.speedup}, unified needs at least 1"]
         default = replace(self, keep=None).with_defaults(n_layers).keep
         return keep_problems(self, self.keep, n_layers, default=default, setting="speedup")
 
     def start(self, state: DecodeState) -> Decoder:
-        """Begin to decode."""
         n_layers = state.model.config.n_layers
         return one_by_one(state, n_layers, other_layers(self.keep, n_layers))

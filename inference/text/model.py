@@ -7,9 +7,9 @@ Three lines lead from a run folder to a text:
     print(model.generate("def main(").text)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -25,6 +25,12 @@ from inference.text.stream import TextStream
 BATCH_SIZE = 8
 """Texts decoded at once, if not given."""
 _SEEDS = 2**64
+_NUMBERS: dict[str, tuple[bool, type]] = {
+    **{"max_new_tokens": (False, int), "temperature": (False, float)},
+    **{"top_k": (True, int), "top_p": (True, float), "seed": (False, int)},
+    **{"num_samples": (False, int), "batch_size": (True, int)},
+}
+"""Whether an option of `Model.stream` may be None, and its type."""
 
 
 class Options(TypedDict, total=False):
@@ -111,19 +117,18 @@ class Model:
             top_p: Keep the most probable tokens that sum to this probability; None keeps all.
             seed: Of every random draw, at least 0 and less than 2^64.
             num_samples: Continuations of each text, side by side.
-            batch_size: Texts decoded at once, of which the next takes the row of the first that
-                ends; None: 8 at most.
+            batch_size: Texts decoded at once; None: 8 at most.
 
         Raises:
             ValueError: A text or an option is not valid; the message names field, value and remedy.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        numbers = (max_new_tokens, temperature, top_k, top_p, seed, num_samples, batch_size)
+        _check(prompts, strategy, dict(zip(_NUMBERS, numbers, strict=True)))
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        if problems := _problems(seed, num_samples, temperature, batch_size):
-            raise ValueError("; ".join(problems))
-        texts = [text for text in texts for _ in range(num_samples)]
+        given = [prompts] if isinstance(prompts, str) else prompts
+        texts = [text for text in given for _ in range(num_samples)]
         rows = max(1, min(batch_size or BATCH_SIZE, len(texts)))
-        chosen, _ = choose_strategy(self.run, strategy, batch_size=rows)
+        chosen, _ = choose_strategy(self.run, strategy, batch_size=rows, temperature=temperature)
         check_tokenizer(chosen, self.run)
         return TextStream(
             self.run,
@@ -158,9 +163,35 @@ def load(
     Raises:
         ValueError: There is no checkpoint, it is damaged, or an option is not valid.
     """
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if not isinstance(path, str | Path) or not str(path):
+        raise ValueError(f"path: {path!r}, give the folder of a run or a checkpoint")
+    name = str(dtype).removeprefix("torch.") if dtype is not None else None
     run = load_run(Path(path), device=str(device), dtype=name, quantize=quantize, compiled=compile)
     return Model(run)
+
+
+def _check(prompts: object, strategy: object, numbers: Mapping[str, Any]) -> None:
+    """Raise a ValueError with every argument that is of no use, and a remedy."""
+    names = ("seed", "num_samples", "temperature", "batch_size")
+    found = _type_problems(prompts, strategy, numbers)
+    found = found or _problems(*(numbers[name] for name in names))
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def _type_problems(prompts: object, strategy: object, numbers: Mapping[str, object]) -> list[str]:
+    """Return which arguments are of a type that cannot be used."""
+    found = []
+    if isinstance(prompts, bytes) or not isinstance(prompts, str | Sequence):
+        found.append(f"prompts: {prompts!r}, give a text or a list of texts")
+    if strategy is not None and not isinstance(strategy, str | Strategy):
+        found.append(f"strategy: {strategy!r}, give a text such as 'self_speculative:E=2:d=4'")
+    for name, value in numbers.items():
+        optional, kind = _NUMBERS[name]
+        fits = isinstance(value, (int, float) if kind is float else int)
+        if isinstance(value, bool) or not (fits or (optional and value is None)):
+            found.append(f"{name}: {value!r}, give a {'' if kind is float else 'whole '}number")
+    return found
 
 
 def _problems(seed: int, num_samples: int, temperature: float, batch_size: int | None) -> list[str]:

@@ -149,14 +149,17 @@ def slow_loader(on_rank, rank, seconds):
 
 
 def flip_bit(on_rank, rank, t):
-    """Flip the lowest bit of one number of rank `rank`'s weights before step t."""
+    """Flip one bit of one number of rank `rank`'s weights before step t.
+
+    Not the lowest: the update of the step may round that difference away.
+    """
     if on_rank != rank:
         return
 
     def flip(model):
         weight = model.layers["1"].feed_forward.w1.weight
         with torch.no_grad():
-            weight.to_local().view(torch.int32).flatten()[3] ^= 1
+            weight.to_local().view(torch.int32).flatten()[3] ^= 1 << 10
 
     _before_step(t, flip)
 

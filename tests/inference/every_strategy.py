@@ -1,4 +1,4 @@
-"""What the tests of all strategies share: a model whose layers disagree, prompts, a slow form."""
+"""Shared by the tests of all strategies: a model whose layers disagree, prompts, a slow form."""
 
 import torch
 
@@ -24,16 +24,19 @@ def decode(model, prompts, strategy, **options):
 def slow_greedy(model, prompt, count, parts_of):
     """Decode without a cache: all tokens again for every new one.
 
-    `parts_of(place, prompt_length)` is what the token at `place` leaves out; for a token that skips
-    a layer, later tokens must not look at it there, so only rules under which they never would can
-    be checked like this.
+    `parts_of(position, prompt_length)` are the parts that the token at `position` leaves out; for a
+    token that skips a layer, later tokens must not attend to it there, so only rules under which
+    they never do can be checked like this.
     """
     tokens = list(prompt)
     n_layers = model.config.n_layers
     for _ in range(count):
         h = model.embed(torch.tensor([tokens]))
         for l in range(n_layers):
-            runs = [l not in parts_of(place, len(prompt)).attention for place in range(len(tokens))]
+            runs = [
+                l not in parts_of(position, len(prompt)).attention
+                for position in range(len(tokens))
+            ]
             after, _ = model.run_layers(h, l, l + 1, skipped=NOTHING)
             h = torch.where(torch.tensor(runs)[None, :, None], after, h)
         tokens.append(int(model.exit_logits(h[:, -1]).argmax(-1)))

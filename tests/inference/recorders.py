@@ -17,7 +17,7 @@ DRAWS = (torch.ops.aten.exponential_.default, torch.ops.aten.uniform_.default)
 
 
 class NoDraws(TorchDispatchMode):
-    """Leaves out draws from a generator, which tensors without data do not know."""
+    """Leaves out draws from a generator, which tensors without data have none of."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return args[0] if function in DRAWS else function(*args, **(kwargs or {}))

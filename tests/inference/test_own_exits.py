@@ -86,7 +86,7 @@ def test_what_is_lossless_gives_the_plain_greedy_tokens(model, strategy):
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_drafts_are_what_the_exit_says_through_its_own_parts(model, part):
+def test_drafts_are_what_the_exit_predicts_through_its_own_parts(model, part):
     for E in (2, 3, 4):
         state = allocate(model, 4, slots=30, sampling=Sampling(), seed=0)
         prefill(state, PROMPTS, (L, NOTHING))
@@ -95,9 +95,9 @@ def test_drafts_are_what_the_exit_says_through_its_own_parts(model, part):
         assert drafted.tokens.tolist() == [slow_greedy(model, prompt, 4, E) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("rule", "leaves"), test_row_exits.RULES, ids=range(4))
-def test_rows_leave_where_the_slow_form_says_and_say_what_it_says(model, rule, leaves):
-    expected = [test_row_exits.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
+@pytest.mark.parametrize(("rule", "exiting"), test_row_exits.RULES, ids=range(4))
+def test_rows_exit_where_the_slow_form_does_with_its_tokens(model, rule, exiting):
+    expected = [test_row_exits.slow_form(model, prompt, 15, exiting) for prompt in PROMPTS]
     for options in ({}, {"batch_size": 1}):
         found = decode(model, PROMPTS, rule, max_new_tokens=15, **options)
         assert found.tokens == [tokens for tokens, _ in expected]
@@ -106,22 +106,22 @@ def test_rows_leave_where_the_slow_form_says_and_say_what_it_says(model, rule, l
 
 
 @pytest.mark.parametrize("rule", [rule for rule in test_free.RULES if not rule.adapt], ids=range(7))
-def test_tokens_that_wait_leave_where_the_slow_form_says(model, rule):
+def test_deferred_tokens_exit_where_the_slow_form_does(model, rule):
     expected = [test_free.slow_form(model, prompt, 20, rule) for prompt in PROMPTS]
     found = decode(model, PROMPTS, rule)
     assert found.tokens == [tokens for tokens, _ in expected]
 
 
-def test_a_gate_leaves_to_the_exits_own_parts(model, tmp_path):
+def test_a_gate_exits_to_the_exits_own_parts(model, tmp_path):
     save_gate(tmp_path / "gate", random_gate("linear"), model)
-    asked = Gate(path=tmp_path / "gate", threshold=0.45)
+    rule = Gate(path=tmp_path / "gate", threshold=0.45)
 
-    def leaves(E, h, before, said, t):
+    def exiting(E, h, before, predicted, t):
         gate = random_gate("linear")
         return gate.score(E, h[None], h[None]).item() >= 0.45
 
-    expected = [test_row_exits.slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
-    found = decode(model, PROMPTS, asked, max_new_tokens=15)
+    expected = [test_row_exits.slow_form(model, prompt, 15, exiting) for prompt in PROMPTS]
+    found = decode(model, PROMPTS, rule, max_new_tokens=15)
     assert found.tokens == [tokens for tokens, _ in expected]
     assert len(found.counters.depths) > 2
 
@@ -137,7 +137,7 @@ def test_what_a_map_gives_is_read_as_the_last_layers_state(model, tmp_path):
         assert decode(model, [prompt], calm).tokens[0][0] == tokens[0]
 
 
-def test_maps_are_measured_against_what_own_parts_say(model):
+def test_maps_are_measured_against_what_own_parts_predict(model):
     windows = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(3))
     jump = JumpMap({f"{E}.B": torch.zeros(32, 32) for E in range(1, L)})
     _, x = model.run_layers(model.embed(windows), 0, L, exit_layers=range(L))
@@ -145,18 +145,18 @@ def test_maps_are_measured_against_what_own_parts_say(model):
     for fit in measure_jump(model, jump, windows):
         state = x[fit.E - 1].flatten(0, 1)
         for found, E in ((fit.agreement_identity, fit.E), (fit.agreement, None)):
-            said = slow_logits(model, state, E).argmax(-1)
-            assert found == pytest.approx((said == last).float().mean().item())
+            predicted = slow_logits(model, state, E).argmax(-1)
+            assert found == pytest.approx((predicted == last).float().mean().item())
 
 
-def test_agreement_that_dynamic_sees_is_what_a_full_forward_finds(model, started):
+def test_agreement_that_dynamic_observes_is_what_a_full_forward_finds(model, started):
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_costs=(100.0,))
     generation = decode(model, [[7, 8, 7]], settings, max_new_tokens=30)
     ids = [7, 8, 7] + generation.tokens[0]
-    said = slow_choices(model, ids)[:, 2:-1]
+    predicted = slow_choices(model, ids)[:, 2:-1]
     started[0].read_stats(started[0].rounds + 1)
     for E in range(1, L):
-        agreed = (said[E - 1] == said[L - 1]).sum().item()
+        agreed = (predicted[E - 1] == predicted[L - 1]).sum().item()
         assert started[0].exits[E].agreed == pytest.approx(1.0 + agreed, abs=0.01)
 
 
@@ -174,12 +174,12 @@ def test_drafting_with_own_parts_costs_what_it_reads(model, started):
     assert started[0].draft_costs == pytest.approx(expected)
 
 
-def test_traces_and_the_oracle_record_what_own_parts_say(model):
+def test_traces_and_the_oracle_record_what_own_parts_predict(model):
     ids = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(3))[0].tolist()
-    said = slow_choices(model, ids)
-    assert torch.equal(record_exits(model, ids, 1), said[:, :-1])
+    predicted = slow_choices(model, ids)
+    assert torch.equal(record_exits(model, ids, 1), predicted[:, :-1])
     trace = record(model, torch.tensor([ids]), range(1, L), "")
-    assert torch.equal(trace.agrees, said[:-1] == said[-1])
+    assert torch.equal(trace.agrees, predicted[:-1] == predicted[-1])
 
 
 def test_evaluates_table_equals_a_slow_one(model):

@@ -27,7 +27,7 @@ def model():
 
 @torch.inference_mode()
 def decoded_logits(model, prompt, start, prefill_layers):
-    """Return what decoding says at each token of RESPONSE, which it is made to give."""
+    """Return the logits of decoding at each token of RESPONSE, which is forced."""
     state = allocate(model, 1, slots=40, sampling=Sampling(), seed=0)
     for buffer in state.cache.keys + state.cache.values:
         buffer.fill_(torch.nan)  # whatever reads a slot that nobody wrote becomes NaN
@@ -43,7 +43,7 @@ def decoded_logits(model, prompt, start, prefill_layers):
 
 
 def trained_logits(model, prompt, config, exits=None):
-    """Return what the training forward says there: a row of prompt and response."""
+    """Return the logits of the training forward there: a row of prompt and response."""
     row = torch.tensor([[*prompt, *RESPONSE]])
     learnt = torch.arange(row.shape[1] - 1)[None] >= len(prompt) - 1
     layers = token_layers(config, L, learnt, None, exits)
@@ -80,10 +80,10 @@ def test_mixed_training_computes_what_projecting_an_early_exit_does(model):
     assert len(set(exits[0])) > 3
 
     def start(state):
-        def leaves(seen):
-            return torch.tensor([exits[0, int(state.batch.positions)] == seen.E])
+        def exiting(exit_):
+            return torch.tensor([exits[0, int(state.batch.positions)] == exit_.E])
 
-        return decode_until_sure(state, range(1, L), lambda: leaves)
+        return decode_until_sure(state, range(1, L), lambda: exiting)
 
     decoded = decoded_logits(model, prompt, start, (L, NOTHING))
     trained = trained_logits(model, prompt, config, torch.from_numpy(exits))

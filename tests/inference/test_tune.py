@@ -19,6 +19,7 @@ from inference.evaluation.round_breakdown import (
     round_table,
     round_terms,
 )
+from inference.loading.machine import processor
 from inference.loading.run import load_run
 from inference.loading.tuned import (
     Conditions,
@@ -259,14 +260,25 @@ def test_the_quick_form_measures_little(folder, tmp_path, monkeypatch, capsys):
     assert found["strategy"] == read_tuned(load_run(folder), None).strategy
 
 
-def test_other_conditions_are_named_in_the_same_line(folder, monkeypatch, capsys):
-    tune_a_little(monkeypatch, folder, "--top", 1, "--max_d", 1, "--batch_size", 2)
-    assert read_tuned(load_run(folder), None).conditions == Conditions(
-        batch_size=2, compiled=False, quantize=None, dtype="float32", device="cpu"
+def test_a_strategy_tuned_under_other_conditions_is_named_and_not_taken(
+    folder, monkeypatch, capsys
+):
+    tune_a_little(
+        monkeypatch, folder, "--top", 1, "--max_d", 1, "--batch_size", 2, "--temperature", 0.5
     )
+    assert read_tuned(load_run(folder), None).conditions == Conditions(
+        batch_size=2, compiled=False, quantize=None, dtype="float32", device="cpu", temperature=0.5,
+        processor=processor(torch.device("cpu")), threads=torch.get_num_threads(),
+    )  # fmt: skip
     capsys.readouterr()
     err = generate_a_little(monkeypatch, capsys, folder, "--dtype", "bfloat16")
-    assert "but with batch_size 2 (now 1), dtype float32 (now bfloat16): tune again" in err
+    assert err.startswith("strategy: autoregressive, plain decoding; ")
+    write_tuned(load_run(folder), None, tuned_under(load_run(folder), "early_exit:E=2"), {})
+    assert "for this checkpoint: early_exit:E=2\n" in generate_a_little(
+        monkeypatch, capsys, folder
+    ), "each of several conditions has its own"
+    changes = "batch_size 2 (now 1), dtype float32 (now bfloat16), temperature 0.5 (now 0.0)"
+    assert f" was tuned with {changes}, tune again for these\n" in err
     assert err.count("\n") == 2  # and the counts
 
 

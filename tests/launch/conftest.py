@@ -91,7 +91,7 @@ class Slurm:
                 return state, restarts
             if state == "PENDING" and restarts > hurried:
                 hurried = restarts
-                time.sleep(3)  # or the nodes take the job for the one they were told to forget
+                time.sleep(3)  # or the nodes take the job for the one they were to forget
                 subprocess.run(
                     ["scontrol", "update", f"JobId={job}", "StartTime=now"],
                     env=self.environment, check=False, capture_output=True,
@@ -102,7 +102,7 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
-    """Start SLURM, or skip and say why that is not possible here."""
+    """Start SLURM, or skip with the reason why that is not possible here."""
     needed = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     if missing := [name for name in needed if shutil.which(name, path=path) is None]:

@@ -41,6 +41,7 @@ def test_an_unknown_verb_is_one_line(verb, hint, monkeypatch, capsys):
 
 
 def test_a_verb_is_its_module(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "train.sweep", raising=False)
     with pytest.raises(SystemExit) as stop:
         skipstone(monkeypatch, "sweep", "--help")
     assert stop.value.code == 0

@@ -43,7 +43,7 @@ def finish(config, state="finished"):
     """Leave what a run of this learning rate would: its losses, and how it stands."""
     config.run_dir.mkdir(parents=True)
     line = {"validation/loss": 1 / config.optim.lr, "step": 7}
-    line |= {f"validation/loss_exit_{E:02}": E - 1 + config.optim.lr for E in (1, 2)}
+    line |= {f"validation/loss_exit_{l:02}": l + config.optim.lr for l in range(2)}
     lines = [json.dumps({"loss": 1}), json.dumps(line), json.dumps({"loss": 2})]
     (config.run_dir / "metrics.jsonl").write_text("\n".join(lines))
     write_status([config.run_dir / "status.json"], state, 7)
@@ -169,7 +169,7 @@ def test_a_sweep_is_submitted_as_one_array_job(fake_sbatch, capsys):
     assert Path(file).read_text() == lines
 
 
-def test_what_sbatch_refuses_is_said(fake_sbatch, monkeypatch):
+def test_what_sbatch_refuses_is_reported(fake_sbatch, monkeypatch):
     monkeypatch.setenv("FAILS", "1")
     with pytest.raises(ValueError, match="sbatch: refused 2 tasks of "):
         sweep(["demo", "--grid", GRID[0], "--sbatch"])
@@ -180,7 +180,7 @@ def test_what_sbatch_refuses_is_said(fake_sbatch, monkeypatch):
 
 def test_a_word_that_a_line_cannot_hold_is_refused(fake_sbatch):
     for word in ("two words", ""):
-        with pytest.raises(ValueError, match=f"options: '{word}' reads as two words"):
+        with pytest.raises(ValueError, match=f"options: '{word}' is not one word"):
             sweep(["demo", "--grid", GRID[0], "--sbatch", "--", "--data.input", word])
     assert not fake_sbatch.exists()
     assert not Path("outputs").exists()

@@ -67,7 +67,7 @@ class _CommandLine:
 
 
 def parse(arguments: Sequence[str], *, show: bool) -> Command:
-    """Return what `[PRESET] [--config FILE] [--section.field VALUE ...] [--dry_run ...]` asks for.
+    """Read `[PRESET] [--config FILE] [--section.field VALUE ...] [--dry_run ...]`.
 
     Args:
         arguments: The command line without the program's name.

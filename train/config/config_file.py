@@ -158,7 +158,7 @@ def _convert(value: object, hint: Any) -> object:
         return _convert_list(value, get_args(hint))
     if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
-            return float(value)  # 1e-3 is text to YAML, which wants 1.0e-3
+            return float(value)  # to YAML 1e-3 is text, 1.0e-3 a number
         except (ValueError, OverflowError):
             pass
     elif type(value) is hint:

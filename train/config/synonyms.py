@@ -41,7 +41,7 @@ _OPTIONS = {
 }  # fmt: skip
 _REMEDIES = {
     "fp16 float16 half": "set --parallel.param_dtype to bfloat16 or float32",
-    "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches accumulation":
+    "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches accum":
         "set --data.microbatch_size, the sequences a rank takes at once: the rest of its share of "
         "--data.global_batch_size is accumulated",
     "epochs epoch num_epochs num_train_epochs max_epochs":
@@ -53,6 +53,9 @@ _REMEDIES = {
         "leave it out, a dataset has its own: python -m data.prepare --tokenizer MODEL",
     "gpus num_gpus devices nproc_per_node nproc num_processes world_size nnodes num_nodes":
         "give it to torchrun, as in torchrun --nproc_per_node=8 train/main.py",
+    "device accelerator": "leave it out, training takes the GPUs there are, or the CPU",
+    "num_workers workers dataloader_num_workers":
+        "leave it out, one thread of a rank reads ahead; data.prepare has --workers",
     "preset model model_name model_size size":
         "name a preset first, as in train/main.py layerskip_110m, see --help",
 }  # fmt: skip

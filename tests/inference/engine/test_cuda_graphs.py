@@ -31,7 +31,7 @@ from tests.inference.recorders import Rerunner, on_device_alone, rerunning
 from tests.models.test_llama import build, small
 
 SKIP_DRAFT = SkipDraft(d=3, gamma=0.0, attention=(1,), feed_forward=(2,))
-FIXED = [
+GRAPHABLE = [
     Autoregressive(),
     EarlyExit(E=2),
     SelfSpeculative(E=2, d=3),
@@ -64,7 +64,7 @@ def counts(generation):
     return {name: n for name, n in counters.items() if not name.endswith("seconds")}
 
 
-@pytest.mark.parametrize("strategy", FIXED, ids=describe)
+@pytest.mark.parametrize("strategy", GRAPHABLE, ids=describe)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_tokens_and_counts_are_those_without_graphs(model, strategy, batch_size):
     prompts = MORE_PROMPTS if batch_size > 1 else MORE_PROMPTS[:4]
@@ -130,8 +130,8 @@ def test_windows_are_few_and_hold_every_token(another_model):
         assert batch.recorder.recorded <= 3 * most
 
 
-@pytest.mark.parametrize("strategy", FIXED, ids=describe)
-def test_the_host_knows_the_same_length_after_every_round(model, strategy):
+@pytest.mark.parametrize("strategy", GRAPHABLE, ids=describe)
+def test_the_host_keeps_the_same_length_after_every_round(model, strategy):
     seen = []
     for recorder in (None, Rerunner()):
         state = allocate(model, 3, slots=60, sampling=Sampling(), seed=0)
@@ -140,8 +140,8 @@ def test_the_host_knows_the_same_length_after_every_round(model, strategy):
         if recorder is not None:
             decoder = graphed(state, decoder, recorder)
         seen.append([])
-        for room in (9, 9, 9, 9, 2, 2, 2, 9, 1, 1, 1, 9):
-            decoder(room)
+        for max_tokens in (9, 9, 9, 9, 2, 2, 2, 9, 1, 1, 1, 9):
+            decoder(max_tokens)
             assert state.batch.max_position >= int(state.batch.positions.max())
             seen[-1].append(
                 (state.batch.max_position, deepcopy(state.counters), state.batch.positions.tolist())
@@ -176,7 +176,7 @@ def test_every_replay_draws_on_and_the_seed_decides(model, text):
         "free:exits=1+3:threshold=0.08:max_pending=4",
     ],
 )
-def test_rounds_that_ask_are_run_as_they_are(model, text):
+def test_rounds_that_sync_are_run_as_they_are(model, text):
     strategy, (graphs, recorders) = parse_strategy(text), rerunning()
     for _ in range(2):  # what one generation learned is not the next one's
         plain = decode(model, MORE_PROMPTS, strategy, batch_size=2)
@@ -188,7 +188,7 @@ def test_rounds_that_ask_are_run_as_they_are(model, text):
 
 def test_arms_in_turn_share_a_batch_and_keep_their_graphs(model):
     graphs, recorders = rerunning()
-    arms = [strategy.with_defaults(4) for strategy in FIXED]
+    arms = [strategy.with_defaults(4) for strategy in GRAPHABLE]
     plain = [decode(model, PROMPTS, arm).tokens for arm in arms]
     recorded = []
     for _ in range(3):
@@ -229,7 +229,9 @@ def test_measurements_take_graphs(model):
     assert min(r.peak_bytes for r in ours) >= recorders[0].idle_bytes()
     costs = measure_costs(model, [[1, 2, 3], [4, 5, 6]], 2, graphs)
     assert (len(costs.draft), len(costs.layers)) == (3, 3)
-    assert recorders[2].recorded == 4 + 2 * 3 + 2 * 3 + 1 + 1, "step, pass, round, guess, look"
+    assert recorders[2].recorded == 4 + 2 * 3 + 2 * 3 + 1 + 1, (
+        "step, pass, round, lookups, all heads"
+    )
 
 
 def test_a_copy_is_of_the_numbers_as_they_were():
@@ -244,17 +246,17 @@ def test_only_gpus_have_graphs():
     assert round_graphs(torch.device("cuda", 1)) is not None
 
 
-def test_a_decoder_that_asks_is_found_out_before_it_is_recorded(model):
+def test_a_decoder_that_syncs_is_refused_before_it_is_captured(model):
     state = allocate(model, 1, slots=20, sampling=Sampling(), seed=0)
     prefill(state, [[1, 2]], (4, NOTHING))
 
-    def asks(n):
+    def syncs(n):
         state.sync_bool(state.batch.positions.sum() > 0)
         return Round.plain(state.batch.pending[:, None])
 
     recorder = Rerunner()
     with pytest.raises(AssertionError, match="may not sync with the host"):
-        GraphedRounds(state, GraphableDecoder(1, asks), recorder)(1)
+        GraphedRounds(state, GraphableDecoder(1, syncs), recorder)(1)
     assert recorder.recorded == 0
 
 
@@ -272,14 +274,14 @@ def start_on_no_data(strategy, *, temperature=0.0):
         state.sampling = Sampling(temperature=temperature, top_k=5, top_p=0.9)
         state.generator = torch.Generator()
         if isinstance(strategy, Speculative):
-            decoder.run._own.sampling = state.sampling
+            decoder.run._drafter.sampling = state.sampling
     return state, decoder
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strategy", FIXED, ids=describe)
+@pytest.mark.parametrize("strategy", GRAPHABLE, ids=describe)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_rounds_neither_ask_nor_take_anything_of_the_host(monkeypatch, strategy, temperature):
+def test_rounds_neither_sync_nor_take_anything_of_the_host(monkeypatch, strategy, temperature):
     monkeypatch.setattr(speculative._load(), "model", on_no_data(n_layers=2))
     state, decoder = start_on_no_data(strategy, temperature=temperature)
     assert isinstance(decoder, GraphableDecoder)
@@ -319,7 +321,7 @@ def test_what_a_round_may_not_do_is_seen(monkeypatch, mistake):
 
 
 @torch.no_grad()
-def test_strategies_that_ask_are_not_fixed():
+def test_strategies_that_sync_are_not_graphable():
     _, decoder = start_on_no_data(parse_strategy("self_speculative:E=2:d=3:stop=0.5"))
     assert not isinstance(decoder, GraphableDecoder)
     with on_device_alone(), pytest.raises(RuntimeError, match="meta"):

@@ -15,7 +15,7 @@ from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import describe
 from inference.strategies.self_speculative import SelfSpeculative
 from models.host_copy import HostCopy
-from tests.inference.engine.test_cuda_graphs import FIXED, MORE_PROMPTS, counts
+from tests.inference.engine.test_cuda_graphs import GRAPHABLE, MORE_PROMPTS, counts
 from tests.inference.every_strategy import decode, make_model
 from tests.models.test_llama import build, small
 
@@ -54,7 +54,7 @@ def waiting_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("strategy", FIXED, ids=describe)
+@pytest.mark.parametrize("strategy", GRAPHABLE, ids=describe)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_tokens_and_counts_are_those_without_graphs(model, strategy, batch_size):
     whole = decode(model, MORE_PROMPTS, strategy).tokens
@@ -67,7 +67,7 @@ def test_tokens_and_counts_are_those_without_graphs(model, strategy, batch_size)
         assert counts(ours) == counts(plain)
 
 
-@pytest.mark.parametrize("strategy", FIXED, ids=describe)
+@pytest.mark.parametrize("strategy", GRAPHABLE, ids=describe)
 def test_compiled_layers_in_graphs_give_the_same_tokens(model, compiled_model, strategy):
     plain = decode(model, MORE_PROMPTS, strategy, max_new_tokens=60).tokens
     graphs = round_graphs(CUDA)
@@ -93,7 +93,7 @@ def test_every_replay_draws_anew_and_the_seed_decides(strategy):
     assert sampled(1) == first != sampled(2)
 
 
-@pytest.mark.parametrize("strategy", FIXED, ids=describe)
+@pytest.mark.parametrize("strategy", GRAPHABLE, ids=describe)
 def test_rounds_that_are_replayed_wait_for_nothing(model, strategy):
     graphs = round_graphs(CUDA)
     options = {"max_new_tokens": 80, "graphs": graphs}

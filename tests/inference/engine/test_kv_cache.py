@@ -1,4 +1,4 @@
-"""Slots are written at their positions, and only written ones are looked at."""
+"""Slots are written at their positions, and only written ones are read."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Distributions as asked for, draws in proportion, and the acceptance rule's cases."""
+"""Distributions and their filters, draws in proportion, and the acceptance rule's cases."""
 
 import math
 
@@ -135,7 +135,7 @@ def test_an_empty_draft_draws_from_p():
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_what_stands_behind_a_shorter_draft_is_not_looked_at(count):
+def test_tokens_beyond_a_shorter_draft_are_ignored(count):
     p = torch.tensor([0.25, 0.25, 0.5, 0.0]).expand(2000, 3, 4)
     q = p[:, :2].clone()
     q[:, count:] = one_hot(2)

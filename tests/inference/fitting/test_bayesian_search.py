@@ -1,4 +1,4 @@
-"""The search fits what it has seen as it says, measures nothing twice, and finds what is best."""
+"""The search fits what it has measured, measures nothing twice, and finds what is best."""
 
 import math
 import random

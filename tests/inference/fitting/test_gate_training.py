@@ -1,4 +1,4 @@
-"""Losses of gates against slow forms, and fitted gates that tell right from wrong."""
+"""Losses of gates against slow forms, and fitted gates separate right from wrong."""
 
 import math
 
@@ -18,7 +18,7 @@ from inference.strategies.gate_classifiers import STOPPING
 
 
 def learnable(tokens=4000, dim=8):
-    """States whose first number says whether the exit is right."""
+    """States whose first number decides whether the exit is right."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(3, tokens, dim, generator=generator)
     agrees = states[..., 0] > torch.tensor([1.0, 0.0, -1.0])[:, None]
@@ -55,7 +55,7 @@ def test_both_answers_weigh_the_same_in_the_balanced_loss():
 
 
 @pytest.mark.parametrize("form", ["lte", "linear", "mlp", "halting"])
-def test_a_fitted_gate_tells_right_from_wrong(form):
+def test_a_fitted_gate_separates_right_from_wrong(form):
     trace = learnable()
     gate = fit_gate(trace, form, epochs=20, hidden=16, seed=0)
     scores = all_scores(gate, trace.states)

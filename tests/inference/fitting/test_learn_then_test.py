@@ -42,14 +42,14 @@ def test_no_evidence_and_much_evidence():
 
 def test_testing_ends_at_the_first_threshold_that_is_not_certified():
     risks = {1.0: 0.0, 0.9: 0.01, 0.8: 0.3, 0.7: 0.0}
-    asked = []
+    tested_thresholds = []
 
     def losses(threshold):
-        asked.append(threshold)
+        tested_thresholds.append(threshold)
         return [risks[threshold]] * 200
 
     tested = certify([*risks], losses, delta=0.1, eps=0.05)
-    assert asked == [1.0, 0.9, 0.8]
+    assert tested_thresholds == [1.0, 0.9, 0.8]
     assert [t.certified for t in tested] == [True, True, False]
 
 

@@ -13,7 +13,7 @@ def model():
     return make_model()
 
 
-def test_a_trace_holds_what_the_exits_see_and_say(model):
+def test_a_trace_holds_states_gaps_and_agreement_of_the_exits(model):
     windows = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(3))
     trace = record(model, windows, EXITS, "")
     _, x = model.run_layers(model.embed(windows), 0, 6, exit_layers=range(6))

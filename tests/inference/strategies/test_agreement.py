@@ -1,4 +1,4 @@
-"""What is learnt about agreement is what the rounds show, and the best E and d follow."""
+"""Agreement is estimated from what the rounds show, and the best E and d follow."""
 
 import pytest
 import torch
@@ -7,54 +7,54 @@ from inference.engine.batch import Round
 from inference.strategies.agreement import (
     Agreement,
     best_pair,
-    drafts_that_agreed,
-    lookups_that_agreed,
+    count_agreed_drafts,
+    count_agreed_lookups,
 )
 from inference.strategies.drafting import NgramDrafts
 
 
 def test_agreement_less_its_standard_error_worked_by_hand():
-    for agreed, seen, expected in (
+    for agreed, tried, expected in (
         (80.0, 100.0, 0.8 - 0.04),
         (1.0, 2.0, 0.5 - 0.5 / 2**0.5),
         (10.0001, 10.0, 1.0),
         (0.01, 3.0, 0.0),
     ):
-        found = Agreement(0.9, agreed=agreed, seen=seen).at_least()
+        found = Agreement(0.9, agreed=agreed, tried=tried).lower_bound()
         assert found == pytest.approx(expected)
     agreement = Agreement(0.5)
     agreement.add(2.0, 3.0)
     agreement.add(0.0, 4.0)
-    assert (agreement.agreed, agreement.seen) == (0.25 + 1.0, 0.5 + 1.5 + 4.0)
+    assert (agreement.agreed, agreement.tried) == (0.25 + 1.0, 0.5 + 1.5 + 4.0)
 
 
-def test_drafts_that_agreed_worked_by_hand():
+def test_agreed_drafts_worked_by_hand():
     # Accepted whole, none, one of three, nothing drafted.
     result = Round(
         torch.zeros(4, 4), torch.tensor([3, 0, 1, 0]), drafted=torch.tensor([3, 3, 3, 0])
     )
     rows = torch.ones(4, dtype=torch.bool)
-    assert drafts_that_agreed(result, rows).tolist() == [3 + 0 + 1 + 0, 3 + 1 + 2 + 0]
+    assert count_agreed_drafts(result, rows).tolist() == [3 + 0 + 1 + 0, 3 + 1 + 2 + 0]
     rows[0] = False
-    assert drafts_that_agreed(result, rows).tolist() == [1, 3]
+    assert count_agreed_drafts(result, rows).tolist() == [1, 3]
 
 
-def test_guesses_are_held_against_what_was_found_worked_by_hand():
-    guesses = NgramDrafts(
+def test_agreed_lookups_worked_by_hand():
+    lookups = NgramDrafts(
         torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
         torch.tensor([True, True, True, True, False]),
         vocab_size=10,
     )
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     result = Round(tokens, torch.tensor([3, 2, 0, 3, 3]), torch.full((5,), 3))
-    live = torch.ones(5, dtype=torch.bool)
-    # By row: 3 of 3, 2 of 3, then only the first token is known, then a wrong one, then no guess.
-    assert lookups_that_agreed(guesses, result, live).tolist() == [3 + 2 + 1, 3 + 3 + 1 + 1]
-    live[1] = False
-    assert lookups_that_agreed(guesses, result, live).tolist() == [3 + 1, 3 + 1 + 1]
+    rows = torch.ones(5, dtype=torch.bool)
+    # By row: 3 of 3, 2 of 3, then only the first token is known, then a wrong one, then no lookup.
+    assert count_agreed_lookups(lookups, result, rows).tolist() == [3 + 2 + 1, 3 + 3 + 1 + 1]
+    rows[1] = False
+    assert count_agreed_lookups(lookups, result, rows).tolist() == [3 + 1, 3 + 1 + 1]
     plain = Round(tokens[:, :1], torch.zeros(5, dtype=torch.int64), torch.zeros(5))
-    live[1] = True
-    assert lookups_that_agreed(guesses, plain, live).tolist() == [3, 4]
+    rows[1] = True
+    assert count_agreed_lookups(lookups, plain, rows).tolist() == [3, 4]
 
 
 def test_the_best_pair_worked_by_hand():

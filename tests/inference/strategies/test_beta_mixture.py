@@ -153,7 +153,7 @@ def thresholds_of(stream, cuts, prompts=((0, 400),)):
             part = [stream[(first + t + i) % len(stream)] for i in range(drafted)]
             part[count:] = [(0.123, True)] * (drafted - count)
             c, y = (torch.tensor(x)[None, :, None] for x in zip(*part, strict=True))
-            memory.learn(c, y, torch.ones_like(y))
+            memory.update(c, y, torch.ones_like(y))
             t += count
         found.append(row)
     return found

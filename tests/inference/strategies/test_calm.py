@@ -25,9 +25,9 @@ def test_thresholds_and_gaps_worked_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     assert softmax_gap(logits).item() == pytest.approx(0.2)
     sure = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])  # gaps of exactly 1 and 0
-    seen = ExitObservation(1, sure, sure, lambda: sure, torch.zeros(2, dtype=torch.int64))
-    assert Calm(threshold=1.0).leaves(seen).tolist() == [True, False]
-    assert Calm(threshold=0.0).leaves(seen).tolist() == [True, True]
+    exit_ = ExitObservation(1, sure, sure, lambda: sure, torch.zeros(2, dtype=torch.int64))
+    assert Calm(threshold=1.0).exiting(exit_).tolist() == [True, False]
+    assert Calm(threshold=0.0).exiting(exit_).tolist() == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def by_hand(model, prompt):
     return tokens[len(prompt) :], sure
 
 
-def test_a_row_stops_for_itself_after_the_first_token_it_was_not_sure_of(model):
+def test_a_row_stops_after_its_own_first_token_that_is_not_confident(model):
     expected = [by_hand(model, prompt) for prompt in PROMPTS]
     stop = sorted(sure for _, row in expected for sure in row)[8] - 1e-6
     drafted = draft(filled(model), E, D, stop=Stop(stop))
@@ -58,18 +58,18 @@ def test_a_row_stops_for_itself_after_the_first_token_it_was_not_sure_of(model):
     assert len(set(lengths)) > 1, "rows were to stop apart"
 
 
-def test_a_draft_as_sure_as_asked_for_goes_on():
+def test_a_draft_as_confident_as_the_threshold_goes_on():
     logits = torch.tensor([[[0.0, 0.0]], [[0.0, -torch.inf]]])  # 1/2 each; one alone
-    assert Stop(probability=0.5).is_sure(logits).tolist() == [True, True]
-    assert Stop(probability=1.0).is_sure(logits).tolist() == [False, True]
-    assert Stop(entropy=0.0).is_sure(logits).tolist() == [False, True]
+    assert Stop(probability=0.5).is_confident(logits).tolist() == [True, True]
+    assert Stop(probability=1.0).is_confident(logits).tolist() == [False, True]
+    assert Stop(entropy=0.0).is_confident(logits).tolist() == [False, True]
 
 
-def test_tokens_drafted_with_layers_beside_guesses_are_drawn_from_their_own_distribution(model):
+def test_tokens_drafted_with_layers_beside_lookups_are_drawn_from_their_own_distribution(model):
     tokens = torch.arange(4 * D).view(4, D) + 20
     found = torch.tensor([False, True, False, True])
-    guesses = NgramDrafts(tokens, found, 61)
-    q = draft(filled(model, temperature=0.7), E, 1, guesses=guesses).q
+    lookups = NgramDrafts(tokens, found, 61)
+    q = draft(filled(model, temperature=0.7), E, 1, lookups=lookups).q
     for row in (0, 2):
         h, _ = model.run_layers(model.embed(torch.tensor([PROMPTS[row]])), 0, E)
         expected = (model.exit_logits(h[0, -1]) / 0.7).softmax(-1)
@@ -87,22 +87,22 @@ def test_the_loop_ends_when_every_row_that_counts_has_stopped(model):
     )
 
 
-class GuessesAreSure:
-    """Would let the guesses' rows, and them alone, go on."""
+class LookupsGoOn:
+    """Would let the rows with a lookup, and them alone, go on."""
 
     never = False
 
-    def is_sure(self, logits):
+    def is_confident(self, logits):
         return torch.tensor([False, True, False, True])
 
 
-@pytest.mark.parametrize("stop", [Stop(), GuessesAreSure()], ids=["never", "at once"])
-def test_rows_with_a_guess_draft_it_beside_rows_that_draft_with_layers(model, stop):
+@pytest.mark.parametrize("stop", [Stop(), LookupsGoOn()], ids=["never", "at once"])
+def test_rows_with_a_lookup_draft_it_beside_rows_that_draft_with_layers(model, stop):
     tokens = torch.arange(4 * D).view(4, D) + 20
     found = torch.tensor([False, True, False, True])
-    guesses = NgramDrafts(tokens, found, 61)
+    lookups = NgramDrafts(tokens, found, 61)
     state = filled(model)
-    drafted = draft(state, E, D, stop=stop, guesses=guesses)
+    drafted = draft(state, E, D, stop=stop, lookups=lookups)
     ran = D if stop.never else 1
     assert drafted.tokens.shape == (4, D)
     assert len(drafted.exits) == ran
@@ -122,9 +122,9 @@ def test_rows_with_a_guess_draft_it_beside_rows_that_draft_with_layers(model, st
         torch.testing.assert_close(kept, x_E[0, -ran:], atol=1e-5, rtol=0)
 
 
-def test_guesses_alone_count_in_the_rows_that_have_one():
+def test_lookups_alone_count_in_the_rows_that_have_one():
     tokens, found = torch.arange(6).view(2, 3), torch.tensor([True, False])
-    drafted = NgramDrafts(tokens, found, 61).alone()
+    drafted = NgramDrafts(tokens, found, 61).as_draft()
     assert drafted.lengths.tolist() == [3, 0]
     assert not drafted.exits
 

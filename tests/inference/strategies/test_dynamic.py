@@ -26,7 +26,7 @@ def model():
     return make_model(6)
 
 
-def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
+def test_every_round_updates_the_exit_that_drafts(model, started, monkeypatch):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
     monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
     generation = Generation(model, [[7, 8, 7]], Dynamic(d=3, memory=0.999999), max_new_tokens=60)
@@ -35,16 +35,16 @@ def test_every_round_tells_of_the_exit_that_drafts(model, started, monkeypatch):
         accepted += emission.accepted
         tried += min(emission.accepted + 1, emission.drafted)
     assert accepted > 10
-    fourth = learnt(started).exits[4]
+    fourth = with_all_stats(started).exits[4]
     assert fourth.agreed == pytest.approx(1.0 + accepted, abs=0.01)
-    assert fourth.seen == pytest.approx(2.0 + tried, abs=0.01)
-    others = [e for e in learnt(started).exits.values() if e is not fourth]
-    assert {(e.agreed, e.seen) for e in others} == {(1.0, 2.0)}
+    assert fourth.tried == pytest.approx(2.0 + tried, abs=0.01)
+    others = [e for e in with_all_stats(started).exits.values() if e is not fourth]
+    assert {(e.agreed, e.tried) for e in others} == {(1.0, 2.0)}
     assert generation.counters.syncs == 0
 
 
-def learnt(started):
-    """Return the first decoder, after it has taken in all that its rounds told."""
+def with_all_stats(started):
+    """Return the first decoder, after it has read the counts of all rounds."""
     started[0].read_stats(started[0].rounds + 1)
     return started[0]
 
@@ -107,8 +107,8 @@ def test_an_exit_that_always_agrees_is_found_and_used(started):
     settings = Dynamic(d=4, probe=1, longest_probe=1)
     generation = dynamic_rounds(model, settings)
     assert generation.counters.acceptance_rate > 0.9
-    rounds = learnt(started)
-    agreement = {E: exit_.at_least() for E, exit_ in rounds.exits.items()}
+    rounds = with_all_stats(started)
+    agreement = {E: exit_.lower_bound() for E, exit_ in rounds.exits.items()}
     assert min(agreement[E] for E in (2, 3, 4, 5)) > 0.9
     assert best_pair(agreement, rounds.draft_costs, rounds.verify_costs, 4)[:2] == (2, 4)
 
@@ -137,88 +137,93 @@ def test_the_exits_agreement_is_what_a_full_forward_finds(model, started, ngram,
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
     settings = replace(settings, lookup_cost=0.01, ngram=1) if ngram else settings
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30, sampling=sampling)
-    tokens, places = [7, 8, 7], []
+    tokens, positions = [7, 8, 7], []
     for [emission] in generation:
         if not emission.drafted:
-            places.append(len(tokens) - 1)
+            positions.append(len(tokens) - 1)
         tokens += emission.tokens
     assert (generation.counters.drafted > 0) == (ngram > 0)
-    assert (len(places) < 30) == (ngram > 0)
+    assert (len(positions) < 30) == (ngram > 0)
     _, exits = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
-    logits = [model.exit_logits(exits[l][0, places]) for l in range(6)]
+    logits = [model.exit_logits(exits[l][0, positions]) for l in range(6)]
     for E in range(1, 6):
         if sampling.temperature:
             q, p = (drawn_from(logits[l], sampling) for l in (E - 1, 5))
             true = torch.minimum(q, p).sum().item()
         else:
             true = (logits[E - 1].argmax(-1) == logits[5].argmax(-1)).sum().item()
-        assert learnt(started).exits[E].agreed == pytest.approx(1.0 + true, abs=0.01)
-    assert learnt(started).exits[1].seen == pytest.approx(2.0 + len(places), abs=0.01)
+        assert with_all_stats(started).exits[E].agreed == pytest.approx(1.0 + true, abs=0.01)
+    assert with_all_stats(started).exits[1].tried == pytest.approx(2.0 + len(positions), abs=0.01)
 
 
-def test_exits_below_and_above_the_one_that_drafts_are_seen_where_it_drafted(model, started):
+def test_exits_below_and_above_the_one_that_drafts_are_probed_where_it_drafted(model, started):
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, verify_costs=(0.1,))
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
     assert_agreement_is_a_full_forwards(model, generation, started)
 
 
 def assert_agreement_is_a_full_forwards(model, generation, started, exits=(1, 2, 3, 4, 5)):
-    tokens, places = [7, 8, 7], []
+    tokens, positions = [7, 8, 7], []
     for [emission] in generation:
         seen = min(len(emission.tokens), emission.drafted or 1)  # not after a draft accepted whole
-        places += range(len(tokens) - 1, len(tokens) - 1 + seen)
+        positions += range(len(tokens) - 1, len(tokens) - 1 + seen)
         tokens += emission.tokens
     assert generation.counters.drafted > 30
     _, x = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
-    said = [model.exit_logits(x[l][0, places]).argmax(-1) for l in range(6)]
-    assert list(learnt(started).exits) == [*exits]
+    predicted = [model.exit_logits(x[l][0, positions]).argmax(-1) for l in range(6)]
+    assert list(with_all_stats(started).exits) == [*exits]
     for E in exits:
-        true = (said[E - 1] == said[5]).sum().item()
-        assert learnt(started).exits[E].agreed == pytest.approx(1.0 + true, abs=0.01)
+        true = (predicted[E - 1] == predicted[5]).sum().item()
+        assert with_all_stats(started).exits[E].agreed == pytest.approx(1.0 + true, abs=0.01)
 
 
-def test_exits_are_told_apart_where_a_deep_one_drafts(model, started, monkeypatch):
+def test_exits_keep_apart_where_a_deep_one_drafts(model, started, monkeypatch):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
     assert_agreement_is_a_full_forwards(model, generation, started)
-    assert learnt(started).exits[1].agreed != pytest.approx(
-        learnt(started).exits[3].agreed, abs=0.5
+    assert with_all_stats(started).exits[1].agreed != pytest.approx(
+        with_all_stats(started).exits[3].agreed, abs=0.5
     )
 
 
-def test_rows_that_have_ended_are_not_looked_at(model, started):
-    prompts = [[7, 8, 7], [*range(30), *range(30), *range(31)]]  # 5 places before the context's end
+def test_rows_that_have_ended_are_not_probed(model, started):
+    prompts = [
+        [7, 8, 7],
+        [*range(30), *range(30), *range(31)],
+    ]  # 5 positions before the context's end
     settings = Dynamic(probe=1, longest_probe=1, memory=0.999999, verify_costs=(100.0,))
     for each in (prompts, prompts[:1], prompts[1:]):
         decode(model, each, settings, max_new_tokens=30, async_readback=False)
     for rounds in started:
         rounds.read_stats(rounds.rounds + 1)
     together, *alone = started
-    assert together.exits[1].seen == pytest.approx(2.0 + 30 + 5, abs=0.01)
+    assert together.exits[1].tried == pytest.approx(2.0 + 30 + 5, abs=0.01)
     for E, both in together.exits.items():
         each = [rounds.exits[E] for rounds in alone]
         assert both.agreed == pytest.approx(sum(e.agreed for e in each) - 1.0, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    ("probe", "longest", "looks"),
+    ("probe", "longest", "probes"),
     [
         (1, 4, [0, 2, 6, 10, 14, 18, 22, 26]),
         (3, 8, [0, 1, 2, 4, 8, 16, 24]),
         (1, 64, [0, 2, 6, 14]),
     ],
 )
-def test_looks_at_all_exits_come_at_first_and_then_in_gaps_that_double(
-    model, monkeypatch, probe, longest, looks
+def test_probes_come_every_round_at_first_and_then_in_intervals_that_double(
+    model, monkeypatch, probe, longest, probes
 ):
-    looked = []
-    look = dynamic._Rounds._probe_exits
-    monkeypatch.setattr(dynamic._Rounds, "_probe_exits", lambda *given: looked.append(look(*given)))
+    probed = []
+    probe_exits = dynamic._Rounds._probe_exits
+    monkeypatch.setattr(
+        dynamic._Rounds, "_probe_exits", lambda *given: probed.append(probe_exits(*given))
+    )
     # A token a round.
     settings = Dynamic(probe=probe, longest_probe=longest, verify_costs=(100.0,))
-    counts = [len(looked) for _ in Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)]
-    assert [n for n in range(30) if counts[n] > (counts[n - 1] if n else 0)] == looks
+    counts = [len(probed) for _ in Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)]
+    assert [n for n in range(30) if counts[n] > (counts[n - 1] if n else 0)] == probes
 
 
 def test_costs_by_exit_worked_by_hand(model, started):
@@ -236,7 +241,7 @@ def test_costs_by_exit_worked_by_hand(model, started):
     assert each.verify_costs == {2: 1.5, 4: 1.25}
 
 
-def test_of_some_exits_only_these_are_looked_at_and_draft(model, started):
+def test_of_some_exits_only_these_are_probed_and_draft(model, started):
     settings = Dynamic(
         d=3, probe=1, longest_probe=1, memory=0.999999, exits=(2, 4), verify_costs=(0.1,)
     )
@@ -251,24 +256,24 @@ def test_of_some_exits_only_these_are_looked_at_and_draft(model, started):
     state.run_and_tap = watch
     assert_agreement_is_a_full_forwards(model, generation, started, exits=(2, 4))
     assert {stop for start, stop in ran if start == 0} <= {2, 4, 6}
-    looked_at = generation.counters.head_evaluations
+    probed = generation.counters.head_evaluations
     everywhere = decode(model, [[7, 8, 7]], replace(settings, exits=None), max_new_tokens=40)
-    assert looked_at < everywhere.counters.head_evaluations
+    assert probed < everywhere.counters.head_evaluations
 
 
 @pytest.mark.usefixtures("no_layer_drafts")
-def test_a_row_with_a_guess_is_not_looked_at_beside_one_without(model, started):
+def test_a_row_with_a_lookup_is_not_probed_beside_one_without(model, started):
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, lookup_cost=0.01, ngram=1)
     generation = Generation(model, [[7, 8, 9], [5, 5, 5]], settings, max_new_tokens=20)
     without = sum(not emission.drafted for emissions in generation for emission in emissions)
     assert 10 < without < generation.counters.rounds - 10
-    assert learnt(started).exits[1].seen == pytest.approx(2.0 + without, abs=0.01)
+    assert with_all_stats(started).exits[1].tried == pytest.approx(2.0 + without, abs=0.01)
 
 
 @pytest.mark.usefixtures("no_layer_drafts")
 @pytest.mark.parametrize("lookup_cost", [0.01, 100.0])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, lookup_cost, temperature):
+def test_lookups_agreement_is_that_of_each_rounds_lookup(model, started, lookup_cost, temperature):
     settings = Dynamic(d=3, memory=0.999999, lookup_cost=lookup_cost, ngram=1)
     sampling = Sampling(temperature=temperature)
     generation = Generation(
@@ -276,35 +281,35 @@ def test_guesses_agreement_is_that_of_each_rounds_guess(model, started, lookup_c
     )
     tokens, agreed, tried = [7, 8, 7], 0, 0
     for [emission] in generation:
-        places = torch.tensor([len(tokens) - 1])
-        [guess], found = look_up(torch.tensor([tokens]), places, 1, 3)
-        right = [g == t for g, t in zip(guess.tolist(), emission.tokens, strict=False)]
+        positions = torch.tensor([len(tokens) - 1])
+        [drafts], found = look_up(torch.tensor([tokens]), positions, 1, 3)
+        right = [g == t for g, t in zip(drafts.tolist(), emission.tokens, strict=False)]
         right = right[: min(3, 83 - len(tokens) - 1)]
         n = right.index(False) if False in right else len(right)
         if found:
             agreed, tried = agreed + n, tried + min(n + 1, len(right))
         tokens += emission.tokens
     assert agreed > 3
-    assert learnt(started).guesses.agreed == pytest.approx(1.0 + agreed, abs=0.01)
-    assert learnt(started).guesses.seen == pytest.approx(2.0 + tried, abs=0.01)
+    assert with_all_stats(started).lookups.agreed == pytest.approx(1.0 + agreed, abs=0.01)
+    assert with_all_stats(started).lookups.tried == pytest.approx(2.0 + tried, abs=0.01)
     assert (generation.counters.drafted > 0) == (lookup_cost < 1)
 
 
-def rounds_that_saw(model, monkeypatch, settings, agreement, guesses):
-    """Return rounds whose exits agree as told, and whose guesses do."""
-    monkeypatch.setattr(Agreement, "at_least", lambda self: self.agreed)
+def rounds_with(model, monkeypatch, settings, agreement, lookups):
+    """Return rounds whose exits, and whose lookups, have this agreement."""
+    monkeypatch.setattr(Agreement, "lower_bound", lambda self: self.agreed)
     state = allocate(model, 8, slots=40, sampling=Sampling(), seed=0)
     rounds = settings.start(state)
     rounds.exits = {E: Agreement(0.9, agreed=a) for E, a in enumerate(agreement, start=1)}
-    rounds.guesses = Agreement(0.9, agreed=guesses)
+    rounds.lookups = Agreement(0.9, agreed=lookups)
     return rounds
 
 
-def test_when_guesses_pay_worked_by_hand(model, monkeypatch):
+def test_when_lookups_pay_worked_by_hand(model, monkeypatch):
     draft_costs = (0.375, 0.5, 0.625, 0.75, 0.875)
     settings = Dynamic(d=3, draft_costs=draft_costs, lookup_cost=1.5, ngram=2)
-    rounds = rounds_that_saw(model, monkeypatch, settings, [0.0] * 5, 0.8)
-    # Layers do not pay. A row's guesses give 1 + 0.8 + 0.64 + 0.512 = 2.952 tokens for 1.5 steps.
+    rounds = rounds_with(model, monkeypatch, settings, [0.0] * 5, 0.8)
+    # Layers do not pay. A row's lookups give 1 + 0.8 + 0.64 + 0.512 = 2.952 tokens for 1.5 steps.
     assert rounds._pair(3) == (1, 0, 1.0)
     assert rounds._lookups_pay(0, 1, 1, 0, 3)
     assert not rounds._lookups_pay(7, 1, 1, 0, 3), "(2.952 + 7) / (8 * 1.5) < 1"
@@ -312,37 +317,37 @@ def test_when_guesses_pay_worked_by_hand(model, monkeypatch):
     assert not rounds._lookups_pay(6, 2, 1, 0, 3), "(2 * 2.952 + 6) / (8 * 1.5) < 1"
     assert not rounds._lookups_pay(0, 1, 1, 0, 0), "a plain step costs 1, not 1.5"
     free = replace(settings, lookup_cost=1.25)
-    rounds = rounds_that_saw(model, monkeypatch, free, [0.0] * 5, 0.2)
+    rounds = rounds_with(model, monkeypatch, free, [0.0] * 5, 0.2)
     # 1 + 0.2 + 0.04 + 0.008 = 1.248 for 1.25 steps; with 0.203 there would be 1.253.
     assert not rounds._lookups_pay(0, 1, 1, 0, 3)
-    rounds.guesses.agreed = 0.203
+    rounds.lookups.agreed = 0.203
     assert rounds._lookups_pay(0, 1, 1, 0, 3)
-    # An exit that drafts well is better than guesses, for all rows or beside some.
-    rounds = rounds_that_saw(model, monkeypatch, free, [0.99, 0.0, 0.0, 0.0, 0.0], 0.2)
+    # An exit that drafts well is better than lookups, for all rows or beside some.
+    rounds = rounds_with(model, monkeypatch, free, [0.99, 0.0, 0.0, 0.0, 0.0], 0.2)
     E, d, gain = rounds._pair(3)
     assert (E, d) == (1, 3)
     assert gain > 1.248 / 1.25
     assert not rounds._lookups_pay(0, 1, E, d, 3)
     assert not rounds._lookups_pay(1, 1, E, d, 3)
-    rounds.guesses.agreed = 0.9
+    rounds.lookups.agreed = 0.9
     assert not rounds._lookups_pay(1, 1, E, d, 3)
-    rounds.guesses.agreed = 0.995
+    rounds.lookups.agreed = 0.995
     assert rounds._lookups_pay(1, 1, E, d, 3)
     assert rounds._lookups_pay(0, 1, E, d, 3)
 
 
-def test_rows_that_have_ended_have_no_say_about_guesses(model, monkeypatch):
-    rounds = rounds_that_saw(model, monkeypatch, Dynamic(), [0.0] * 5, 0.5)
+def test_rows_that_have_ended_do_not_count_for_lookups(model, monkeypatch):
+    rounds = rounds_with(model, monkeypatch, Dynamic(), [0.0] * 5, 0.5)
     found = torch.tensor([True, True, False, False, False, False, False, True])
-    guesses = NgramDrafts(torch.zeros(8, 2, dtype=torch.int64), found, 61)
-    assert rounds._count_lookups(guesses) == (5, 3)
+    lookups = NgramDrafts(torch.zeros(8, 2, dtype=torch.int64), found, 61)
+    assert rounds._count_lookups(lookups) == (5, 3)
     rounds.state.batch.finished[2:] = True
-    assert rounds._count_lookups(guesses) == (0, 2)
+    assert rounds._count_lookups(lookups) == (0, 2)
     assert rounds.state.counters.syncs == 2
 
 
 @pytest.mark.usefixtures("no_layer_drafts")
-def test_guesses_of_some_rows_are_verified_where_they_pay_for_all(model, monkeypatch):
+def test_lookups_of_some_rows_are_verified_where_they_pay_for_all(model, monkeypatch):
     monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
     settings, prompts = Dynamic(d=3, ngram=1, lookup_cost=0.01), [[7, 8, 9], [5, 5, 5]]
     generation = Generation(model, prompts, settings, max_new_tokens=20)
@@ -351,14 +356,14 @@ def test_guesses_of_some_rows_are_verified_where_they_pay_for_all(model, monkeyp
 
 
 @pytest.mark.parametrize("stop", [{"stop": 1.1}, {"stop_entropy": 0.0}])
-def test_a_draft_that_is_not_sure_ends(model, monkeypatch, stop):
+def test_a_draft_that_is_not_confident_ends(model, monkeypatch, stop):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
     for settings, drafted in ((Dynamic(d=3, **stop), 1), (Dynamic(d=3), 3)):
         generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)
         assert next(iter(generation))[0].drafted == drafted
 
 
-def test_what_a_round_tells_is_read_two_rounds_later(model, monkeypatch):
+def test_counts_of_a_round_are_read_two_rounds_later(model, monkeypatch):
     log = []
 
     class Noted(HostCopy):
@@ -370,9 +375,9 @@ def test_what_a_round_tells_is_read_two_rounds_later(model, monkeypatch):
             log[-1].append(self.sent)
             return super().read()
 
-    def counted(self, room, call=dynamic._Rounds.__call__):
+    def counted(self, max_tokens, call=dynamic._Rounds.__call__):
         log.append([])
-        return call(self, room)
+        return call(self, max_tokens)
 
     monkeypatch.setattr(dynamic, "HostCopy", Noted)
     monkeypatch.setattr(dynamic._Rounds, "__call__", counted)
@@ -383,18 +388,18 @@ def test_what_a_round_tells_is_read_two_rounds_later(model, monkeypatch):
     assert log[2:] == [[n] for n in range(1, len(log) - 1)], "one a round, of the one before last"
 
 
-def test_the_choice_changes_with_what_is_seen_while_a_generation_goes_on():
+def test_the_choice_follows_the_agreement_observed_while_a_generation_goes_on():
     model = build(small(n_layers=6, max_seq_len=256)).eval().requires_grad_(False)
     for l in (2, 3, 4, 5):  # from two layers on, all exits agree
         model.layers[str(l)].attention.wo.weight.zero_()
         model.layers[str(l)].feed_forward.w2.weight.zero_()
     generation = Generation(model, [[7, 8, 7]], Dynamic(d=4), max_new_tokens=150)
     drafted = [emission.drafted for [emission] in generation]
-    assert drafted[:2] == [0, 0], "nothing is known yet"
+    assert drafted[:2] == [0, 0], "nothing is observed yet"
     assert drafted[12:-2] == [4] * (len(drafted) - 14)
 
 
-def test_exits_are_not_credited_with_the_guesses_of_other_rows(model, started, monkeypatch):
+def test_exits_are_not_credited_with_the_lookups_of_other_rows(model, started, monkeypatch):
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 2), 1.01))
     monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
     monkeypatch.setattr(dynamic._Rounds, "_lookups_pay", lambda *given: True)
@@ -410,8 +415,8 @@ def test_exits_are_not_credited_with_the_guesses_of_other_rows(model, started, m
     for emissions in generation:
         found = {}
         for row, tokens in rows.items():
-            place = torch.tensor([len(tokens) - 1])
-            found[row] = bool(look_up(torch.tensor([tokens]), place, 1, 1)[1])
+            position = torch.tensor([len(tokens) - 1])
+            found[row] = bool(look_up(torch.tensor([tokens]), position, 1, 1)[1])
         alone = all(found[emission.prompt_index] for emission in emissions)
         mixed += not alone and any(found[emission.prompt_index] for emission in emissions)
         for emission in emissions:
@@ -420,10 +425,10 @@ def test_exits_are_not_credited_with_the_guesses_of_other_rows(model, started, m
             rows[emission.prompt_index] += emission.tokens
     assert mixed > 3
     assert tried > 5
-    assert learnt(started).exits[4].seen == pytest.approx(2.0 + tried, abs=0.01)
+    assert with_all_stats(started).exits[4].tried == pytest.approx(2.0 + tried, abs=0.01)
 
 
-def test_guesses_are_verified_where_layers_do_not_pay(model):
+def test_lookups_are_verified_where_layers_do_not_pay(model):
     settings = Dynamic(verify_costs=(1000.0,), lookup_cost=0.95, ngram=1, d=3)
     alone = decode(model, [[7, 8, 7]], settings).counters
     assert alone.drafted > 0
@@ -431,18 +436,18 @@ def test_guesses_are_verified_where_layers_do_not_pay(model):
 
 
 @pytest.mark.parametrize(("agreed", "used"), [(0, False), (1, True)])
-def test_guesses_are_left_once_they_do_not_agree(model, monkeypatch, agreed, used):
-    def told(guesses, result, live):
-        return torch.tensor([agreed, 1]) * (guesses.found & live).sum()
+def test_lookups_stop_once_they_do_not_agree(model, monkeypatch, agreed, used):
+    def count(lookups, result, live):
+        return torch.tensor([agreed, 1]) * (lookups.found & live).sum()
 
-    monkeypatch.setattr(dynamic, "lookups_that_agreed", told)
+    monkeypatch.setattr(dynamic, "count_agreed_lookups", count)
     settings = Dynamic(verify_costs=(1000.0,), lookup_cost=1.5, ngram=1, d=3)
     counters = decode(model, PROMPTS[:1], settings, max_new_tokens=60).counters
     assert (counters.drafted > 0) == used
     layers = replace(settings, verify_costs=(1.0,), lookup_cost=1.0)
     monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, min(most, 1), 1.9))
     by_layers = decode(model, PROMPTS[:1], layers, max_new_tokens=60).counters
-    assert (by_layers.drafted > by_layers.rounds) == used, "three guesses, or one drafted token"
+    assert (by_layers.drafted > by_layers.rounds) == used, "three lookups, or one drafted token"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tokens leave where a slow form says, and what they left out is made up for exactly."""
+"""Tokens exit where a slow form does, and the layers they left out run later, exactly."""
 
 from dataclasses import replace
 
@@ -23,11 +23,11 @@ def model():
 
 
 def slow_form(model, prompt, count, rule):
-    """Run everything for every new token, and look at the exits in turn."""
-    tokens, depths, looks, threshold = list(prompt), [], [], rule.threshold
+    """Run everything for every new token, and check the exits in turn."""
+    tokens, depths, observed, threshold = list(prompt), [], [], rule.threshold
     for t in range(count):
         if rule.adapt and t % 16 == 0 and t >= 32:
-            threshold = slow_threshold(looks, t - 16, rule, threshold)
+            threshold = slow_threshold(observed, t - 16, rule, threshold)
         h = model.embed(torch.tensor([tokens]))
         _, exits = model.run_layers(h, 0, L, exit_layers=range(L))
         full = model.exit_logits(exits[L - 1][0, -1])
@@ -36,7 +36,7 @@ def slow_form(model, prompt, count, rule):
             top = logits.softmax(-1).sort(descending=True).values
             confidence = top[0] - top[1] if rule.confidence == "gap" else top[0]
             if E < L:
-                looks.append((t, float(confidence), bool(logits.argmax() == full.argmax())))
+                observed.append((t, float(confidence), bool(logits.argmax() == full.argmax())))
             if E == L or confidence >= threshold:
                 break
         depth, token = E, int(logits.argmax())
@@ -49,9 +49,9 @@ def slow_form(model, prompt, count, rule):
     return tokens[len(prompt) :], depths
 
 
-def slow_threshold(looks, end, rule, threshold):
+def slow_threshold(observed, end, rule, threshold):
     """Fit to (token, confidence, right) of all exits, of the last 256 tokens before `end`."""
-    known = [(c, y) for place, c, y in looks if end - 256 <= place < end]
+    known = [(c, y) for token, c, y in observed if end - 256 <= token < end]
     if min(sum(y for _, y in known), sum(not y for _, y in known)) < 4:
         return threshold
     mixture = slow_fit(*zip(*known, strict=True))

@@ -1,4 +1,4 @@
-"""Rows leave where a gate is sure enough, and a gate that does not fit is refused."""
+"""Rows exit where a gate scores enough, and a gate that does not fit is refused."""
 
 import pytest
 
@@ -27,13 +27,13 @@ def gate_file(model, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_leave_where_the_gate_says_and_as_they_would_alone(model, gate_file, form):
+def test_rows_exit_where_the_gate_scores_enough_and_as_they_would_alone(model, gate_file, form):
     path = gate_file(form)
     plain = decode(model, PROMPTS, Autoregressive()).tokens
     assert decode(model, PROMPTS, Gate(path=path, threshold=1.5)).tokens == plain
-    asked = Gate(path=path, threshold=0.45)
-    together = decode(model, PROMPTS, asked)
-    assert together.tokens == [decode(model, [p], asked).tokens[0] for p in PROMPTS]
+    rule = Gate(path=path, threshold=0.45)
+    together = decode(model, PROMPTS, rule)
+    assert together.tokens == [decode(model, [p], rule).tokens[0] for p in PROMPTS]
     assert together.counters.layers_per_token < 6
     calm = Calm(confidence="gate", gate=path, threshold=0.45)
     assert decode(model, PROMPTS, calm).tokens == together.tokens

@@ -1,4 +1,4 @@
-"""Scores are what each form of classifier says, worked out token by token."""
+"""Scores of each form of classifier are those worked out token by token."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def random_gate(form, exits=EXITS, dim=32, scale=0.5):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_scores_lie_in_0_to_1_and_are_what_the_form_says(form):
+def test_scores_are_those_of_the_form(form):
     gate = random_gate(form)
     states = torch.randn(5, 11, 32)
     for n, E in enumerate(EXITS):

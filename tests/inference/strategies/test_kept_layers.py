@@ -1,4 +1,4 @@
-"""Layers left out for every token are those of the rule, and none is read."""
+"""Layers left out for every token are those of the rule, and no token reads them."""
 
 import pytest
 import torch
@@ -37,9 +37,9 @@ def test_unified_equals_the_slow_form(model):
     rule = Unified(speedup=2.0).with_defaults(L)
     dropped = whole_layers(set(range(L)) - set(rule.keep))
     # Prompt tokens but the last have keys in every layer, which nobody reads in those dropped.
-    expected = [slow_greedy(model, p, 12, lambda place, n: dropped) for p in PROMPTS]
+    expected = [slow_greedy(model, p, 12, lambda position, n: dropped) for p in PROMPTS]
     full_prompt = [
-        slow_greedy(model, p, 12, lambda place, n: NOTHING if place < n - 1 else dropped)
+        slow_greedy(model, p, 12, lambda position, n: NOTHING if position < n - 1 else dropped)
         for p in PROMPTS
     ]
     assert decode(model, PROMPTS, rule, max_new_tokens=12).tokens == full_prompt
@@ -49,7 +49,7 @@ def test_unified_equals_the_slow_form(model):
 @pytest.mark.parametrize("keep", [(0, 2, 4), (0, 5), (1, 2, 3)])
 def test_pruned_equals_a_model_without_the_other_layers(model, keep):
     dropped = whole_layers(set(range(L)) - set(keep))
-    expected = [slow_greedy(model, p, 12, lambda place, n: dropped) for p in PROMPTS]
+    expected = [slow_greedy(model, p, 12, lambda position, n: dropped) for p in PROMPTS]
     assert decode(model, PROMPTS, Pruned(keep=keep), max_new_tokens=12).tokens == expected
 
 

@@ -1,4 +1,4 @@
-"""NgramDrafts are what a search by hand finds."""
+"""Lookups are what a search by hand finds."""
 
 import random
 import time
@@ -9,10 +9,10 @@ import torch
 from inference.strategies.ngram import look_up
 
 
-def guess(row, longest, d):
+def lookup(row, longest, d):
     history = torch.tensor([[*row, 0, 0, 0]])
-    guesses, found = look_up(history, torch.tensor([len(row) - 1]), longest, d)
-    return guesses[0].tolist() if found else None
+    drafts, found = look_up(history, torch.tensor([len(row) - 1]), longest, d)
+    return drafts[0].tolist() if found else None
 
 
 def by_hand(row, longest, d):
@@ -39,7 +39,7 @@ def by_hand(row, longest, d):
     ],
 )
 def test_worked_by_hand(row, longest, expected):
-    assert guess(row, longest, 4) == by_hand(row, longest, 4) == expected
+    assert lookup(row, longest, 4) == by_hand(row, longest, 4) == expected
 
 
 @pytest.mark.parametrize("longest", [1, 2, 4])
@@ -50,19 +50,19 @@ def test_ragged_rows_are_searched_alone(longest):
     for i, row in enumerate(rows):
         history[i, : len(row)] = torch.tensor(row)
     positions = torch.tensor([len(row) - 1 for row in rows])
-    guesses, found = look_up(history, positions, longest, 5)
+    drafts, found = look_up(history, positions, longest, 5)
     expected = [by_hand(row, longest, 5) for row in rows]
     assert found.tolist() == [e is not None for e in expected]
     assert 0 < found.sum() < 60
     for i in found.nonzero().flatten().tolist():
-        assert guesses[i].tolist() == expected[i]
+        assert drafts[i].tolist() == expected[i]
 
 
 def test_no_more_is_compared_than_a_row_has():
     history = torch.tensor([[5, 6, 7, 5, 6, 0]])
     begun = time.monotonic()
-    guesses, found = look_up(history, torch.tensor([4]), 10**9, 2)
+    drafts, found = look_up(history, torch.tensor([4]), 10**9, 2)
     assert time.monotonic() - begun < 10, "a billion steps take hours"
     assert found.all()
-    assert guesses.tolist() == [[7, 5]]
+    assert drafts.tolist() == [[7, 5]]
     assert not look_up(torch.tensor([[5, 0]]), torch.tensor([0]), 10**9, 2)[1].any()

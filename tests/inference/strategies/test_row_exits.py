@@ -1,4 +1,4 @@
-"""Rows leave where a slow form says, alone or in a batch, and their later keys are projected."""
+"""Rows exit where a slow form does, alone or in a batch, and their later keys are projected."""
 
 import math
 
@@ -19,58 +19,58 @@ def model():
     return make_model(L)
 
 
-def slow_form(model, prompt, count, leaves):
+def slow_form(model, prompt, count, exiting):
     """Decode one row token by token, with keys and values in plain lists.
 
-    `leaves(E, h, before, logits, logits before, t)` says whether a token leaves after E layers.
+    `exiting(E, h, before, logits, logits before, t)` returns whether a token exits after E layers.
     """
     config, tokens, depths = model.config, list(prompt), []
     keys, values = [[] for _ in range(L)], [[] for _ in range(L)]
-    for place in range(len(prompt) + count - 1):
-        h = model.embed(torch.tensor([[tokens[place]]]))
-        cos, sin = model.rope_cos[None, None, [place]], model.rope_sin[None, None, [place]]
-        before, left, said = h, None, []
+    for position in range(len(prompt) + count - 1):
+        h = model.embed(torch.tensor([[tokens[position]]]))
+        cos, sin = model.rope_cos[None, None, [position]], model.rope_sin[None, None, [position]]
+        before, depth, outputs = h, None, []
         for l in range(L):
             block = model.block(l)
             x = block.attention_norm(h)
             q = apply_rope(block.attention.split(block.attention.wq(x)), cos, sin)
             keys[l].append(apply_rope(block.attention.split(block.attention.wk(x)), cos, sin))
             values[l].append(block.attention.split(block.attention.wv(x)))
-            if left is not None:
+            if depth is not None:
                 continue
             k = torch.cat(keys[l], 2).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
             v = torch.cat(values[l], 2).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
             weights = (q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)).softmax(-1)
             h = h + block.attention.wo((weights @ v).transpose(1, 2).flatten(2))
             h = h + block.feed_forward(block.ffn_norm(h))
-            said.append(model.exit_logits(h, l + 1)[0, 0])
-            t = place + 1 - len(prompt)
-            if l == L - 1 or (t >= 0 and leaves(l + 1, h[0, 0], before[0, 0], said, t)):
-                left = l + 1
+            outputs.append(model.exit_logits(h, l + 1)[0, 0])
+            t = position + 1 - len(prompt)
+            if l == L - 1 or (t >= 0 and exiting(l + 1, h[0, 0], before[0, 0], outputs, t)):
+                depth = l + 1
             before = h
-        if place >= len(prompt) - 1:
-            tokens.append(int(said[-1].argmax()))
-            depths.append(left)
+        if position >= len(prompt) - 1:
+            tokens.append(int(outputs[-1].argmax()))
+            depths.append(depth)
     return tokens[len(prompt) :], depths
 
 
 def gap_leaves(threshold, tau=None, N=128):
-    def leaves(E, h, before, said, t):
-        one, two = said[-1].softmax(-1).sort(descending=True).values[:2].tolist()
+    def exiting(E, h, before, outputs, t):
+        one, two = outputs[-1].softmax(-1).sort(descending=True).values[:2].tolist()
         limit = threshold
         if tau is not None:
             limit = min(1.0, max(0.0, 0.9 * threshold + 0.1 * math.exp(-tau * t / N)))
         return one - two >= limit
 
-    return leaves
+    return exiting
 
 
-def similar(E, h, before, said, t):
+def similar(E, h, before, outputs, t):
     return (h @ before / h.norm() / before.norm()).item() >= 0.9
 
 
-def patient(E, h, before, said, t):
-    ids = [int(logits.argmax()) for logits in said]
+def patient(E, h, before, outputs, t):
+    ids = [int(logits.argmax()) for logits in outputs]
     return len(ids) > 2 and len(set(ids[-3:])) == 1
 
 
@@ -82,15 +82,15 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "leaves"), RULES, ids=range(len(RULES)))
-def test_tokens_and_depths_are_those_of_the_slow_form(model, rule, leaves):
-    expected = [slow_form(model, prompt, 15, leaves) for prompt in PROMPTS]
+@pytest.mark.parametrize(("rule", "exiting"), RULES, ids=range(len(RULES)))
+def test_tokens_and_depths_are_those_of_the_slow_form(model, rule, exiting):
+    expected = [slow_form(model, prompt, 15, exiting) for prompt in PROMPTS]
     for options in ({}, {"batch_size": 2}, {"batch_size": 1}, {"async_readback": True}):
         found = decode(model, PROMPTS, rule, max_new_tokens=15, **options)
         assert found.tokens == [tokens for tokens, _ in expected]
         depths = sorted(depth for _, row in expected for depth in row)
         assert sorted(found.counters.depths.elements()) == depths
-    assert len(set(depths)) > 1, "tokens were to leave at different layers"
+    assert len(set(depths)) > 1, "tokens were to exit at different layers"
 
 
 def test_work_of_one_row_is_what_hooks_count(model):
@@ -118,17 +118,17 @@ def test_work_of_one_row_is_what_hooks_count(model):
     assert set(depths) <= {1, 3, 5, 6}
 
 
-def test_later_keys_and_values_are_projections_of_the_state_a_token_left_with(model):
+def test_later_keys_and_values_are_projections_of_the_state_a_token_exited_with(model):
     generation = decode(model, PROMPTS[:1], Calm(threshold=0.0, first=2), max_new_tokens=6)
     ids = PROMPTS[0] + generation.tokens[0]
     cache = generation._state.cache
-    place = len(PROMPTS[0])  # the first new token; its keys in layers 0 and 1 are its own
-    h = model.embed(torch.tensor([ids[place : place + 1]]))
-    positions = torch.tensor([[place]])
+    position = len(PROMPTS[0])  # the first new token; its keys in layers 0 and 1 are its own
+    h = model.embed(torch.tensor([ids[position : position + 1]]))
+    positions = torch.tensor([[position]])
     cos, sin = model.rotary(positions, h)
     for l in (0, 1):
         block = model.block(l)
-        k, v = cache.keys[l][:, :, : place + 1], cache.values[l][:, :, : place + 1]
+        k, v = cache.keys[l][:, :, : position + 1], cache.values[l][:, :, : position + 1]
         x = block.attention_norm(h)
         q = apply_rope(block.attention.split(block.attention.wq(x)), cos, sin)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
@@ -138,23 +138,23 @@ def test_later_keys_and_values_are_projections_of_the_state_a_token_left_with(mo
         block = model.block(l)
         x = block.attention_norm(h)
         k = apply_rope(block.attention.split(block.attention.wk(x)), cos, sin)
-        torch.testing.assert_close(cache.keys[l][:, :, [place]], k, atol=1e-5, rtol=0)
+        torch.testing.assert_close(cache.keys[l][:, :, [position]], k, atol=1e-5, rtol=0)
         v = block.attention.split(block.attention.wv(x))
-        torch.testing.assert_close(cache.values[l][:, :, [place]], v, atol=1e-5, rtol=0)
+        torch.testing.assert_close(cache.values[l][:, :, [position]], v, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rule", [Calm(threshold=1.1), Patience(patience=L), Calm(first=L)])
-def test_a_rule_that_never_says_yes_is_plain_decoding(model, rule):
+def test_a_rule_that_never_accepts_is_plain_decoding(model, rule):
     assert decode(model, PROMPTS, rule).tokens == decode(model, PROMPTS, Autoregressive()).tokens
 
 
-def test_rules_are_told_how_many_tokens_a_row_has_been_given(model, monkeypatch):
-    told = []
+def test_rules_get_the_number_of_new_tokens_of_each_row(model, monkeypatch):
+    counts = []
 
-    def leaves(self, seen):
-        told.append(seen.new_tokens.tolist())
-        return torch.zeros_like(seen.new_tokens, dtype=torch.bool)
+    def exiting(self, exit_):
+        counts.append(exit_.new_tokens.tolist())
+        return torch.zeros_like(exit_.new_tokens, dtype=torch.bool)
 
-    monkeypatch.setattr(Calm, "leaves", leaves)
+    monkeypatch.setattr(Calm, "exiting", exiting)
     decode(model, PROMPTS, Calm(first=L - 1), max_new_tokens=3)
-    assert told == [[0] * 4, [1] * 4, [2] * 4]
+    assert counts == [[0] * 4, [1] * 4, [2] * 4]

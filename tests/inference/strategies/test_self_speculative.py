@@ -215,7 +215,7 @@ def test_a_draft_stops_after_the_token_it_is_not_sure_of(model):
 def rounds_of(generation, row):
     emissions = (emission for round_ in generation for emission in round_)
     own = [(e.accepted, e.drafted, e.tokens) for e in emissions if e.prompt_index == row]
-    return own[:8]  # later on, drafts are cut where some row of the batch has no room
+    return own[:8]  # later on, drafts are cut where some row of the batch is nearly full
 
 
 @pytest.mark.parametrize("name", MORE[:4])
@@ -264,7 +264,7 @@ def test_settings_that_do_not_fit_are_refused(model, settings, message):
         start(model, PROMPTS, name=f"self_speculative:{settings}")
 
 
-def test_guesses_run_no_layer_to_draft():
+def test_lookups_run_no_layer_to_draft():
     model = build(small(n_layers=4)).eval().requires_grad_(False)
     for l in range(4):  # every token predicts itself: the row repeats, and lookup finds it
         model.layers[str(l)].attention.wo.weight.zero_()
@@ -280,14 +280,14 @@ def from_three_tokens(weights, generator):
     return sample(weights * torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]), generator)
 
 
-def unsure_guess(state, ngram, d):
-    guesses = sure_guess(state, ngram, d)
-    if guesses is not None:
-        guesses.__dict__["q"] = guesses.q / 2
-    return guesses
+def unsure_lookups(state, ngram, d):
+    lookups = sure_lookups(state, ngram, d)
+    if lookups is not None:
+        lookups.__dict__["q"] = lookups.q / 2
+    return lookups
 
 
-sure_guess = self_speculative.lookup_drafts
+sure_lookups = self_speculative.lookup_drafts
 
 
 def greedy_draft(weights, generator):
@@ -314,7 +314,7 @@ sampling_accept = self_speculative.accept
         ("sample", from_three_tokens),
         ("accept", residual_is_p),
         ("accept", accept_all),
-        ("lookup_drafts", unsure_guess),
+        ("lookup_drafts", unsure_lookups),
     ],
 )
 def test_the_statistic_catches_a_biased_rule(biased_model, monkeypatch, name, wrong):

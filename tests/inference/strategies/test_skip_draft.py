@@ -1,4 +1,4 @@
-"""Drafts with parts left out cost no token, and gamma moves as the equations say."""
+"""Drafts with parts left out cost no token, and gamma moves by the equations."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from inference.engine.batch import Round
 from inference.engine.sampling import Sampling
 from inference.strategies import drafting
 from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.skip_draft import LearningStop, SkipDraft
+from inference.strategies.skip_draft import AdaptiveStop, SkipDraft
 from models.llama import SkippedParts
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.strategies.test_self_speculative import excess
@@ -70,21 +70,21 @@ def test_the_statistic_catches_greedy_drafts(biased_model, monkeypatch):
 
 def test_gamma_moves_as_worked_by_hand():
     settings = SkipDraft(gamma=0.6, alpha=0.9, eps=0.01, beta1=0.5, beta2=0.9)
-    stop = LearningStop(settings, torch.device("cpu"))
+    stop = AdaptiveStop(settings, torch.device("cpu"))
     active = torch.tensor([True, True, False])
 
-    def learn(accepted, drafted):
+    def update(accepted, drafted):
         tokens = torch.zeros(3, 13, dtype=torch.long)
-        stop.learn(Round(tokens, torch.tensor(accepted), torch.tensor(drafted)), 12, active)
+        stop.update(Round(tokens, torch.tensor(accepted), torch.tensor(drafted)), 12, active)
 
-    learn([2, 2, 0], [4, 4, 12])  # AR_e = 0.5, AR = 0.7 <= 0.9: up
+    update([2, 2, 0], [4, 4, 12])  # AR_e = 0.5, AR = 0.7 <= 0.9: up
     assert stop.rate.item() == pytest.approx(0.7)
     assert stop.gamma.item() == pytest.approx(0.9 * 0.6 + 0.1 * 0.61)
-    learn([4, 4, 0], [4, 4, 12])  # AR = 0.85: up
+    update([4, 4, 0], [4, 4, 12])  # AR = 0.85: up
     assert stop.gamma.item() == pytest.approx(0.602)
-    learn([4, 4, 0], [4, 4, 0])  # AR = 0.925: down
+    update([4, 4, 0], [4, 4, 0])  # AR = 0.925: down
     assert stop.gamma.item() == pytest.approx(0.601)
-    learn([0, 0, 0], [12, 12, 0])  # every draft had all its tokens: gamma stays
+    update([0, 0, 0], [12, 12, 0])  # every draft had all its tokens: gamma stays
     assert stop.rate.item() == pytest.approx(0.4625)
     assert stop.gamma.item() == pytest.approx(0.601)
 

@@ -19,8 +19,8 @@ def model():
 
 def test_budgets_worked_by_hand():
     rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8).with_defaults(8)
-    places = torch.tensor([-1, 0, 1, 2, 4, 6, 8, 100])
-    assert rule.budget.at(places).tolist() == [6, 6, 6, 5, 4, 3, 2, 2]  # 5.5 rounds to even
+    steps = torch.tensor([-1, 0, 1, 2, 4, 6, 8, 100])
+    assert rule.budget.at(steps).tolist() == [6, 6, 6, 5, 4, 3, 2, 2]  # 5.5 rounds to even
     assert rule.skipped(6, 8) == whole_layers({1, 2})
     assert rule.skipped(2, 8) == whole_layers({1, 2, 3, 4, 5, 6})
 
@@ -30,12 +30,12 @@ def test_budgets_worked_by_hand():
 def test_skipdecode_equals_the_slow_form(model, warmup, length):
     rule = SkipDecode(warmup=warmup, max_layers=5, min_layers=2, length=length).with_defaults(L)
 
-    def parts(place, prompt_length):
-        budget = int(rule.budget.at(torch.tensor(place - prompt_length)))
+    def parts(position, prompt_length):
+        budget = int(rule.budget.at(torch.tensor(position - prompt_length)))
         return rule.skipped(budget, L)
 
     expected = [slow_greedy(model, p, 12, parts) for p in PROMPTS]
-    # Rows of different lengths are at different places of the fall when rows are refilled.
+    # Rows of different lengths are at different points of the fall when rows are refilled.
     for batch_size in (4, 2):
         found = decode(model, PROMPTS, rule, max_new_tokens=12, batch_size=batch_size)
         assert found.tokens == expected

@@ -90,11 +90,11 @@ def test_a_draft_that_is_the_model_is_right_after_rounds_without_room(model, mon
     prefill(state, PROMPTS[:2], (4, NOTHING))
     decoder = advancing(state.batch, Speculative(draft=tmp_path, d=3).start(state))
     syncs = []
-    for room in (9, 9, 1, 9, 1, 1, 1, 9, 9, 2, 9):
-        result = decoder(room)
+    for max_tokens in (9, 9, 1, 9, 1, 1, 1, 9, 9, 2, 9):
+        result = decoder(max_tokens)
         assert (result.accepted == result.drafted).all()
         syncs.append(state.counters.syncs)
-    assert syncs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3], "it asks only where it may be behind"
+    assert syncs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3], "it syncs only where it may be behind"
 
 
 def test_sampled_tokens_have_the_full_models_distribution(biased_model, monkeypatch, tmp_path):

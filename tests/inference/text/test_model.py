@@ -97,6 +97,9 @@ def test_what_was_tuned_is_taken_where_no_strategy_is_named(run_folder, tmp_path
     for name, text in ((None, "self_speculative:E=3:d=2"), ("calm", "calm:threshold=0.5")):
         write_tuned(model.run, name, Tuned(strategy=text, conditions=conditions), {})
         assert model.generate(PROMPT, max_new_tokens=2, strategy=name).strategy == text
+    hot = model.generate(PROMPT, max_new_tokens=2, temperature=0.5)
+    assert hot.strategy == "autoregressive", "what is fastest when sampling was not measured"
+    assert model.generate([PROMPT] * 2, max_new_tokens=2)[0].strategy == "autoregressive"
     given = model.generate(PROMPT, max_new_tokens=2, strategy=Calm(threshold=0.25))
     assert given.strategy == "calm:threshold=0.25"
 
@@ -106,6 +109,12 @@ def test_what_was_tuned_is_taken_where_no_strategy_is_named(run_folder, tmp_path
     [
         ({"prompts": []}, "prompts: none, give at least one"),
         ({"prompts": [[1, 2]]}, "prompts: one is of type list, give texts"),
+        ({"prompts": 3}, "prompts: 3, give a text or a list of texts"),
+        ({"prompts": b"abc"}, "prompts: b'abc', give a text or a list of texts"),
+        ({"strategy": 3}, "strategy: 3, give a text such as"),
+        ({"max_new_tokens": "5"}, "max_new_tokens: '5', give a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens: None, give a whole number"),
+        ({"temperature": "0.5"}, "temperature: '0.5', give a number"),
         ({"prompts": "a\ud800"}, "is not valid UTF-8, give text"),
         ({"prompts": "cat " * 100}, "leave no room in the model's context of 96"),
         ({"strategy": "calmm"}, "strategy: calmm, did you mean calm?"),

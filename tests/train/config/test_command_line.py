@@ -1,4 +1,4 @@
-"""What the command line asks for: a run, or its plan."""
+"""The command line: a run, or its plan, and every mistake in one line."""
 
 import re
 from dataclasses import replace

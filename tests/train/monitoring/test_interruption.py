@@ -1,4 +1,4 @@
-"""A process that is asked to stop remembers it, once, and nothing else happens to it."""
+"""The first signal to stop sets the flag, once, and has no other effect."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def test_a_worker_process_that_inherits_the_handlers_still_dies_of_a_signal():
 
 
 def test_an_orphan_is_asked_to_stop():
-    # The grandchild tells through a pipe, its parent being gone.
+    # The grandchild writes into a pipe, its parent being gone.
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
