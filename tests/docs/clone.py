@@ -8,12 +8,16 @@ from pathlib import Path
 
 from tests.docs.option_parsers import read_setup
 from tests.docs.pages import ROOT
+from tests.training import describe_installation
 
 # What is written differently in the clone: {file: (expression, replacement), once}.
 SMALLER_FILES = {
     "train/config/demos.py": (r"steps=500,", "steps=40,"),
     "train/config/presets.py": (r"steps=200,", "steps=40,"),
-    "launch/quickstart.sh": (r"--max_new_tokens \d+", "--max_new_tokens 16 --repeats 1"),
+    "launch/quickstart.sh": (
+        r"--prompts 4 --max_new_tokens \d+",
+        "--prompts 2 --max_new_tokens 16 --repeats 1",
+    ),
 }
 # What is written differently in commands, one after another; options at the end count most.
 SMALLER_COMMANDS = (
@@ -54,8 +58,9 @@ class Clone:
         git("clone", "--quiet", ROOT, folder)
         changed = git("-C", ROOT, "ls-files", "-z", "--modified", "--others", "--exclude-standard")
         for name in filter(None, changed.split("\0")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).unlink(missing_ok=True)
             if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes((ROOT / name).read_bytes())
         for name, (old, new) in SMALLER_FILES.items():
             text, count = re.subn(old, new, (folder / name).read_text())
@@ -79,7 +84,7 @@ class Clone:
         else:
             command = ["bash", "-euo", "pipefail", "-c", smaller(block.text)]
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, timeout=SECONDS, text=True,
+            ["timeout", str(SECONDS), *command], cwd=self.folder, env=self.environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.returncode, re.split(r"[\r\n]+", done.stdout)
@@ -99,14 +104,8 @@ def smaller(text):
 
 def write_entry_points(site, python):
     """Write what an installation makes of the entry points of setup.cfg."""
-    setup = read_setup()
-    groups = setup["options.entry_points"] if setup.has_section("options.entry_points") else {}
-    info = site / "skipstone-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: skipstone\nVersion: 0\n")
-    lines = [line for name, entries in groups.items() for line in (f"[{name}]", entries)]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    for entry in filter(None, groups.get("console_scripts", "").splitlines()):
+    describe_installation(site)
+    for entry in filter(None, read_setup()["options.entry_points"]["console_scripts"].splitlines()):
         name, module, function = re.fullmatch(r"(\S+) = (\S+):(\S+)", entry).groups()
         script = python.with_name(name)
         script.write_text(

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 INDEX = ROOT / "docs" / "README.md"
 LANGUAGES = {"bash", "python", "output", "text"}
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?\d+(,\d{3})*(\.\d+)?(e[-+]?\d+)?")
 
 
 @dataclass
