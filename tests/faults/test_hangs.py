@@ -49,6 +49,8 @@ def test_a_straggler_is_named_with_its_section_and_line(launch):
         validate__interval_steps=0, stragglers__interval_steps=5,
     )  # fmt: skip
     assert job.wait() == [0, 0], job.output
+    # Other sections may be slow on a busy machine, on any rank; the loader alone waits in data.
     reasons = [event["reason"] for event in events(job.run, "straggler")]
+    reasons = [text for text in reasons if "is slow in data" in text]
     assert reasons, job.output
     assert all("rank 1 is slow in data" in text for text in reasons)
