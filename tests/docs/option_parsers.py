@@ -42,9 +42,7 @@ def words_of(block, folder):
     record = folder / "words"
     (folder / "outputs").mkdir()
     script = f"exec 3>{record}\n{_RECORDER}{block.text}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", "-eu", "-c", script], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"{block}: {done.stderr}"
     words, commands = iter(record.read_text().split("\0")[:-1]), []
     for count in words:
