@@ -1,5 +1,6 @@
 # Makes .venv with everything pinned in launch/constraints.txt; source it from the repository root.
-# Does nothing where that is up to date.
+# Does nothing where that is up to date. SKIPSTONE_TORCH=2.11 makes .venv-torch-2.11 with that torch
+# and the other pins.
 
 find_python() {
   local name
@@ -16,20 +17,22 @@ find_python() {
 
 # install_skipstone [EXTRA]: our package and its dependencies, and those of the extra.
 install_skipstone() {
-  local python stamp
-  stamp=$(cat setup.cfg pyproject.toml launch/constraints.txt | cksum)
-  export PATH="$PWD/.venv/bin:$PATH"
-  if [ "$(cat ".venv/installed-${1:-}" .venv/installed-test 2>/dev/null | head -n 1)" = "$stamp" ]; then
+  local python pins stamp venv=".venv${SKIPSTONE_TORCH:+-torch-$SKIPSTONE_TORCH}"
+  pins=$(sed "${SKIPSTONE_TORCH:+s/^torch==.*/torch==$SKIPSTONE_TORCH/}" launch/constraints.txt)
+  stamp=$(cat setup.cfg pyproject.toml <(echo "$pins") | cksum)
+  export PATH="$PWD/$venv/bin:$PATH"
+  if [ "$(cat "$venv/installed-${1:-}" "$venv/installed-test" 2>/dev/null | head -n 1)" = "$stamp" ]; then
     return
   fi
-  if [ ! -x .venv/bin/python ]; then
+  if [ ! -x "$venv/bin/python" ]; then
     python=$(find_python)
-    "$python" -m venv .venv
+    "$python" -m venv "$venv"
   fi
-  echo "== installing into .venv ($(.venv/bin/python --version)), a few minutes"
+  echo "== installing into $venv ($("$venv/bin/python" --version)), a few minutes"
+  echo "$pins" >"$venv/constraints.txt"
   # torch first and pinned: pip then takes the build made for this machine, once.
-  .venv/bin/pip install --quiet --disable-pip-version-check -c launch/constraints.txt torch
-  .venv/bin/pip install --quiet --disable-pip-version-check -c launch/constraints.txt \
+  "$venv/bin/pip" install --quiet --disable-pip-version-check -c "$venv/constraints.txt" torch
+  "$venv/bin/pip" install --quiet --disable-pip-version-check -c "$venv/constraints.txt" \
     -e ".${1:+[$1]}"
-  echo "$stamp" >".venv/installed-${1:-}"
+  echo "$stamp" >"$venv/installed-${1:-}"
 }

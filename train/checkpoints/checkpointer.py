@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.checkpoint_format import TOKENIZER, Manifest, file_entry
@@ -110,16 +110,11 @@ class CheckpointWriter:
         self._tokenizer = identity.tokenizer_path.read_bytes() if runtime.is_main else b""
         # The thread's collectives run concurrently with those of training, so in another group.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        on_gpu = runtime.device.type == "cuda"
+        self._on_gpu = runtime.device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "checkpoint", self._enter_thread)
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        # Keeps its host memory for the next checkpoint. `DefaultStager` closes it after the first
+        # one in torch 2.11, whose second then ends in a KeyError.
+        self._stager = StateDictStager(pin_memory=self._on_gpu)
         self._in_flight: Future[str] | None = None
         self._failures = 0
 
@@ -154,7 +149,7 @@ class CheckpointWriter:
         tensors: Tensors = training_tensors(self._model, self._optimizer)
         at_once = required or not self._config.asynchronous
         if not at_once:
-            tensors = self._stager.stage(tensors)  # type: ignore[assignment]
+            tensors = self._stage(tensors)
         manifest = self._identity.manifest(t, json.loads(json.dumps(state)), self._runtime)
         path = self._folder / f"step-{t:08d}"
         self._in_flight = self._thread.submit(self._write, path, tensors, manifest, not required)
@@ -199,9 +194,16 @@ class CheckpointWriter:
         )
         self.wait(required=True)
 
+    def _stage(self, tensors: Tensors) -> Tensors:
+        """Return a copy in host memory, complete when this returns."""
+        staged: Tensors = self._stager.stage(tensors, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return staged
+
     def _enter_thread(self) -> None:
         """Set this rank's GPU in the thread too, where torch would use the first."""
-        if self._runtime.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.set_device(self._runtime.device)
 
     def _write(self, path: Path, tensors: Tensors, manifest: Manifest, tolerated: bool) -> str:
