@@ -87,13 +87,6 @@ def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
     assert "ETA" in output
 
 
-def test_offline_wandb_gets_the_metrics(launch):
-    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    job = launch(environment=offline, metrics__wandb=True, steps=2)
-    assert job.wait() == [0, 0], job.output
-    assert list((job.run / "wandb").glob("offline-run-*/*.wandb"))
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -116,7 +109,7 @@ def test_offline_wandb_gets_the_metrics(launch):
             "error: optim.trains: exits, but at step 1 none of model.own_exits (2,) is on",
         ),
         ({"optim__betas": "2 0.9"}, "error: optim.betas: (2.0, 0.9), must lie in [0, 1)"),
-        ({"data__path": "no/such"}, "error: dataset no/such has no dataset.json"),
+        ({"data__path": "no/such"}, "error: data.path: dataset no/such does not exist, "),
         ({"data__global_batch_size": 7}, "data.global_batch_size: 7 is not a multiple of"),
         ({"model__vocab_size": 200}, "error: model.vocab_size: 200 is smaller than the 400 ids"),
         (
