@@ -42,12 +42,12 @@ def measure_responses(stream: TokenStream, bos_id: int, seq_len: int) -> Respons
         begins = np.concatenate([[begin], start + np.flatnonzero(tokens == bos_id)])
         labels = start + np.flatnonzero(targets != NO_LOSS)
         document = np.searchsorted(begins, labels, side="right") - 1
-        place = labels - begins[document]
-        document, place = document[place > 0], place[place > 0]  # BOS follows nothing
+        offset = labels - begins[document]
+        document, offset = document[offset > 0], offset[offset > 0]  # BOS follows nothing
         count = np.bincount(document, minlength=len(begins))
-        inside = np.bincount(document[place < seq_len], minlength=len(begins))
+        inside = np.bincount(document[offset < seq_len], minlength=len(begins))
         end = np.zeros_like(count)
-        np.maximum.at(end, document, place)
+        np.maximum.at(end, document, offset)
         count[0], inside[0], end[0] = count[0] + learnt, inside[0] + within, max(end[0], last)
         found = _with(found, count[:-1], inside[:-1], end[:-1])
         begin, learnt, within, last = (int(x[-1]) for x in (begins, count, inside, end))

@@ -14,13 +14,13 @@ def by_hand(documents, seq_len):
     """Count over documents, each a list of (id, whether it is learnt)."""
     pairs = lost = cut = longest = 0
     for document in documents:
-        places = [i for i, (_, learnt) in enumerate(document) if learnt and i]
-        if places:
-            within = sum(i < seq_len for i in places)
+        offsets = [i for i, (_, learnt) in enumerate(document) if learnt and i]
+        if offsets:
+            within = sum(i < seq_len for i in offsets)
             pairs += 1
             lost += within == 0
-            cut += 0 < within < len(places)
-            longest = max(longest, places[-1] + 1)
+            cut += 0 < within < len(offsets)
+            longest = max(longest, offsets[-1] + 1)
     return Responses(pairs, lost, cut, longest)
 
 

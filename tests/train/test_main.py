@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.dataset import open_dataset
+from data.preparation import PrepareConfig, prepare
 from data.windows import StreamWindows
 from inference.evaluation.exit_quality import evaluate_exits
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model
@@ -127,6 +128,31 @@ def test_a_users_error_is_one_line(training, overrides, message, capsys, quiet):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+    assert not training.output.exists()
+
+
+def test_weights_of_another_tokenizer_are_refused_unless_that_is_wanted(
+    training, tokenizer_path, tmp_path, capsys, quiet, caplog
+):
+    assert main(training.arguments(name="first", steps=1)) == 0
+    (tmp_path / "a.txt").write_text("".join(f"{n} apples\n\n" for n in range(400)))
+    (tmp_path / "b.txt").write_text("".join(f"{n} pears\n\n" for n in range(400)))
+    texts = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))
+    prepare(PrepareConfig(input=texts, tokenizer=tokenizer_path), tmp_path / "other", workers=1)
+    second = {"name": "second", "steps": 1, "data__path": tmp_path / "other"}
+    second["checkpoint__init_from"] = training.output / "first"
+    assert main(training.arguments(**second)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "has learnt other tokens than" in line
+    assert "--checkpoint.allow_other_tokenizer True" in line
+    assert not (training.output / "second").exists()
+    caplog.set_level("INFO")
+    wanted = training.arguments(
+        **second, checkpoint__allow_other_tokenizer="", optim__warmup_steps=500
+    )
+    assert main(wanted) == 0
+    assert "model.vocab_size: 400, of which" in caplog.text
+    assert "optim.warmup_steps: 500, but the run has 1 steps" in caplog.text
 
 
 def test_all_problems_are_reported_at_once(training, capsys, quiet):

@@ -192,7 +192,7 @@ def start_logging() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Open /dev/null where a standard stream is closed, or the next file would be in its stead."""
+    """Open /dev/null where a standard stream is closed, or the next file would get its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

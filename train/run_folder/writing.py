@@ -37,7 +37,7 @@ def attempt(target: Path | str, action: Callable[[], object]) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error says, as one line."""
+    """Return the message of an error, as one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
