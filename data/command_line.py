@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _WIDTH = "9999"
 _POSITIONAL = get_args(tyro.conf.Positional[str])[1]
-_WORDS = {bool: "True or False", int: "an integer", float: "a number"}
+_WORDS = {int: "an integer", float: "a number"}
 _NUMBERS = {
     r"invalid literal for int\(\) with base 10: '(.*?)'?": "an integer",
     r"could not convert string to float: '(.*?)'?": "a number",
@@ -55,6 +55,27 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         str_from_instance=lambda v: ["None"] if v is None else spec.str_from_instance(v),
         choices=spec.choices and (*spec.choices, "None"),
     )
+
+
+@_REGISTRY.primitive_rule
+def _yes_or_no(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read true and false in any case, and an option without a value as True."""
+    if info.type is not bool:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="{True,False}",
+        instance_from_str=_read_yes_or_no,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _read_yes_or_no(words: list[str]) -> bool:
+    word = words[0] if words else "true"
+    if word.lower() not in ("true", "false"):
+        raise ValueError(f"{word}, give one of False, True")
+    return word.lower() == "true"
 
 
 def read_as(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.nearest import nearest_dataset
 from data.progress import Progress
 from data.shards import HEADER_BYTES, ShardRecord, TokenStream, open_shard, token_dtype, token_ids
 from data.tokenizer import Tokenizer
@@ -179,8 +180,8 @@ def open_dataset(path: Path) -> Dataset:
     description_path = path / DESCRIPTION_NAME
     if not description_path.is_file():
         raise ValueError(
-            f"dataset {path} has no {DESCRIPTION_NAME},"
-            " make one with python -m data.prepare --input ... --output ..."
+            f"dataset {path} {'has no ' + DESCRIPTION_NAME if path.exists() else 'does not exist'},"
+            f" {nearest_dataset(path, DESCRIPTION_NAME)}"
         )
     try:
         content = json.loads(description_path.read_text())

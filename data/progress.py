@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from tqdm import tqdm
@@ -45,14 +46,16 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         """Remove the bar and, without an error, log the total."""
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
         if error is None:
             logger.info("%s: %.1f MB, done", self._label, self._done_bytes / 1e6)
 
     def update(self, count_bytes: int) -> None:
         """Add bytes processed since the last call."""
         self._done_bytes += count_bytes
-        self._bar.update(count_bytes)
+        with suppress(OSError):  # a terminal that is gone
+            self._bar.update(count_bytes)
         if self._bar.disable and time.monotonic() >= self._next_line:
             logger.info("%s: %.1f%s MB", self._label, self._done_bytes / 1e6, self._total)
             self._next_line = time.monotonic() + _LINE_INTERVAL_SECONDS

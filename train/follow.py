@@ -12,7 +12,8 @@ from train.loop.throughput import Throughput
 from train.monitoring.adam_monitor import alarms
 from train.monitoring.stragglers import StragglerWatch
 from train.optimizer.optim import lr
-from train.run_folder.metrics import Histogram, Metrics
+from train.run_folder.histogram import Histogram
+from train.run_folder.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class TrainingMonitor:
             self._report.add(step, self._job.layerskip.at(step.t))
             self.done_steps = step.t + 1
             self.stop = self.stop or step.stop
-            if not step.finite:
+            if not step.updated:
                 self._record_skipped(step)
             before = self.state.loss_history
             history = before.after(step, monitored_layer, config)
@@ -121,7 +122,7 @@ class TrainingMonitor:
             f"rank {rank}: {text}"
             for rank, texts in enumerate(self._job.runtime.gather(step.local_bad_losses()))
             for text in texts
-        ] or ["every loss is finite, but the gradient is not"]
+        ] or [_why_skipped(step)]
         self._job.events.append("update_skipped", step.t, batch=batch, found=found)
         if self._job.runtime.is_main:
             logger.warning(
@@ -132,3 +133,10 @@ class TrainingMonitor:
         self._job.events.append(kind, t, reason=text)
         if self._job.runtime.is_main:
             logger.warning("step %d: %s", t + 1, text)
+
+
+def _why_skipped(step: StepMetrics) -> str:
+    """Return why a step without a bad loss has updated nothing."""
+    if not step.exit_losses:
+        return "no token of the batch has a label, raise data.seq_len if responses lie beyond it"
+    return "every loss is finite, but the gradient is not"

@@ -1,6 +1,5 @@
 """A training job: its parts, opened and closed in order, and the record of how it ended."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -11,11 +10,12 @@ from pathlib import Path
 
 from data.dataset import VALIDATION, verify_shards
 from data.loader import Microbatch, TokenLoader
-from models.flops import total_params
+from models.checkpoint_format import checkpoint_steps
 from models.llama import Llama
 from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
 from train.checkpoints.resume import Resumed, load_initial_weights, resume
+from train.checkpoints.tokenizers import check_tokenizer
 from train.config.config import TrainConfig
 from train.loop.corpus import Corpus, open_corpus, train_loader
 from train.loop.layerskip import LayerSkipSchedule
@@ -30,9 +30,12 @@ from train.optimizer.optim import build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
 from train.parallel.titan import OptimizersContainer
-from train.run_folder.events import EventLog, State, append_event, goodput, starts, write_status
+from train.record import record_failure, record_hang, record_start, write_status
+from train.run_folder.events import EventLog, goodput, starts
 from train.run_folder.preflight import check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
+from train.run_folder.weights_and_biases import WeightsAndBiases, open_wandb
+from train.run_folder.writing import attempt
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class Job:
     identity: RunIdentity
     checkpoints: CheckpointWriter
     resumed: Resumed
+    wandb: WeightsAndBiases | None
+    """The W&B run, on rank 0; None without one."""
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -100,7 +105,7 @@ class Job:
         """
         self.runtime.on_every_rank(self.lock.check)
         self.checkpoints.save(done, state.as_dict(), required=required)
-        _write_status(self.config, self.runtime, "running", done)
+        write_status(self.config, self.runtime, "running", done)
 
     def lifetime(self, state: RunState) -> dict[str, float]:
         """Return restarts, rollbacks and goodput over all starts of the run; {} but on rank 0."""
@@ -118,7 +123,7 @@ class Job:
         if done < self.config.steps:
             reason = next(filter(None, self.runtime.gather(self.interruption.reason)), "")
             self.events.append("preempted", done, reason=reason)
-            _write_status(self.config, self.runtime, "preempted", done, reason)
+            write_status(self.config, self.runtime, "preempted", done, reason)
             logger.info("stopped by %s after step %d; the same command resumes", reason, done)
             return
         model = self.config.run_dir / "model"
@@ -128,7 +133,7 @@ class Job:
             self.events.append("finish", done)
         else:
             logger.info("%s has done all its %d steps", self.config.run_dir, done)
-        _write_status(self.config, self.runtime, "finished", done)
+        write_status(self.config, self.runtime, "finished", done)
 
 
 @contextmanager
@@ -142,11 +147,11 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
         SystemExit: On the other ranks then.
     """
     run_dir, sections = config.run_dir, Sections()
-    check_run_folder(run_dir, Path(config.output_dir), needed_bytes=0, runtime=runtime)
+    made = check_run_folder(run_dir, Path(config.output_dir), needed_bytes=0, runtime=runtime)
     with ExitStack() as stack:
         lock = stack.enter_context(lock_run(run_dir, runtime))
         events = EventLog(run_dir / "events.jsonl", writes=runtime.is_main)
-        stack.enter_context(_record_failure(config, runtime, lock, events, sections))
+        stack.enter_context(record_failure(config, runtime, lock, events, sections, made))
         stack.enter_context(
             Watchdog(
                 sections,
@@ -156,12 +161,13 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
                 world_size=runtime.world_size,
                 timeout_seconds=config.runtime.timeout_seconds,
                 setup_timeout_seconds=config.runtime.setup_timeout_seconds,
-                record=partial(_record_hang, run_dir / "events.jsonl"),
+                record=partial(record_hang, run_dir / "events.jsonl"),
             )
         )
-        job = _build(config, runtime, interruption, sections, lock, events, stack)
+        wandb = _open_wandb(config, runtime, stack)
+        job = _build(config, runtime, interruption, sections, lock, events, wandb, stack)
         if job.resumed.t < config.steps:
-            _record_start(config, runtime, events, job.resumed.t)
+            record_start(config, runtime, events, job.resumed.t)
         yield job
 
 
@@ -172,10 +178,12 @@ def _build(
     sections: Sections,
     lock: RunLock,
     events: EventLog,
+    wandb: WeightsAndBiases | None,
     stack: ExitStack,
 ) -> Job:
     """Open the data, build the model, and load the newest checkpoint."""
     corpus, loader, held_out = _open_data(config, runtime)
+    _check_tokenizer(config, corpus, runtime)
     model, optimizer = _build_model(config, runtime)
     identity = RunIdentity(
         model=config.model,
@@ -211,7 +219,34 @@ def _build(
         identity=identity,
         checkpoints=stack.enter_context(writer),
         resumed=resumed,
+        wandb=wandb,
     )
+
+
+def _open_wandb(config: TrainConfig, runtime: Runtime, stack: ExitStack) -> WeightsAndBiases | None:
+    """Start the W&B run of rank 0, if there is to be one; the end of the stack ends it."""
+    settings = config.metrics
+    if not (settings.wandb and runtime.is_main):
+        return None
+    wandb = open_wandb(config.run_dir, settings.wandb_project, config.as_dict())
+    if wandb is not None:
+        stack.callback(attempt, wandb.target, wandb.close)
+    return wandb
+
+
+def _check_tokenizer(config: TrainConfig, corpus: Corpus, runtime: Runtime) -> None:
+    """Refuse to start from weights of another tokenizer."""
+    settings, dataset = config.checkpoint, corpus.datasets[0]
+    starts_new = not checkpoint_steps(config.run_dir / "checkpoints")
+
+    def check() -> None:
+        if runtime.is_main and starts_new and settings.init_from:
+            check_tokenizer(
+                settings.init_from, dataset.tokenizer_path, dataset.tokenizer_fingerprint
+            )
+
+    if not settings.allow_other_tokenizer:
+        runtime.on_every_rank(check)
 
 
 def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, OptimizersContainer]:
@@ -237,52 +272,3 @@ def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoad
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     bos_id = corpus.bos_id if data.mask_documents else None
     return corpus, loader, HeldOut(windows, data.seq_len, bos_id)
-
-
-def _record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:
-    """Record the start of the run, write its `config.json` and log its size."""
-    events.append("start", start, world_size=runtime.world_size)
-    _write_status(config, runtime, "running", start)
-    if not runtime.is_main:
-        return
-    (config.run_dir / "config.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n")
-    logger.info(
-        "%s: %.1fM parameters on %d x %s, %d steps of %s tokens",
-        config.run_dir,
-        total_params(config.model) / 1e6,
-        runtime.world_size,
-        runtime.device_name(),
-        config.steps,
-        f"{config.data.tokens_per_step:,}",
-    )
-
-
-@contextmanager
-def _record_failure(
-    config: TrainConfig, runtime: Runtime, lock: RunLock, events: EventLog, sections: Sections
-) -> Iterator[None]:
-    """Record in the run folder, if it is still ours, that the `with` block failed, and why."""
-    try:
-        yield
-    except Exception as error:
-        if not lock.lost:
-            reason = f"{type(error).__name__}: {error}"
-            _, t, _ = sections.current
-            events.append("failed", t, reason=reason)
-            _write_status(config, runtime, "failed", t, reason)
-        raise
-
-
-def _record_hang(path: Path, reason: str, t: int) -> None:
-    """Append a hang to the events; not by EventLog, as the rank may be another than rank 0."""
-    append_event(path, "hang", t, reason=reason)
-
-
-def _write_status(
-    config: TrainConfig, runtime: Runtime, state: State, step: int, reason: str = ""
-) -> None:
-    """Write the status of the run to its folder and to runtime.status_file, if there is one."""
-    if runtime.is_main:
-        status_file = config.runtime.status_file
-        paths = [config.run_dir / "status.json", *([Path(status_file)] if status_file else [])]
-        write_status(paths, state, step, reason)

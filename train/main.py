@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from train.config.command_line import parse
 from train.config.config import TrainConfig
+from train.config.settled import settle
 from train.follow import TrainingMonitor
 from train.job import Job, open_job
 from train.loop.recovery import RunState
@@ -47,11 +48,15 @@ def train(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> 
         t, state = job.resumed.t, job.initial_state()
         while t < config.steps and not job.any_rank_stop_requested():
             metrics = open_metrics(
-                config.metrics, config.run_dir, config.as_dict(), done_steps=t, runtime=runtime
+                config.metrics,
+                config.run_dir,
+                config.as_dict(),
+                done_steps=t,
+                runtime=runtime,
+                wandb=job.wandb,
             )
             monitor = run_steps(job, t, state, metrics)
             monitor.close()
-            metrics.close()
             t, state = monitor.done_steps, monitor.state
             if monitor.anomaly is not None:
                 t, state = roll_back(job, *monitor.anomaly, t, state)
@@ -116,6 +121,9 @@ def report_validation(job: Job, done_steps: int, metrics: Metrics) -> None:
         chunk_rows=config.early_exit.chunk_rows,
         token_depth=config.token_depth,
     )
+    if not losses:
+        logger.info("held-out loss at step %d: none, for no token has a label", done_steps)
+        return
     metrics.log(exit_metrics("validation", dict(enumerate(losses)), len(losses)), done_steps)
     logger.info("%s", validation_line(losses, done_steps))
 
@@ -130,12 +138,14 @@ def main(arguments: Sequence[str]) -> int:
     start_logging()
     try:
         command = parse(arguments, show=is_main_process())
-        config = command.config
+        config = settle(command)
         if command.dry_run:
             if is_main_process():
                 print(plan_run(config, command.dry_run))
             return 0
         config.check(launched_ranks())
+        for line in config.optim.warnings(config.steps):
+            logger.info("%s", line)
     except ValueError as error:
         return fail(error, prints=is_first_of_node())
     try:

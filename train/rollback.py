@@ -54,7 +54,7 @@ def roll_back(
         to=resumed.t, anomaly_t=t - 1, skipped=state.skipped_batches, config=config
     )
     # Recorded only now: a job that dies before this meets the same anomaly and rolls back again.
-    job.events.append_required("rollback", t, to=resumed.t, skipped=skipped, reason=anomaly.reason)
+    runtime.on_every_rank(lambda: _record(job, t, resumed.t, skipped, anomaly.reason))
     if runtime.is_main:
         logger.warning(
             "%s: rolled back from step %d to %d, skipping the batches %d to %d",
@@ -66,6 +66,16 @@ def roll_back(
         )
     before = run_state_from_dict(resumed.state)
     return resumed.t, before.skipping([*state.skipped_batches, skipped])
+
+
+def _record(job: Job, t: int, to: int, skipped: tuple[int, int], reason: str) -> None:
+    try:
+        job.events.append_required("rollback", t, to=to, skipped=skipped, reason=reason)
+    except OSError as error:
+        raise ValueError(
+            f"recovery: the rollback from step {t} could not be written down, {error}, make room "
+            "there and start the run again"
+        ) from error
 
 
 def _choose_checkpoint(job: Job, anomaly_start: int, anomaly: Anomaly, t: int) -> int:

@@ -89,7 +89,6 @@ LONG = "/" + "very-long-folder-name" * 8
         ("--run a --layers 2.5", "layers: 2.5, give an integer"),
         ("--run a --optim.lr much", "optim.lr: much, give a number"),
         ("--run a --optim.lr", "optim.lr: no value, give a number"),
-        ("--run a --fuse", "fuse: no value, give True or False"),
         ("--run a --fuse maybe", "fuse: maybe, give one of False, True"),
         ("--run a --bits int7", "bits: int7, give one of int4, int8"),
         (f"--run a --layers {LONG}", f"layers: {LONG}, give an integer"),

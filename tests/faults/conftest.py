@@ -5,11 +5,13 @@ import pytest
 from tests.training import Training
 
 
-def run_once(launcher, corpus, folder, faults=(), timeout=60, **overrides):
+def run_once(launcher, corpus, folder, faults=(), timeout=60, environment=None, **overrides):
     """Start one job of two ranks in `folder`; return it and how its ranks ended."""
     training = Training(corpus, folder)
     arguments = training.arguments(name="run", **overrides)
-    job = launcher.start(folder / "job", folder / "run", arguments, faults=faults)
+    job = launcher.start(
+        folder / "job", folder / "run", arguments, faults=faults, environment=environment
+    )
     return job, job.wait(timeout)
 
 

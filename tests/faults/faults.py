@@ -6,8 +6,10 @@ Product code is unaware of these: they replace functions in the process that is 
 
 import os
 import resource
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint.filesystem as torch_files
@@ -19,6 +21,7 @@ import train.main
 from data.loader import Microbatch, TokenLoader
 from models.checkpoint_format import Manifest
 from train.checkpoints.checkpointer import CheckpointWriter
+from train.run_folder.weights_and_biases import WeightsAndBiases
 
 
 def _before_step(t_hit, action):
@@ -216,3 +219,30 @@ def full_disk(on_rank, rank, steps):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     train.checkpoints.checkpointer.save = limited
+
+
+def break_sinks(on_rank, run, t):
+    """Put a file in place of the TensorBoard folder before step t, and let W&B refuse from then on.
+
+    Two steps later the console is a pipe that nobody reads.
+    """
+    if on_rank != 0:
+        return
+    folder = Path(run) / "tensorboard"
+
+    def refuse(*arguments):
+        raise ConnectionResetError("W&B has gone")
+
+    def break_charts(model):
+        shutil.rmtree(folder)
+        folder.touch()
+        WeightsAndBiases.log = refuse
+
+    def break_console(model):
+        reads, writes = os.pipe()
+        os.close(reads)
+        os.dup2(writes, 1)
+        os.dup2(writes, 2)
+
+    _before_step(t, break_charts)
+    _before_step(t + 2, break_console)

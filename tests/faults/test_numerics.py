@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data.shards import NO_LOSS
 from tests.faults.conftest import run_once
 from tests.faults.state import events, fingerprint, records, tensors
 
@@ -40,12 +41,22 @@ def test_a_loss_that_is_not_finite_on_one_rank_updates_nothing_on_any(launch):
     assert "train/loss" not in record
 
 
-def test_an_infinite_gradient_behind_finite_losses_updates_nothing(launch):
-    job = launch(faults=[("infinite_gradient", {"rank": 0, "t": 4})])
+def test_an_infinite_gradient_or_a_batch_without_a_label_updates_nothing(launch):
+    no_label = ("poison", {"first": 6, "stop": 7, "label": NO_LOSS})
+    job = launch(
+        faults=[("infinite_gradient", {"rank": 0, "t": 4}), no_label],
+        checkpoint__interval_steps=1, checkpoint__keep_latest=0, metrics__interval_steps=1,
+    )  # fmt: skip
     assert job.wait() == [0, 0], job.output
-    [event] = events(job.run, "update_skipped")
-    assert event["step"] == 4
-    assert event["found"] == ["every loss is finite, but the gradient is not"]
+    infinite, empty = events(job.run, "update_skipped")
+    assert (infinite["step"], empty["step"]) == (4, 6)
+    assert infinite["found"] == ["every loss is finite, but the gradient is not"]
+    assert "no token of the batch has a label" in empty["found"][0]
+    before, after = (tensors(job.run / "checkpoints" / f"step-{t:08d}") for t in (6, 7))
+    assert all((before[name] == after[name]).all() for name in before)
+    [record] = [r for r in records(job.run) if r["step"] == 7]
+    assert record["progress/skipped_updates"] == 1
+    assert "train/loss" not in record
 
 
 def test_a_run_with_a_skipped_update_replays_bit_for_bit(launch):

@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.dataset import open_dataset
+from data.preparation import PrepareConfig, prepare
 from data.windows import StreamWindows
 from inference.evaluation.exit_quality import evaluate_exits
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model
@@ -87,13 +88,6 @@ def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
     assert "ETA" in output
 
 
-def test_offline_wandb_gets_the_metrics(launch):
-    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    job = launch(environment=offline, metrics__wandb=True, steps=2)
-    assert job.wait() == [0, 0], job.output
-    assert list((job.run / "wandb").glob("offline-run-*/*.wandb"))
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -116,7 +110,7 @@ def test_offline_wandb_gets_the_metrics(launch):
             "error: optim.trains: exits, but at step 1 none of model.own_exits (2,) is on",
         ),
         ({"optim__betas": "2 0.9"}, "error: optim.betas: (2.0, 0.9), must lie in [0, 1)"),
-        ({"data__path": "no/such"}, "error: dataset no/such has no dataset.json"),
+        ({"data__path": "no/such"}, "error: data.path: dataset no/such does not exist, "),
         ({"data__global_batch_size": 7}, "data.global_batch_size: 7 is not a multiple of"),
         ({"model__vocab_size": 200}, "error: model.vocab_size: 200 is smaller than the 400 ids"),
         (
@@ -134,6 +128,31 @@ def test_a_users_error_is_one_line(training, overrides, message, capsys, quiet):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+    assert not training.output.exists()
+
+
+def test_weights_of_another_tokenizer_are_refused_unless_that_is_wanted(
+    training, tokenizer_path, tmp_path, capsys, quiet, caplog
+):
+    assert main(training.arguments(name="first", steps=1)) == 0
+    (tmp_path / "a.txt").write_text("".join(f"{n} apples\n\n" for n in range(400)))
+    (tmp_path / "b.txt").write_text("".join(f"{n} pears\n\n" for n in range(400)))
+    texts = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))
+    prepare(PrepareConfig(input=texts, tokenizer=tokenizer_path), tmp_path / "other", workers=1)
+    second = {"name": "second", "steps": 1, "data__path": tmp_path / "other"}
+    second["checkpoint__init_from"] = training.output / "first"
+    assert main(training.arguments(**second)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "has learnt other tokens than" in line
+    assert "--checkpoint.allow_other_tokenizer True" in line
+    assert not (training.output / "second").exists()
+    caplog.set_level("INFO")
+    wanted = training.arguments(
+        **second, checkpoint__allow_other_tokenizer="", optim__warmup_steps=500
+    )
+    assert main(wanted) == 0
+    assert "model.vocab_size: 400, of which" in caplog.text
+    assert "optim.warmup_steps: 500, but the run has 1 steps" in caplog.text
 
 
 def test_all_problems_are_reported_at_once(training, capsys, quiet):

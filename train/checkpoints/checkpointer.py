@@ -75,6 +75,9 @@ class CheckpointConfig:
     init_from: str = ""
     """Run or checkpoint folder whose weights a new run starts from (continual training,
     finetuning). Empty: random weights. A run with checkpoints of its own resumes from them."""
+    allow_other_tokenizer: bool = False
+    """Start from the weights of init_from also where they learnt other tokens than the dataset's,
+    so that an id stands for another text than the weights learnt it for."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""

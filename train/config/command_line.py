@@ -13,7 +13,7 @@ import tyro
 from data.command_line import read_options
 from data.suggestion import suggest
 from train.config.config import TrainConfig
-from train.config.config_file import read_config
+from train.config.config_file import given_fields, read_config
 from train.config.presets import PRESETS
 from train.config.synonyms import SYNONYMS
 
@@ -50,6 +50,8 @@ class Command:
     """The run."""
     dry_run: DryRun | None
     """Plan the run for this machine and end; None trains."""
+    given: frozenset[str] = frozenset()
+    """Full names of the fields that the user has given, as options or in a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,9 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     config = line.config
     if line.tokens is not None:
         config = dataclasses.replace(config, steps=_steps(line.tokens, config, given))
-    return Command(config, line.machine if line.dry_run else None)
+    if line.file is not None:
+        given |= given_fields(line.file)
+    return Command(config, line.machine if line.dry_run else None, frozenset(given))
 
 
 def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:

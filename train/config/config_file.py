@@ -69,6 +69,11 @@ def read_config(path: Path, base: TrainConfig | None) -> TrainConfig:
     return config
 
 
+def given_fields(path: Path) -> set[str]:
+    """Return the full names of the fields that a file holds, if it can be read."""
+    return {name for name, _ in _flat(_content(path), dict(_kinds(TrainConfig)))}
+
+
 def _content(path: Path) -> Mapping[str, object]:
     """Return what is in the file."""
     readers = {

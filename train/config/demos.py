@@ -29,7 +29,6 @@ def demo() -> TrainConfig:
         steps=500,
         model=SIZES["demo"],
         data=DataConfig(
-            path="outputs/data/embedded-2048",
             input=EMBEDDED,
             seq_len=256,
             global_batch_size=8,

@@ -8,6 +8,8 @@ _OPTIONS = {
     "input_file train_file train_files text": "data.input",
     "seq_length sequence_length context_length context_size context block_size max_length ctx_len":
         "data.seq_len",
+    "make_vocab_size_divisible_by pad_vocab_size_multiple padded_vocab_multiple":
+        "data.vocab_multiple",
     "num_layers n_layer layers num_hidden_layers depth": "model.n_layers",
     "hidden_size hidden_dim d_model n_embd embed_dim width": "model.dim",
     "intermediate_size ffn_hidden_size d_ff": "model.ffn_dim",

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,22 +12,30 @@ from data.dataset import TRAIN, Dataset, open_dataset
 from data.loader import TokenLoader
 from data.mixture import PERIOD, Mixture, shares
 from data.preparation import PrepareConfig, prepare
+from data.responses import measure_responses
 from data.tokenizer import Tokenizer
 from data.windows import Packing, Windows, open_windows
 from train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
+PREPARED = Path("outputs/data")
+"""Folder of the datasets that runs prepare for themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Datasets, sequences and batch sizes."""
 
-    path: str
-    """Folder of token shards, made by `python -m data.prepare`."""
+    path: str = ""
+    """Folder of token shards, made by `python -m data.prepare`; nothing is ever prepared here.
+    Empty: prepared from `input`, once, in outputs/data."""
     input: tuple[str, ...] = ()
-    """Text to prepare `path` from if it does not exist yet: paths, or "embedded" for the sources
-    of Python and torch on this machine. Empty: `path` must exist."""
+    """Text for a run without a `path`: files or folders, or "embedded" for the sources of Python
+    and torch on this machine."""
+    vocab_multiple: int = 1
+    """Where model.vocab_size is not given, it is the dataset's, rounded up to a multiple of this.
+    The ids beyond the dataset's are never learnt."""
     also: tuple[str, ...] = ()
     """More folders of shards, of the same tokenizer, to mix in. Validation reads `path` alone."""
     weights: tuple[float, ...] = ()
@@ -61,7 +71,12 @@ class DataConfig:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
         found = [
             f"data.{name}: {getattr(self, name)}, must be at least {least}"
-            for name, least in (("seq_len", 1), ("global_batch_size", 1), ("microbatch_size", 0))
+            for name, least in (
+                ("seq_len", 1),
+                ("global_batch_size", 1),
+                ("microbatch_size", 0),
+                ("vocab_multiple", 1),
+            )
             if getattr(self, name) < least
         ]
         if not found and self.global_batch_size % (world_size * max(self.microbatch_size, 1)):
@@ -114,22 +129,71 @@ class Corpus:
         except ValueError as error:
             raise ValueError(f"data: {split} of {dataset.path}: {error}") from error
 
+    def check_responses(self, dataset: Dataset, split: str, config: DataConfig) -> None:
+        """Log how many pairs lose their response or a part of it, where documents are whole.
+
+        Raises:
+            ValueError: If all lose it.
+        """
+        if not dataset.holds_pairs or config.packing != "documents":
+            return
+        found = measure_responses(dataset.stream(split), self.bos_id, config.seq_len)
+        whose = f"of the {found.pairs} pairs in {split} of {dataset.path}"
+        if found.lost == found.pairs:
+            raise ValueError(
+                f"data.seq_len: {config.seq_len} holds no token of a response {whose}, "
+                f"{found.longest} holds all"
+            )
+        if found.lost or found.cut:
+            logger.warning(
+                "data.seq_len: %d leaves out the response of %d %s, and the end of %d more; "
+                "%d keeps all",
+                config.seq_len,
+                found.lost,
+                whose,
+                found.cut,
+                found.longest,
+            )
+
+
+def prepared_path(texts: Sequence[str], vocab_size: int) -> Path | None:
+    """Return the one path at which a run itself prepares these texts; None without any."""
+    if not texts:
+        return None
+    name = "embedded"
+    if tuple(texts) != (name,):
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
+        name = f"{re.sub('[^A-Za-z0-9_-]', '', Path(texts[0]).stem)[:40] or 'text'}-{digest}"
+    return PREPARED / f"{name}-{vocab_size}"
+
 
 def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
-    """Open the prepared datasets; prepare `path` from `input` if it is missing.
+    """Open the prepared datasets; prepare that of `input`, at its own path, if it is missing.
 
     Raises:
         ValueError: If one cannot be opened, or its ids do not fit the model or the others.
     """
     path = Path(config.path)
-    if config.input and not path.exists():
-        logger.info("preparing %s from %s", path, ", ".join(config.input))
+    if path == prepared_path(config.input, vocab_size) and not path.exists():
+        logger.info(
+            "data.path: not given, preparing %s from %s, with a tokenizer of %d ids",
+            path,
+            ", ".join(config.input),
+            vocab_size,
+        )
         prepare(PrepareConfig(input=config.input, vocab_size=vocab_size), path)
     first, *others = datasets = [open_dataset(Path(each)) for each in (config.path, *config.also)]
     if first.vocab_size > vocab_size:
         raise ValueError(
             f"model.vocab_size: {vocab_size} is smaller than the {first.vocab_size} ids of "
             f"{path}, raise it or prepare the data with that size"
+        )
+    if first.vocab_size < vocab_size:
+        logger.info(
+            "model.vocab_size: %d, of which %s has %d: the others are never learnt",
+            vocab_size,
+            path,
+            first.vocab_size,
         )
     for other in others:
         if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
@@ -143,8 +207,14 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
 def train_loader(
     corpus: Corpus, config: DataConfig, runtime: Runtime, seed: int, *, steps: int
 ) -> TokenLoader:
-    """Return the loader of this rank's training rows; log how much of each source `steps` read."""
+    """Return the loader of this rank's training rows; log how much of each source `steps` read.
+
+    Raises:
+        ValueError: If a source has no row, or, on rank 0, no response within seq_len.
+    """
     sources = [corpus.windows(dataset, TRAIN, config) for dataset in corpus.datasets]
+    for dataset in corpus.datasets if runtime.is_main else ():
+        corpus.check_responses(dataset, TRAIN, config)
     mixture = Mixture(sources, config.weights, seed=seed)
     tokens, epochs = (
         steps * config.tokens_per_step,

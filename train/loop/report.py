@@ -33,29 +33,29 @@ class StepReport:
             lr: Learning rate of the last of them.
             seconds: Time since the last reading.
         """
-        finite = [step for step in self._steps if step.finite]
+        updates = [step for step in self._steps if step.updated]
         metrics = {
             "optim/lr": lr,
             "layerskip/p_max_t": max(self._plan.drop_prob),
             "layerskip/mean_layers": self._plan.mean_layers,
             "layerskip/num_exits": float(len(self._plan.exit_layers)),
             "progress/tokens": float(done_steps * self._tokens_per_step),
-            "progress/skipped_updates": float(len(self._steps) - len(finite)),
+            "progress/skipped_updates": float(len(self._steps) - len(updates)),
             **self._throughput.read(seconds),
         }
-        if finite:
+        if updates:
             by_exit = {
-                l: [step.exit_losses[l] for step in finite if l in step.exit_losses]
+                l: [step.exit_losses[l] for step in updates if l in step.exit_losses]
                 for l in range(self._L)
             }
             means = {l: fmean(losses) for l, losses in by_exit.items() if losses}
             metrics |= {
-                "train/J": fmean(step.J for step in finite),
+                "train/J": fmean(step.J for step in updates),
                 **exit_metrics("train", means, self._L),
-                "optim/grad_norm": finite[-1].grad_norm,
+                "optim/grad_norm": updates[-1].grad_norm,
             }
             if self._routed:
-                metrics["train/router_density"] = fmean(step.density for step in finite)
+                metrics["train/router_density"] = fmean(step.density for step in updates)
         self._steps = []
         return metrics
 

@@ -58,8 +58,9 @@ def train_step(
 ) -> StepResult:
     """Take the gradient of J, clip it and update the weights.
 
-    Where a loss of any exit or the gradient is not finite on any rank, no rank updates anything:
-    weights and moments stay as they were. The decision is made on the device.
+    Where a loss of any exit or the gradient is not finite on any rank, or no token of the global
+    batch has a label, no rank updates anything: weights and moments stay as they were. The
+    decision is made on the device.
     """
     local = accumulate_gradients(model, microbatches, plan, t, config=config, runtime=runtime)
     grad_norm = clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
@@ -72,7 +73,8 @@ def train_step(
     local.num_stops += float(local_stop_requested)
     totals = StepTotals(runtime.sum_over_ranks(local.packed.clone()))
     set_lr(optimizer, lr(config.optim, t, config.T))
-    update_unless(~totals.packed.isfinite().all(), optimizer)
+    useless = ~totals.packed.isfinite().all() | (totals.exit_tokens.sum() == 0)
+    update_unless(useless, optimizer)
     return StepResult(totals, local)
 
 
@@ -98,7 +100,7 @@ def accumulate_gradients(
     num_labels = [microbatch.num_labels for microbatch in microbatches]
     # Of the global batch; the host does not wait for the sum.
     num_tokens = torch.tensor(float(sum(num_labels))).to(device, non_blocking=True)
-    runtime.sum_over_ranks(num_tokens)
+    runtime.sum_over_ranks(num_tokens).clamp_(min=1.0)  # 0: all losses are 0, not 0 / 0
     num_rows = runtime.world_size * sum(len(microbatch.tokens) for microbatch in microbatches)
     totals, exit_tokens = StepTotals.zeros(L, device), torch.zeros(L)
     for m, microbatch in enumerate(microbatches):

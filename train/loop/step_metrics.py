@@ -53,7 +53,8 @@ class StepMetrics:
     t: int
     J: float
     exit_losses: dict[int, float]
-    """{l: mean token loss of the exit after layer l} of the exits that were on."""
+    """{l: mean token loss of the exit after layer l} of the exits that were on; of a batch without
+    a label none."""
     density: float
     """Share of layers and tokens that routers let run; 0 without any."""
     grad_norm: float
@@ -64,8 +65,13 @@ class StepMetrics:
     """This rank's part, on the device."""
 
     @property
+    def updated(self) -> bool:
+        """Whether the weights were updated."""
+        return self.finite and bool(self.exit_losses)
+
+    @property
     def finite(self) -> bool:
-        """Whether the weights were updated: every loss and the gradient were finite everywhere."""
+        """Whether every loss and the gradient were finite everywhere."""
         return all(map(math.isfinite, (self.J, self.grad_norm, *self.exit_losses.values())))
 
     def local_bad_losses(self) -> list[str]:

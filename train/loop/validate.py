@@ -70,7 +70,7 @@ def validate(
         token_depth: The layers that each token runs, as in training; of kind mixed, all.
 
     Returns:
-        L losses in nats per token with a label.
+        L losses in nats per token with a label; none if no token has one.
     """
     L, device = model.config.n_layers, runtime.device
     sums = torch.zeros(L + 1, device=device)
@@ -80,6 +80,8 @@ def validate(
         batch = _read(held_out, numbers[first : first + rows], rows).to(device)
         sums += _exit_sums(model, batch, chunk_rows, token_depth)
     runtime.sum_over_ranks(sums)
+    if not sums[L]:
+        return []
     losses: list[float] = (sums[:L] / sums[L]).tolist()
     return losses
 

@@ -85,6 +85,15 @@ class OptimConfig:
             if not ok
         ]
 
+    def warnings(self, T: int) -> list[str]:
+        """Return what is doubtful about the fields in a run of T steps, one line each."""
+        if self.warmup_steps < T or not self.warmup_steps:
+            return []
+        return [
+            f"optim.warmup_steps: {self.warmup_steps}, but the run has {T} steps: the learning "
+            f"rate rises to its end, to {lr(self, T - 1, T):.3g} of {self.lr:g}, lower it"
+        ]
+
 
 def lr(config: OptimConfig, t: int, T: int) -> float:
     """Return the learning rate of step t of T.

@@ -10,6 +10,7 @@ import platform
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
 """Exit status after a user's error, which one rank has printed."""
+EXIT_WITHIN_SECONDS = 30.0
+"""Longest wait for what libraries do when a process exits."""
 PRINTED_WITHIN_SECONDS = 60.0
 """Longest wait of a rank for another of its node to print their error and exit."""
 
@@ -160,16 +163,21 @@ def end_process(main: Callable[[], int]) -> NoReturn:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # --help | head
         status = 128 + signal.SIGPIPE
+    # W&B waits for its server at exit, however long that is away.
+    latest = threading.Timer(EXIT_WITHIN_SECONDS, os._exit, [status])
+    latest.daemon = True
+    latest.start()
     atexit._run_exitfuncs()
     logging.shutdown()
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a closed pipe, a full disk
+            stream.flush()
     os._exit(status)
 
 
 def start_logging() -> None:
     """Send INFO of rank 0, and WARNING of every other rank with its number, to stderr."""
+    _open_closed_streams()
     rank = int(os.environ.get("RANK", "0"))
     prefix = "" if rank == 0 else f"[rank {rank}] "
     logging.basicConfig(
@@ -181,6 +189,17 @@ def start_logging() -> None:
     logging.getLogger().handlers[0].addFilter(
         lambda record: record.name != "root" or record.levelno >= logging.WARNING
     )
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null where a standard stream is closed, or the next file would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 @contextmanager

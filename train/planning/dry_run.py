@@ -3,6 +3,7 @@
 Needs one process, and neither weights nor data nor GPUs.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -22,6 +23,8 @@ from train.config.config import TrainConfig
 from train.loop.layerskip import StepPlan
 from train.parallel.parallelize import freeze
 from train.planning.memory import Need, Work, measure
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 RESERVE = 0.05
@@ -55,6 +58,7 @@ def plan_run(config: TrainConfig, machine: DryRun) -> str:
     config.check(machine.ranks)
     steps = [config.layerskip.at(t) for t in range(config.steps)]
     work = _worst_work(config, steps, machine.ranks)
+    logger.info("plan: a training step is run without data, which takes up to a minute")
     need = measure(work, on_gpu=True)
     if need.device.total > machine.memory_gib * GIB * (1 - RESERVE):
         raise ValueError(_too_large(config, work, need, machine))

@@ -3,14 +3,16 @@
 For people and job scripts, and for events later than the newest checkpoint.
 """
 
-import errno
 import json
 import logging
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from train.run_folder.writing import append, attempt, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +32,15 @@ class EventLog:
             writes: Whether this is the rank that writes, rank 0.
         """
         self._path, self._writes = path, writes
-        if writes and path.exists():
-            _cut_torn_line(path)
+        if writes:
+            attempt(path, lambda: _cut_torn_line(path))
 
     def append(self, kind: str, step: int, **fields: Any) -> None:
         """Append an event after `step` steps, synced to the disk.
 
         On a full disk the line is lost, with a warning.
         """
-        try:
-            self.append_required(kind, step, **fields)
-        except OSError as error:
-            logger.warning("events: %s of step %d is lost in %s: %s", kind, step, self._path, error)
+        attempt(self._path, lambda: self.append_required(kind, step, **fields))
 
     def append_required(self, kind: str, step: int, **fields: Any) -> None:
         """Append an event that a restarted run depends on.
@@ -54,11 +53,14 @@ class EventLog:
 
     def read(self) -> list[Event]:
         """Return all events so far, oldest first; damaged lines are skipped with a warning."""
+        lines: list[bytes] = []
+        if self._path.is_file():
+            attempt(f"{self._path} (reading)", lambda: lines.extend(_lines(self._path)))
         events = []
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+        for line in lines:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 event = None
             if isinstance(event, dict) and event.keys() >= {"time", "kind", "step"}:
                 events.append(event)
@@ -74,19 +76,16 @@ def append_event(path: Path, kind: str, step: int, **fields: Any) -> None:
         OSError: If it was not written.
     """
     event = {"time": time.time(), "kind": kind, "step": step, **fields}
-    line = (json.dumps(event) + "\n").encode()
-    descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if os.write(descriptor, line) < len(line):
-            os.ftruncate(descriptor, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    append(path, (json.dumps(event) + "\n").encode(), sync=True)
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines()
 
 
 def _cut_torn_line(path: Path) -> None:
+    if not path.is_file():
+        return
     whole, _, torn = path.read_bytes().rpartition(b"\n")
     if torn:
         logger.warning("events: cut a torn last line off %s: %.60r", path, torn)
@@ -117,7 +116,7 @@ def goodput(productive_seconds: float, events: Sequence[Event], now: float) -> f
     return min(1.0, productive_seconds / (now - began))
 
 
-def write_status(paths: Sequence[Path], state: State, step: int, reason: str = "") -> None:
+def write_status_files(paths: Sequence[Path], state: State, step: int, reason: str = "") -> None:
     """Write the status of the run, each file atomically; for one rank to call.
 
     On a full disk the file is not written, with a warning.
@@ -129,14 +128,6 @@ def write_status(paths: Sequence[Path], state: State, step: int, reason: str = "
         reason: Why it ended, in words.
     """
     status = {"state": state, "step": step, "time": time.time(), "reason": reason}
+    content = (json.dumps(status) + "\n").encode()
     for path in paths:
-        aside = path.with_name(f"{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("w") as file:
-                file.write(json.dumps(status) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        except OSError as error:
-            logger.warning("status: %s is not in %s: %s", state, path, error)
+        attempt(path, partial(replace_file, path, content))

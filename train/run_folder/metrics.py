@@ -2,30 +2,35 @@
 
 import json
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-
 from train.parallel.runtime import Runtime
+from train.run_folder.event_file import TensorBoard
+from train.run_folder.histogram import Histogram
+from train.run_folder.weights_and_biases import WeightsAndBiases
+from train.run_folder.writing import GrowingFile, attempt, replace_file
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """The sinks of metrics. `metrics.jsonl` in the run folder is always written."""
+    """The sinks of metrics. `metrics.jsonl` in the run folder is always written.
+
+    None can end a run: one that fails costs its points and a warning, and is tried again.
+    """
 
     interval_steps: int = 10
     """Steps between log lines; losses are means over them."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
     wandb: bool = False
-    """Log to Weights & Biases (with WANDB_MODE=offline, to this machine alone)."""
+    """Log to Weights & Biases; where its server does not answer within seconds, or with
+    WANDB_MODE=offline, to this machine alone."""
     wandb_project: str = "skipstone"
     """Project to log under."""
 
@@ -36,19 +41,13 @@ class MetricsConfig:
         return []
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of numbers in bins of equal width."""
-
-    counts: list[int]
-    low: float
-    """Lower edge of the first bin, which includes all numbers below."""
-    high: float
-    """Upper edge of the last bin, which includes all numbers above."""
-
-
 class Sink(Protocol):
-    """A destination of metrics."""
+    """A destination of metrics; any of its methods may raise anything."""
+
+    @property
+    def target(self) -> Path | str:
+        """What it writes, for messages."""
+        ...
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the metrics of one step."""
@@ -58,122 +57,44 @@ class Sink(Protocol):
         """Write the histograms of one step."""
         ...
 
-    def close(self) -> None:
-        """Flush and close it."""
-        ...
-
 
 class JsonLines:
     """One JSON object per line, without those of steps that a resumed run repeats."""
 
     def __init__(self, path: Path, done_steps: int) -> None:
-        """Open the file, keeping the records up to step `done_steps`."""
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= done_steps:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
-                    logger.warning("metrics: dropped a damaged line of %s: %.60r", path, line)
-        path.write_text("".join(kept))
-        self._file = path.open("a")
+        """Keep the records up to step `done_steps`."""
+        self.target = path
+        self._file, self._done_steps = GrowingFile(path), done_steps
+        self._is_cut = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append them as one line."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        self._append({"step": step, **metrics})
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
         """Append them as one line."""
         fields = {name: asdict(histogram) for name, histogram in histograms.items()}
-        self._file.write(json.dumps({"step": step, **fields}) + "\n")
+        self._append({"step": step, **fields})
 
-    def close(self) -> None:
-        self._file.close()
-
-
-class TensorBoard:
-    """Scalars, and two charts of all exits side by side under Custom Scalars."""
-
-    def __init__(self, folder: Path, done_steps: int, config: dict[str, Any]) -> None:
-        """Open the event file; points after step `done_steps` are purged."""
-        self._writer = SummaryWriter(str(folder), purge_step=done_steps + 1)
-        charts = {
-            title: ["Multiline", [rf"{split}/loss_exit_\d+"]]
-            for title, split in (("training", "train"), ("held out", "validation"))
-        }
-        self._writer.add_custom_scalars({"loss at every exit": charts})
-        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```", done_steps)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add one point to every curve."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Add one slice to every histogram."""
-        for name, histogram in histograms.items():
-            counts = np.array(histogram.counts)
-            edges = np.linspace(histogram.low, histogram.high, len(counts) + 1)
-            middles = (edges[1:] + edges[:-1]) / 2
-            self._writer.add_histogram_raw(
-                name,
-                min=histogram.low,
-                max=histogram.high,
-                num=int(counts.sum()),
-                sum=float(counts @ middles),
-                sum_squares=float(counts @ middles**2),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=step,
-            )
-
-    def close(self) -> None:
-        self._writer.close()
+    def _append(self, record: Mapping[str, object]) -> None:
+        if not self._is_cut:
+            _cut(self.target, self._done_steps)
+            self._is_cut = True
+        self._file.append((json.dumps(record) + "\n").encode())
 
 
-class WeightsAndBiases:
-    """One W&B run per run folder, continued when the run resumes."""
-
-    def __init__(self, folder: Path, project: str, name: str, config: dict[str, Any]) -> None:
-        """Start the run, or continue the one whose id is in the folder."""
-        import wandb  # takes seconds, so only where it is used
-
-        id_file = folder / "wandb-id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        self._histogram = wandb.Histogram
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=folder,
-            config=config,
-        )
-        # Not W&B's own count of steps, which cannot decrease, as the run's does in a rollback.
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log the metrics of one step."""
-        self._run.log({"step": step, **metrics})
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Log them all at once."""
-        self._run.log(
-            {"step": step}
-            | {
-                name: self._histogram(
-                    np_histogram=(h.counts, np.linspace(h.low, h.high, len(h.counts) + 1))
-                )
-                for name, h in histograms.items()
-            }
-        )
-
-    def close(self) -> None:
-        self._run.finish()
+def _cut(path: Path, done_steps: int) -> None:
+    """Drop the records of later steps, and damaged ones."""
+    before = path.read_bytes() if path.is_file() else b""
+    kept = []
+    for line in before.splitlines():
+        try:
+            if json.loads(line)["step"] <= done_steps:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            logger.warning("metrics: dropped a damaged line of %s: %.60r", path, line)
+    if (after := b"".join(kept)) != before:
+        replace_file(path, after)
 
 
 class Metrics:
@@ -185,16 +106,12 @@ class Metrics:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Send the metrics of one step to every sink."""
         for sink in self._sinks:
-            sink.log(metrics, step)
+            attempt(sink.target, partial(sink.log, metrics, step))
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
         """Send the histograms of one step to every sink."""
         for sink in self._sinks:
-            sink.log_histograms(histograms, step)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+            attempt(sink.target, partial(sink.log_histograms, histograms, step))
 
 
 def open_metrics(
@@ -204,13 +121,14 @@ def open_metrics(
     *,
     done_steps: int,
     runtime: Runtime,
+    wandb: WeightsAndBiases | None = None,
 ) -> Metrics:
-    """Open the sinks of a run that has done `done_steps` steps, on rank 0."""
+    """Open the sinks of a run that has done `done_steps` steps, on rank 0; `wandb` is open."""
     if not runtime.is_main:
         return Metrics([])
     sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", done_steps)]
     if config.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard", done_steps, run_config))
-    if config.wandb:
-        sinks.append(WeightsAndBiases(run_dir, config.wandb_project, run_dir.name, run_config))
+    if wandb is not None:
+        sinks.append(wandb)
     return Metrics(sinks)

@@ -28,10 +28,10 @@ def name_problems(name: str) -> list[str]:
 
 def check_run_folder(
     run_dir: Path, output_dir: Path, *, needed_bytes: int, runtime: Runtime
-) -> None:
+) -> tuple[Path, ...]:
     """Make the run folder, and check that every rank can write it and that all ranks share it.
 
-    Every rank calls this. It removes its own files.
+    Every rank calls this. It removes its own files, and on an error the folders it has made.
 
     Args:
         run_dir: The run folder.
@@ -39,9 +39,13 @@ def check_run_folder(
         needed_bytes: Bytes that the run will write.
         runtime: This rank.
 
+    Returns:
+        The folders that rank 0 has made, the run folder first; on the other ranks none.
+
     Raises:
         ValueError: On rank 0, if a check fails.
     """
+    made = _missing(run_dir) if runtime.is_main else ()
     token = runtime.gather(uuid.uuid4().hex)[0]
     probes = [run_dir / f".probe-{token}-{rank}" for rank in range(runtime.world_size)]
     try:
@@ -50,9 +54,30 @@ def check_run_folder(
         seen = probes if runtime.is_main else probes[:1]
         runtime.on_every_rank(lambda: _wait_for(seen))
         check_space(run_dir, needed_bytes, runtime)
+    except (ValueError, SystemExit):
+        remove_made(made)
+        raise
     finally:
         with suppress(OSError):  # it may never have been written
             probes[runtime.rank].unlink()
+    return made
+
+
+def remove_made(folders: tuple[Path, ...]) -> None:
+    """Remove the folders that a refused run has made: the run folder, then what is empty above."""
+    for i, folder in enumerate(folders):
+        if i:
+            with suppress(OSError):  # in use by another run
+                folder.rmdir()
+        elif not any((folder / "checkpoints").glob("step-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _missing(run_dir: Path) -> tuple[Path, ...]:
+    try:
+        return tuple(path for path in (run_dir, *run_dir.parents) if not path.exists())
+    except (OSError, RuntimeError):  # found again, with a message, when it is made
+        return ()
 
 
 def check_space(folder: Path, needed_bytes: int, runtime: Runtime) -> None:

@@ -60,9 +60,20 @@ def test_an_unknown_option_names_the_nearest(word, meant):
         parse(["demo", word, "1"], show=False)
 
 
-def test_flags_of_the_run_still_take_a_value():
-    command = parse(["demo", "--metrics.wandb", "True"], show=False)
-    assert command.config.metrics.wandb is True
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("--metrics.tensorboard True", True),
+        ("--metrics.tensorboard=false --steps 3", False),
+        ("--metrics.tensorboard FALSE", False),
+        ("--metrics.tensorboard", True),
+        ("--metrics.tensorboard --steps 3", True),
+    ],
+)
+def test_a_switch_takes_a_value_in_any_case_or_none(words, value):
+    command = parse(["demo", *words.split()], show=False)
+    assert command.config.metrics.tensorboard is value
+    assert command.config.steps == (3 if "steps" in words else 500)
 
 
 # A step of scratch_1_5b is 128 sequences of 4096: 524,288 tokens.
@@ -110,7 +121,7 @@ def test_a_step_without_tokens_is_refused_as_ever():
         ("--optim.lr fast", "optim.lr: fast, give a number"),
         ("--curriculum.C spiral", "curriculum.C: spiral, give one of all, alternating, grad, "),
         ("--steps", "steps: no value, give an integer"),
-        ("--metrics.wandb --steps 3", "metrics.wandb: no value, give True or False"),
+        ("--metrics.wandb yes --steps 3", "metrics.wandb: yes, give one of False, True"),
         ("--optim.betas 0.9", "optim.betas: too few values, give 2 values"),
         ("--steps 3 demo", "demo: a value without an option, name the preset first"),
         ("--demo 3", "option: --demo does not exist, name the preset first"),

@@ -12,12 +12,10 @@ def test_steps_done_again_are_not_logged_twice(tmp_path):
     first = JsonLines(path, 0)
     for step in (10, 20, 30):
         first.log({"x": step}, step)
-    first.close()
     with path.open("a") as torn:
         torn.write('{"step": 40, "x')
     again = JsonLines(path, 20)
     again.log({"x": -1.0}, 30)
-    again.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 10, "x": 10}, {"step": 20, "x": 20}, {"step": 30, "x": -1.0}]
 

@@ -1,0 +1,87 @@
+"""TensorBoard's event files, appended to without a thread: a failure is raised where it happens.
+
+torch's SummaryWriter hands events to a thread that dies of its first error, prints a traceback, and
+never writes again.
+"""
+
+import io
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import custom_scalars, histogram_raw, scalar, text
+
+from train.run_folder.histogram import Histogram
+from train.run_folder.writing import GrowingFile
+
+_numbers = itertools.count()
+
+
+class TensorBoard:
+    """Scalars, and two charts of all exits side by side under Custom Scalars."""
+
+    def __init__(self, folder: Path, done_steps: int, config: dict[str, Any]) -> None:
+        """Name the event file; points after step `done_steps` of earlier ones are purged."""
+        self.target = folder
+        charts = {
+            title: ["Multiline", [rf"{split}/loss_exit_\d+"]]
+            for title, split in (("training", "train"), ("held out", "validation"))
+        }
+        shown = f"```json\n{json.dumps(config, indent=1)}\n```"
+        purge = done_steps + 1
+        head = [
+            Event(file_version="brain.Event:2", step=purge),
+            Event(session_log=SessionLog(status=SessionLog.START), step=purge),
+            Event(summary=custom_scalars({"loss at every exit": charts})),
+            Event(summary=text("config", shown), step=done_steps),
+        ]
+        # In order of time, which is how TensorBoard reads the files of a folder.
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self._file = GrowingFile(folder / f"events.out.tfevents.{name}", _records(head))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add one point to every curve."""
+        self._append((scalar(name, value) for name, value in metrics.items()), step)
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Add one slice to every histogram."""
+        self._append((_summary(name, each) for name, each in histograms.items()), step)
+
+    def _append(self, summaries: Iterable[Summary], step: int) -> None:
+        self.target.mkdir(exist_ok=True)
+        self._file.append(_records([Event(summary=each, step=step) for each in summaries]))
+
+
+def _summary(name: str, histogram: Histogram) -> Summary:
+    counts = np.array(histogram.counts)
+    edges = np.linspace(histogram.low, histogram.high, len(counts) + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+    return histogram_raw(
+        name,
+        min=histogram.low,
+        max=histogram.high,
+        num=int(counts.sum()),
+        sum=float(counts @ middles),
+        sum_squares=float(counts @ middles**2),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+    )
+
+
+def _records(events: Iterable[Event]) -> bytes:
+    """Return events as they are in a file."""
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    for event in events:
+        event.wall_time = time.time()
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()

@@ -1,0 +1,172 @@
+"""Weights & Biases: online if that is possible at once, else on this machine, else not at all.
+
+It is a guest: whatever its package, its key or the network does, it holds a run up for seconds.
+"""
+
+import logging
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from train.run_folder.histogram import Histogram
+from train.run_folder.writing import reason_of
+
+T = TypeVar("T")
+Mode = Literal["online", "offline", "disabled", "shared"]
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 4.0
+"""Longest wait for W&B's server to answer at all."""
+ONLINE_SECONDS = 5.0
+"""Longest wait for it to begin a run."""
+LOCAL_SECONDS = 60.0
+"""Longest wait for the package itself, which may lie on a slow disk."""
+FINISH_SECONDS = 60.0
+"""Longest wait for what is still to be sent at the end."""
+# In a process of its own, which can be killed: W&B's own time limits do not hold.
+_PROBE = "import wandb; print(flush=True); wandb.Api(timeout=3).viewer"
+
+
+class WeightsAndBiases:
+    """One W&B run per run folder, continued when the run resumes."""
+
+    def __init__(
+        self, folder: Path, project: str, config: dict[str, Any], *, name: str, mode: Mode
+    ) -> None:
+        """Start the W&B run of this name, its id, or continue it."""
+        import wandb  # takes seconds, so only where it is used
+
+        self.target = "wandb"
+        self._histogram = wandb.Histogram
+        self._run = wandb.init(
+            project=project,
+            name=folder.name,
+            id=name,
+            resume="allow",
+            dir=folder,
+            config=config,
+            mode=mode,
+        )
+        # Not W&B's own count of steps, which cannot decrease, as the run's does in a rollback.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log the metrics of one step."""
+        self._run.log({"step": step, **metrics})
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Log them all at once."""
+        self._run.log(
+            {"step": step}
+            | {
+                name: self._histogram(
+                    np_histogram=(h.counts, np.linspace(h.low, h.high, len(h.counts) + 1))
+                )
+                for name, h in histograms.items()
+            }
+        )
+
+    def close(self) -> None:
+        """Send what is left, within FINISH_SECONDS; `wandb sync` sends what is not."""
+        _within(FINISH_SECONDS, self._run.finish)
+
+
+def open_wandb(folder: Path, project: str, config: dict[str, Any]) -> WeightsAndBiases | None:
+    """Start the W&B run of a run folder: online, else offline, else None; a warning tells why.
+
+    Its network is waited for at most ANSWER_SECONDS and ONLINE_SECONDS.
+
+    Args:
+        folder: The run folder.
+        project: Project to log under.
+        config: The configuration to show.
+    """
+
+    def start(mode: Mode, name: str) -> WeightsAndBiases:
+        seconds = ONLINE_SECONDS if mode == "online" else LOCAL_SECONDS
+        return _within(
+            seconds, lambda: WeightsAndBiases(folder, project, config, name=name, mode=mode)
+        )
+
+    try:
+        mode = _within(LOCAL_SECONDS, _configured_mode)
+        reason = _within(LOCAL_SECONDS, _why_unreachable) if mode == "online" else ""
+        if reason:
+            mode = "offline"
+            _warn_offline(folder, reason)
+        id_file = folder / "wandb-id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        try:
+            return start(mode, id_file.read_text())
+        except Exception as error:  # whatever W&B raises
+            if mode != "online" or isinstance(error, TimeoutError):
+                raise
+            _warn_offline(folder, reason_of(error))
+        return start("offline", uuid.uuid4().hex)  # an id whose start has failed is in use
+    except Exception as error:  # whatever a package raises, which may not even be W&B's
+        logger.warning("wandb: left out, %s; training goes on", reason_of(error))
+        return None
+
+
+def _configured_mode() -> Mode:
+    """Return the mode that W&B's environment and settings ask for."""
+    import wandb
+
+    mode: Mode = wandb.setup().settings.mode
+    return mode
+
+
+def _why_unreachable() -> str:
+    """Ask W&B's server who this user is; return why there is no answer, or nothing."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _PROBE],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as probe:
+        assert probe.stdout is not None
+        probe.stdout.readline()  # imported, or ended
+        try:
+            _, errors = probe.communicate(timeout=ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            return f"no answer of its server within {ANSWER_SECONDS:.0f} s"
+    return (errors.strip().splitlines() or ["no reason given"])[-1] if probe.returncode else ""
+
+
+def _warn_offline(folder: Path, reason: str) -> None:
+    logger.warning("wandb: offline, %s; `wandb sync` sends %s later", reason, folder / "wandb")
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T:
+    """Return what `action`, which may hang, returns on a thread of its own.
+
+    Raises:
+        TimeoutError: If it has not returned.
+    """
+    results: list[T] = []
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except Exception as error:  # raised again below
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not results:
+        raise TimeoutError(f"it has not returned within {seconds:.0f} s")
+    return results[0]
