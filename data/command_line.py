@@ -11,11 +11,12 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass, replace
 from itertools import dropwhile
-from types import NoneType
+from types import FrameType, NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -180,8 +181,13 @@ def run_command(
     description: str | None = None,
     synonyms: Mapping[str, str] | None = None,
 ) -> None:
-    """Run a command on its options; a user's error becomes one line on stderr and exit code 2."""
+    """Run a command on its options; a user's error becomes one line on stderr and exit code 2.
+
+    SIGINT and SIGTERM end it with one line too, after files that are half written are removed.
+    """
     try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and _in_main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         command(
             read_options(kind, sys.argv[1:], prog=prog, description=description, synonyms=synonyms)
         )
@@ -193,7 +199,18 @@ def run_command(
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+    print("terminated", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def option_names(kind: type, prefix: str = "") -> Iterator[str]:

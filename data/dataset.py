@@ -12,9 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
+from data.foreign_json import build, read_object, shown
 from data.nearest import nearest_dataset
 from data.progress import Progress
-from data.shards import HEADER_BYTES, ShardRecord, TokenStream, open_shard, token_dtype, token_ids
+from data.shards import (
+    HEADER_BYTES,
+    MAX_VOCAB_SIZE,
+    ShardRecord,
+    TokenStream,
+    open_shard,
+    token_dtype,
+    token_ids,
+)
 from data.tokenizer import Tokenizer
 
 DESCRIPTION_NAME = "dataset.json"
@@ -60,7 +69,7 @@ class Dataset:
     splits: Mapping[str, Split]
     """By name: "train" and "validation"."""
     duplicates: int
-    """Documents that repeat an earlier one; they are kept, in the split of the first."""
+    """Documents that repeat an earlier one; they are dropped, or kept in the split of the first."""
     skipped: Mapping[str, int]
     """Number of documents (or lines, rows, files) left out, by reason."""
     skipped_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -72,6 +81,17 @@ class Dataset:
     def tokenizer_path(self) -> Path:
         """The tokenizer of the ids."""
         return self.path / TOKENIZER_NAME
+
+    @property
+    def dropped_duplicates(self) -> bool:
+        """Whether repeated documents were left out."""
+        return self.arguments.get("duplicates") == "drop"
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the tokens that is held out."""
+        held_out, rest = (self.splits[name].tokens for name in (VALIDATION, TRAIN))
+        return held_out / max(held_out + rest, 1)
 
     @property
     def holds_pairs(self) -> bool:
@@ -184,17 +204,16 @@ def open_dataset(path: Path) -> Dataset:
             f" {nearest_dataset(path, DESCRIPTION_NAME)}"
         )
     try:
-        content = json.loads(description_path.read_text())
-        if content.pop("format") != _FORMAT:
+        content = read_object(description_path)
+        if content.pop("format", None) != _FORMAT:
             raise ValueError("unknown format")
-        fingerprint = content.pop("fingerprint")
-        content["splits"] = {
-            name: Split(shards=tuple(ShardRecord(**shard) for shard in split["shards"]))
-            for name, split in content["splits"].items()
-        }
-        dataset = Dataset(path=path, **content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"dataset {description_path} is damaged, prepare it again") from error
+        fingerprint = content.pop("fingerprint", None)
+        dataset = build(Dataset, content | {"path": path})
+        _check(dataset)
+    except ValueError as error:
+        raise ValueError(
+            f"dataset {description_path} is damaged ({error}), prepare it again"
+        ) from None
     if dataset.fingerprint != fingerprint:
         raise ValueError(f"dataset {description_path} was changed by hand, prepare it again")
     actual = Tokenizer(dataset.tokenizer_path).fingerprint
@@ -204,3 +223,18 @@ def open_dataset(path: Path) -> Dataset:
             f" {dataset.tokenizer_fingerprint}, put that model back or prepare the dataset again"
         )
     return dataset
+
+
+def _check(dataset: Dataset) -> None:
+    """Raise a ValueError for numbers that no dataset has."""
+    if not 1 <= dataset.vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size: {dataset.vocab_size}, must be 1 to {MAX_VOCAB_SIZE}")
+    for name, split in dataset.splits.items():
+        for i, shard in enumerate(split.shards):
+            field = f"splits.{name}.shards[{i}]"
+            if shard.name in ("", ".", "..") or {*"/\0"} & {*shard.name}:
+                raise ValueError(f"{field}.name: {shown(shard.name)}, must be that of a file in it")
+            if min(shard.tokens, shard.documents, shard.text_bytes) < 0:
+                raise ValueError(f"{field} has a number below 0")
+    if missing := {TRAIN, VALIDATION} - dataset.splits.keys():
+        raise ValueError(f"splits.{min(missing)} is missing")

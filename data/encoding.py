@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import cycle
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -130,12 +131,14 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
     """Start the processes, and end them with the context."""
     # A forked child would inherit the threads' locks of a caller that has imported torch.
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # Its start would unblock the signals.
     connections, processes = [], []
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
-            process.start()
+            with _signals_blocked():
+                process.start()
             theirs.close()  # Else its end would stay open after the process has exited.
             connections.append(ours)
             processes.append(process)
@@ -143,13 +146,23 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
     finally:
         for connection, process in zip(connections, processes, strict=True):
             connection.close()
-            process.terminate()
+            process.kill()
             process.join()
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Let processes that start here get no signal of their group: the parent ends them."""
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, path: Path) -> None:
     """Encode batches until the connection closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends this process.
     batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
     # Without a thread both sides could block in send, each for the other to receive.
     threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()

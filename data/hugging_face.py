@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from data.foreign_json import read_object
 from data.token_models import JsonModel
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import special_tokens, tokenizer_json
@@ -19,6 +20,11 @@ CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
 SENTENCEPIECE_NAME = "tokenizer.model"
 
+_LEAST_SHARE = 0.8
+"""Of a model's ids that its tokenizer has: the rest pads the vocabulary to a round size."""
+
+COMPARED_TEXTS = 200
+"""Of a tokenizer that is given beside a model's own."""
 PROOF_TEXTS = 2000
 """Texts whose ids are compared before an export is published."""
 
@@ -51,11 +57,16 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> 
     (folder / CONFIG_NAME).write_text(json.dumps(config | names, indent=2) + "\n")
 
 
-def find_tokenizer(folder: Path, vocab_size: int) -> Path:
+def find_tokenizer(folder: Path, vocab_size: int, *, needed: bool = True) -> Path | None:
     """Return the tokenizer file of a Hugging Face folder.
 
     Its SentencePiece model where it has one of the model's size, from which the other file was
     made; else its tokenizer.json.
+
+    Args:
+        folder: The folder.
+        vocab_size: Number of ids of its model.
+        needed: Whether to refuse a folder that has neither, instead of returning None.
 
     Raises:
         ValueError: the folder has neither.
@@ -66,10 +77,54 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Path:
     for path in (folder / JSON_NAME, model):
         if path.is_file():
             return path
+    if not needed:
+        return None
     raise ValueError(
         f"tokenizer: {folder} has no {JSON_NAME} and no {SENTENCEPIECE_NAME}, name one with"
         " --tokenizer"
     )
+
+
+def check_tokenizer(tokenizer: Tokenizer, own: Path | None, vocab_size: int) -> None:
+    """Refuse a tokenizer that a model was not trained with.
+
+    Args:
+        tokenizer: The one to use.
+        own: File of the model's; None if there is none.
+        vocab_size: Of the model.
+
+    Raises:
+        ValueError: It gives other ids than the model's own, or has far fewer than the model.
+    """
+    remedy = "give the one the model was trained with, or --other_tokenizer to take this one"
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer: {tokenizer.path} has {tokenizer.vocab_size} ids and the model "
+            f"{vocab_size}, give the one it was trained with"
+        )
+    if own is None:
+        if tokenizer.vocab_size < _LEAST_SHARE * vocab_size:
+            raise ValueError(
+                f"tokenizer: {tokenizer.path} has {tokenizer.vocab_size} ids and the model "
+                f"{vocab_size}, {remedy}"
+            )
+        return
+    other = Tokenizer(own)
+    if tokenizer.fingerprint == other.fingerprint:
+        return
+    if tokenizer.vocab_size != other.vocab_size:
+        raise ValueError(
+            f"tokenizer: {tokenizer.path} has {tokenizer.vocab_size} ids and {own} "
+            f"{other.vocab_size}, {remedy}"
+        )
+    for text in random_texts(COMPARED_TEXTS, seed=0):
+        ours, theirs = (
+            [each.bos_id, *each.encode(text), each.eos_id] for each in (tokenizer, other)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"tokenizer: {tokenizer.path} gives {text!r} other ids than {own}, {remedy}"
+            )
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -84,8 +139,8 @@ def has_chat_template(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
-    except (ValueError, AttributeError) as error:
+        return bool(read_object(path).get("chat_template"))
+    except ValueError as error:
         raise ValueError(f"tokenizer: {path} is damaged ({error}), replace it") from None
 
 
@@ -99,10 +154,12 @@ def prove_same_ids(tokenizer: Tokenizer, folder: Path) -> str:
         ValueError: the ids of a text differ.
     """
     encode, reader = _reader(folder)
+    # A tokenizer.json that was given is kept as it is, also where it puts no BOS.
+    bos = [] if isinstance(tokenizer.model, JsonModel) and not encode("") else [tokenizer.bos_id]
     unigram = b'"type": "Unigram"' in (folder / JSON_NAME).read_bytes()
     ties = 0
     for text in random_texts(PROOF_TEXTS, seed=0):
-        ours, theirs = [tokenizer.bos_id, *tokenizer.encode(text)], encode(text)
+        ours, theirs = [*bos, *tokenizer.encode(text)], encode(text)
         if ours == theirs:
             continue
         if not (unigram and len(ours) == len(theirs) and sorted(ours) == sorted(theirs)):
@@ -111,6 +168,7 @@ def prove_same_ids(tokenizer: Tokenizer, folder: Path) -> str:
                 f" {tokenizer.path} gives {ours[:20]}, so nothing was written; use another one"
             )
         ties += 1
+    reader += "" if bos else f" (but for BOS, {tokenizer.bos_id}, which a program must put first)"
     rest = f" ({ties} of them but for ties of a unigram model)" if ties else ""
     return f"token ids of {PROOF_TEXTS} texts equal {reader}{rest}"
 

@@ -37,7 +37,7 @@ def read_rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, A
     rows = _open(source)
     columns = rows.column_names
     if columns is not None:
-        check_columns(source, columns, layout)
+        check_columns(source, columns, _texts(rows.features, columns), layout)
         rows = rows.select_columns(list(layout.fields))
     number = 0
     try:
@@ -49,14 +49,29 @@ def read_rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, A
         ) from error
 
 
-def check_columns(source: str, columns: Sequence[str], layout: RowLayout) -> None:
-    """Raise a ValueError if a source lacks a column of the layout."""
+def check_columns(
+    source: str, columns: Sequence[str], texts: Sequence[str], layout: RowLayout
+) -> None:
+    """Raise a ValueError if a source lacks a column of the layout; `texts` are those of text."""
     for field in layout.fields:
-        if field not in columns:
+        if field in columns:
+            continue
+        if not texts:
             raise ValueError(
-                f"{layout.naming(field)} is no column of {source}, give one of: "
-                f"{', '.join(columns)}"
+                f"{layout.naming(field)} is no column of {source}, which has no column of text"
+                f" ({', '.join(columns)}), give the text itself: token ids are not read"
             )
+        raise ValueError(
+            f"{layout.naming(field)} is no column of {source}, give one of: {', '.join(texts)}"
+        )
+
+
+def _texts(features: Any, columns: Sequence[str]) -> list[str]:
+    """Return the columns of text; all where the dataset does not name their types."""
+    if features is None:
+        return list(columns)
+    kinds = {name: getattr(features[name], "dtype", None) for name in columns}
+    return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
 
 
 def _open(source: str) -> Any:

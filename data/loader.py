@@ -88,6 +88,7 @@ class TokenLoader:
         rank: this process among those with data of their own.
         world_size: number of them.
         bos_id: number the documents of each row, which begin with this token; None does not.
+        eos_id: the token that ends them, see `document_numbers`.
 
     Raises:
         ValueError: the sizes do not divide.
@@ -102,6 +103,7 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         bos_id: int | None = None,
+        eos_id: int | None = None,
     ) -> None:
         if min(global_batch_size, microbatch_size) < 1:
             raise ValueError(
@@ -121,7 +123,7 @@ class TokenLoader:
         self._microbatch_size = microbatch_size
         self._rank = rank
         self._world_size = world_size
-        self._bos_id = bos_id
+        self._bos_id, self._eos_id = bos_id, eos_id
 
     def epochs(self, number: int) -> list[float]:
         """Return the epochs of each source that precede global batch `number`."""
@@ -174,7 +176,7 @@ class TokenLoader:
     def _read(self, samples: npt.NDArray[np.int64], number: int) -> Microbatch:
         """Read one microbatch: rows of global batch `number`, (batch,) int64."""
         tokens, labels = self.mixture.read(number * self.global_batch_size + samples)
-        return microbatch(tokens, labels, samples, self._bos_id)
+        return microbatch(tokens, labels, samples, self._bos_id, self._eos_id)
 
 
 def microbatch(
@@ -182,9 +184,10 @@ def microbatch(
     labels: npt.NDArray[np.int64],
     samples: npt.NDArray[np.int64],
     bos_id: int | None,
+    eos_id: int | None = None,
 ) -> Microbatch:
     """Return a microbatch of some rows; without `bos_id`, attention crosses their documents."""
-    documents = None if bos_id is None else document_numbers(tokens, bos_id)
+    documents = None if bos_id is None else document_numbers(tokens, bos_id, eos_id)
     return Microbatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -60,12 +60,15 @@ class PrepareConfig:
     tokenizer."""
     validation_fraction: float = 0.01
     """Expected fraction of documents to hold out, chosen by a hash of their text; at least one
-    document is, of a single document its end."""
+    document is, of a single document its end. Where they would hold more than twice this share of
+    the text, large documents are not held out."""
     layout: Annotated[RowLayout, tyro.conf.arg(name="")] = field(default_factory=RowLayout)
     """JSON fields or Parquet columns that hold the text, or prompt and response."""
     shard_tokens: int = 50_000_000
     """End a shard with the document that reaches this many tokens; a shard is held in memory until
     it is written, 2 or 4 bytes per token."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """drop: of documents with the same text, take the first alone."""
     max_skipped_fraction: float = 0.1
     """Refuse the input when more of its documents than this fraction cannot be used. Empty
     documents and files of an unknown kind do not count. Changes no byte of a dataset."""
@@ -106,6 +109,8 @@ class PrepareConfig:
         }
         if layout.response:
             given |= {"prompt": layout.prompt, "response": layout.response}
+        if self.duplicates == "drop":
+            given["duplicates"] = self.duplicates
         return given
 
 
@@ -187,6 +192,7 @@ def _fill(
             _refuse_mostly_damaged(documents, faults, config),
             validation_fraction=config.validation_fraction,
             sample_bytes=0 if config.tokenizer else _TOKENIZER_SAMPLE_BYTES,
+            drop_duplicates=config.duplicates == "drop",
         )
     finally:  # Also when nothing was left: the faults are the reason.
         for line in faults.lines():
@@ -203,6 +209,8 @@ def _fill(
         assert config.tokenizer is not None
         tokenizer_path.write_bytes(Tokenizer(config.tokenizer).serialized)
     tokenizer = Tokenizer(tokenizer_path)
+    if tokenizer.bos_id == tokenizer.eos_id:
+        logger.info("one token, %d, begins and ends a document", tokenizer.eos_id)
     return Dataset(
         path=folder,
         vocab_size=tokenizer.vocab_size,
@@ -250,9 +258,10 @@ def _write_splits(
     fingerprint = hashlib.sha256()
 
     def read_again() -> Iterator[Document]:
-        for document in read_documents(config.input, Faults(), config.layout):
+        for number, document in enumerate(read_documents(config.input, Faults(), config.layout)):
             fingerprint.update(document_digest(document.text))
-            yield from survey.parts(document)
+            if survey.keeps(number):
+                yield from survey.parts(document)
 
     with Progress("encoding", survey.text_bytes) as progress:
         for document, tokens in encode_documents(read_again(), tokenizer, workers):

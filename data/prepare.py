@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,12 +52,16 @@ def format_table(dataset: Dataset) -> str:
     """Return a table of the sizes of a dataset, and a line for each kind of skipped document."""
     lines = [f"{'split':<12}{'documents':>12}{'tokens':>14}{'text MB':>10}{'bytes/token':>13}"]
     for name, split in dataset.splits.items():
-        ratio = split.text_bytes / split.tokens
+        ratio = split.text_bytes / max(split.tokens, 1)
         lines.append(
             f"{name:<12}{split.documents:>12,}{split.tokens:>14,}"
             f"{split.text_bytes / 1e6:>10.2f}{ratio:>13.3f}"
         )
-    lines.append(f"vocabulary {dataset.vocab_size}, duplicate documents kept {dataset.duplicates}")
+    kept = "dropped" if dataset.dropped_duplicates else "kept"
+    lines.append(
+        f"vocabulary {dataset.vocab_size}, duplicate documents {kept} {dataset.duplicates}, "
+        f"held out {dataset.held_out_share:.2%} of the tokens"
+    )
     for reason, count in dataset.skipped.items():
         origins = ", ".join(dataset.skipped_at.get(reason, []))
         lines.append(f"skipped {count}: {reason}" + (f" (first: {origins})" if origins else ""))
@@ -77,7 +82,9 @@ def summarize(dataset: Dataset) -> dict[str, object]:
             }
             for name, split in dataset.splits.items()
         },
+        "held_out_share": dataset.held_out_share,
         "duplicates": dataset.duplicates,
+        "dropped_duplicates": dataset.dropped_duplicates,
         "skipped": dict(dataset.skipped),
         "skipped_at": dict(dataset.skipped_at),
     }
@@ -93,9 +100,19 @@ def run(options: Options) -> None:
     config = replace(config, layout=layout)
     dataset = prepare(config, options.output, workers=options.workers, overwrite=options.overwrite)
     print(format_table(dataset))
+    print(f"next: {next_command(dataset)}")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(summarize(dataset), indent=2) + "\n")
+
+
+def next_command(dataset: Dataset) -> str:
+    """Return a command that trains on the dataset."""
+    preset = "parsing_demo" if dataset.holds_pairs else "demo"
+    return (
+        f"torchrun --nproc_per_node=2 train/main.py {preset} --name my-run"
+        f" --data.path {shlex.quote(str(dataset.path))} --model.vocab_size {dataset.vocab_size}"
+    )
 
 
 def _unescaped(template: str) -> str:

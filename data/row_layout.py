@@ -75,7 +75,9 @@ class RowLayout:
         texts = {}
         for name in self.fields:
             if not isinstance(row, Mapping) or name not in row:
-                faults.add(f"no field '{name}'", origin)
+                kinds = {*map(type, row.values())} if isinstance(row, Mapping) else {str}
+                nor = ", nor any text" if list in kinds and str not in kinds else ""
+                faults.add(f"no field '{name}'{nor}", origin)
                 return None
             if not isinstance(row[name], str):
                 faults.add(f"field '{name}' is not a string", origin)

@@ -15,10 +15,17 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from data.foreign_json import build, parse_object, shown
+
 MAGIC = b"SKIPTOK1"
 """The last character is the version of the format."""
 
 HEADER_BYTES = 1024
+
+MAX_VOCAB_SIZE = 2**24
+"""No tokenizer has more ids."""
+
+_DTYPES = ("<u2", "<u4", "<i4")
 
 _Stored = TypeVar("_Stored", bound=np.integer)
 
@@ -214,10 +221,14 @@ def open_shard(path: Path) -> tuple[ShardHeader, ShardTokens]:
     if not first.startswith(MAGIC):
         raise ValueError(f"shard {path} does not begin with {MAGIC!r}, prepare the dataset again")
     try:
-        header = ShardHeader(**json.loads(first[len(MAGIC) :]))
-        dtype = np.dtype(header.dtype)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"shard {path} has a damaged header, prepare the dataset again") from error
+        header = build(ShardHeader, parse_object(first[len(MAGIC) :]))
+        if header.dtype not in _DTYPES or min(header.tokens, header.documents) < 0:
+            raise ValueError(f"{shown(header.dtype)} of {header.tokens} tokens")
+    except ValueError as error:
+        raise ValueError(
+            f"shard {path} has a damaged header ({error}), prepare the dataset again"
+        ) from None
+    dtype = np.dtype(header.dtype)
     expected = HEADER_BYTES + header.tokens * dtype.itemsize
     actual = path.stat().st_size
     if actual != expected:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
 from data.faults import UNKNOWN_KIND, Faults
 from data.hugging_face_datasets import PREFIX, check_columns, read_rows
@@ -229,7 +230,8 @@ def _rows(path: Path, name: str, layout: RowLayout) -> Iterator[dict[str, bytes 
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"input {name} is not a Parquet file, remove or replace it") from error
     columns = file.schema_arrow.names
-    check_columns(name, columns, layout)
+    texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
+    check_columns(name, columns, texts, layout)
     fields = layout.fields
     for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=list(fields)):
         values = []
@@ -244,6 +246,21 @@ def _rows(path: Path, name: str, layout: RowLayout) -> Iterator[dict[str, bytes 
                 ) from error
         for row in zip(*values, strict=True):
             yield {field: value.as_py() for field, value in zip(fields, row, strict=True)}
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types
+
+    return any(
+        is_kind(kind)
+        for is_kind in (
+            pyarrow.types.is_string,
+            pyarrow.types.is_large_string,
+            pyarrow.types.is_binary,
+            pyarrow.types.is_large_binary,
+            pyarrow.types.is_dictionary,
+        )
+    )
 
 
 def _row_document(

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import sentencepiece
 
+from data.foreign_json import MAX_BYTES, parse_object, read_object, take, typed
+
 _CONFIG = "tokenizer_config.json"
 
 # How vocabularies write white space: bytes as GPT-2 does, or as SentencePiece.
@@ -75,12 +77,15 @@ class JsonModel:
         import tokenizers  # Imported here: only this kind of file needs it.
 
         try:
-            content = json.loads(serialized)
-            self.bos_token, self.eos_token = content["bos_token"], content["eos_token"]
-            self.content: dict[str, Any] = content["tokenizer"]
+            content = parse_object(serialized)
+            self.bos_token: str = take(content, "bos_token", str)
+            self.eos_token: str = take(content, "eos_token", str)
+            self.content: dict[str, Any] = take(content, "tokenizer", dict[str, Any])
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.content))
-        except Exception as error:  # The library raises bare Exceptions, and no other kind.
-            raise ValueError(f"is not a tokenizer.json ({error}), give one") from error
+        except BaseException as error:  # The library raises bare Exceptions, and its panics.
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise ValueError(f"is not a tokenizer.json ({str(error):.200}), give one") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # A text may not write BOS.
@@ -89,7 +94,9 @@ class JsonModel:
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
-        return -1 if found is None else int(found)
+        if found is None:
+            raise ValueError(f"has no token {token!r}, which its {_CONFIG} names, mend that")
+        return int(found)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -113,28 +120,47 @@ def with_special_tokens(path: Path) -> bytes:
     become one JSON {"bos_token", "eos_token", "tokenizer": content}. Any other file is returned as
     it is.
 
+    Where no BOS is named, EOS begins a document too.
+
     Raises:
-        ValueError: a tokenizer.json has no such file beside it.
+        ValueError: a tokenizer.json has no such file beside it, or that names no EOS.
     """
-    serialized = path.read_bytes()
+    with path.open("rb") as file:
+        serialized = file.read(MAX_BYTES + 1)
+    if len(serialized) > MAX_BYTES:
+        raise ValueError(f"tokenizer {path} has more than {MAX_BYTES} bytes, give another")
     if not is_json(serialized):
         return serialized
     try:
-        content = json.loads(serialized)
-        if "tokenizer" in content:
-            return serialized
-        config = json.loads((path.parent / _CONFIG).read_text())
-        names = {name: _token_name(config[name]) for name in ("bos_token", "eos_token")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = parse_object(serialized)
+    except ValueError as error:
         raise ValueError(
-            f"tokenizer {path} names no bos_token and eos_token ({error!r}),"
-            f" put its {_CONFIG} beside it"
-        ) from error
+            f"tokenizer {path} is not a tokenizer.json ({error}), download it again"
+        ) from None
+    if "tokenizer" in content:
+        return serialized
+    config_path = path.parent / _CONFIG
+    try:
+        config = read_object(config_path)
+        named = {name: _token_name(config, name) for name in ("bos_token", "eos_token")}
+    except FileNotFoundError:
+        raise ValueError(
+            f"tokenizer {path} names no bos_token and eos_token, put its {_CONFIG} beside it"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {config_path}: {error}, mend or download it again") from None
+    if named["eos_token"] is None:
+        raise ValueError(
+            f"tokenizer: {config_path}: eos_token is none, name the token of {path.name} that ends "
+            "a text"
+        )
+    names = named | {"bos_token": named["bos_token"] or named["eos_token"]}
     return json.dumps(names | {"tokenizer": content}).encode()
 
 
-def _token_name(token: str | dict[str, Any]) -> str:
-    name = token["content"] if isinstance(token, dict) else token
-    if not isinstance(name, str):
-        raise TypeError(f"{name} is no token")
-    return name
+def _token_name(config: dict[str, Any], name: str) -> str | None:
+    """Return the token of this name; None where there is none."""
+    token = config.get(name)
+    if isinstance(token, dict):
+        return str(take(token, "content", str))
+    return typed(token, str | None, name) or None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from data.shards import MAX_VOCAB_SIZE
 from data.token_models import (
     JsonModel,
     SentencePieceModel,
@@ -43,10 +44,10 @@ class Tokenizer:
 
     Args:
         path: a SentencePiece model, or a tokenizer.json with its tokenizer_config.json beside it,
-            with a BOS and an EOS id.
+            with an EOS id, which is BOS too where there is none.
 
     Raises:
-        ValueError: the file is missing, is no tokenizer, or has no BOS or EOS.
+        ValueError: the file is missing, is no tokenizer, or has no EOS.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,12 +66,12 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"tokenizer {self.path} {error}") from error
         self.vocab_size = self.model.vocab_size
-        self.bos_id = self.model.bos_id
         self.eos_id = self.model.eos_id
-        if self.bos_id < 0 or self.eos_id < 0:
+        self.bos_id = self.model.bos_id if self.model.bos_id >= 0 else self.eos_id
+        if self.eos_id < 0 or self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(
-                f"tokenizer {self.path} has bos_id {self.bos_id} and eos_id {self.eos_id},"
-                " give a model that has both"
+                f"tokenizer {self.path} has eos_id {self.eos_id} and {self.vocab_size} ids, give a"
+                f" model with EOS and at most {MAX_VOCAB_SIZE} ids"
             )
         pieces = self.model.pieces()
         self._spaces = _BETWEEN_WORDS if isinstance(self.model, JsonModel) else _BEFORE_SPACES

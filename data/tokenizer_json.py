@@ -58,8 +58,14 @@ def special_tokens(model: bytes) -> dict[str, str]:
     """Return {"bos_token": ..., "eos_token": ..., "unk_token": ...} of a SentencePiece model."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     spec = proto.trainer_spec
-    ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
+    ids = {"bos_token": _bos_id(proto), "eos_token": spec.eos_id, "unk_token": spec.unk_id}
     return {name: proto.pieces[i].piece for name, i in ids.items() if i >= 0}
+
+
+def _bos_id(proto: Any) -> int:
+    """Return the id that begins a text: EOS where there is no BOS."""
+    spec = proto.trainer_spec
+    return int(spec.bos_id if spec.bos_id >= 0 else spec.eos_id)
 
 
 def _problems(proto: Any) -> list[str]:
@@ -113,7 +119,7 @@ def _added_tokens(proto: Any) -> list[dict[str, Any]]:
 
 
 def _bos_first(proto: Any) -> dict[str, Any]:
-    i = proto.trainer_spec.bos_id
+    i = _bos_id(proto)
     bos = proto.pieces[i].piece
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")

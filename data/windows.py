@@ -80,9 +80,11 @@ class DocumentWindows:
         ValueError: there is no document.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, bos_id: int) -> None:
+    def __init__(
+        self, stream: TokenStream, seq_len: int, bos_id: int, eos_id: int | None = None
+    ) -> None:
         _check(seq_len)
-        starts = _find(stream, bos_id)
+        starts = _find(stream, bos_id, eos_id)
         if not len(starts):
             raise ValueError(f"data of {len(stream)} tokens has no document, prepare it again")
         lengths = np.diff(starts, append=len(stream))
@@ -112,9 +114,9 @@ class DocumentWindows:
 
 
 def open_windows(
-    stream: TokenStream, packing: Packing, *, seq_len: int, bos_id: int
+    stream: TokenStream, packing: Packing, *, seq_len: int, bos_id: int, eos_id: int
 ) -> StreamWindows | DocumentWindows:
-    """Return a stream's sequences; bos_id begins each document.
+    """Return a stream's sequences; bos_id begins each document and eos_id ends it.
 
     Raises:
         ValueError: the stream has no sequence of this length.
@@ -122,7 +124,7 @@ def open_windows(
     if len(stream) < 2:
         raise ValueError(f"data: {len(stream)} tokens, prepare a larger dataset")
     if packing == "documents":
-        return DocumentWindows(stream, seq_len, bos_id)
+        return DocumentWindows(stream, seq_len, bos_id, eos_id)
     return StreamWindows(stream, seq_len)
 
 
@@ -132,17 +134,26 @@ def spread(windows: Windows, count: int) -> list[int]:
     return [i * len(windows) // count for i in range(count)]
 
 
-def document_numbers(tokens: Ids, bos_id: int) -> Ids:
+def document_numbers(tokens: Ids, bos_id: int, eos_id: int | None = None) -> Ids:
     """Number the documents of each row, from 0; from 1 where the row begins with BOS.
 
     Args:
         tokens: (..., seq) int64.
         bos_id: The first token of every document.
+        eos_id: The last one, which may be the same; None: another.
 
     Returns:
         (..., seq) int64, not decreasing.
     """
-    return np.cumsum(tokens == bos_id, axis=-1, dtype=np.int64)
+    return np.cumsum(_starts(tokens, bos_id, eos_id), axis=-1, dtype=np.int64)
+
+
+def _starts(tokens: Ids, bos_id: int, eos_id: int | None) -> npt.NDArray[np.bool_]:
+    """Return where documents start: at BOS, which follows EOS if it is the same token."""
+    found = tokens == bos_id
+    if bos_id == eos_id:
+        found[..., 1:] &= found[..., :-1].copy()
+    return found
 
 
 _SCAN = 2**22
@@ -153,13 +164,14 @@ def _check(seq_len: int) -> None:
         raise ValueError(f"seq_len {seq_len} must be at least 1")
 
 
-def _find(stream: TokenStream, bos_id: int) -> Ids:
+def _find(stream: TokenStream, bos_id: int, eos_id: int | None) -> Ids:
     """Return the stream positions at which documents start, (documents,) int64."""
-    found = [
-        begin + np.flatnonzero(stream.read(begin, min(_SCAN, len(stream) - begin)) == bos_id)
-        for begin in range(0, len(stream), _SCAN)
-    ]
-    return np.concatenate([np.empty(0, np.int64), *found])
+    found = [np.empty(0, np.int64)]
+    for begin in range(0, len(stream), _SCAN):
+        before = min(begin, 1)  # the token that a start may have to follow
+        tokens = stream.read(begin - before, min(_SCAN, len(stream) - begin) + before)
+        found.append(begin + np.flatnonzero(_starts(tokens, bos_id, eos_id)[before:]))
+    return np.concatenate(found)
 
 
 def _pack(starts: Ids, lengths: Ids, seq_len: int) -> tuple[list[int], list[int]]:

@@ -1,13 +1,14 @@
 """Quality of every exit on held-out text: `python -m inference.evaluate --run DIR`."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data.command_line import run_command
 from data.dataset import VALIDATION
+from data.foreign_json import read_object, take
 from data.shards import TokenStream
-from data.windows import Windows, open_windows
+from data.windows import Packing, Windows, open_windows
 from inference.cli.arguments import Folder, PictureFile, RunOptions
 from inference.cli.terminal import format_table, write_json
 from inference.evaluation.exit_quality import evaluate_exits
@@ -47,13 +48,14 @@ def evaluate(options: EvaluateOptions) -> None:
     run = options.open_run()
     dataset = run.open_data(options.data)
     split = dataset.splits[VALIDATION]
-    masks = run.manifest.config.get("data", {}).get("mask_documents", False)
+    masks = run.manifest.setting("data.mask_documents", bool, False)
     exits, tokens = evaluate_exits(
         run.model,
         _windows(run, dataset.stream(VALIDATION), options.seq_len),
         bytes_per_token=split.text_bytes / split.tokens,
         max_tokens=options.max_tokens,
         bos_id=run.tokenizer.bos_id if masks else None,
+        eos_id=run.tokenizer.eos_id,
     )
     header = "E loss perplexity bits/byte accuracy agreement confidence ece"
     rows = [
@@ -64,7 +66,7 @@ def evaluate(options: EvaluateOptions) -> None:
     ]
     print(f"{run.checkpoint}, step {run.manifest.step}, {tokens} tokens of {dataset.path}")
     print(format_table(header.split(), rows))
-    name = run.manifest.config["name"]
+    name = run.manifest.setting("name", str, run.checkpoint.name)
     if options.plot is not None:
         curves = dict(_read_losses(path) for path in options.compare)
         curves[name] = [quality.loss for quality in exits]
@@ -85,26 +87,29 @@ def evaluate(options: EvaluateOptions) -> None:
 def _windows(run: Run, stream: TokenStream, seq_len: int | None) -> Windows:
     """Cut a stream as in training, into windows of `seq_len` tokens, or what there is of it."""
     context = run.model.config.max_seq_len
-    trained = run.manifest.config.get("data", {})
     if seq_len is None:
-        seq_len = trained.get("seq_len", min(context, 2048))
+        seq_len = run.manifest.setting("data.seq_len", int, min(context, 2048))
     if not 1 <= seq_len <= context:
         raise ValueError(f"seq_len: {seq_len}, give 1 to {context}, the model's context")
     return open_windows(
         stream,
-        trained.get("packing", "stream"),
+        run.manifest.setting("data.packing", Packing, "stream"),
         seq_len=min(seq_len, len(stream) - 1),
         bos_id=run.tokenizer.bos_id,
+        eos_id=run.tokenizer.eos_id,
     )
 
 
 def _read_losses(path: Path) -> tuple[str, list[float]]:
     """Return a run's name and its loss at every exit, out of what --json wrote."""
     try:
-        content = json.loads(path.read_text())
-        return content["name"], [quality["loss"] for quality in content["exits"]]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"compare: {path} is not what --json writes, evaluate again") from None
+        content = read_object(path)
+        exits = take(content, "exits", list[dict[str, Any]])
+        return take(content, "name", str), [take(quality, "loss", float) for quality in exits]
+    except ValueError as error:
+        raise ValueError(
+            f"compare: {path} is not what --json writes ({error}), evaluate again"
+        ) from None
 
 
 def main() -> None:

@@ -2,29 +2,25 @@
 
 A checkpoint is a folder of torch.distributed.checkpoint (DCP) shards that hold tensors only,
 `tokenizer.model`, and, written last, `manifest.json` with everything else: a folder without it is
-no checkpoint. Imports the reader of DCP alone; `conversion/plain_checkpoint.py` has its writer.
+no checkpoint. `tensor_reader.py` reads the shards, `conversion/plain_checkpoint.py` writes them.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
-from models.config import LlamaConfig, config_from_dict
+from data.foreign_json import build, read_object, typed
+from models.config import LlamaConfig
 from models.fingerprint import compute_fingerprint
 from models.llama import Llama
+from models.tensor_reader import TensorReader, check_tensors, is_plain, load_tensors
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -54,6 +50,25 @@ class Manifest:
     state: dict[str, Any] = field(default_factory=dict)
     """Further state of the training run, as JSON."""
 
+    def setting(self, name: str, hint: Any, default: Any) -> Any:
+        """Return a setting of the training configuration, such as `data.seq_len`.
+
+        Args:
+            name: Its section and name, or its name.
+            hint: Its type, see `data.foreign_json.typed`.
+            default: Returned where the configuration has none, as after a conversion.
+
+        Raises:
+            ValueError: It is of another type.
+        """
+        section, _, last = name.rpartition(".")
+        fields = typed(self.config.get(section, {}), dict[str, Any], section) if section else None
+        value = (self.config if fields is None else fields).get(last, default)
+        try:
+            return default if value == default else typed(value, hint, name)
+        except ValueError as error:
+            raise ValueError(f"{MANIFEST}: config.{error}") from None
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, atomically, and flush it to the disk."""
         fields = {"format": _FORMAT} | asdict(self)
@@ -74,26 +89,28 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     try:
-        fields = json.loads(path.read_text())
+        fields = read_object(path)
     except FileNotFoundError:
         raise ValueError(
             f"checkpoint: {checkpoint} has no {MANIFEST}, name a finished checkpoint"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"checkpoint: {path} is damaged ({error}), use another checkpoint"
         ) from None
     try:
         if fields.pop("sha256", None) not in (None, _digest(fields)):  # None: an older one
             raise ValueError("its sha256 is another")
-        if fields.pop("format") != _FORMAT:
+        if fields.pop("format", None) != _FORMAT:
             raise ValueError("another format")
-        manifest = Manifest(**(fields | {"model": config_from_dict(fields["model"])}))
+        manifest = build(Manifest, fields)
+        if problems := manifest.model.problems():
+            raise ValueError("; ".join(problems))
         whole = all(entry.keys() == {"bytes", "sha256"} for entry in manifest.files.values())
-        if not (whole and isinstance(manifest.step, int) and isinstance(manifest.state, dict)):
+        if not whole or manifest.step < 0:
             raise ValueError("fields of another type")
         return manifest
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"checkpoint: {path} is no manifest of format {_FORMAT} ({error}), use another "
             "checkpoint or the version that wrote it"
@@ -140,7 +157,7 @@ def check_listing(checkpoint: Path) -> Manifest:
             "is not part of the checkpoint, else use another checkpoint"
         )
     for name, expected in manifest.files.items():
-        if not _is_plain(name):
+        if not is_plain(name):
             raise ValueError(
                 f"checkpoint: {checkpoint / MANIFEST} lists {name!r}, which is outside the folder, "
                 "use another checkpoint"
@@ -164,11 +181,6 @@ def _compare(path: Path, key: str, found: int | str, expected: dict[str, int | s
         raise ValueError(
             f"checkpoint: {path} is damaged, {key} was {expected[key]}, is {found}, use another"
         )
-
-
-def _is_plain(name: str) -> bool:
-    """Whether `name` is that of a file in the folder itself."""
-    return "/" not in name and name not in ("", ".", "..")
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -202,77 +214,6 @@ def find_checkpoint(run: Path, field: str = "run") -> Path:
     return steps[max(steps)]
 
 
-class TensorReader(FileSystemReader):
-    """DCP's reader, for folders whose metadata is not trusted.
-
-    DCP's `.metadata` is a pickle and may hold non-tensor state, which is a pickle again
-    (pytorch#189308). Here the metadata is read through an allow-list, and anything but tensors is
-    refused.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read `.metadata` without running any code it names."""
-        with self.fs.create_stream(self.fs.concat_path(self.path, ".metadata"), "rb") as stream:
-            metadata = _AllowListUnpickler(stream).load()
-        if not isinstance(metadata, Metadata):
-            raise ValueError(f"checkpoint: {self.path}/.metadata is not DCP metadata")
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise ValueError(f"checkpoint: {self.path} holds {name}, which is not a tensor")
-        for storage in (metadata.storage_data or {}).values():
-            if not _is_plain(storage.relative_path):
-                raise ValueError(f"checkpoint: {self.path} points to {storage.relative_path!r}")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-_METADATA = """BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta
-TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"""
-
-
-class _AllowListUnpickler(pickle.Unpickler):
-    """Builds the few classes DCP metadata is made of, and nothing else."""
-
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        }
-        | {("torch.distributed.checkpoint.metadata", name) for name in _METADATA.split()}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        value = getattr(torch, name, None) if module == "torch" else None
-        if (module, name) in self.ALLOWED or isinstance(value, torch.dtype):
-            return super().find_class(module, name)
-        raise ValueError(f"checkpoint: .metadata names {module}.{name}, which is not allowed")
-
-
-def check_tensors(reader: TensorReader, prefix: str, state: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint whose tensors under `prefix` are not those of `state`, shape by shape.
-
-    DCP itself ignores tensors that the model lacks, so a deeper checkpoint would load in part.
-    """
-    stored = {
-        (name.removeprefix(prefix), tuple(entry.size))
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    expected = {(name, tuple(value.shape)) for name, value in state.items()}
-    if stored != expected:
-        missing, unknown = sorted(expected - stored), sorted(stored - expected)
-        raise ValueError(
-            f"checkpoint: {reader.path} does not fit the model: it lacks {missing[:3] or 'nothing'}"
-            f" and has {unknown[:3] or 'nothing'} besides, use the configuration it was made with"
-        )
-
-
 def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) -> Llama:
     """Load the model of a checkpoint folder on one device, for inference.
 
@@ -287,13 +228,10 @@ def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) ->
     manifest = verify(checkpoint)
     with torch.device("meta"):
         model = Llama(manifest.model)
-    model.to_empty(device="cpu")
     reader = TensorReader(checkpoint)
-    state = model.state_dict()
-    check_tensors(reader, "model.", state)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is intended here
-        load({"model": state}, storage_reader=reader, no_dist=True)
+    check_tensors(reader, "model.", model.state_dict())
+    model.to_empty(device="cpu")  # of no more memory than the files have bytes
+    load_tensors(reader, {"model": model.state_dict()})
     model.fill_rope_table()
     model.fingerprint = compute_fingerprint(model)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -1,9 +1,24 @@
 """The shape of a Llama model."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from data.foreign_json import build
 from models.rope import RopeScaling
+
+# No real model is beyond these, and nothing is allocated for a shape that is.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "dim": (1, 2**17),
+    "n_layers": (1, 1024),
+    "n_heads": (1, 2**12),
+    "n_kv_heads": (1, 2**12),
+    "ffn_dim": (1, 2**20),
+    "vocab_size": (1, 2**24),
+    "max_seq_len": (2, 2**22),
+    "norm_eps": (1e-30, 1),
+    "rope_theta": (1, 1e15),
+}
+_SMALL_TABLE_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +66,18 @@ class LlamaConfig:
         """Width of the MLP in each router; 0 where there is none."""
         return max(1, self.dim // 4) if self.router == "mlp" else 0
 
+    @property
+    def num_block_parameters(self) -> int:
+        """Number of weights in the matrices of all layers."""
+        heads = 2 * self.n_heads + 2 * self.n_kv_heads
+        return self.n_layers * self.dim * (heads * self.head_dim + 3 * self.ffn_dim)
+
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
         found = [
-            f"model.{name}: {getattr(self, name)}, must be at least 1"
-            for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
-            if getattr(self, name) < 1
+            f"model.{name}: {getattr(self, name)}, must be {least} to {most}"
+            for name, (least, most) in _BOUNDS.items()
+            if not least <= getattr(self, name) <= most  # so is NaN
         ]
         if found:
             return found
@@ -75,13 +96,14 @@ class LlamaConfig:
                 f"model.n_kv_heads: {self.n_kv_heads} does not divide model.n_heads "
                 f"{self.n_heads}, choose a divisor"
             )
-        found += [
-            f"model.{name}: {getattr(self, name)}, must be positive"
-            for name in ("norm_eps", "rope_theta")
-            if getattr(self, name) <= 0
-        ]
-        if self.max_seq_len < 2:
-            found.append(f"model.max_seq_len: {self.max_seq_len}, must be at least 2")
+        if self.rope_scaling is not None:
+            found += self.rope_scaling.problems()
+        table = 2 * 4 * self.head_dim * self.max_seq_len
+        if table > max(_SMALL_TABLE_BYTES, 4 * self.num_block_parameters):
+            found.append(
+                f"model.max_seq_len: {self.max_seq_len}, its rotary table has {table / 2**30:.1f} "
+                "GiB, more than the weights, choose less"
+            )
         ascending = list(self.own_exits) == sorted(set(self.own_exits))
         if not ascending or any(not 1 <= E < self.n_layers for E in self.own_exits):
             found.append(
@@ -93,11 +115,13 @@ class LlamaConfig:
         return found
 
 
-def config_from_dict(fields: dict[str, Any]) -> LlamaConfig:
-    """Rebuild a LlamaConfig from `dataclasses.asdict`'s output after a round trip through JSON."""
-    scaling = fields.get("rope_scaling")
-    exact = {
-        "rope_scaling": None if scaling is None else RopeScaling(**scaling),
-        "own_exits": tuple(fields.get("own_exits", ())),
-    }
-    return LlamaConfig(**(fields | exact))
+def config_from_dict(fields: object) -> LlamaConfig:
+    """Rebuild a LlamaConfig from `dataclasses.asdict`'s output after a round trip through JSON.
+
+    Raises:
+        ValueError: A field is missing or of another type, or no model has this shape.
+    """
+    config = build(LlamaConfig, fields)
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    return config

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from data.command_line import run_command
-from data.hugging_face import find_tokenizer, has_chat_template, prove_same_ids, write_tokenizer
+from data.hugging_face import (
+    check_tokenizer,
+    find_tokenizer,
+    has_chat_template,
+    prove_same_ids,
+    write_tokenizer,
+)
 from data.tokenizer import Tokenizer
 from models.checkpoint_format import TOKENIZER, find_checkpoint
 from models.config import LlamaConfig
@@ -67,14 +73,15 @@ def read_source(options: Options) -> Source:
     """
     dtype = _DTYPES[options.dtype] if options.dtype else None
     if options.source == "hf":
-        source = read_hugging_face(options.input, options.tokenizer, dtype)
+        source = read_hugging_face(options, dtype)
     else:
         checkpoint = find_checkpoint(options.input, "input")
+        own = checkpoint / TOKENIZER
         manifest, state = read_checkpoint(checkpoint)
         source = Source(
             config=manifest.model,
             state=state,
-            tokenizer=Tokenizer(options.tokenizer or checkpoint / TOKENIZER),
+            tokenizer=choose_tokenizer(options, own, manifest.model.vocab_size),
             logits=None,
             training=manifest.config,
             step=manifest.step,
@@ -92,16 +99,29 @@ def read_source(options: Options) -> Source:
     return source
 
 
-def read_hugging_face(folder: Path, path: Path | None, dtype: torch.dtype | None) -> Source:
+def choose_tokenizer(options: Options, own: Path | None, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer the user names, or the input's `own` where there is none.
+
+    Raises:
+        ValueError: It is not the one of the input, and that is not allowed.
+    """
+    tokenizer = Tokenizer(options.tokenizer or own or Path())
+    if options.tokenizer is not None and not options.other_tokenizer:
+        check_tokenizer(tokenizer, own, vocab_size)
+    return tokenizer
+
+
+def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
     """Read a Hugging Face folder, its weights as they are stored.
 
     Args:
-        folder: The folder.
-        path: The tokenizer's file; None takes the folder's own.
+        options: Its path, and that of a tokenizer.
         dtype: transformers rounds the weights to it before it computes the logits.
     """
+    folder = options.input
     config = read_config(folder)
-    tokenizer = Tokenizer(path or find_tokenizer(folder, config.vocab_size))
+    own = find_tokenizer(folder, config.vocab_size, needed=options.tokenizer is None)
+    tokenizer = choose_tokenizer(options, own, config.vocab_size)
     lost = left_out(folder, tokenizer)  # Before transformers reads the same files.
     return Source(
         config=config,

@@ -20,6 +20,25 @@ class RopeScaling:
     original_max_seq_len: int = 8192
     """Context length, in tokens, before scaling."""
 
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = [
+            f"model.rope_scaling.{name}: {getattr(self, name)}, must be {least} to {most}"
+            for name, least, most in (
+                ("factor", 1, 1e6),
+                ("low_freq_factor", 1e-6, 1e6),
+                ("high_freq_factor", 1e-6, 1e6),
+                ("original_max_seq_len", 1, 2**22),
+            )
+            if not least <= getattr(self, name) <= most  # so is NaN
+        ]
+        if not found and self.high_freq_factor <= self.low_freq_factor:
+            found.append(
+                f"model.rope_scaling.high_freq_factor: {self.high_freq_factor}, must be more than "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
+        return found
+
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Return the rotary frequencies, (head_dim / 2,) fp32, in radians per position.

@@ -271,4 +271,4 @@ def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoad
     )
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     bos_id = corpus.bos_id if data.mask_documents else None
-    return corpus, loader, HeldOut(windows, data.seq_len, bos_id)
+    return corpus, loader, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])

@@ -56,6 +56,7 @@ def evaluate_exits(
     bytes_per_token: float,
     max_tokens: int,
     bos_id: int | None = None,
+    eos_id: int | None = None,
 ) -> tuple[list[ExitQuality], int]:
     """Measure every exit on windows spread evenly over all.
 
@@ -67,6 +68,7 @@ def evaluate_exits(
         bytes_per_token: Of the text behind them, for bits per byte.
         max_tokens: Tokens to read, rounded down to whole windows, at least one.
         bos_id: Keep attention within the documents that begin with this token; None does not.
+        eos_id: The token that ends them; None: another.
 
     Returns:
         The exits, in ascending E, and the number of tokens predicted.
@@ -83,7 +85,7 @@ def evaluate_exits(
     for first in with_progress(range(0, len(rows), _BATCH), "evaluating"):
         read = [windows.read(i) for i in rows[first : first + _BATCH]]
         tokens, labels = map(np.stack, zip(*read, strict=True))
-        batch = microbatch(tokens, labels, np.arange(len(read)), bos_id)
+        batch = microbatch(tokens, labels, np.arange(len(read)), bos_id, eos_id)
         predicted += batch.num_labels
         more_sums, more_bins = _sums(model, batch.to(model.head_weight.device))
         sums += more_sums.cpu()

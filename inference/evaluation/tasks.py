@@ -5,8 +5,8 @@ Files are local, and code in them is never run. Imports no model and no tokenize
 
 import ast
 import gzip
-import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data.foreign_json import parse
 
 _LAYOUTS = ".jsonl, .jsonl.gz, .tsv or .parquet"
 
@@ -184,10 +186,11 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         for number, line in _lines(path):
             try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError:
+                yield f"line {number}", parse(line.encode())
+            except ValueError as error:
                 raise ValueError(
-                    f"task_file: {path}, line {number}: no JSON, give one record on each line"
+                    f"task_file: {path}, line {number}: no JSON ({error}), give one record on each "
+                    "line"
                 ) from None
     else:
         raise ValueError(f"task_file: {path} is of no known kind, give {_LAYOUTS}")
@@ -216,7 +219,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(
             f"task_file: {path}, after line {number}: {error}, give UTF-8 text"
         ) from None

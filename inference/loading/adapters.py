@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.foreign_json import shown
 from models.fingerprint import weights_fingerprint
 from models.llama import Llama
 
@@ -47,15 +48,34 @@ def load_adapter(path: Path, kind: str, model: Llama) -> tuple[dict[str, Tensor]
     try:
         with safe_open(path, framework="pt") as file:
             settings = dict(file.metadata() or {})
+            if settings.get("kind") != kind:
+                raise ValueError(
+                    f"{kind}: {path} holds a {settings.get('kind')!s:.40}, give a {kind}"
+                )
+            if settings.get("weights") != weights_fingerprint(model):
+                raise ValueError(
+                    f"{kind}: {path} was fitted to another checkpoint, fit one to this checkpoint"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{kind}: there is no {path}, fit one to this checkpoint first") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last of torch
         raise ValueError(f"{kind}: {path} cannot be read ({error}), fit it again") from None
-    if settings.get("kind") != kind:
-        raise ValueError(f"{kind}: {path} holds a {settings.get('kind')}, give a {kind}")
-    if settings.get("weights") != weights_fingerprint(model):
-        raise ValueError(
-            f"{kind}: {path} was fitted to another checkpoint, fit one to this checkpoint"
-        )
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise damaged(path, kind, f"{shown(broken[0])} is not finite")
     return {name: t.to(weight.device, weight.dtype) for name, t in tensors.items()}, settings
+
+
+def check_shapes(
+    path: Path, kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise a ValueError if tensors read from a file are not those of these shapes."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        name = min(found.items() ^ shapes.items())[0]
+        raise damaged(path, kind, f"{shown(name)} is {found.get(name)}, must be {shapes.get(name)}")
+
+
+def damaged(path: Path, kind: str, reason: str) -> ValueError:
+    """Return the error for a file that holds what no fit writes."""
+    return ValueError(f"{kind}: {path} is damaged ({reason}), fit it again")

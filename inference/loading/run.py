@@ -42,7 +42,7 @@ class Run:
         Raises:
             ValueError: It is no dataset, or of another tokenizer; or the run names none.
         """
-        known = self.manifest.config.get("data", {}).get("path")
+        known = self.manifest.setting("data.path", str, None)
         if path is None and known is None:
             raise ValueError(f"data: {self.checkpoint} names none, give --data")
         folder = Path(known) if path is None else path

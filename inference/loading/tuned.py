@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data.foreign_json import read_object, take
 from inference.engine.compiled import is_compiled
 from inference.loading.adapters import decode_folder
 from inference.loading.machine import processor
@@ -94,7 +95,7 @@ def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any])
     content = content or {"lossless": [], "thresholds": {}}
     records = content["lossless"] if name is None else content["thresholds"].setdefault(name, [])
     conditions = asdict(tuned.conditions)
-    records[:] = [record for record in records if record["conditions"] != conditions]
+    records[:] = [r for r in records if r.get("conditions") != conditions]
     records.append({**asdict(tuned), **found})
     path.parent.mkdir(parents=True, exist_ok=True)
     content["weights"] = weights_fingerprint(run.model)
@@ -116,13 +117,17 @@ def read_tuned(run: Run, name: str | None, now: Conditions | None = None) -> Tun
     content = _read(run)
     if content is None:
         return None
+    records = content["lossless"] if name is None else content["thresholds"].get(name, [])
     try:
-        records = content["lossless"] if name is None else content["thresholds"].get(name, [])
         found = [
-            Tuned(strategy=r["strategy"], conditions=Conditions(**r["conditions"])) for r in records
+            Tuned(
+                strategy=take(record, "strategy", str | None),
+                conditions=take(record, "conditions", Conditions),
+            )
+            for record in records
         ]
-    except (KeyError, TypeError, AttributeError):
-        raise _damaged(run) from None
+    except ValueError as error:
+        raise _damaged(run, error) from None
     same = [tuned for tuned in found if tuned.conditions == now]
     newest = found[-1] if found else None
     return same[0] if same else newest
@@ -133,16 +138,25 @@ def _read(run: Run) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
-        weights, _, _ = content["weights"], content["lossless"], content["thresholds"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(run) from None
+        content = read_object(path)
+        weights = take(content, "weights", str)
+        take(content, "lossless", Any)
+        take(content, "thresholds", Any)
+    except ValueError as error:
+        raise _damaged(run, error) from None
     if weights != weights_fingerprint(run.model):
         raise ValueError(
             f"tuned: {path} belongs to another checkpoint, delete it or run inference.tune"
         )
-    return dict(content)
+    try:
+        take(content, "lossless", list[dict[str, Any]])
+        take(content, "thresholds", dict[str, list[dict[str, Any]]])
+    except ValueError as error:
+        raise _damaged(run, error) from None
+    return content
 
 
-def _damaged(run: Run) -> ValueError:
-    return ValueError(f"tuned: {tuned_path(run)} is damaged, delete it or run inference.tune")
+def _damaged(run: Run, error: ValueError) -> ValueError:
+    return ValueError(
+        f"tuned: {tuned_path(run)} is damaged ({error}), delete it or run inference.tune"
+    )

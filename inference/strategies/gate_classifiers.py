@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inference.loading.adapters import load_adapter, save_adapter
+from inference.loading.adapters import check_shapes, damaged, load_adapter, save_adapter
 from models.llama import Llama
 
 Form = Literal["lte", "linear", "mlp", "halting", "multinomial", "geometric"]
@@ -73,12 +73,10 @@ def new_gate(
     form: Form, exits: range, dim: int, *, hidden: int, generator: torch.Generator
 ) -> GateClassifier:
     """Initialise a gate to be fitted; linear ones begin at zero."""
-    count = {"multinomial": len(exits) + 1}.get(form, 1 if form in SHARED else len(exits))
-    tensors = {"w": torch.zeros(count, dim), "b": torch.zeros(count)}
+    shapes = _shapes(form, exits, dim, hidden)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     if form == "mlp":
-        tensors["w_in"] = torch.randn(count, hidden, dim, generator=generator) * dim**-0.5
-        tensors["b_in"] = torch.zeros(count, hidden)
-        tensors["w"] = torch.zeros(count, hidden)
+        tensors["w_in"] = torch.randn(shapes["w_in"], generator=generator) * dim**-0.5
     return GateClassifier(form, exits, tensors)
 
 
@@ -100,6 +98,23 @@ def load_gate(path: Path, model: Llama) -> GateClassifier:
         ValueError: There is none, or it was fitted to other weights.
     """
     tensors, settings = load_adapter(path, "gate", model)
-    [form] = [form for form in FORMS if form == settings["form"]]
-    exits = range(int(settings["first"]), model.config.n_layers, int(settings["interval"]))
+    try:
+        [form] = [form for form in FORMS if form == settings["form"]]
+        exits = range(int(settings["first"]), model.config.n_layers, int(settings["interval"]))
+        if exits.start < 1 or exits.step < 1 or not exits:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise damaged(path, "gate", "its form or exits are none of ours") from None
+    w_in = tensors.get("w_in")
+    hidden = w_in.shape[1] if w_in is not None and w_in.dim() == 3 else 1
+    check_shapes(path, "gate", tensors, _shapes(form, exits, model.config.dim, hidden))
     return GateClassifier(form, exits, tensors)
+
+
+def _shapes(form: Form, exits: range, dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a gate's tensors."""
+    count = {"multinomial": len(exits) + 1}.get(form, 1 if form in SHARED else len(exits))
+    shapes: dict[str, tuple[int, ...]] = {"w": (count, dim), "b": (count,)}
+    if form == "mlp":
+        shapes |= {"w_in": (count, hidden, dim), "b_in": (count, hidden), "w": (count, hidden)}
+    return shapes

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
-from inference.loading.adapters import load_adapter, save_adapter
+from inference.loading.adapters import check_shapes, load_adapter, save_adapter
 from models.llama import Llama
 
 
@@ -44,7 +44,17 @@ def load_jump(path: Path, model: Llama) -> JumpMap:
     Raises:
         ValueError: There are none, or they were fitted to other weights.
     """
-    return JumpMap(load_adapter(path, "jump", model)[0])
+    tensors, _ = load_adapter(path, "jump", model)
+    dim, exits = model.config.dim, range(1, model.config.n_layers)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for E in exits:
+        if f"{E}.in" in tensors:
+            rank = len(tensors[f"{E}.in"]) if tensors[f"{E}.in"].dim() else 0
+            shapes |= {f"{E}.in": (rank, dim), f"{E}.out": (dim, rank)}
+        else:
+            shapes[f"{E}.B"] = (dim, dim)
+    check_shapes(path, "jump", tensors, shapes)
+    return JumpMap(tensors)
 
 
 def load_exit_map(path: Path | None, model: Llama) -> JumpMap | None:

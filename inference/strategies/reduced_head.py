@@ -4,7 +4,6 @@ A draft over V' tokens reads V' rows of the head, and decoding stays exact, as v
 the whole vocabulary. `inference.frequent_tokens` counts the tokens.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.foreign_json import read_object, take
 from inference.loading.packed import PACKED_ELEMENTS, PackedLinear
 from models.llama import Llama
 
@@ -53,11 +53,11 @@ def load_reduced_head(model: Llama, path: Path, part: int) -> ReducedHead:
         ValueError: The file holds no counts, or not of this vocabulary, or that is smaller.
     """
     try:
-        counts = np.array(json.loads(path.read_text())["counts"], dtype=np.int64)
+        counts = np.array(take(read_object(path), "counts", list[int]), dtype=np.int64)
     except OSError:
         raise ValueError(f"token_counts: there is no {path}, {COUNT_THEM}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"token_counts: {path} is damaged, {COUNT_THEM}") from None
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"token_counts: {path} is damaged ({error}), {COUNT_THEM}") from None
     vocab_size = model.config.vocab_size
     if counts.shape != (vocab_size,):
         raise ValueError(
@@ -68,6 +68,19 @@ def load_reduced_head(model: Llama, path: Path, part: int) -> ReducedHead:
         raise ValueError(f"draft_vocab: {part}, give at most this model's {vocab_size} tokens")
     tokens = torch.from_numpy(most_frequent(counts, part))
     return reduced_head(model, tokens.to(model.norm.weight.device))
+
+
+def check_counts(path: Path, tokenizer_fingerprint: str) -> None:
+    """Raise a ValueError if a file's counts are of another tokenizer."""
+    try:
+        fingerprint = take(read_object(path), "tokenizer", str)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"token_counts: {path} is damaged ({error}), {COUNT_THEM}") from None
+    if fingerprint != tokenizer_fingerprint:
+        raise ValueError(
+            f"token_counts: {path} counts the ids of tokenizer {fingerprint[:12]} and this "
+            f"checkpoint has {tokenizer_fingerprint[:12]}, {COUNT_THEM}"
+        )
 
 
 def most_frequent(counts: npt.NDArray[np.int64], part: int) -> npt.NDArray[np.int64]:

@@ -24,7 +24,8 @@ from inference.engine.strategy import Strategy
 from inference.loading.quantized import Bits, bits_of
 from inference.loading.run import Run, load_run
 from inference.strategies.drafting import Draft
-from inference.strategies.self_speculative import accept_round, verify
+from inference.strategies.reduced_head import check_counts
+from inference.strategies.self_speculative import SelfSpeculative, accept_round, verify
 from models.checkpoint_format import find_checkpoint, read_manifest
 from models.llama import Llama
 
@@ -81,11 +82,13 @@ def _load(path: Path, device: str, dtype: str, bits: Bits | None, compiled: bool
 
 
 def check_tokenizer(strategy: Strategy, run: Run) -> None:
-    """Check that a draft model, if the strategy has one, shares the run's tokenizer.
+    """Check that a draft model or token counts, if there are any, are of the run's tokenizer.
 
     Raises:
-        ValueError: It has another tokenizer.
+        ValueError: They are of another.
     """
+    if isinstance(strategy, SelfSpeculative) and strategy.token_counts is not None:
+        check_counts(strategy.token_counts, run.tokenizer.fingerprint)
     if not isinstance(strategy, Speculative) or strategy.draft is None:
         return
     theirs = read_manifest(find_checkpoint(strategy.draft, "draft")).tokenizer_fingerprint

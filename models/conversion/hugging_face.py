@@ -5,10 +5,20 @@ from typing import Any
 
 from torch import Tensor
 
+from data.foreign_json import shown, take
 from models.config import LlamaConfig
 from models.rope import RopeScaling
 
 ARCHITECTURE = "LlamaForCausalLM"
+SHAPE_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings", "hidden_act"),
+    *("attention_bias", "mlp_bias"),
+)
+"""Fields of a config.json that decide a Llama's logits."""
+
+_FIELDS = dict[str, Any] | None
 
 _NAMES = {
     r"^tok_embeddings\.": "model.embed_tokens.",
@@ -108,37 +118,43 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
         ValueError: Naming each field that no Llama of ours can have.
     """
     if fields.get("model_type") != "llama":
-        raise ValueError(f"model_type {fields.get('model_type')!r} is not llama")
-    try:
-        rope = fields.get("rope_parameters") or {}
-        scaling = rope or fields.get("rope_scaling") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        config = LlamaConfig(
-            dim=fields["hidden_size"],
-            n_layers=fields["num_hidden_layers"],
-            n_heads=fields["num_attention_heads"],
-            n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-            ffn_dim=fields["intermediate_size"],
-            vocab_size=fields["vocab_size"],
-            max_seq_len=fields.get("max_position_embeddings", 2048),
-            norm_eps=fields.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
-            rope_scaling=_rope_scaling(scaling) if kind == "llama3" else None,
-            tie_embeddings=fields.get("tie_word_embeddings", False),
-        )
-        problems = config.problems()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"a field is missing or of another type ({error!r})") from error
-    head_dim = fields.get("head_dim") or config.head_dim
+        raise ValueError(f"model_type {shown(fields.get('model_type'))} is not llama")
+    rope = take({"rope_parameters": None} | fields, "rope_parameters", _FIELDS) or {}
+    scaling = rope or take({"rope_scaling": None} | fields, "rope_scaling", _FIELDS) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    n_heads = take(fields, "num_attention_heads", int)
+
+    def given(name: str, hint: Any, default: Any, among: dict[str, Any] = fields) -> Any:
+        return take({name: default} | among, name, hint)
+
+    config = LlamaConfig(
+        dim=take(fields, "hidden_size", int),
+        n_layers=take(fields, "num_hidden_layers", int),
+        n_heads=n_heads,
+        n_kv_heads=given("num_key_value_heads", int | None, None) or n_heads,
+        ffn_dim=take(fields, "intermediate_size", int),
+        vocab_size=take(fields, "vocab_size", int),
+        max_seq_len=given("max_position_embeddings", int, 2048),
+        norm_eps=given("rms_norm_eps", float, 1e-6),
+        rope_theta=float(
+            given("rope_theta", float, given("rope_theta", float | None, None) or 1e4, rope)
+        ),
+        rope_scaling=_rope_scaling(scaling) if kind == "llama3" else None,
+        tie_embeddings=given("tie_word_embeddings", bool, False),
+    )
+    problems = config.problems()
+    head_dim = None if problems else given("head_dim", int | None, None) or config.head_dim
     found = {
-        f"rope_type is {kind}, not default or llama3": kind not in ("default", "llama3"),
+        f"rope_type is {shown(kind)}, not default or llama3": kind not in ("default", "llama3"),
         f"head_dim is {head_dim}, not hidden_size / num_attention_heads": not problems
         and head_dim != config.head_dim,
         "its rotation is partial": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "it is quantized": bool(fields.get("quantization_config")),
-        "its attention has biases": fields.get("attention_bias", False),
-        "its feed-forward layers have biases": fields.get("mlp_bias", False),
-        f"hidden_act is {fields.get('hidden_act')}, not silu": fields.get("hidden_act", "silu")
+        "its attention has biases": bool(fields.get("attention_bias", False)),
+        "its feed-forward layers have biases": bool(fields.get("mlp_bias", False)),
+        f"hidden_act is {shown(fields.get('hidden_act'))}, not silu": fields.get(
+            "hidden_act", "silu"
+        )
         != "silu",
     }
     problems += [problem for problem, holds in found.items() if holds]
@@ -149,8 +165,8 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
 
 def _rope_scaling(fields: dict[str, Any]) -> RopeScaling:
     return RopeScaling(
-        factor=fields["factor"],
-        low_freq_factor=fields["low_freq_factor"],
-        high_freq_factor=fields["high_freq_factor"],
-        original_max_seq_len=fields["original_max_position_embeddings"],
+        factor=take(fields, "factor", float),
+        low_freq_factor=take(fields, "low_freq_factor", float),
+        high_freq_factor=take(fields, "high_freq_factor", float),
+        original_max_seq_len=take(fields, "original_max_position_embeddings", int),
     )

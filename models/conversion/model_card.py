@@ -1,9 +1,9 @@
 """The README.md of an export: how to decode with it, the loss of each exit, its recipe."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from data.foreign_json import parse_object
 from models.config import LlamaConfig
 from models.flops import total_params
 
@@ -74,14 +74,18 @@ def exit_losses(checkpoint: Path, step: int) -> dict[int, float]:
     """
     path = checkpoint.parent.parent / "metrics.jsonl"
     found: dict[int, float] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = parse_object(line)
         except ValueError:  # the line a kill has torn
             continue
         if row.get("step") == step:
             # By their order, E = 1, ..., L: version 0.1 named them from 0.
-            exits = [loss for name, loss in row.items() if name.startswith(_EXIT_LOSS)]
+            exits = [
+                float(loss)
+                for name, loss in row.items()
+                if name.startswith(_EXIT_LOSS) and isinstance(loss, int | float)
+            ]
             found |= dict(enumerate(exits, 1))
     return found
 
@@ -94,11 +98,16 @@ def _table(losses: dict[int, float]) -> str:
 
 def _recipe(training: dict[str, Any], step: int) -> str:
     lines = [f"- steps: {step}"]
-    data = training.get("data", {})
-    if "global_batch_size" in data and "seq_len" in data:
-        tokens = step * data["global_batch_size"] * data["seq_len"]
-        lines.append(f"- tokens: {tokens:,}, {data['seq_len']} in a sequence")
+    data = _section(training, "data")
+    rows, seq_len = data.get("global_batch_size"), data.get("seq_len")
+    if isinstance(rows, int) and isinstance(seq_len, int):
+        lines.append(f"- tokens: {step * rows * seq_len:,}, {seq_len} in a sequence")
     for section in _SECTIONS:
-        if fields := training.get(section):
+        if fields := _section(training, section):
             lines.append(f"- {section}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
     return "## Recipe\n\n" + "\n".join(lines)
+
+
+def _section(training: dict[str, Any], name: str) -> dict[str, Any]:
+    fields = training.get(name)
+    return fields if isinstance(fields, dict) else {}

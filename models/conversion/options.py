@@ -47,6 +47,9 @@ class Options:
     tokenizer: Path | None = None
     """SentencePiece model or tokenizer.json (its tokenizer_config.json beside it); None takes that
     of the input."""
+    other_tokenizer: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take a tokenizer that gives other ids than the input's own, as one whose text the weights
+    were trained on."""
     first_layers: int | None = None
     """Keep the first so many layers alone: the exit of E layers, as a draft model."""
     layers: str | None = None

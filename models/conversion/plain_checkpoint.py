@@ -6,8 +6,6 @@ resume from it. With `checkpoint_format` the only file outside `train/` that imp
 
 import platform
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
-    TensorReader,
-    check_tensors,
     file_entry,
     verify,
 )
 from models.config import LlamaConfig
 from models.llama import Llama
+from models.tensor_reader import TensorReader, check_tensors, load_tensors
 
 _PREFIX = "model."
 
@@ -43,16 +38,12 @@ def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
     with torch.device("meta"):
         expected = Llama(manifest.model).state_dict()
     reader = TensorReader(checkpoint)
-    check_tensors(reader, _PREFIX, expected)
-    state = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if name.startswith(_PREFIX):
-            assert isinstance(entry, TensorStorageMetadata)
-            state[name.removeprefix(_PREFIX)] = torch.empty(
-                entry.size, dtype=entry.properties.dtype
-            )
-    with _without_process_group():
-        load({"model": state}, storage_reader=reader, no_dist=True)
+    stored = check_tensors(reader, _PREFIX, expected)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+    }
+    load_tensors(reader, {"model": state})
     return manifest, {name: state[name] for name in expected}
 
 
@@ -77,7 +68,8 @@ def write_checkpoint(
         config: The configuration the weights were trained with; {} if unknown.
         data_fingerprint: Of the data they were trained on; empty if unknown.
     """
-    with _without_process_group():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is intended here
         save({"model": state}, storage_writer=FileSystemWriter(checkpoint), no_dist=True)
     (checkpoint / TOKENIZER).write_bytes(tokenizer)
     files = {path.name: file_entry(path) for path in sorted(checkpoint.iterdir())}
@@ -91,11 +83,3 @@ def write_checkpoint(
         versions={"python": platform.python_version(), "torch": version("torch")},
         files=files,
     ).write(checkpoint)
-
-
-@contextmanager
-def _without_process_group() -> Iterator[None]:
-    """Suppress DCP's warning about the missing process group, which is intended here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield

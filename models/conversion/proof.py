@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.config import LlamaConfig
+from models.conversion.safetensors_folder import shape_fields
 from models.llama import Llama
 
 TOLERANCE = 1e-5
@@ -114,10 +115,19 @@ def transformers_logits(
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or torch.float32, local_files_only=True
-        )
-    logits: Tensor = model.eval().float()(probe(config)).logits
+        try:
+            model = transformers.LlamaForCausalLM.from_pretrained(
+                folder,
+                config=transformers.LlamaConfig(**shape_fields(folder)),
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+            )
+            logits: Tensor = model.eval().float()(probe(config)).logits
+        except Exception as error:  # of any kind, as its checks are not ours
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise ValueError(
+                f"input: transformers cannot read {folder} ({reason}), mend its config.json"
+            ) from None
     return logits
 
 

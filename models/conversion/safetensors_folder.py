@@ -4,6 +4,8 @@ Safetensors files alone are read: a .bin file is a pickle and may run code.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.foreign_json import read_object, take, typed
 from models.config import LlamaConfig
-from models.conversion.hugging_face import config_json, hugging_face_name, llama_config
+from models.conversion.hugging_face import (
+    SHAPE_FIELDS,
+    config_json,
+    hugging_face_name,
+    llama_config,
+)
 from models.llama import Llama
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -31,13 +39,20 @@ def read_config(folder: Path) -> LlamaConfig:
         ValueError: If it holds no Llama.
     """
     try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return llama_config(fields)
-    except (OSError, ValueError, AttributeError) as error:
+        return llama_config(read_object(folder / CONFIG))
+    except (OSError, ValueError) as error:
         reason = f"no {CONFIG}" if isinstance(error, FileNotFoundError) else error
         raise ValueError(
             f"input: {folder} is not a Llama in Hugging Face's format ({reason}), name one that is"
         ) from None
+
+
+def shape_fields(folder: Path) -> dict[str, Any]:
+    """Return the fields of config.json that decide a Llama's logits.
+
+    Others, such as pad_token_id or num_labels, may hold what no other program can read.
+    """
+    return {name: x for name, x in read_object(folder / CONFIG).items() if name in SHAPE_FIELDS}
 
 
 def read_eos_ids(folder: Path) -> set[int]:
@@ -51,11 +66,10 @@ def read_eos_ids(folder: Path) -> set[int]:
         if not path.is_file():
             continue
         try:
-            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found |= {
-                int(i) for i in (given if isinstance(given, list) else [given]) if i is not None
-            }
-        except (ValueError, TypeError, AttributeError) as error:
+            given = read_object(path).get("eos_token_id")
+            ids = given if isinstance(given, list) else [] if given is None else [given]
+            found |= set(typed(ids, list[int], "eos_token_id"))
+        except ValueError as error:
             raise ValueError(f"input: {path} is damaged ({error}), download it again") from None
     return found
 
@@ -69,27 +83,35 @@ def read_weights(folder: Path, config: LlamaConfig) -> dict[str, Tensor]:
     """
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in Llama(config).state_dict().items()}
-    files = _weight_files(folder)
-    found: dict[str, Tensor] = {}
-    for path, names in files.items():
-        found |= _read_file(path, names)
-    found = {name: t for name, t in found.items() if not name.endswith(_IGNORED)}
-    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
-    if config.tie_embeddings and head is not None and embedding is not None:
-        if not torch.equal(head, embedding):
-            raise ValueError(
-                f"input: {folder} ties its embeddings but has another lm_head.weight, "
-                "set tie_word_embeddings to false in its config.json"
-            )
-        del found["lm_head.weight"]
     theirs = {hugging_face_name(name): name for name in shapes}
-    stored = {(name, tuple(tensor.shape)) for name, tensor in found.items()}
-    expected = {(name, shapes[ours]) for name, ours in theirs.items()}
+    expected = {name: shapes[ours] for name, ours in theirs.items()}
+    if config.tie_embeddings:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    stored: dict[str, tuple[int, ...]] = {}
+    files = _weight_files(folder)
+    for path, names in files.items():
+        stored |= _shapes(path, names)
+    if config.tie_embeddings and "lm_head.weight" not in stored:
+        del expected["lm_head.weight"]
     if stored != expected:
-        missing, unknown = sorted(expected - stored), sorted(stored - expected)
+        missing = sorted(expected.items() - stored.items())
+        unknown = sorted(stored.items() - expected.items())
         raise ValueError(
             f"input: {folder} does not fit its {CONFIG}: it lacks {missing[:3] or 'nothing'} and "
             f"has {unknown[:3] or 'nothing'} besides, download it again"
+        )
+    found: dict[str, Tensor] = {}
+    for path, names in files.items():
+        found |= _read_file(path, names)
+    head = found.get("lm_head.weight")
+    if (
+        config.tie_embeddings
+        and head is not None
+        and not torch.equal(head, found["model.embed_tokens.weight"])
+    ):
+        raise ValueError(
+            f"input: {folder} ties its embeddings but has another lm_head.weight, "
+            "set tie_word_embeddings to false in its config.json"
         )
     return {ours: found[name] for name, ours in theirs.items()}
 
@@ -105,13 +127,15 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
             )
         return {folder / SINGLE: None}
     try:
-        shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shard_of: dict[str, str] = take(read_object(index), "weight_map", dict[str, str])
+        of_file: dict[str, list[str]] = {}
+        for name, shard in shard_of.items():
+            of_file.setdefault(shard, []).append(name)
         shards: dict[Path, list[str] | None] = {
-            folder / Path(shard).name: [name for name in shard_of if shard_of[name] == shard]
-            for shard in sorted(set(shard_of.values()))
+            folder / Path(shard).name: of_file[shard] for shard in sorted(of_file)
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"input: {index} is damaged ({error!r}), download it again") from None
+    except ValueError as error:
+        raise ValueError(f"input: {index} is damaged ({error}), download it again") from None
     if missing := [path.name for path in shards if not path.is_file()]:
         raise ValueError(
             f"input: {folder} lacks {len(missing)} of {len(shards)} shards ({missing[0]}), "
@@ -120,23 +144,37 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     return shards
 
 
-def _read_file(path: Path, names: list[str] | None) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            chosen = list(file.keys()) if names is None else names
-            if absent := set(chosen) - set(file.keys()):
+def _shapes(path: Path, names: list[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors, of which nothing but the header is read."""
+    with _damage_explained(path), safe_open(path, framework="pt") as file:
+        present = set(file.keys())
+        if absent := set(names or ()) - present:
+            raise ValueError(
+                f"input: {path} lacks {min(absent)}, which the index lists, download it again"
+            )
+        found = {}
+        for name in present if names is None else names:
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES and not name.endswith(_IGNORED):
                 raise ValueError(
-                    f"input: {path} lacks {min(absent)}, which the index lists, download it again"
+                    f"dtype: {path} has {name} in {part.get_dtype()}, which is not read; save it "
+                    f"in one of {', '.join(DTYPES)}"
                 )
-            for name in chosen:
-                stored = file.get_slice(name).get_dtype()
-                if stored not in DTYPES:
-                    raise ValueError(
-                        f"dtype: {path} has {name} in {stored}, which is not read; save it in one "
-                        f"of {', '.join(DTYPES)}"
-                    )
-            return {name: file.get_tensor(name) for name in chosen}
-    except SafetensorError as error:
+            found[name] = tuple(part.get_shape())
+        return {name: shape for name, shape in found.items() if not name.endswith(_IGNORED)}
+
+
+def _read_file(path: Path, names: list[str] | None) -> dict[str, Tensor]:
+    with _damage_explained(path), safe_open(path, framework="pt") as file:
+        chosen = file.keys() if names is None else names
+        return {name: file.get_tensor(name) for name in chosen if not name.endswith(_IGNORED)}
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:  # the latter of torch, for an odd header
         raise ValueError(f"input: {path} is damaged ({error}), download it again") from None
 
 

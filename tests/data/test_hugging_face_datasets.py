@@ -75,7 +75,7 @@ def test_a_dataset_is_prepared_from_it(saved, tmp_path):
         ("hf:{}/one:absent", "text", "saved as one split, train, give that or none"),
         ("hf:{}/named:train", "text", "saved as one split, odd, give that or none"),
         ("hf:{}/one::small", "text", "which has no CONFIG"),
-        ("hf:{}/one", "body", "body is no column of .* give one of: id, text"),
+        ("hf:{}/one", "body", "body is no column of .* give one of: text"),
         ("hf:{}", "text", "cannot be opened"),
     ],
 )

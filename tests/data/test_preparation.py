@@ -158,3 +158,18 @@ def test_all_faults_of_a_config_are_named_at_once() -> None:
     config = PrepareConfig(input=(), validation_fraction=2, shard_tokens=0)
     with pytest.raises(ValueError, match="input is empty.*exactly one.*fraction 2.*shard_tokens 0"):
         prepare(config, Path("unused"))
+
+
+def test_dropped_duplicates_are_in_no_split_for_any_number_of_workers(
+    tmp_path: Path, tokenizer_path: Path, documents: list[str]
+) -> None:
+    texts = [text * 40 for text in random.Random(0).sample(documents * 3, k=3 * len(documents))]
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    config = PrepareConfig(
+        input=(source,), tokenizer=tokenizer_path, validation_fraction=0.3, duplicates="drop"
+    )
+    one, two = (prepare(config, tmp_path / f"out-{n}", workers=n) for n in (1, 2))
+    assert files(one.path) == files(two.path)
+    read = read_back(one, "train") + read_back(one, "validation")
+    assert sorted(read) == sorted(set(texts))
+    assert (one.duplicates, one.dropped_duplicates) == (len(texts) - len(read), True)

@@ -1,10 +1,14 @@
 """The command line as a user meets it: exit codes, one line per error, the printed table."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -85,3 +89,39 @@ def test_help_names_every_option_and_default() -> None:
     text = " ".join(done.stdout.replace("│", " ").split())
     for word in ("embedded", ".jsonl.gz", "default: 0.01", "4096", "--overwrite", r"\nA:'"):
         assert word in text
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_its_group_ends_it_with_one_line_and_no_folder(
+    tmp_path: Path, tokenizer_path: Path, name: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some words of a text"}\n' * 200_000)
+    words = ["--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--workers", 2]
+    with subprocess.Popen(
+        [sys.executable, "-m", "data.prepare", *map(str, words), "--tokenizer", tokenizer_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "reading" in process.stderr.readline()  # the workers start
+        os.killpg(process.pid, getattr(signal, name))
+        lines = process.stderr.read().splitlines()
+    assert lines == ["interrupted" if name == "SIGINT" else "terminated"]
+    assert process.returncode == 128 + getattr(signal, name)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_rows_of_token_ids_are_said_to_be_such(tmp_path: Path, tokenizer_path: Path, kind) -> None:
+    rows = [{"input_ids": [5, 6, 7]}] * 50
+    source = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    else:
+        source.write_text("\n".join(map(json.dumps, rows)))
+    done = run("--input", source, "--output", tmp_path / "out", "--tokenizer", tokenizer_path)
+    assert done.returncode == 2
+    assert "give one of" not in done.stderr
+    wanted = "token ids are not read" if kind == "parquet" else "no field 'text', nor any text"
+    assert wanted in done.stderr

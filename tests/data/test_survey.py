@@ -12,6 +12,31 @@ def survey(texts: list[str], *, fraction: float = 0.1, sample_bytes: int = 0) ->
     return survey_documents(documents, validation_fraction=fraction, sample_bytes=sample_bytes)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_large_documents_are_held_out_no_further_than_twice_the_share(seed: int) -> None:
+    draw = random.Random(seed)
+    texts = [f"{n} " * int(draw.paretovariate(0.7) * 50) for n in range(81)]
+    for fraction in (0.01, 0.05):
+        seen = survey(texts, fraction=fraction, sample_bytes=10**9)
+        share = sum(len(t) for t in texts if seen.is_held_out(t)) / sum(map(len, texts))
+        assert 0 < share <= 2 * max(fraction, 1 / 81)
+        trained = {t[:16384] for t in texts if not seen.is_held_out(t)}
+        assert trained <= set(seen.sample), "what is trained on is in the tokenizer's sample"
+
+
+def test_of_repeated_documents_the_first_alone_is_kept() -> None:
+    texts = random.Random(0).choices([f"text {n}" for n in range(40)], k=200)
+    documents = [Document(str(n), text) for n, text in enumerate(texts)]
+    seen = survey_documents(
+        documents, validation_fraction=0.2, sample_bytes=10**6, drop_duplicates=True
+    )
+    kept = [text for n, text in enumerate(texts) if seen.keeps(n)]
+    assert kept == [*dict.fromkeys(texts)]
+    assert seen.duplicates == 200 - len(kept)
+    assert seen.text_bytes == sum(map(len, kept))
+    assert sorted(seen.sample) == sorted(text for text in kept if not seen.is_held_out(text))
+
+
 def held_out(texts: list[str], fraction: float) -> set[str]:
     seen = survey(texts, fraction=fraction)
     return {text for text in texts if seen.is_held_out(text)}

@@ -97,6 +97,41 @@ def test_without_its_config_nobody_knows_its_bos(path):
         Tokenizer(path)
 
 
+@pytest.mark.parametrize("names", [{"bos_token": None, "eos_token": EOS}, {"eos_token": EOS}])
+def test_without_bos_the_end_token_begins_a_text_too(path, tmp_path, names):
+    pytest.importorskip("transformers")
+    content = json.loads(path.read_text())
+    content["post_processor"] = None
+    path.write_text(json.dumps(content))
+    (path.parent / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (399, 399)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tokenizer, tmp_path / "out", max_seq_len=50)
+    assert "but for BOS, 399," in prove_same_ids(tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"bos_token": BOS}, r"tokenizer_config\.json: eos_token is none, name the token"),
+        ({"bos_token": BOS, "eos_token": None}, "eos_token is none, name the token"),
+        ({"bos_token": BOS, "eos_token": 7}, r"tokenizer_config\.json: eos_token: 7, give text"),
+        ({"bos_token": [], "eos_token": EOS}, "bos_token: .*, give text"),
+        ({"bos_token": {}, "eos_token": EOS}, "content is missing, mend"),
+        ({"bos_token": "<s>", "eos_token": EOS}, "has no token '<s>', which its tokenizer_config"),
+        ([], "is no JSON object"),
+        ("{", "mend or download it again"),
+    ],
+)
+def test_a_config_that_names_no_end_says_what_it_lacks(path, content, message):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (path.parent / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer(path)
+    assert "beside it" not in str(error.value)
+
+
 def test_a_json_file_that_is_no_tokenizer_is_refused(path):
     path.write_text('{"version": "1.0"}')
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json"):

@@ -13,6 +13,7 @@ from data.windows import (
 )
 
 BOS, EOS = 1, 2
+ENDS = {"bos_id": BOS, "eos_id": EOS}
 
 
 def documents_of(lengths: list[int]) -> list[list[int]]:
@@ -73,7 +74,7 @@ def test_what_is_not_to_be_learnt_is_read_and_has_no_label(packing) -> None:
     stored = np.array([~BOS, ~5, ~6, 7, 8, EOS, ~BOS, ~9, 10, EOS], dtype=np.int32)
     stream = TokenStream([stored[:4], stored[4:]])
     assert stream.read(0, 10).tolist() == [BOS, 5, 6, 7, 8, EOS, BOS, 9, 10, EOS]
-    tokens, labels = open_windows(stream, packing, seq_len=9, bos_id=BOS).read(0)
+    tokens, labels = open_windows(stream, packing, seq_len=9, **ENDS).read(0)
     if packing == "stream":
         assert tokens.tolist() == [BOS, 5, 6, 7, 8, EOS, BOS, 9, 10]
         assert labels.tolist() == [NO_LOSS, NO_LOSS, 7, 8, EOS, NO_LOSS, NO_LOSS, 10, EOS]
@@ -96,10 +97,45 @@ def test_documents_are_numbered_from_what_a_row_begins_with() -> None:
 
 def test_too_little_is_refused() -> None:
     with pytest.raises(ValueError, match="data: 1 tokens, prepare a larger dataset"):
-        open_windows(TokenStream([np.ones(1, np.uint16)]), "stream", seq_len=1, bos_id=BOS)
+        open_windows(
+            TokenStream([np.ones(1, np.uint16)]), "stream", seq_len=1, bos_id=BOS, eos_id=EOS
+        )
     with pytest.raises(ValueError, match="seq_len 9 needs 10 tokens but the data has 5"):
-        open_windows(TokenStream([np.ones(5, np.uint16)]), "stream", seq_len=9, bos_id=BOS)
+        open_windows(
+            TokenStream([np.ones(5, np.uint16)]), "stream", seq_len=9, bos_id=BOS, eos_id=EOS
+        )
     with pytest.raises(ValueError, match="data of 5 tokens has no document"):
-        open_windows(TokenStream([np.zeros(5, np.uint16)]), "documents", seq_len=9, bos_id=BOS)
+        open_windows(
+            TokenStream([np.zeros(5, np.uint16)]), "documents", seq_len=9, bos_id=BOS, eos_id=EOS
+        )
     with pytest.raises(ValueError, match="seq_len 0 must be at least 1"):
         StreamWindows(TokenStream([np.ones(5, np.uint16)]), 0)
+
+
+@pytest.mark.parametrize("seq_len", [16, 7])
+def test_one_token_may_begin_and_end_a_document(monkeypatch, seq_len: int) -> None:
+    monkeypatch.setattr("data.windows._SCAN", 5)  # documents begin at every place of a scan
+    lengths = np.random.default_rng(0).integers(3, seq_len, 60).tolist()
+    documents = documents_of(lengths)
+    shared = [[BOS, *document[1:-1], BOS] for document in documents]
+    apart = DocumentWindows(stream_of(documents, parts=7), seq_len, BOS, EOS)
+    windows = DocumentWindows(stream_of(shared, parts=7), seq_len, BOS, BOS)
+    assert len(windows) == len(apart)
+    ends = 0
+    for i in range(len(windows)):
+        (tokens, labels), (their_tokens, their_labels) = windows.read(i), apart.read(i)
+        assert tokens.tolist() == np.where(their_tokens == EOS, BOS, their_tokens).tolist()
+        assert labels.tolist() == np.where(their_labels == EOS, BOS, their_labels).tolist()
+        ends += int((their_labels == EOS).sum())
+        numbers = document_numbers(tokens[None], BOS, BOS)[0]
+        assert numbers.tolist() == document_numbers(their_tokens[None], BOS, EOS)[0].tolist()
+    assert ends == len(documents), "each end is learnt once"
+
+
+def test_rows_that_begin_anywhere_part_at_the_same_tokens_with_one_end_token() -> None:
+    stream = [token for document in documents_of([4, 3, 6, 5, 3]) for token in document]
+    for start in range(len(stream) - 9):
+        row = np.array(stream[start : start + 9])
+        apart = np.diff(document_numbers(row, BOS, EOS))
+        shared = np.diff(document_numbers(np.where(row == EOS, BOS, row), BOS, BOS))
+        assert apart.tolist() == shared.tolist()

@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from models.checkpoint_format import TensorReader, find_checkpoint
+from models.checkpoint_format import find_checkpoint
+from models.tensor_reader import TensorReader
 
 
 def tensors(checkpoint):

@@ -10,7 +10,6 @@ import torch
 
 from models.checkpoint_format import (
     MANIFEST,
-    TensorReader,
     check_content,
     check_listing,
     checkpoint_steps,
@@ -20,6 +19,7 @@ from models.checkpoint_format import (
     read_manifest,
     verify,
 )
+from models.tensor_reader import TensorReader
 from tests.train import tiny
 from train.parallel.runtime import RuntimeConfig, start_runtime
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import models.convert
 from data.command_line import read_options
+from data.tokenizer import Tokenizer, train_tokenizer
 from models.checkpoint_format import load_model, read_manifest
 from models.conversion.hugging_face import hugging_face_name
 from models.conversion.options import Options
@@ -16,6 +17,7 @@ from models.conversion.safetensors_folder import CONFIG, INDEX, read_config
 from models.convert import convert, main
 from models.rope import RopeScaling
 from tests.data.test_token_models import write_llama3_tokenizer
+from tests.documents import make_documents
 from tests.models.test_llama import build
 from train.checkpoints.resume import load_initial_weights
 from train.parallel.runtime import RuntimeConfig, start_runtime
@@ -254,7 +256,7 @@ def without_a_tensor(folder):
     [
         (edit_config(model_type="mistral"), "model_type 'mistral' is not llama"),
         (edit_config(attention_bias=True), "its attention has biases"),
-        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type is yarn"),
+        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
         (edit_config(head_dim=16), "head_dim is 16"),
         (edit_config(hidden_size="32"), "is not a Llama in Hugging Face's format"),
         (edit_config(num_hidden_layers=4), "it lacks"),
@@ -321,7 +323,7 @@ def test_a_changed_bit_is_not_published(llama2, tmp_path, monkeypatch):
         (("--layers", "1,3"), "give some of 0 to 2"),
         (("--layers", "some"), "give every_other or indices"),
         (("--layers", "1", "--first_layers", 1), "layers: 1, but first_layers is given too"),
-        (("--max_seq_len", 1), "must be at least 2"),
+        (("--max_seq_len", 1), "must be 2 to"),
         (("--max_shard_bytes", 0), "give at least 1"),
     ],
 )
@@ -340,6 +342,35 @@ def test_nothing_is_overwritten(llama2, tmp_path):
 def test_a_tokenizer_of_more_ids_than_the_model_is_refused(llama2, llama3, tmp_path):
     with pytest.raises(ValueError, match="has 400 ids and the model 320"):
         run("hf", "skipstone", llama2, tmp_path / "out", "--tokenizer", llama3 / "tokenizer.json")
+
+
+def test_a_tokenizer_of_other_weights_is_refused_without_a_flag(llama2, tmp_path, capsys):
+    small = tmp_path / "small.model"
+    train_tokenizer(make_documents(50), 290, small)
+    run("hf", "skipstone", llama2, tmp_path / "ours")
+    with pytest.raises(ValueError, match="has 290 ids and .* 320, give the one"):
+        run("hf", "skipstone", llama2, tmp_path / "a", "--tokenizer", small)
+    same_size = tmp_path / "same.model"
+    train_tokenizer(make_documents(300, seed=9), 320, same_size)
+    with pytest.raises(ValueError, match="other ids than .*, give the one"):
+        run("skipstone", "hf", tmp_path / "ours", tmp_path / "a", "--tokenizer", same_size)
+    bare = shutil.copytree(llama2, tmp_path / "bare")
+    (bare / "tokenizer.model").unlink()
+    tiny = tmp_path / "tiny.model"
+    train_tokenizer(["a b c " * 99], 265, tiny)
+    run("hf", "skipstone", bare, tmp_path / "b", "--tokenizer", llama2 / "tokenizer.model")
+    edit_config(vocab_size=400)(bare)
+    with pytest.raises(ValueError, match="has 265 ids and the model 400"):
+        run("hf", "skipstone", bare, tmp_path / "c", "--tokenizer", tiny)
+    words = ("--tokenizer", small, "--other_tokenizer")
+    run("skipstone", "skipstone", tmp_path / "ours", tmp_path / "d", *words)
+    assert read_manifest(tmp_path / "d").tokenizer_fingerprint == Tokenizer(small).fingerprint
+
+
+@pytest.mark.parametrize("pad", [320, 10**6, -1, "x", [1]])
+def test_a_pad_token_outside_the_vocabulary_has_no_weight(llama2, tmp_path, pad):
+    folder = broken(llama2, tmp_path / "hf", edit_config(pad_token_id=pad))
+    run("hf", "skipstone", folder, tmp_path / "ours")
 
 
 def test_training_starts_from_what_came_in(llama3, tmp_path):

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.checkpoint_format import Manifest, TensorReader
+from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
+from models.tensor_reader import TensorReader
 from train.checkpoints.content import RunIdentity
 
 logger = logging.getLogger(__name__)

@@ -14,16 +14,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from models.checkpoint_format import (
     Manifest,
-    TensorReader,
     check_content,
     check_listing,
-    check_tensors,
     checkpoint_steps,
     find_checkpoint,
 )
 from models.config import LlamaConfig
 from models.exit_parts import ExitParts
 from models.llama import Llama
+from models.tensor_reader import TensorReader, check_tensors
 from train.checkpoints.checkpointer import CheckpointConfig
 from train.checkpoints.compatibility import (
     check_config,

@@ -4,18 +4,17 @@ Executes nothing of what it reads.
 """
 
 import dataclasses
-import json
 import logging
 import reprlib
 import tomllib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from data.foreign_json import parse, unique
 from data.suggestion import suggest
 from train.config.config import TrainConfig, flat_fields
 from train.config.synonyms import SYNONYMS
@@ -23,6 +22,8 @@ from train.config.synonyms import SYNONYMS
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 18
+_BY_YAML = (TypeError, AttributeError, KeyError, IndexError, OverflowError)
+"""What yaml raises for some texts that are no YAML, such as !!int of no digits."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 1  # lists in lists, which YAML may nest without end, are cut short
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -77,7 +78,7 @@ def given_fields(path: Path) -> set[str]:
 def _content(path: Path) -> Mapping[str, object]:
     """Return what is in the file."""
     readers = {
-        ".json": lambda text: json.loads(text, object_pairs_hook=_unique),
+        ".json": lambda text: parse(text.encode()),
         ".yaml": lambda text: yaml.load(text, _Loader),  # a SafeLoader: it makes plain values alone
         ".yml": lambda text: yaml.load(text, _Loader),
         ".toml": tomllib.loads,
@@ -93,7 +94,7 @@ def _content(path: Path) -> Mapping[str, object]:
         content = read(text.decode())
     except OSError as error:
         raise ValueError(f"config: {path} cannot be read, {error.strerror}") from error
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError, *_BY_YAML) as error:
         reason = " ".join(str(error).split())
         kind = path.suffix[1:]
         raise ValueError(f"config: {path} is not valid {kind}, {reason}, mend it") from error
@@ -103,19 +104,15 @@ def _content(path: Path) -> Mapping[str, object]:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """The safe loader, which refuses a name that is given twice."""
+    """The safe loader, which refuses a name that is given twice, and merges, which may explode."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _unique([(key.value, None) for key, _ in node.value])
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if "<<" in names:
+            raise ValueError("<< merges fields, write them out")
+        unique([(name, None) for name in names])
         result: dict[Any, Any] = super().construct_mapping(node, deep)
         return result
-
-
-def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    for name, count in Counter(str(name) for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"{name} is given twice")
-    return dict(pairs)
 
 
 def _kinds(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

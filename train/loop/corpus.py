@@ -113,9 +113,15 @@ class Corpus:
         return hashlib.sha256("".join(prints).encode()).hexdigest()
 
     @cached_property
+    def ends(self) -> tuple[int, int]:
+        """The ids of the first and of the last token of every document."""
+        tokenizer = Tokenizer(self.datasets[0].tokenizer_path)
+        return tokenizer.bos_id, tokenizer.eos_id
+
+    @property
     def bos_id(self) -> int:
         """The id of the first token of every document."""
-        return Tokenizer(self.datasets[0].tokenizer_path).bos_id
+        return self.ends[0]
 
     def windows(self, dataset: Dataset, split: str, config: DataConfig) -> Windows:
         """Return the sequences of one split.
@@ -125,7 +131,10 @@ class Corpus:
         """
         stream = dataset.stream(split)
         try:
-            return open_windows(stream, config.packing, seq_len=config.seq_len, bos_id=self.bos_id)
+            bos_id, eos_id = self.ends
+            return open_windows(
+                stream, config.packing, seq_len=config.seq_len, bos_id=bos_id, eos_id=eos_id
+            )
         except ValueError as error:
             raise ValueError(f"data: {split} of {dataset.path}: {error}") from error
 
@@ -246,4 +255,5 @@ def train_loader(
         rank=runtime.rank,
         world_size=runtime.world_size,
         bos_id=corpus.bos_id if config.mask_documents else None,
+        eos_id=corpus.ends[1],
     )

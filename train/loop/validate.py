@@ -42,6 +42,8 @@ class HeldOut:
     """Tokens per sequence."""
     bos_id: int | None = None
     """Attention stays within the documents that begin with this token; None: it does not."""
+    eos_id: int | None = None
+    """The token that ends them; None: another."""
 
 
 @torch.no_grad()
@@ -113,4 +115,4 @@ def _read(held_out: HeldOut, numbers: list[int], rows: int) -> Microbatch:
     labels = np.full_like(tokens, NO_LOSS)
     for row, i in enumerate(numbers):
         tokens[row], labels[row] = held_out.windows.read(i)
-    return microbatch(tokens, labels, np.arange(rows), held_out.bos_id)
+    return microbatch(tokens, labels, np.arange(rows), held_out.bos_id, held_out.eos_id)

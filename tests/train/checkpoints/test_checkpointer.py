@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from models.checkpoint_format import TensorReader, checkpoint_steps, load_model, verify
+from models.checkpoint_format import checkpoint_steps, load_model, verify
+from models.tensor_reader import TensorReader
 from tests.distributed import run_distributed
 from tests.train import tiny
 from train.checkpoints import checkpointer

@@ -147,7 +147,7 @@ BOMB = "a: &a [1,1]\n" + "".join(
         ("a.yaml", "a: [", "is not valid yaml, while parsing a flow node"),
         ("a.yaml", "a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a.toml", "steps = ", "is not valid toml, Invalid value (at end of document), mend it"),
-        ("a.json", "[" * 100_000, "is not valid json, maximum recursion depth"),
+        ("a.json", "[" * 100_000, "is not valid json, it is nested deeper than 64"),
         ("a.json", " " * 2**18 + "{}", "is not valid json, it has more than 262144 bytes"),
         ("a.json", "[1]", "holds no fields, write them as in a run's config.json"),
         ("a.yaml", "", "holds no fields"),
