@@ -1,20 +1,20 @@
 """Command lines from frozen dataclasses: each documented field is an option; errors are one line.
 
 The lowest file that every command may import, so that options, suggestions and errors are the same
-in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`
-and `suggestion` alone.
+in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`,
+`output_streams` and `suggestion` alone.
 """
 
 import inspect
 import io
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass, replace
 from itertools import dropwhile
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from data.command_help import JOINED_HELP
+from data.output_streams import ending_as_a_command
 from data.suggestion import suggest
 
 T = TypeVar("T")
@@ -160,19 +161,22 @@ def run_command(
     synonyms: Mapping[str, str] | None = None,
 ) -> None:
     """Run a command on its options; a user's error becomes one line on stderr and exit code 2."""
-    try:
+    with ending_as_a_command():
         command(
-            read_options(kind, sys.argv[1:], prog=prog, description=description, synonyms=synonyms)
+            read_options(
+                kind,
+                sys.argv[1:],
+                prog=called_as(prog),
+                description=description,
+                synonyms=synonyms,
+            )
         )
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has gone: write no more, nor at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+
+
+def called_as(prog: str) -> str:
+    """Return how the user called the command: as `python -m` or as a verb of skipstone."""
+    script, verb = [*sys.orig_argv, "", ""][1:3]
+    return f"skipstone {verb}" if Path(script).name == "skipstone" else prog
 
 
 def option_names(kind: type, prefix: str = "") -> Iterator[str]:

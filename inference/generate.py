@@ -273,10 +273,8 @@ def result(
 
 
 def main() -> None:
-    # Bytes that are no text are refused as a prompt, and characters a terminal lacks replaced.
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are refused as a prompt
+        sys.stdin.reconfigure(errors="surrogateescape")
     run_command(GenerateOptions, generate, prog="python -m inference.generate")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from data.command_line import read_options
+from data.command_line import called_as, read_options
 from data.suggestion import suggest
 from train.config.config import TrainConfig
 from train.config.config_file import read_config
@@ -103,7 +103,7 @@ def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:
     return read_options(
         _CommandLine,
         words,
-        prog="train/main.py [PRESET]",
+        prog=f"{called_as('train/main.py')} [PRESET]",
         description=_description(origin),
         default=_CommandLine(config=base),
         synonyms=SYNONYMS | dict.fromkeys(PRESETS, "name the preset first"),
