@@ -11,6 +11,7 @@ from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import RoundGraphs, round_graphs
 from inference.loading.packed import can_pack, pack
 from inference.loading.quantized import BITS, Bits, quantize_layers
+from inference.loading.vocabulary import mask_missing
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
@@ -97,11 +98,13 @@ def load_run(
         quantize_layers(model, quantize)
     if packed and can_pack(model):
         pack(model)
+    tokenizer = Tokenizer(file)
+    mask_missing(model, tokenizer.ids)
     graphs = None
     if compiled:
         compile_layers(model)
         graphs = round_graphs(target)
-    return Run(checkpoint, manifest, Tokenizer(file), model, graphs)
+    return Run(checkpoint, manifest, tokenizer, model, graphs)
 
 
 def _check_names(dtype: str | None, quantize: str | None) -> None:

@@ -61,7 +61,7 @@ class Speculative(Strategy):
         if model.config.vocab_size != config.vocab_size:
             raise ValueError(
                 f"draft: {self.draft} has a vocabulary of {model.config.vocab_size} and the model "
-                f"one of {config.vocab_size}, give a model with the same tokenizer"
+                f"one of {config.vocab_size}, give a model with as many ids"
             )
         if model.config.max_seq_len < state.cache.slots:
             raise ValueError(
