@@ -19,10 +19,11 @@ class Counters:
     """Rounds, each row counted while it is not finished; one LM head pass of the last layer in
     each, so for self-speculation the number of verifications."""
     drafted: int = 0
+    """Drafted tokens; not those behind an accepted one that ended its row."""
     accepted: int = 0
-    """Drafted tokens accepted, also those after a stop token or beyond a row's limit."""
+    """Drafted tokens accepted; not those after a stop token or beyond a row's limit."""
     rejections: int = 0
-    """Rounds in which a drafted token was rejected."""
+    """Rounds in which a drafted token was rejected before the row's end."""
     depths: Counter[int] = field(default_factory=Counter)
     """New tokens by the number of layers behind them, where a strategy reports it."""
     token_layers: float = 0.0
