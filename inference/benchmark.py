@@ -37,8 +37,8 @@ class BenchmarkOptions(SamplingOptions, PromptOptions, DecodingOptions):
     """Decode the same prompts with several strategies, taking turns, and compare them.
 
     Speed, acceptance, tokens and quality are measured. Beside every strategy that saves layers
-    early exit at its mean depth is measured. No row stops before --max_new_tokens but at the end of
-    the model's context; a task's answers are cut where they end before they are scored.
+    early exit at its mean depth is measured. A row ends as in generation: at EOS, at
+    --max_new_tokens or at the end of the model's context.
 
     Example:
       python -m inference.benchmark --run outputs/demo --E 2,3 --d 2,4 --plot speedup.png
@@ -78,6 +78,7 @@ def benchmark(options: BenchmarkOptions) -> None:
             batch_size=batch_size,
             sampling=options.sampling,
             seed=options.seed,
+            stop_tokens=options.stop_tokens(run),
         )
         for batch_size in batch_sizes
     ]
@@ -93,7 +94,8 @@ def benchmark(options: BenchmarkOptions) -> None:
             "machine": origin,
             "device": str(run.model.head_weight.device),
             "dtype": str(run.model.head_weight.dtype).removeprefix("torch."),
-            "workload": asdict(workloads[0]) | {"batch_size": batch_sizes, "task": options.task},
+            "workload": asdict(workloads[0])
+            | {"batch_size": batch_sizes, "task": options.task, "ignore_eos": options.ignore_eos},
             "repeats": options.repeats,
             "compiled": options.compile,
             "quantize": options.quantize,
@@ -106,6 +108,7 @@ def benchmark(options: BenchmarkOptions) -> None:
             prompt_set.prompts,
             max_new_tokens=options.max_new_tokens,
             batch_size=batch_sizes[0],
+            stop_tokens=options.stop_tokens(run),
         )
         title = f"{run.checkpoint.name}, {origin['cpu']}"
         write_plot(options.plot, results, find_oracle(traces).agreement, title)

@@ -133,6 +133,7 @@ def _workload(run: Run, options: TuneOptions) -> Workload:
         batch_size=options.batch_size,
         sampling=options.sampling,
         seed=options.seed,
+        stop_tokens=options.stop_tokens(run),
     )
 
 
@@ -220,6 +221,7 @@ def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs,
         workload.prompts,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
+        stop_tokens=workload.stop_tokens,
     )
     middle = [
         row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import torch
 
@@ -39,6 +40,8 @@ class Workload:
     """Prompts decoded at once."""
     sampling: Sampling
     seed: int
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end a continuation; the id itself is its last token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class ArmResult:
     """Tokens drafted per round."""
     batch_size: int
     """Prompts decoded at once."""
+    tokens: int
+    """New tokens, of all prompts together."""
     tokens_per_second: float
     """New tokens per second of decoding, prompts not counted, all rows of a batch together."""
     speedup: float
@@ -119,8 +124,6 @@ def measure(
 ) -> list[ArmResult]:
     """Decode the workload with every arm, `repeats` times, the arms taking turns.
 
-    Rows never stop early, so every arm decodes the same number of tokens.
-
     Args:
         model: In eval mode.
         arms: Strategies to compare, autoregressive decoding among them, E and d filled in.
@@ -184,6 +187,7 @@ def _decode(
         strategy,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
+        stop_tokens=workload.stop_tokens,
         sampling=workload.sampling,
         seed=workload.seed,
         graphs=graphs,
@@ -247,6 +251,7 @@ def _summarise(
         E=getattr(arm, "E", None),
         d=getattr(arm, "d", None),
         batch_size=workload.batch_size,
+        tokens=counters.tokens,
         tokens_per_second=statistics.median(speeds),
         speedup=speedup,
         acceptance_rate=counters.acceptance_rate,
@@ -287,5 +292,7 @@ def _costs_and_bound(
 
 
 def _same_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    """Return the share of equal tokens; where one row goes on, its tokens are equal to none."""
+    rows = zip(ours, theirs, strict=True)
+    pairs = [pair for a, b in rows for pair in zip_longest(a, b)]
     return sum(a == b for a, b in pairs) / len(pairs)
