@@ -27,6 +27,7 @@ from inference.evaluation.prompts import PromptOptions, PromptSet, prompt_set_fr
 from inference.evaluation.report import LEGEND, table
 from inference.loading.machine import machine
 from inference.loading.run import Run
+from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import STRATEGIES
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.speculative import check_tokenizer
@@ -67,7 +68,10 @@ def benchmark(options: BenchmarkOptions) -> None:
     """Measure every arm at every batch size; print, write and draw what was measured."""
     run = options.open_run()
     n_layers = run.model.config.n_layers
-    arms = expand_arms(options.strategies, options.E or (None,), options.d or (None,), n_layers)
+    strategies = options.strategies
+    if n_layers == 1 and strategies == BenchmarkOptions.strategies:  # there is no exit to compare
+        strategies = (Autoregressive.name,)
+    arms = expand_arms(strategies, options.E or (None,), options.d or (None,), n_layers)
     _check(arms, run)
     prompt_set, origin = prompt_set_from(run, options), machine()
     batch_sizes = [*dict.fromkeys(options.batch_size)]

@@ -172,6 +172,8 @@ def show(stream: TextStream, num_samples: int) -> list[Continuation]:
             print(f"== prompt {prompt + 1}{samples}\n{continuation.prompt}{text}", flush=True)
             found.append(continuation)
     print(statistics_line(stream.counters), file=sys.stderr)
+    if remark := stream.strategy.remark(stream.counters):
+        print(remark, file=sys.stderr)
     return found
 
 

@@ -98,7 +98,10 @@ def train_gate(options: TrainGateOptions) -> None:
     model, L = run.model, run.model.config.n_layers
     problems = exit_problems(options.first, options.interval, L)
     if not problems and options.first == L:
-        problems = [f"first: {options.first}, a gate needs an exit before the last layer"]
+        problems = [
+            f"first: {options.first}, a gate needs an exit before the last of {L} layers, "
+            + ("give a deeper run" if L == 1 else f"give at most {L - 1}")
+        ]
     if problems:
         raise ValueError("; ".join(problems))
     exits = exits_from(options.first, options.interval, L)

@@ -108,7 +108,9 @@ def tune(options: TuneOptions) -> None:
     options = options.limited()
     run = options.open_run()
     if run.model.config.n_layers < 2:
-        raise ValueError(f"run: {run.checkpoint} has 1 layer, nothing can be left out")
+        raise ValueError(
+            f"run: {run.checkpoint} has 1 layer, nothing can be left out, decode plainly"
+        )
     workload = _workload(run, options)
     drafts = options.strategy == SelfSpeculative.name
     outcome = (_tune_drafts if drafts else _tune_threshold)(run, workload, options)

@@ -78,7 +78,7 @@ class Dynamic(Strategy):
     def problems(self, n_layers: int) -> list[str]:
         found = []
         if n_layers == 1:
-            found.append("strategy: dynamic needs at least 2 layers, this model has 1")
+            found.append(f"strategy: {self.name} needs 2 layers and this model has 1, leave it out")
         found += self.below(1, d="drafted token", probe="round", longest_probe="round")
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")
