@@ -54,6 +54,7 @@ def evaluate(options: EvaluateOptions) -> None:
         bytes_per_token=split.text_bytes / split.tokens,
         max_tokens=options.max_tokens,
         bos_id=run.tokenizer.bos_id if masks else None,
+        decode=run.tokenizer.decode,
     )
     header = "E loss perplexity bits/byte accuracy agreement confidence ece"
     rows = [

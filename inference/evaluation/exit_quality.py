@@ -1,6 +1,7 @@
 """Quality of every exit on held-out text: loss, accuracy, agreement, calibration."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
-from data.windows import Windows, spread
+from data.windows import Ids, Windows, spread
 from inference.cli.terminal import with_progress
 from inference.evaluation.calibration import (
     BINS,
@@ -37,7 +38,7 @@ class ExitQuality:
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """loss * tokens / bytes / ln 2, comparable between tokenizers."""
+    """loss * tokens / bytes / ln 2, of tokens with a loss; comparable between tokenizers."""
     accuracy: float
     """Share of tokens that are the exit's most probable one."""
     agreement: float
@@ -56,6 +57,7 @@ def evaluate_exits(
     bytes_per_token: float,
     max_tokens: int,
     bos_id: int | None = None,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> tuple[list[ExitQuality], int]:
     """Measure every exit on windows spread evenly over all.
 
@@ -67,33 +69,51 @@ def evaluate_exits(
         bytes_per_token: Of the text behind them, for bits per byte.
         max_tokens: Tokens to read, rounded down to whole windows, at least one.
         bos_id: Keep attention within the documents that begin with this token; None does not.
+        decode: Returns the text of tokens. Where some have no loss, as in the prompts of pairs, the
+            bytes are those of the others, and not by `bytes_per_token`.
 
     Returns:
         The exits, in ascending E, and the number of tokens predicted.
 
     Raises:
-        ValueError: max_tokens is below 1.
+        ValueError: max_tokens is below 1, or none of the tokens has a loss.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens}, give at least 1")
     rows = spread(windows, max(1, max_tokens // len(windows.read(0)[0])))
     sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
     bins = torch.zeros(model.config.n_layers, BINS, 3, dtype=torch.float64, device="cpu")
-    predicted = 0
+    predicted, num_bytes, all_learnt = 0, 0, True
     for first in with_progress(range(0, len(rows), _BATCH), "evaluating"):
         read = [windows.read(i) for i in rows[first : first + _BATCH]]
         tokens, labels = map(np.stack, zip(*read, strict=True))
         batch = microbatch(tokens, labels, np.arange(len(read)), bos_id)
         predicted += batch.num_labels
+        if decode is not None:
+            all_learnt = all_learnt and bool((labels != NO_LOSS).all())
+            num_bytes += sum(learnt_bytes(row, decode) for row in labels)
         more_sums, more_bins = _sums(model, batch.to(model.head_weight.device))
         sums += more_sums.cpu()
         bins += more_bins.cpu()
+    if not predicted:
+        raise ValueError(
+            f"data: none of the tokens in {len(rows)} windows of seq_len {labels.shape[1]} has a "
+            "loss, give a longer seq_len or more max_tokens"
+        )
+    if num_bytes and not all_learnt:
+        bytes_per_token = num_bytes / predicted
     means = (sums / predicted).tolist()
     exits = [
         _quality(E, loss, accuracy, agreement, bins[E - 1], bytes_per_token=bytes_per_token)
         for E, (loss, accuracy, agreement) in enumerate(means, start=1)
     ]
     return exits, predicted
+
+
+def learnt_bytes(labels: Ids, decode: Callable[[list[int]], str]) -> int:
+    """Return the UTF-8 bytes of the tokens with a loss in labels: (seq,) int64."""
+    runs = np.split(labels, np.flatnonzero(np.diff(labels == NO_LOSS)) + 1)
+    return sum(len(decode(run.tolist()).encode()) for run in runs if run[0] != NO_LOSS)
 
 
 def _quality(
