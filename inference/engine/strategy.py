@@ -19,6 +19,8 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
+    measured: ClassVar[tuple[str, ...]] = ()
+    """Settings that hold what a command has measured, for machines more than for readers."""
 
     def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with the settings left open filled in for a model of n_layers layers."""

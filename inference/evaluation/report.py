@@ -1,9 +1,11 @@
 """The tables of measured strategies."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from inference.cli.terminal import format_table
 from inference.evaluation.measurement import ArmResult
+from inference.strategies.registry import shorten
 
 LEGEND = """\
 speedup    tokens/s over autoregressive's in the same repeat
@@ -24,8 +26,14 @@ bound      the best speedup for this a, d and c"""
 def table(results: Sequence[ArmResult]) -> str:
     """Return the results as text, one line for each arm, and a second table of the drafts."""
     header = "strategy tok/s speedup layers heads depth syncs prompt_s MiB same chosen ln_p"
+    names = short_names([r.settings for r in results])
     rows = [
-        [r.settings, f"{r.tokens_per_second:.1f}", f"{r.speedup:.2f}x", f"{r.layers_per_token:.2f}"]
+        [
+            names[r.settings],
+            f"{r.tokens_per_second:.1f}",
+            f"{r.speedup:.2f}x",
+            f"{r.layers_per_token:.2f}",
+        ]
         + [f"{r.heads_per_token:.2f}", _cell(r.mean_depth, ".2f"), f"{r.syncs_per_token:.2f}"]
         + [f"{r.prefill_seconds:.3f}", _cell(r.peak_bytes and r.peak_bytes / 2**20, ".1f")]
         + ["yes" if r.same_tokens == 1.0 else _cell(r.same_tokens, ".1%")]
@@ -35,7 +43,7 @@ def table(results: Sequence[ArmResult]) -> str:
     ]
     text = format_table([*header.split(), *results[0].scores], rows)
     drafts = [
-        [r.settings, _cell(r.acceptance_rate, ".1%"), _cell(r.tokens_per_verify, ".2f")]
+        [names[r.settings], _cell(r.acceptance_rate, ".1%"), _cell(r.tokens_per_verify, ".2f")]
         + [_cell(r.agreement, ".3f"), _cell(r.draft_cost, ".3f"), _cell(r.verify_cost, ".2f")]
         + [f"{r.speedup:.2f}x", _cell(r.bound, ".2f"), _cell(r.share_of_bound, ".0%")]
         for r in results
@@ -45,6 +53,13 @@ def table(results: Sequence[ArmResult]) -> str:
         return text
     header = "strategy accept tok/round a c verify speedup bound of_bound"
     return f"{text}\n\n{format_table(header.split(), drafts)}"
+
+
+def short_names(strategies: Iterable[str]) -> dict[str, str]:
+    """Return strategies' short names by their text: the text itself where two would be the same."""
+    names = {text: shorten(text) for text in strategies}
+    shared = Counter(names.values())
+    return {text: name if shared[name] == 1 else text for text, name in names.items()}
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -49,6 +49,7 @@ class Dynamic(Strategy):
     """Draft up to d tokens with the E layers that pay most, then verify them with the rest."""
 
     name: ClassVar[str] = "dynamic"
+    measured: ClassVar[tuple[str, ...]] = ("draft_costs", "verify_costs", "lookup_cost")
     d: int = 6
     """Most tokens drafted in a round."""
     probe: int = 8
