@@ -44,6 +44,9 @@ class EvaluateOptions(RunOptions):
 
 def evaluate(options: EvaluateOptions) -> None:
     """Measure the exits; print, write and draw what was measured."""
+    if options.compare and options.plot is None:
+        raise ValueError("compare: it is drawn beside this run, give --plot too")
+    curves = dict(_read_losses(path) for path in options.compare)
     run = options.open_run()
     dataset = run.open_data(options.data)
     split = dataset.splits[VALIDATION]
@@ -67,7 +70,6 @@ def evaluate(options: EvaluateOptions) -> None:
     print(format_table(header.split(), rows))
     name = run.manifest.config["name"]
     if options.plot is not None:
-        curves = dict(_read_losses(path) for path in options.compare)
         curves[name] = [quality.loss for quality in exits]
         write_exit_plot(options.plot, curves)
     write_json(
@@ -88,7 +90,7 @@ def _windows(run: Run, stream: TokenStream, seq_len: int | None) -> Windows:
     context = run.model.config.max_seq_len
     trained = run.manifest.config.get("data", {})
     if seq_len is None:
-        seq_len = trained.get("seq_len", min(context, 2048))
+        seq_len = run.seq_len
     if not 1 <= seq_len <= context:
         raise ValueError(f"seq_len: {seq_len}, give 1 to {context}, the model's context")
     return open_windows(
@@ -103,8 +105,12 @@ def _read_losses(path: Path) -> tuple[str, list[float]]:
     """Return a run's name and its loss at every exit, out of what --json wrote."""
     try:
         content = json.loads(path.read_text())
-        return content["name"], [quality["loss"] for quality in content["exits"]]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return str(content["name"]), [float(quality["loss"]) for quality in content["exits"]]
+    except OSError as error:
+        raise ValueError(
+            f"compare: {path} cannot be read ({error.strerror}), give another path"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"compare: {path} is not what --json writes, evaluate again") from None
 
 

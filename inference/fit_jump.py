@@ -50,7 +50,7 @@ def run_fit_jump(options: FitJumpOptions) -> None:
         raise ValueError(f"rank: {options.rank}, give 1 to {dim} for this model, or full")
     if L == 1:
         raise ValueError("run: this model has 1 layer and no exit to map from, give a deeper one")
-    dataset, seq_len = run.open_data(options.data), run.manifest.config["data"]["seq_len"]
+    dataset, seq_len = run.open_data(options.data), run.seq_len
     train = read_windows(dataset.stream(TRAIN), options.train_tokens, seq_len)
     test = read_windows(dataset.stream(VALIDATION), options.test_tokens, seq_len)
     jump = fit_jump(run.model, train, rank=options.rank, ridge=options.ridge)

@@ -105,7 +105,7 @@ def train_gate(options: TrainGateOptions) -> None:
     if problems:
         raise ValueError("; ".join(problems))
     exits = exits_from(options.first, options.interval, L)
-    dataset, seq_len = run.open_data(options.data), run.manifest.config["data"]["seq_len"]
+    dataset, seq_len = run.open_data(options.data), run.seq_len
     train = read_windows(dataset.stream(TRAIN), options.train_tokens, seq_len)
     test = read_windows(dataset.stream(VALIDATION), options.test_tokens, seq_len)
     gate = fit_gate(

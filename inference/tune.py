@@ -107,6 +107,8 @@ class _Outcome:
 def tune(options: TuneOptions) -> None:
     """Measure, keep the best beside the checkpoint, and print it, then the tables behind it."""
     options = options.limited()
+    if not 0.0 <= options.min_agreement <= 1.0:
+        raise ValueError(f"min_agreement: {options.min_agreement}, give a share from 0 to 1")
     run = options.open_run()
     if run.model.config.n_layers < 2:
         raise ValueError(

@@ -7,6 +7,7 @@ import ast
 import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
         for number, line in _lines(path):
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise ValueError(
                     f"task_file: {path}, line {number}: no JSON, give one record on each line"
                 ) from None
@@ -216,10 +217,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
             f"task_file: {path}, after line {number}: {error}, give UTF-8 text"
         ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"task_file: {path} cannot be read ({error.strerror or error}), give another path"
+    )
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, object]]:
@@ -229,6 +238,8 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, object]]:
             for record in batch.to_pylist():
                 number += 1
                 yield f"row {number}", record
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except pa.ArrowException as error:
         raise ValueError(
             f"task_file: {path}, after row {number}: {error}, give a whole Parquet file"

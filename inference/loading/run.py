@@ -37,6 +37,12 @@ class Run:
     graphs: RoundGraphs | None = None
     """CUDA graphs of rounds, kept from one generation to the next; None: no graphs."""
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence in training, or 2048 where that is not known, as they fit."""
+        context = self.model.config.max_seq_len
+        return min(int(self.manifest.config.get("data", {}).get("seq_len", 2048)), context)
+
     def open_data(self, path: Path | None) -> Dataset:
         """Open the dataset at `path`, or the one the run was trained on.
 

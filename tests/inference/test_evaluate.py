@@ -114,10 +114,14 @@ def test_the_command_prints_a_table_and_writes_json(run_folder, monkeypatch, cap
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "content", [None, "{}", "[" * 100_000, '{"name": "a", "exits": [{"loss": "b"}]}']
+)
 def test_a_file_to_compare_that_is_no_evaluation_is_one_line(
-    run_folder, monkeypatch, capsys, tmp_path
+    content, run_folder, monkeypatch, capsys, tmp_path
 ):
-    (tmp_path / "other.json").write_text("{}")
+    if content is not None:
+        (tmp_path / "other.json").write_text(content)
     arguments = ["--run", run_folder, "--max_tokens", 50, "--plot", tmp_path / "plot.png"]
     arguments += ["--compare", tmp_path / "other.json"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])

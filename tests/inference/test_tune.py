@@ -283,6 +283,12 @@ def test_a_strategy_tuned_under_other_conditions_is_named_and_not_taken(
     assert err.count("\n") == 2  # and the counts
 
 
+def test_a_share_above_one_is_refused(run_folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        tune_a_little(monkeypatch, run_folder, "--min_agreement", 7)
+    assert capsys.readouterr().err == "error: min_agreement: 7.0, give a share from 0 to 1\n"
+
+
 def test_drafts_that_do_not_fit_the_context_are_refused(run_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tune_a_little(monkeypatch, run_folder, "--max_d", 95)
