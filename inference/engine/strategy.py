@@ -22,6 +22,11 @@ class Strategy(ABC):
     measured: ClassVar[tuple[str, ...]] = ()
     """Settings that hold what a command has measured, for machines more than for readers."""
 
+    @property
+    def lossless(self) -> bool:
+        """Whether tokens have the full model's distribution, and greedy ones are its own."""
+        return False
+
     def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with the settings left open filled in for a model of n_layers layers."""
         return self

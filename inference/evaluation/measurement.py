@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
 import torch
 
@@ -17,6 +16,7 @@ from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.evaluation.likelihood import read_continuation
 from inference.evaluation.peak_memory import peak_since, reset_peak_memory
+from inference.evaluation.same_tokens import Difference, first_difference, same_share
 from inference.evaluation.timing import TIMINGS, median_seconds
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.early_exit import EarlyExit
@@ -87,6 +87,8 @@ class ArmResult:
     """speedup / bound."""
     same_tokens: float | None
     """Share of tokens equal to autoregressive's at the same position; None when sampling."""
+    first_difference: Difference | None
+    """Of a lossless strategy's greedy tokens, where they are not autoregressive's."""
     full_choice: float
     """Share of tokens that the full model finds most probable after those before them."""
     log_likelihood: float
@@ -266,7 +268,10 @@ def _summarise(
         verify_cost=verify_cost,
         bound=bound,
         share_of_bound=None if bound is None else speedup / bound,
-        same_tokens=_same_share(tokens, reference[0].tokens) if greedy else None,
+        same_tokens=same_share(tokens, reference[0].tokens) if greedy else None,
+        first_difference=first_difference(model, workload.prompts, tokens, reference[0].tokens)
+        if greedy and arm.lossless
+        else None,
         full_choice=sum(chosen for _, chosen in read) / counters.tokens,
         log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
         scores=dict(score(tokens)) if score is not None else {},
@@ -289,10 +294,3 @@ def _costs_and_bound(
     if counters.agreement is not None:
         bound = speedup_bound(counters.agreement, arm.d, draft_cost)
     return draft_cost, verify_cost, bound
-
-
-def _same_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """Return the share of equal tokens; where one row goes on, its tokens are equal to none."""
-    rows = zip(ours, theirs, strict=True)
-    pairs = [pair for a, b in rows for pair in zip_longest(a, b)]
-    return sum(a == b for a, b in pairs) / len(pairs)

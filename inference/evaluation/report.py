@@ -14,7 +14,8 @@ depth      mean layers run for a new token, of strategies that exit early
 syncs      times the host waited for the device, for each new token
 prompt_s   seconds for all prompts
 MiB        peak memory: allocated on CUDA, growth of the resident set on a CPU
-same       tokens equal to autoregressive's at the same position
+same       tokens equal to autoregressive's at the same position; of a lossless strategy, tie:
+           where they first differ, both tokens' logits are equal within rounding; fault: not
 chosen     tokens that the full model finds most probable
 ln_p       log likelihood under the full model, nats per token
 accept     drafted tokens that were accepted
@@ -36,7 +37,7 @@ def table(results: Sequence[ArmResult]) -> str:
         ]
         + [f"{r.heads_per_token:.2f}", _cell(r.mean_depth, ".2f"), f"{r.syncs_per_token:.2f}"]
         + [f"{r.prefill_seconds:.3f}", _cell(r.peak_bytes and r.peak_bytes / 2**20, ".1f")]
-        + ["yes" if r.same_tokens == 1.0 else _cell(r.same_tokens, ".1%")]
+        + ["yes" if r.same_tokens == 1.0 else _cell(r.same_tokens, ".1%") + _cause(r)]
         + [f"{r.full_choice:.1%}", f"{r.log_likelihood:.3f}"]
         + [f"{value:.3f}" for value in r.scores.values()]
         for r in results
@@ -60,6 +61,10 @@ def short_names(strategies: Iterable[str]) -> dict[str, str]:
     names = {text: shorten(text) for text in strategies}
     shared = Counter(names.values())
     return {text: name if shared[name] == 1 else text for text, name in names.items()}
+
+
+def _cause(result: ArmResult) -> str:
+    return f" {result.first_difference}" if result.first_difference else ""
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -76,6 +76,10 @@ class Dynamic(Strategy):
     ngram: int = 0
     """As in self_speculative, where lookups have agreed often enough."""
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def problems(self, n_layers: int) -> list[str]:
         found = []
         if n_layers == 1:

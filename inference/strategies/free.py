@@ -51,6 +51,10 @@ class Free(Strategy):
     rollback_threshold: float = 4.0
     """Cross entropy in nats under the last layer."""
 
+    @property
+    def lossless(self) -> bool:
+        return self.rollback == "exact"
+
     def with_defaults(self, n_layers: int) -> Self:
         if self.exits is not None:
             return self

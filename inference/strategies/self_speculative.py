@@ -46,6 +46,10 @@ class SelfSpeculative(Strategy):
     token_counts: Path | None = None
     """Counts of each token, a file of `python -m inference.frequent_tokens`."""
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def with_defaults(self, n_layers: int) -> Self:
         return replace(self, E=self.E if self.E is not None else default_exit(n_layers))
 

@@ -39,6 +39,10 @@ class Speculative(Strategy):
     d: int = 4
     """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def problems(self, n_layers: int) -> list[str]:
         found = []
         if self.draft is None:
