@@ -63,14 +63,18 @@ class BenchmarkOptions(SamplingOptions, PromptOptions, DecodingOptions):
     plot: PictureFile | None = None
     """Draw speedups, agreement by exit and quality here (.png, .svg, .pdf, .jpg)."""
 
+    def strategies_for(self, n_layers: int) -> tuple[str, ...]:
+        """Return the strategies; of those not asked for, the ones a model of one layer has."""
+        if n_layers == 1 and self.strategies == BenchmarkOptions.strategies:
+            return (Autoregressive.name,)
+        return self.strategies
+
 
 def benchmark(options: BenchmarkOptions) -> None:
     """Measure every arm at every batch size; print, write and draw what was measured."""
     run = options.open_run()
     n_layers = run.model.config.n_layers
-    strategies = options.strategies
-    if n_layers == 1 and strategies == BenchmarkOptions.strategies:  # there is no exit to compare
-        strategies = (Autoregressive.name,)
+    strategies = options.strategies_for(n_layers)
     arms = expand_arms(strategies, options.E or (None,), options.d or (None,), n_layers)
     _check(arms, run)
     prompt_set, origin = prompt_set_from(run, options), machine()
@@ -98,8 +102,8 @@ def benchmark(options: BenchmarkOptions) -> None:
             "machine": origin,
             "device": str(run.model.head_weight.device),
             "dtype": str(run.model.head_weight.dtype).removeprefix("torch."),
-            "workload": asdict(workloads[0])
-            | {"batch_size": batch_sizes, "task": options.task, "ignore_eos": options.ignore_eos},
+            "workload": asdict(workloads[0]) | {"batch_size": batch_sizes, "task": options.task},
+            "ignore_eos": options.ignore_eos,
             "repeats": options.repeats,
             "compiled": options.compile,
             "quantize": options.quantize,
@@ -112,7 +116,7 @@ def benchmark(options: BenchmarkOptions) -> None:
             prompt_set.prompts,
             max_new_tokens=options.max_new_tokens,
             batch_size=batch_sizes[0],
-            stop_tokens=options.stop_tokens(run),
+            stop_tokens=workloads[0].stop_tokens,
         )
         title = f"{run.checkpoint.name}, {origin['cpu']}"
         write_plot(options.plot, results, find_oracle(traces).agreement, title)

@@ -1,7 +1,7 @@
 """Quality of every exit on held-out text: loss, accuracy, agreement, calibration."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,31 +83,44 @@ def evaluate_exits(
     rows = spread(windows, max(1, max_tokens // len(windows.read(0)[0])))
     sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
     bins = torch.zeros(model.config.n_layers, BINS, 3, dtype=torch.float64, device="cpu")
-    predicted, num_bytes, all_learnt = 0, 0, True
+    predicted, ratio = count_learnt(windows, rows, decode)
     for first in with_progress(range(0, len(rows), _BATCH), "evaluating"):
         read = [windows.read(i) for i in rows[first : first + _BATCH]]
         tokens, labels = map(np.stack, zip(*read, strict=True))
         batch = microbatch(tokens, labels, np.arange(len(read)), bos_id)
-        predicted += batch.num_labels
-        if decode is not None:
-            all_learnt = all_learnt and bool((labels != NO_LOSS).all())
-            num_bytes += sum(learnt_bytes(row, decode) for row in labels)
         more_sums, more_bins = _sums(model, batch.to(model.head_weight.device))
         sums += more_sums.cpu()
         bins += more_bins.cpu()
-    if not predicted:
-        raise ValueError(
-            f"data: none of the tokens in {len(rows)} windows of seq_len {labels.shape[1]} has a "
-            "loss, give a longer seq_len or more max_tokens"
-        )
-    if num_bytes and not all_learnt:
-        bytes_per_token = num_bytes / predicted
     means = (sums / predicted).tolist()
     exits = [
-        _quality(E, loss, accuracy, agreement, bins[E - 1], bytes_per_token=bytes_per_token)
+        _quality(
+            E, loss, accuracy, agreement, bins[E - 1], bytes_per_token=ratio or bytes_per_token
+        )
         for E, (loss, accuracy, agreement) in enumerate(means, start=1)
     ]
     return exits, predicted
+
+
+def count_learnt(
+    windows: Windows, rows: Sequence[int], decode: Callable[[list[int]], str] | None
+) -> tuple[int, float]:
+    """Return the tokens that have a loss in some windows, and their bytes for each.
+
+    The bytes are 0 where every token has a loss, or nothing decodes them.
+
+    Raises:
+        ValueError: None has a loss.
+    """
+    labels = [windows.read(i)[1] for i in rows]
+    count = sum(int((row != NO_LOSS).sum()) for row in labels)
+    if not count:
+        raise ValueError(
+            f"data: none of the tokens in {len(rows)} windows of seq_len {len(labels[0])} has a "
+            "loss, give a longer seq_len or more max_tokens"
+        )
+    if decode is None or count == sum(map(len, labels)):
+        return count, 0.0
+    return count, sum(learnt_bytes(row, decode) for row in labels) / count
 
 
 def learnt_bytes(labels: Ids, decode: Callable[[list[int]], str]) -> int:

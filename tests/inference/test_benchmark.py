@@ -75,8 +75,9 @@ def test_prompts_from_a_file_are_its_lines(run_folder, monkeypatch, tmp_path):
         *("--repeats", 1, "--prompt_file", tmp_path / "prompts.txt"),
         *("--json", tmp_path / "out.json"),
     )
-    workload = json.loads((tmp_path / "out.json").read_text())["workload"]
-    assert (workload["stop_tokens"], workload["ignore_eos"]) == ([2], False)
+    content = json.loads((tmp_path / "out.json").read_text())
+    workload = content["workload"]
+    assert (workload["stop_tokens"], content["ignore_eos"]) == ([2], False)
     prompts = workload["prompts"]
     assert len(prompts) == 2
     assert prompts[0][0] == prompts[1][0] == 1  # BOS
