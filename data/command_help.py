@@ -1,13 +1,16 @@
-"""The help of options from the docstrings of fields, each paragraph joined to one line.
+"""The help of options from docstrings, each paragraph joined to one line, and the command's name.
 
 tyro wraps the help to the terminal but keeps the line breaks of a docstring that is indented, as
 those of fields are, so that the help would be broken twice.
 """
 
+import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
@@ -36,3 +39,14 @@ def _join_fields(info: StructTypeInfo) -> StructConstructorSpec | None:
 def _joined(text: str | Callable[[], str | None] | None) -> str | None:
     text = text() if callable(text) else text
     return text and re.sub(r"(?<!\n)\n[ \t]*(?=\w)", " ", text)
+
+
+def paragraphs(kind: type) -> str:
+    """Return a docstring, each paragraph one line; lines that are indented stay as they are."""
+    return re.sub(r"(?<!\n)\n(?![\n ])", " ", inspect.getdoc(kind) or "")
+
+
+def called_as(prog: str) -> str:
+    """Return how the user called the command: as `python -m` or as a verb of skipstone."""
+    script, verb = [*sys.orig_argv, "", ""][1:3]
+    return f"skipstone {verb}" if Path(script).name == "skipstone" else prog

@@ -1,28 +1,26 @@
 """Command lines from frozen dataclasses: each documented field is an option; errors are one line.
 
 The lowest file that every command may import, so that options, suggestions and errors are the same
-in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`
-and `suggestion` alone.
+in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`,
+`output_streams` and `suggestion` alone.
 """
 
-import inspect
 import io
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass, replace
 from itertools import dropwhile
-from types import FrameType, NoneType
+from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from data.command_help import JOINED_HELP
+from data.command_help import JOINED_HELP, called_as, paragraphs
+from data.output_streams import ending_as_a_command
 from data.suggestion import suggest
 
 T = TypeVar("T")
@@ -157,7 +155,7 @@ def read_known_options(
             options, unknown = tyro.cli(
                 kind,
                 prog=prog,
-                description=_paragraphs(kind) if description is None else description,
+                description=paragraphs(kind) if description is None else description,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 args=words,
                 use_underscores=True,
@@ -185,32 +183,16 @@ def run_command(
 
     SIGINT and SIGTERM end it with one line too, after files that are half written are removed.
     """
-    try:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and _in_main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
+    with ending_as_a_command():
         command(
-            read_options(kind, sys.argv[1:], prog=prog, description=description, synonyms=synonyms)
+            read_options(
+                kind,
+                sys.argv[1:],
+                prog=called_as(prog),
+                description=description,
+                synonyms=synonyms,
+            )
         )
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has gone: write no more, nor at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleaning up
-    print("terminated", file=sys.stderr)
-    raise SystemExit(128 + number)
 
 
 def option_names(kind: type, prefix: str = "") -> Iterator[str]:
@@ -224,11 +206,6 @@ def option_names(kind: type, prefix: str = "") -> Iterator[str]:
             yield from option_names(inner, f"{prefix}{renamed}." if renamed else prefix)
         else:
             yield prefix + renamed
-
-
-def _paragraphs(kind: type) -> str:
-    """Return a docstring, each paragraph one line; lines that are indented stay as they are."""
-    return re.sub(r"(?<!\n)\n(?![\n ])", " ", inspect.getdoc(kind) or "")
 
 
 def _typed(word: str) -> str:

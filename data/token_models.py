@@ -4,6 +4,7 @@ Each is read from one string of bytes. Independent of files, documents and where
 """
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ class TokenModel(Protocol):
     """Encodes text as ids and decodes it."""
 
     vocab_size: int
+    """One more than the largest id."""
+    ids: Container[int]
+    """The ids that have a piece."""
     bos_id: int
     eos_id: int
     """Negative where there is none."""
@@ -30,7 +34,7 @@ class TokenModel(Protocol):
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of some ids; BOS and EOS are left out."""
+        """Return the text of some ids, each with a piece; BOS and EOS are left out."""
         ...
 
     def pieces(self) -> list[str]:
@@ -52,6 +56,7 @@ class SentencePieceModel:
         except RuntimeError as error:
             raise ValueError("is not a SentencePiece model, give one (a .model file)") from error
         self.vocab_size = int(self._processor.vocab_size())
+        self.ids: Container[int] = range(self.vocab_size)
         self.bos_id = int(self._processor.bos_id())
         self.eos_id = int(self._processor.eos_id())
 
@@ -89,7 +94,8 @@ class JsonModel:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # A text may not write BOS.
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.ids: Container[int] = {*self._tokenizer.get_vocab().values()}
+        self.vocab_size = max(self.ids) + 1
         self.bos_id, self.eos_id = map(self._id, (self.bos_token, self.eos_token))
 
     def _id(self, token: str) -> int:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import sentencepiece
@@ -37,6 +37,8 @@ _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 # SentencePiece leaves out training lines longer than its limit, so longer lines are cut here.
 _TRAINING_LINE_CHARS = 4096
+
+_NO_PIECE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
@@ -66,6 +68,8 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"tokenizer {self.path} {error}") from error
         self.vocab_size = self.model.vocab_size
+        self.ids = self.model.ids
+        """The ids that have a piece."""
         self.eos_id = self.model.eos_id
         self.bos_id = self.model.bos_id if self.model.bos_id >= 0 else self.eos_id
         if self.eos_id < 0 or self.vocab_size > MAX_VOCAB_SIZE:
@@ -120,8 +124,16 @@ class Tokenizer:
         return limit, limit
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids`; BOS and EOS are left out, torn UTF-8 becomes U+FFFD."""
-        return self.model.decode(ids)
+        """Return the text of `ids`; BOS and EOS are left out.
+
+        Torn UTF-8 becomes U+FFFD, and so does each id that has no piece, as a model has whose
+        vocabulary is larger than its tokenizer's.
+        """
+        texts = []
+        for known, group in groupby(ids, self.ids.__contains__):
+            run = [*group]
+            texts.append(self.model.decode(run) if known else _NO_PIECE * len(run))
+        return "".join(texts)
 
     def _newlines_stand_alone(self, pieces: list[str]) -> bool:
         """Whether text cut after any newline encodes to the same ids as the whole.

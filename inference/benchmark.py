@@ -27,6 +27,7 @@ from inference.evaluation.prompts import PromptOptions, PromptSet, prompt_set_fr
 from inference.evaluation.report import LEGEND, table
 from inference.loading.machine import machine
 from inference.loading.run import Run
+from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import STRATEGIES
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.speculative import check_tokenizer
@@ -37,8 +38,8 @@ class BenchmarkOptions(SamplingOptions, PromptOptions, DecodingOptions):
     """Decode the same prompts with several strategies, taking turns, and compare them.
 
     Speed, acceptance, tokens and quality are measured. Beside every strategy that saves layers
-    early exit at its mean depth is measured. No row stops before --max_new_tokens but at the end of
-    the model's context; a task's answers are cut where they end before they are scored.
+    early exit at its mean depth is measured. A row ends as in generation: at EOS, at
+    --max_new_tokens or at the end of the model's context.
 
     Example:
       python -m inference.benchmark --run outputs/demo --E 2,3 --d 2,4 --plot speedup.png
@@ -62,12 +63,19 @@ class BenchmarkOptions(SamplingOptions, PromptOptions, DecodingOptions):
     plot: PictureFile | None = None
     """Draw speedups, agreement by exit and quality here (.png, .svg, .pdf, .jpg)."""
 
+    def strategies_for(self, n_layers: int) -> tuple[str, ...]:
+        """Return the strategies; of those not asked for, the ones a model of one layer has."""
+        if n_layers == 1 and self.strategies == BenchmarkOptions.strategies:
+            return (Autoregressive.name,)
+        return self.strategies
+
 
 def benchmark(options: BenchmarkOptions) -> None:
     """Measure every arm at every batch size; print, write and draw what was measured."""
     run = options.open_run()
     n_layers = run.model.config.n_layers
-    arms = expand_arms(options.strategies, options.E or (None,), options.d or (None,), n_layers)
+    strategies = options.strategies_for(n_layers)
+    arms = expand_arms(strategies, options.E or (None,), options.d or (None,), n_layers)
     _check(arms, run)
     prompt_set, origin = prompt_set_from(run, options), machine()
     batch_sizes = [*dict.fromkeys(options.batch_size)]
@@ -78,6 +86,7 @@ def benchmark(options: BenchmarkOptions) -> None:
             batch_size=batch_size,
             sampling=options.sampling,
             seed=options.seed,
+            stop_tokens=options.stop_tokens(run),
         )
         for batch_size in batch_sizes
     ]
@@ -94,6 +103,7 @@ def benchmark(options: BenchmarkOptions) -> None:
             "device": str(run.model.head_weight.device),
             "dtype": str(run.model.head_weight.dtype).removeprefix("torch."),
             "workload": asdict(workloads[0]) | {"batch_size": batch_sizes, "task": options.task},
+            "ignore_eos": options.ignore_eos,
             "repeats": options.repeats,
             "compiled": options.compile,
             "quantize": options.quantize,
@@ -106,6 +116,7 @@ def benchmark(options: BenchmarkOptions) -> None:
             prompt_set.prompts,
             max_new_tokens=options.max_new_tokens,
             batch_size=batch_sizes[0],
+            stop_tokens=workloads[0].stop_tokens,
         )
         title = f"{run.checkpoint.name}, {origin['cpu']}"
         write_plot(options.plot, results, find_oracle(traces).agreement, title)

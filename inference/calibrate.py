@@ -7,6 +7,7 @@ new tokens that differ, position by position, from those of full decoding.
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 
 from data.command_line import run_command
 from inference.cli.arguments import Count, RunOptions
@@ -47,13 +48,22 @@ def token_losses(
     reference: Sequence[Sequence[int]],
     strategy: Calm,
     max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
 ) -> list[float]:
-    """Return for each prompt the share of new tokens that differ from the reference's."""
+    """Return for each prompt the share of new tokens that differ from the reference's.
+
+    Where one of the two goes on after the other's end, its tokens differ.
+    """
     found = Generation(
-        model, prompts, strategy, max_new_tokens=max_new_tokens, batch_size=8
+        model,
+        prompts,
+        strategy,
+        max_new_tokens=max_new_tokens,
+        batch_size=8,
+        stop_tokens=stop_tokens,
     ).finish()
     return [
-        sum(a != b for a, b in zip(ours, theirs, strict=True)) / len(theirs)
+        sum(a != b for a, b in zip_longest(ours, theirs)) / max(len(ours), len(theirs))
         for ours, theirs in zip(found.tokens, reference, strict=True)
     ]
 
@@ -69,14 +79,20 @@ def calibrate(options: CalibrateOptions) -> None:
     run = options.open_run()
     strategy = strategy.validated(run.model.config.n_layers)
     prompts = prompts_from(run, options)
+    most, stops = options.max_new_tokens, options.stop_tokens(run)
     reference = Generation(
-        run.model, prompts, Autoregressive(), max_new_tokens=options.max_new_tokens, batch_size=8
+        run.model,
+        prompts,
+        Autoregressive(),
+        max_new_tokens=most,
+        batch_size=8,
+        stop_tokens=stops,
     ).finish()
 
     def losses(threshold: float) -> list[float]:
         print(f"threshold {threshold:.3f}", file=sys.stderr, flush=True)
         rule = replace(strategy, threshold=threshold)
-        return token_losses(run.model, prompts, reference.tokens, rule, options.max_new_tokens)
+        return token_losses(run.model, prompts, reference.tokens, rule, most, stops)
 
     thresholds = [1.0 - i / options.steps for i in range(options.steps + 1)]
     tested = certify(thresholds, losses, delta=options.delta, eps=options.eps)

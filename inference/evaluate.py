@@ -45,6 +45,9 @@ class EvaluateOptions(RunOptions):
 
 def evaluate(options: EvaluateOptions) -> None:
     """Measure the exits; print, write and draw what was measured."""
+    if options.compare and options.plot is None:
+        raise ValueError("compare: it is drawn beside this run, give --plot too")
+    curves = dict(_read_losses(path) for path in options.compare)
     run = options.open_run()
     dataset = run.open_data(options.data)
     split = dataset.splits[VALIDATION]
@@ -56,6 +59,7 @@ def evaluate(options: EvaluateOptions) -> None:
         max_tokens=options.max_tokens,
         bos_id=run.tokenizer.bos_id if masks else None,
         eos_id=run.tokenizer.eos_id,
+        decode=run.tokenizer.decode,
     )
     header = "E loss perplexity bits/byte accuracy agreement confidence ece"
     rows = [
@@ -68,7 +72,6 @@ def evaluate(options: EvaluateOptions) -> None:
     print(format_table(header.split(), rows))
     name = run.manifest.setting("name", str, run.checkpoint.name)
     if options.plot is not None:
-        curves = dict(_read_losses(path) for path in options.compare)
         curves[name] = [quality.loss for quality in exits]
         write_exit_plot(options.plot, curves)
     write_json(
@@ -88,7 +91,7 @@ def _windows(run: Run, stream: TokenStream, seq_len: int | None) -> Windows:
     """Cut a stream as in training, into windows of `seq_len` tokens, or what there is of it."""
     context = run.model.config.max_seq_len
     if seq_len is None:
-        seq_len = run.manifest.setting("data.seq_len", int, min(context, 2048))
+        seq_len = run.seq_len
     if not 1 <= seq_len <= context:
         raise ValueError(f"seq_len: {seq_len}, give 1 to {context}, the model's context")
     return open_windows(
@@ -106,6 +109,10 @@ def _read_losses(path: Path) -> tuple[str, list[float]]:
         content = read_object(path)
         exits = take(content, "exits", list[dict[str, Any]])
         return take(content, "name", str), [take(quality, "loss", float) for quality in exits]
+    except OSError as error:
+        raise ValueError(
+            f"compare: {path} cannot be read ({error.strerror}), give another path"
+        ) from None
     except ValueError as error:
         raise ValueError(
             f"compare: {path} is not what --json writes ({error}), evaluate again"

@@ -49,9 +49,8 @@ def run_fit_jump(options: FitJumpOptions) -> None:
     if options.rank is not None and not 1 <= options.rank <= dim:
         raise ValueError(f"rank: {options.rank}, give 1 to {dim} for this model, or full")
     if L == 1:
-        raise ValueError("run: this model has 1 layer, there is no exit to map from")
-    dataset = run.open_data(options.data)
-    seq_len = run.manifest.setting("data.seq_len", int, min(run.model.config.max_seq_len, 2048))
+        raise ValueError("run: this model has 1 layer and no exit to map from, give a deeper one")
+    dataset, seq_len = run.open_data(options.data), run.seq_len
     train = read_windows(dataset.stream(TRAIN), options.train_tokens, seq_len)
     test = read_windows(dataset.stream(VALIDATION), options.test_tokens, seq_len)
     jump = fit_jump(run.model, train, rank=options.rank, ridge=options.ridge)

@@ -172,6 +172,8 @@ def show(stream: TextStream, num_samples: int) -> list[Continuation]:
             print(f"== prompt {prompt + 1}{samples}\n{continuation.prompt}{text}", flush=True)
             found.append(continuation)
     print(statistics_line(stream.counters), file=sys.stderr)
+    if remark := stream.strategy.remark(stream.counters):
+        print(remark, file=sys.stderr)
     return found
 
 
@@ -273,10 +275,8 @@ def result(
 
 
 def main() -> None:
-    # Bytes that are no text are refused as a prompt, and characters a terminal lacks replaced.
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are refused as a prompt
+        sys.stdin.reconfigure(errors="surrogateescape")
     run_command(GenerateOptions, generate, prog="python -m inference.generate")
 
 

@@ -4,7 +4,7 @@ Likelihoods are those of any exit; continuations are written by any strategy.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +31,8 @@ else:
     TemplateLM = object
 
 _MAX_GEN_TOKS = 256  # the harness's own
+_MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the most tokens of a continuation; the first that is given counts."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -123,17 +125,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence["Instance"], disable_tqdm: bool = False
     ) -> list[str]:
         """Return continuations, each cut before the first of the texts it is to end at."""
-        by_settings: dict[tuple[int, float, float | None], list[int]] = {}
+        by_settings: dict[tuple[int, Sampling], list[int]] = {}
         for i, request in enumerate(requests):
             by_settings.setdefault(_generation_settings(request.args[1]), []).append(i)
-        texts = [""] * len(requests)
-        for (max_new_tokens, temperature, top_p), indices in by_settings.items():
-            max_prompt = self._run.model.config.max_seq_len - max_new_tokens
-            if max_prompt < 1:
-                raise ValueError(
-                    f"max_gen_toks: {max_new_tokens} leaves no room for a prompt in the model's "
-                    f"context of {self._run.model.config.max_seq_len}, give --gen_tokens"
-                )
+        texts, context = [""] * len(requests), self._run.model.config.max_seq_len
+        for (max_new_tokens, sampling), indices in by_settings.items():
+            # A prompt that is too long loses its beginning; where the task asks for more tokens
+            # than the context has, it keeps half of the context.
+            max_prompt = context - max_new_tokens if max_new_tokens < context else context // 2
             generation = Generation(
                 self._run.model,
                 [self.tok_encode(requests[i].args[0])[-max_prompt:] for i in indices],
@@ -141,25 +140,34 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 max_new_tokens=max_new_tokens,
                 batch_size=self._batch,
                 stop_tokens=[self.eot_token_id],
-                sampling=Sampling(temperature=temperature, top_p=top_p),
+                sampling=sampling,
                 graphs=self._run.graphs,
             ).finish()
             for i, tokens in zip(indices, generation.tokens, strict=True):
                 text = self._run.tokenizer.decode([t for t in tokens if t != self.eot_token_id])
-                texts[i] = _cut(text, requests[i].args[1].get("until", ()))
+                texts[i] = _cut(text, requests[i].args[1].get("until"))
         return texts
 
 
-def _generation_settings(options: dict[str, Any]) -> tuple[int, float, float | None]:
-    """Return the most tokens, the temperature and top_p of the harness's options."""
-    samples = options.get("do_sample", options.get("temperature", 0.0) > 0)
-    temperature = float(options.get("temperature", 1.0)) if samples else 0.0
-    most = int(options.get("max_gen_toks", _MAX_GEN_TOKS))
-    return most, temperature, options.get("top_p") if samples else None
+def _generation_settings(options: Mapping[str, Any]) -> tuple[int, Sampling]:
+    """Return the most tokens and the sampling of a task's options, as the harness reads them.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    most = int(next((given[name] for name in _MAX_TOKENS if name in given), _MAX_GEN_TOKS))
+    if most < 1:
+        raise ValueError(f"max_gen_toks: {most}, a task asks for none, give --gen_tokens")
+    if not given.get("do_sample", float(given.get("temperature", 0.0)) > 0):
+        return most, Sampling()
+    top_k = given.get("top_k") or None  # 0: all of them
+    temperature = float(given.get("temperature", 1.0))
+    return most, Sampling(temperature=temperature, top_k=top_k, top_p=given.get("top_p"))
 
 
-def _cut(text: str, until: str | Sequence[str]) -> str:
-    for end in [until] if isinstance(until, str) else until:
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    for end in [until] if isinstance(until, str) else until or ():
         text = text.split(end)[0] if end else text
     return text
 
@@ -189,11 +197,11 @@ class HarnessOptions(DecodingOptions):
     ] = None
     batch_size: Count = 8
     """Rows run at once."""
-    limit: int | None = None
+    limit: Count | None = None
     """Examples of each task; all if not given."""
     num_fewshot: int | None = None
     """Answered examples before each question."""
-    gen_tokens: int | None = None
+    gen_tokens: Count | None = None
     """Most tokens of a continuation; the task's if not given."""
 
 

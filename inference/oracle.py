@@ -41,7 +41,11 @@ def oracle(options: OracleOptions) -> None:
     run = options.open_run()
     prompts = prompts_from(run, options)
     _, traces = record_continuations(
-        run.model, prompts, max_new_tokens=options.max_new_tokens, batch_size=8
+        run.model,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=8,
+        stop_tokens=options.stop_tokens(run),
     )
     found, L = find_oracle(traces), run.model.config.n_layers
     rows = []

@@ -56,6 +56,7 @@ class Measurement:
     max_new_tokens: int
     sampling: Sampling
     seed: int
+    stop_tokens: tuple[int, ...] = ()
 
     def of_choice(self, choice: Choice, prompts: list[list[int]]) -> Trial:
         """Decode prompts without some parts; by the cost model, with the best d up to ours.
@@ -83,6 +84,7 @@ class Measurement:
             strategy,
             max_new_tokens=self.max_new_tokens,
             batch_size=1 if self.objective == TOKENS_PER_SECOND else None,
+            stop_tokens=self.stop_tokens,
             sampling=self.sampling,
             seed=self.seed,
         )
@@ -209,6 +211,7 @@ def skip_search(options: SkipSearchOptions) -> None:
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling,
         seed=options.seed,
+        stop_tokens=options.stop_tokens(run),
     )
     pairs = find(measurement, prompts, iterations=options.iterations)
     plain = [1.0, 1.0]

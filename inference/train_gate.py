@@ -98,12 +98,14 @@ def train_gate(options: TrainGateOptions) -> None:
     model, L = run.model, run.model.config.n_layers
     problems = exit_problems(options.first, options.interval, L)
     if not problems and options.first == L:
-        problems = [f"first: {options.first}, a gate needs an exit before the last layer"]
+        problems = [
+            f"first: {options.first}, a gate needs an exit before the last of {L} layers, "
+            + ("give a deeper run" if L == 1 else f"give at most {L - 1}")
+        ]
     if problems:
         raise ValueError("; ".join(problems))
     exits = exits_from(options.first, options.interval, L)
-    dataset = run.open_data(options.data)
-    seq_len = run.manifest.setting("data.seq_len", int, min(run.model.config.max_seq_len, 2048))
+    dataset, seq_len = run.open_data(options.data), run.seq_len
     train = read_windows(dataset.stream(TRAIN), options.train_tokens, seq_len)
     test = read_windows(dataset.stream(VALIDATION), options.test_tokens, seq_len)
     gate = fit_gate(

@@ -33,6 +33,7 @@ from inference.evaluation.timing import TIMINGS
 from inference.loading.machine import machine
 from inference.loading.run import Run
 from inference.loading.tuned import Tuned, conditions_of, write_tuned
+from inference.strategies.registry import shorten
 from inference.strategies.self_speculative import SelfSpeculative
 
 
@@ -106,9 +107,13 @@ class _Outcome:
 def tune(options: TuneOptions) -> None:
     """Measure, keep the best beside the checkpoint, and print it, then the tables behind it."""
     options = options.limited()
+    if not 0.0 <= options.min_agreement <= 1.0:
+        raise ValueError(f"min_agreement: {options.min_agreement}, give a share from 0 to 1")
     run = options.open_run()
     if run.model.config.n_layers < 2:
-        raise ValueError(f"run: {run.checkpoint} has 1 layer, nothing can be left out")
+        raise ValueError(
+            f"run: {run.checkpoint} has 1 layer, nothing can be left out, decode plainly"
+        )
     workload = _workload(run, options)
     drafts = options.strategy == SelfSpeculative.name
     outcome = (_tune_drafts if drafts else _tune_threshold)(run, workload, options)
@@ -133,6 +138,7 @@ def _workload(run: Run, options: TuneOptions) -> Workload:
         batch_size=options.batch_size,
         sampling=options.sampling,
         seed=options.seed,
+        stop_tokens=options.stop_tokens(run),
     )
 
 
@@ -144,7 +150,7 @@ def _tune_drafts(run: Run, workload: Workload, options: TuneOptions) -> _Outcome
     results = _measure(run, arms, workload, options)
     rounds = round_terms(results, costs)
     best = max(results, key=lambda result: result.speedup)
-    answer = f"best: {best.settings}, {best.speedup:.2f}x the speed of plain decoding"
+    answer = f"best: {shorten(best.settings)}, {best.speedup:.2f}x the speed of plain decoding"
     if best.strategy == AUTOREGRESSIVE.name:
         answer = "best: autoregressive, nothing measured below beats plain decoding here"
     tables = [
@@ -220,6 +226,7 @@ def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs,
         workload.prompts,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
+        stop_tokens=workload.stop_tokens,
     )
     middle = [
         row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]

@@ -4,6 +4,7 @@ Knows the names of the modules alone, so that its own help appears at once.
 """
 
 import difflib
+import os
 import runpy
 import signal
 import sys
@@ -45,8 +46,7 @@ def main() -> int:
         print(f"skipstone {__version__}")
         return 0
     if verb in ("", "-h", "--help"):
-        print(_help())
-        return 0 if verb else 2
+        return _print(_help()) or (0 if verb else 2)
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(VERBS)}"
@@ -56,6 +56,16 @@ def main() -> int:
         return train(words)
     sys.argv[1:] = words
     runpy.run_module(VERBS[verb][0], run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _print(text: str) -> int:
+    """Print, and return 0, or 141 where whoever read the output has gone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        return 128 + signal.SIGPIPE
     return 0
 
 

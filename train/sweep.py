@@ -20,7 +20,9 @@ from typing import Annotated
 
 import tyro
 
+from data.command_help import called_as
 from data.command_line import read_known_options
+from data.output_streams import ending_as_a_command
 from train.config.command_line import parse
 from train.config.config import TrainConfig
 
@@ -177,7 +179,7 @@ def sweep(arguments: Sequence[str]) -> None:
     words = list(arguments)
     cut = words.index("--") if "--" in words else len(words)
     options, others = read_known_options(
-        SweepOptions, words[:cut], prog="python -m train.sweep", description=_DESCRIPTION
+        SweepOptions, words[:cut], prog=called_as("python -m train.sweep"), description=_DESCRIPTION
     )
     options.check(others)
     grid, preset = read_grid(options.grid), options.preset
@@ -287,13 +289,8 @@ def state_of(run_dir: Path) -> str:
 
 def main() -> None:
     """Run the command line; a user's error becomes one line and exit code 2."""
-    try:
+    with ending_as_a_command():
         sweep(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ class Counters:
     """Rounds, each row counted while it is not finished; one LM head pass of the last layer in
     each, so for self-speculation the number of verifications."""
     drafted: int = 0
+    """Drafted tokens; not those behind an accepted one that ended its row."""
     accepted: int = 0
-    """Drafted tokens accepted, also those after a stop token or beyond a row's limit."""
+    """Drafted tokens accepted; not those after a stop token or beyond a row's limit."""
     rejections: int = 0
-    """Rounds in which a drafted token was rejected."""
+    """Rounds in which a drafted token was rejected before the row's end."""
     depths: Counter[int] = field(default_factory=Counter)
     """New tokens by the number of layers behind them, where a strategy reports it."""
+    thresholds: Counter[float] = field(default_factory=Counter)
+    """Times a row's threshold was moved, by where to, by strategies that adapt it."""
     token_layers: float = 0.0
     """Tokens times layers run, after the prompt; a half for attention or feed-forward alone."""
     head_evaluations: float = 0.0
@@ -58,7 +61,8 @@ class Counters:
         # Not by asdict: Python 3.11 rebuilds a Counter out of its pairs.
         counts = {each.name: getattr(self, each.name) for each in fields(self)}
         del counts["passes"], counts["head_passes"]
-        return counts | {"depths": dict(sorted(self.depths.items()))}
+        depths, thresholds = sorted(self.depths.items()), sorted(self.thresholds.items())
+        return counts | {"depths": dict(depths), "thresholds": dict(thresholds)}
 
     @property
     def tokens_per_second(self) -> float:

@@ -31,8 +31,9 @@ class Emission:
     accepted: int
     """How many of them, from the first, were drafted and accepted."""
     drafted: int
-    """Tokens drafted in this round. 0: the tokens were decoded without a draft. Otherwise a token
-    after the accepted ones corrects the draft, or follows a draft that was accepted whole."""
+    """Tokens drafted in this round, up to the row's end if it ended among the accepted ones. 0: the
+    tokens were decoded without a draft. Otherwise a token after the accepted ones corrects the
+    draft, or follows a draft that was accepted whole."""
 
 
 class Generation:
@@ -157,12 +158,15 @@ class Generation:
                 continue  # it had ended before this round
             new = self._truncate(prompt, tokens[row][: accepted[row] + 1])
             self.tokens[prompt] += new
-            emissions.append(Emission(prompt, new, min(accepted[row], len(new)), drafted[row]))
+            kept, tried = accepted[row], drafted[row]
+            if len(new) <= kept:  # cut among the accepted drafts, of which the rest came to nothing
+                kept = tried = len(new)
+            emissions.append(Emission(prompt, new, kept, tried))
             counters.tokens += len(new)
             counters.rounds += 1
-            counters.drafted += drafted[row]
-            counters.accepted += accepted[row]
-            counters.rejections += accepted[row] < drafted[row]
+            counters.drafted += tried
+            counters.accepted += kept
+            counters.rejections += kept < tried
             if depths is not None:
                 counters.depths.update(depths[row][: len(new)])
         self._replace_finished()

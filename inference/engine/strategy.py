@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from inference.engine.counters import Counters
 from inference.engine.decoder import Decoder
 from inference.engine.state import DecodeState
 from models.llama import NOTHING, SkippedParts
@@ -18,6 +19,13 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
+    measured: ClassVar[tuple[str, ...]] = ()
+    """Settings that hold what a command has measured, for machines more than for readers."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether tokens have the full model's distribution, and greedy ones are its own."""
+        return False
 
     def with_defaults(self, n_layers: int) -> Self:
         """Return a copy with the settings left open filled in for a model of n_layers layers."""
@@ -50,6 +58,10 @@ class Strategy(ABC):
             ValueError: A file or model that the settings name is missing or does not fit.
         """
 
+    def remark(self, counters: Counters) -> str:
+        """Return a line on a run that its counts alone do not explain; "" if there is none."""
+        return ""
+
     def below(self, least: int, **units: str) -> list[str]:
         """Return a problem for each of the settings that is less than `least`.
 
@@ -79,6 +91,12 @@ class Strategy(ABC):
 
 def exit_list_problems(name: str, exits: Sequence[int], n_layers: int) -> list[str]:
     """Return what is wrong with `exits`, each an E, of the strategy of this name."""
+    if n_layers == 1:
+        return (
+            ["exits: this model has 1 layer and no exit before it, leave exits out"]
+            if exits
+            else []
+        )
     if exits and list(exits) == sorted({E for E in exits if 1 <= E < n_layers}):
         return []
     return [

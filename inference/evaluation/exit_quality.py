@@ -1,6 +1,7 @@
 """Quality of every exit on held-out text: loss, accuracy, agreement, calibration."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
-from data.windows import Windows, spread
+from data.windows import Ids, Windows, spread
 from inference.cli.terminal import with_progress
 from inference.evaluation.calibration import (
     BINS,
@@ -37,7 +38,7 @@ class ExitQuality:
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """loss * tokens / bytes / ln 2, comparable between tokenizers."""
+    """loss * tokens / bytes / ln 2, of tokens with a loss; comparable between tokenizers."""
     accuracy: float
     """Share of tokens that are the exit's most probable one."""
     agreement: float
@@ -57,6 +58,7 @@ def evaluate_exits(
     max_tokens: int,
     bos_id: int | None = None,
     eos_id: int | None = None,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> tuple[list[ExitQuality], int]:
     """Measure every exit on windows spread evenly over all.
 
@@ -69,33 +71,62 @@ def evaluate_exits(
         max_tokens: Tokens to read, rounded down to whole windows, at least one.
         bos_id: Keep attention within the documents that begin with this token; None does not.
         eos_id: The token that ends them; None: another.
+        decode: Returns the text of tokens. Where some have no loss, as in the prompts of pairs, the
+            bytes are those of the others, and not by `bytes_per_token`.
 
     Returns:
         The exits, in ascending E, and the number of tokens predicted.
 
     Raises:
-        ValueError: max_tokens is below 1.
+        ValueError: max_tokens is below 1, or none of the tokens has a loss.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens}, give at least 1")
     rows = spread(windows, max(1, max_tokens // len(windows.read(0)[0])))
     sums = torch.zeros(model.config.n_layers, 3, dtype=torch.float64, device="cpu")
     bins = torch.zeros(model.config.n_layers, BINS, 3, dtype=torch.float64, device="cpu")
-    predicted = 0
+    predicted, ratio = count_learnt(windows, rows, decode)
     for first in with_progress(range(0, len(rows), _BATCH), "evaluating"):
         read = [windows.read(i) for i in rows[first : first + _BATCH]]
         tokens, labels = map(np.stack, zip(*read, strict=True))
         batch = microbatch(tokens, labels, np.arange(len(read)), bos_id, eos_id)
-        predicted += batch.num_labels
         more_sums, more_bins = _sums(model, batch.to(model.head_weight.device))
         sums += more_sums.cpu()
         bins += more_bins.cpu()
     means = (sums / predicted).tolist()
     exits = [
-        _quality(E, loss, accuracy, agreement, bins[E - 1], bytes_per_token=bytes_per_token)
-        for E, (loss, accuracy, agreement) in enumerate(means, start=1)
+        _quality(E, *mean, bins[E - 1], bytes_per_token=ratio or bytes_per_token)
+        for E, mean in enumerate(means, start=1)
     ]
     return exits, predicted
+
+
+def count_learnt(
+    windows: Windows, rows: Sequence[int], decode: Callable[[list[int]], str] | None
+) -> tuple[int, float]:
+    """Return the tokens that have a loss in some windows, and their bytes for each.
+
+    The bytes are 0 where every token has a loss, or nothing decodes them.
+
+    Raises:
+        ValueError: None has a loss.
+    """
+    labels = [windows.read(i)[1] for i in rows]
+    count = sum(int((row != NO_LOSS).sum()) for row in labels)
+    if not count:
+        raise ValueError(
+            f"data: none of the tokens in {len(rows)} windows of seq_len {len(labels[0])} has a "
+            "loss, give a longer seq_len or more max_tokens"
+        )
+    if decode is None or count == sum(map(len, labels)):
+        return count, 0.0
+    return count, sum(learnt_bytes(row, decode) for row in labels) / count
+
+
+def learnt_bytes(labels: Ids, decode: Callable[[list[int]], str]) -> int:
+    """Return the UTF-8 bytes of the tokens with a loss in labels: (seq,) int64."""
+    runs = np.split(labels, np.flatnonzero(np.diff(labels == NO_LOSS)) + 1)
+    return sum(len(decode(run.tolist()).encode()) for run in runs if run[0] != NO_LOSS)
 
 
 def _quality(

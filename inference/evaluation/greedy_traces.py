@@ -11,7 +11,12 @@ from models.llama import Llama
 
 
 def record_continuations(
-    model: Llama, prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int
+    model: Llama,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_tokens: Sequence[int] = (),
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Decode greedily with all layers, and return what every exit predicts along the way.
 
@@ -19,7 +24,12 @@ def record_continuations(
         Each prompt with its continuation, and its `record_exits` from the prompt's end.
     """
     whole = Generation(
-        model, prompts, Autoregressive(), max_new_tokens=max_new_tokens, batch_size=batch_size
+        model,
+        prompts,
+        Autoregressive(),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_tokens=stop_tokens,
     ).finish()
     rows = [prompt + tokens for prompt, tokens in zip(whole.prompts, whole.tokens, strict=True)]
     traces = [

@@ -16,6 +16,7 @@ from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.evaluation.likelihood import read_continuation
 from inference.evaluation.peak_memory import peak_since, reset_peak_memory
+from inference.evaluation.same_tokens import Difference, first_difference, same_share
 from inference.evaluation.timing import TIMINGS, median_seconds
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.early_exit import EarlyExit
@@ -39,6 +40,8 @@ class Workload:
     """Prompts decoded at once."""
     sampling: Sampling
     seed: int
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end a continuation; the id itself is its last token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class ArmResult:
     """Tokens drafted per round."""
     batch_size: int
     """Prompts decoded at once."""
+    tokens: int
+    """New tokens, of all prompts together."""
     tokens_per_second: float
     """New tokens per second of decoding, prompts not counted, all rows of a batch together."""
     speedup: float
@@ -82,6 +87,8 @@ class ArmResult:
     """speedup / bound."""
     same_tokens: float | None
     """Share of tokens equal to autoregressive's at the same position; None when sampling."""
+    first_difference: Difference | None
+    """Of a lossless strategy's greedy tokens, where they are not autoregressive's."""
     full_choice: float
     """Share of tokens that the full model finds most probable after those before them."""
     log_likelihood: float
@@ -118,8 +125,6 @@ def measure(
     timings: int = TIMINGS,
 ) -> list[ArmResult]:
     """Decode the workload with every arm, `repeats` times, the arms taking turns.
-
-    Rows never stop early, so every arm decodes the same number of tokens.
 
     Args:
         model: In eval mode.
@@ -184,6 +189,7 @@ def _decode(
         strategy,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
+        stop_tokens=workload.stop_tokens,
         sampling=workload.sampling,
         seed=workload.seed,
         graphs=graphs,
@@ -247,6 +253,7 @@ def _summarise(
         E=getattr(arm, "E", None),
         d=getattr(arm, "d", None),
         batch_size=workload.batch_size,
+        tokens=counters.tokens,
         tokens_per_second=statistics.median(speeds),
         speedup=speedup,
         acceptance_rate=counters.acceptance_rate,
@@ -261,7 +268,10 @@ def _summarise(
         verify_cost=verify_cost,
         bound=bound,
         share_of_bound=None if bound is None else speedup / bound,
-        same_tokens=_same_share(tokens, reference[0].tokens) if greedy else None,
+        same_tokens=same_share(tokens, reference[0].tokens) if greedy else None,
+        first_difference=first_difference(model, workload.prompts, tokens, reference[0].tokens)
+        if greedy and arm.lossless
+        else None,
         full_choice=sum(chosen for _, chosen in read) / counters.tokens,
         log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
         scores=dict(score(tokens)) if score is not None else {},
@@ -284,8 +294,3 @@ def _costs_and_bound(
     if counters.agreement is not None:
         bound = speedup_bound(counters.agreement, arm.d, draft_cost)
     return draft_cost, verify_cost, bound
-
-
-def _same_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
-    return sum(a == b for a, b in pairs) / len(pairs)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import tyro
+
 from data.dataset import VALIDATION
 from data.shards import TokenStream
 from inference.cli.arguments import Count, Folder
@@ -32,7 +34,14 @@ class PromptOptions:
     shots: int | None = None
     """Answered examples before each question, the first of the file; the task's own if None."""
     max_new_tokens: Count = 128
-    """Tokens to add to each."""
+    """Most tokens to add to each."""
+    ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on after EOS, so that all continuations have --max_new_tokens; else they end there, as in
+    generation."""
+
+    def stop_tokens(self, run: Run) -> tuple[int, ...]:
+        """Return the ids that end a continuation."""
+        return () if self.ignore_eos else (run.tokenizer.eos_id,)
 
 
 @dataclass(frozen=True)

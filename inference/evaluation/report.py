@@ -1,9 +1,11 @@
 """The tables of measured strategies."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from inference.cli.terminal import format_table
 from inference.evaluation.measurement import ArmResult
+from inference.strategies.registry import shorten
 
 LEGEND = """\
 speedup    tokens/s over autoregressive's in the same repeat
@@ -12,7 +14,8 @@ depth      mean layers run for a new token, of strategies that exit early
 syncs      times the host waited for the device, for each new token
 prompt_s   seconds for all prompts
 MiB        peak memory: allocated on CUDA, growth of the resident set on a CPU
-same       tokens equal to autoregressive's at the same position
+same       tokens equal to autoregressive's at the same position; of a lossless strategy, tie:
+           where they first differ, both tokens' logits are equal within rounding; fault: not
 chosen     tokens that the full model finds most probable
 ln_p       log likelihood under the full model, nats per token
 accept     drafted tokens that were accepted
@@ -24,18 +27,24 @@ bound      the best speedup for this a, d and c"""
 def table(results: Sequence[ArmResult]) -> str:
     """Return the results as text, one line for each arm, and a second table of the drafts."""
     header = "strategy tok/s speedup layers heads depth syncs prompt_s MiB same chosen ln_p"
+    names = short_names([r.settings for r in results])
     rows = [
-        [r.settings, f"{r.tokens_per_second:.1f}", f"{r.speedup:.2f}x", f"{r.layers_per_token:.2f}"]
+        [
+            names[r.settings],
+            f"{r.tokens_per_second:.1f}",
+            f"{r.speedup:.2f}x",
+            f"{r.layers_per_token:.2f}",
+        ]
         + [f"{r.heads_per_token:.2f}", _cell(r.mean_depth, ".2f"), f"{r.syncs_per_token:.2f}"]
         + [f"{r.prefill_seconds:.3f}", _cell(r.peak_bytes and r.peak_bytes / 2**20, ".1f")]
-        + ["yes" if r.same_tokens == 1.0 else _cell(r.same_tokens, ".1%")]
+        + ["yes" if r.same_tokens == 1.0 else _cell(r.same_tokens, ".1%") + _cause(r)]
         + [f"{r.full_choice:.1%}", f"{r.log_likelihood:.3f}"]
         + [f"{value:.3f}" for value in r.scores.values()]
         for r in results
     ]
     text = format_table([*header.split(), *results[0].scores], rows)
     drafts = [
-        [r.settings, _cell(r.acceptance_rate, ".1%"), _cell(r.tokens_per_verify, ".2f")]
+        [names[r.settings], _cell(r.acceptance_rate, ".1%"), _cell(r.tokens_per_verify, ".2f")]
         + [_cell(r.agreement, ".3f"), _cell(r.draft_cost, ".3f"), _cell(r.verify_cost, ".2f")]
         + [f"{r.speedup:.2f}x", _cell(r.bound, ".2f"), _cell(r.share_of_bound, ".0%")]
         for r in results
@@ -45,6 +54,17 @@ def table(results: Sequence[ArmResult]) -> str:
         return text
     header = "strategy accept tok/round a c verify speedup bound of_bound"
     return f"{text}\n\n{format_table(header.split(), drafts)}"
+
+
+def short_names(strategies: Iterable[str]) -> dict[str, str]:
+    """Return strategies' short names by their text: the text itself where two would be the same."""
+    names = {text: shorten(text) for text in strategies}
+    shared = Counter(names.values())
+    return {text: name if shared[name] == 1 else text for text, name in names.items()}
+
+
+def _cause(result: ArmResult) -> str:
+    return f" {result.first_difference}" if result.first_difference else ""
 
 
 def _cell(value: float | None, form: str) -> str:

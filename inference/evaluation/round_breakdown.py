@@ -5,17 +5,20 @@ from collections.abc import Mapping, Sequence
 from inference.cli.terminal import format_table
 from inference.evaluation.costs import Costs, Prediction
 from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult
+from inference.evaluation.report import short_names
 
 PREDICTION_LEGEND = """\
 agrees     tokens where the exit predicts the last layer's token
 draft      full steps of a round in the layers that draft; verify: in the others
-head       full steps in the LM head; overhead: in the rest of a round
+head       full steps in the LM head; overhead: in the rest of a round, which is below 0
+           where passes take less time in a round than each alone
 without_x  the speedup if x took no time"""
 
 ROUND_LEGEND = """\
 worth      tokens of a round, in steps of plain decoding
 took       full steps of a round: worth / speedup
-overhead   what the passes, timed alone, do not account for
+overhead   what the passes, timed alone, do not account for; below 0, as passes in a
+           round, one after the other, take less time than each alone
 most_on    the largest part"""
 
 
@@ -70,8 +73,9 @@ def round_terms(results: Sequence[ArmResult], costs: Costs) -> dict[str, dict[st
 def round_table(rounds: Mapping[str, Mapping[str, float]]) -> str:
     """Return the table of `round_terms`."""
     header, rows = "strategy worth took draft verify head overhead most_on", []
+    names = short_names(rounds)
     for settings, row in rounds.items():
         parts = [name for name in row if name not in ("worth", "took")]
         largest = max(parts, key=lambda name: row[name])
-        rows.append([settings, *(f"{value:.2f}" for value in row.values()), largest])
+        rows.append([names[settings], *(f"{value:.2f}" for value in row.values()), largest])
     return format_table(header.split(), rows)

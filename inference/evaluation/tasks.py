@@ -223,6 +223,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(
             f"task_file: {path}, after line {number}: {error}, give UTF-8 text"
         ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"task_file: {path} cannot be read ({error.strerror or error}), give another path"
+    )
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, object]]:
@@ -232,6 +240,8 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, object]]:
             for record in batch.to_pylist():
                 number += 1
                 yield f"row {number}", record
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except pa.ArrowException as error:
         raise ValueError(
             f"task_file: {path}, after row {number}: {error}, give a whole Parquet file"

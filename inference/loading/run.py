@@ -11,6 +11,7 @@ from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import RoundGraphs, round_graphs
 from inference.loading.packed import can_pack, pack
 from inference.loading.quantized import BITS, Bits, quantize_layers
+from inference.loading.vocabulary import mask_missing
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
@@ -35,6 +36,12 @@ class Run:
     model: Llama
     graphs: RoundGraphs | None = None
     """CUDA graphs of rounds, kept from one generation to the next; None: no graphs."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence in training, or 2048 where that is not known, as they fit."""
+        context = self.model.config.max_seq_len
+        return min(self.manifest.setting("data.seq_len", int, 2048), context)
 
     def open_data(self, path: Path | None) -> Dataset:
         """Open the dataset at `path`, or the one the run was trained on.
@@ -97,11 +104,13 @@ def load_run(
         quantize_layers(model, quantize)
     if packed and can_pack(model):
         pack(model)
+    tokenizer = Tokenizer(file)
+    mask_missing(model, tokenizer.ids)
     graphs = None
     if compiled:
         compile_layers(model)
         graphs = round_graphs(target)
-    return Run(checkpoint, manifest, Tokenizer(file), model, graphs)
+    return Run(checkpoint, manifest, tokenizer, model, graphs)
 
 
 def _check_names(dtype: str | None, quantize: str | None) -> None:

@@ -18,6 +18,10 @@ class Autoregressive(Strategy):
 
     name: ClassVar[str] = "autoregressive"
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def start(self, state: DecodeState) -> Decoder:
         return one_by_one(state, state.model.config.n_layers, NOTHING)
 

@@ -99,6 +99,11 @@ def fitted_threshold(c: Tensor, y: Tensor, counts: Tensor, zeta: float, old: Ten
     return torch.where(right.minimum(wrong) >= _FEWEST, found, old)
 
 
+def block_length(longest_round: int) -> int:
+    """Return the new tokens of a block; a threshold is the first one for two of them."""
+    return max(16, longest_round)
+
+
 class RowThresholds:
     """A threshold for each row of a batch, reset with the row's prompt.
 
@@ -119,7 +124,7 @@ class RowThresholds:
     ) -> None:
         rows, device = len(state.batch), state.batch.device
         self._state, self._first, self._zeta = state, first, zeta
-        self._length = max(16, longest_round)  # of a block
+        self._length = block_length(longest_round)
         self._now = torch.full((rows,), first, device=device)
         self._next = self._now
         self._block = torch.zeros_like(state.batch.positions)
@@ -140,6 +145,9 @@ class RowThresholds:
         moved = block > self._block
         if self._state.sync_bool(moved.any()):
             fitted = self._fit(block * self._length)
+            changed = moved & (self._next != self._now) & ~self._state.batch.finished
+            for threshold in self._state.sync_list(self._next[changed]):
+                self._state.counters.thresholds[round(threshold, 2)] += 1
             self._now = torch.where(moved, self._next, self._now)
             self._next = torch.where(moved, fitted, self._next)
             self._block = block

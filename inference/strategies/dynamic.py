@@ -49,6 +49,7 @@ class Dynamic(Strategy):
     """Draft up to d tokens with the E layers that pay most, then verify them with the rest."""
 
     name: ClassVar[str] = "dynamic"
+    measured: ClassVar[tuple[str, ...]] = ("draft_costs", "verify_costs", "lookup_cost")
     d: int = 6
     """Most tokens drafted in a round."""
     probe: int = 8
@@ -75,10 +76,14 @@ class Dynamic(Strategy):
     ngram: int = 0
     """As in self_speculative, where lookups have agreed often enough."""
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def problems(self, n_layers: int) -> list[str]:
         found = []
         if n_layers == 1:
-            found.append("strategy: dynamic needs at least 2 layers, this model has 1")
+            found.append(f"strategy: {self.name} needs 2 layers and this model has 1, leave it out")
         found += self.below(1, d="drafted token", probe="round", longest_probe="round")
         if not 0.0 < self.memory < 1.0:
             found.append(f"memory: {self.memory}, give a number between 0 and 1")

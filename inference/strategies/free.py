@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inference.engine.batch import Round
+from inference.engine.counters import Counters
 from inference.engine.decoder import Decoder
 from inference.engine.sampling import accept, sample
 from inference.engine.state import DecodeState
 from inference.engine.strategy import Strategy, exit_list_problems
-from inference.strategies.beta_mixture import RowThresholds
+from inference.strategies.beta_mixture import RowThresholds, block_length
 from inference.strategies.confidence import softmax_gap, top_probability
 from inference.strategies.early_exit import default_exit
 
@@ -30,7 +31,8 @@ class Free(Strategy):
 
     name: ClassVar[str] = "free"
     exits: tuple[int, ...] | None = None
-    """The E at which tokens may exit, ascending; a quarter of the model's layers if not given."""
+    """The E at which tokens may exit, ascending; a quarter of the model's layers if not given, none
+    if it has one layer."""
     confidence: Literal["gap", "maxprob"] = "gap"
     """gap (FREE): difference of the two largest probabilities. maxprob (EE-LLM): the largest."""
     threshold: float = 0.9
@@ -49,10 +51,15 @@ class Free(Strategy):
     rollback_threshold: float = 4.0
     """Cross entropy in nats under the last layer."""
 
+    @property
+    def lossless(self) -> bool:
+        return self.rollback == "exact"
+
     def with_defaults(self, n_layers: int) -> Self:
         if self.exits is not None:
             return self
-        return replace(self, exits=(min(default_exit(n_layers), max(n_layers - 1, 1)),))
+        E = min(default_exit(n_layers), n_layers - 1)
+        return replace(self, exits=(E,) if E else ())
 
     def problems(self, n_layers: int) -> list[str]:
         found = exit_list_problems(self.name, self.exits or (), n_layers)
@@ -67,6 +74,19 @@ class Free(Strategy):
         elif self.rollback != "threshold":
             found += self.unused_settings("rollback_threshold", without="rollback=threshold")
         return found
+
+    def remark(self, counters: Counters) -> str:
+        """Return where the threshold went, if it is adapted."""
+        if not self.adapt:
+            return ""
+        if moves := counters.thresholds:
+            ends = f"{min(moves):g} and {max(moves):g}"
+            return f"threshold: {self.threshold:g}, moved {moves.total()} times, to between {ends}"
+        first = 2 * block_length(self.max_pending)
+        return (
+            f"threshold: stayed at {self.threshold:g}; it moves after {first} new tokens of a text "
+            "at the earliest, and from 4 exits that were right and 4 that were wrong on"
+        )
 
     def start(self, state: DecodeState) -> Decoder:
         thresholds = None

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from data.foreign_json import read_object, take
 from inference.loading.packed import PACKED_ELEMENTS, PackedLinear
+from inference.loading.vocabulary import missing_ids
 from models.llama import Llama
 
 COUNT_THEM = "count them with python -m inference.frequent_tokens and give its file"
@@ -66,7 +67,9 @@ def load_reduced_head(model: Llama, path: Path, part: int) -> ReducedHead:
         )
     if part > vocab_size:
         raise ValueError(f"draft_vocab: {part}, give at most this model's {vocab_size} tokens")
-    tokens = torch.from_numpy(most_frequent(counts, part))
+    missing = missing_ids(model)
+    counts[missing] = -1
+    tokens = torch.from_numpy(most_frequent(counts, min(part, vocab_size - len(missing))))
     return reduced_head(model, tokens.to(model.norm.weight.device))
 
 

@@ -97,12 +97,22 @@ def has_threshold(kind: type[Strategy]) -> bool:
 
 def describe(strategy: Strategy) -> str:
     """Return the text that `parse_strategy` reads back, with the settings not at their defaults."""
-    parts = [strategy.name]
-    for field in fields(strategy):
-        value = getattr(strategy, field.name)
-        if value != field.default:
-            parts.append(f"{field.name}={_write(value)}")
-    return ":".join(parts)
+    return ":".join([strategy.name, *(f"{n}={value}" for n, value in _settings(strategy).items())])
+
+
+def shorten(text: str) -> str:
+    """Return what `describe` returned, "..." in place of the settings that were measured."""
+    strategy = parse_strategy(text)
+    settings = _settings(strategy)
+    kept = [f"{n}={value}" for n, value in settings.items() if n not in strategy.measured]
+    return ":".join([strategy.name, *kept, *["..."] * (len(kept) < len(settings))])
+
+
+def _settings(strategy: Strategy) -> dict[str, str]:
+    """Return the settings that are not at their defaults, as text."""
+    values = {field.name: getattr(strategy, field.name) for field in fields(strategy)}
+    defaults = {field.name: field.default for field in fields(strategy)}
+    return {name: _write(value) for name, value in values.items() if value != defaults[name]}
 
 
 def _write(value: object) -> str:

@@ -46,13 +46,17 @@ class SelfSpeculative(Strategy):
     token_counts: Path | None = None
     """Counts of each token, a file of `python -m inference.frequent_tokens`."""
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def with_defaults(self, n_layers: int) -> Self:
         return replace(self, E=self.E if self.E is not None else default_exit(n_layers))
 
     def problems(self, n_layers: int) -> list[str]:
         found = []
         if n_layers == 1:
-            found.append("strategy: self_speculative needs at least 2 layers, this model has 1")
+            found.append(f"strategy: {self.name} needs 2 layers and this model has 1, leave it out")
         elif self.E is None or not 1 <= self.E < n_layers:
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         found += self.below(1, d="drafted token")

@@ -52,6 +52,10 @@ class SkipDraft(Strategy):
     beta2: float = 0.9
     """Weight of the past in gamma."""
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def with_defaults(self, n_layers: int) -> Self:
         attention, feed_forward = self.attention, self.feed_forward
         if attention is None:

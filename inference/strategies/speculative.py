@@ -40,6 +40,10 @@ class Speculative(Strategy):
     d: int = 4
     """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
 
+    @property
+    def lossless(self) -> bool:
+        return True
+
     def problems(self, n_layers: int) -> list[str]:
         found = []
         if self.draft is None:
@@ -62,7 +66,7 @@ class Speculative(Strategy):
         if model.config.vocab_size != config.vocab_size:
             raise ValueError(
                 f"draft: {self.draft} has a vocabulary of {model.config.vocab_size} and the model "
-                f"one of {config.vocab_size}, give a model with the same tokenizer"
+                f"one of {config.vocab_size}, give a model with as many ids"
             )
         if model.config.max_seq_len < state.cache.slots:
             raise ValueError(

@@ -13,6 +13,7 @@ from inference.strategies.registry import (
     has_threshold,
     parse_strategy,
     setting_types,
+    shorten,
 )
 
 DEFAULT = "autoregressive"
@@ -84,13 +85,13 @@ def _tuned(run: Run, asked: str | None, now: Conditions) -> tuple[str | None, st
     except ValueError as error:  # it is of another version
         remedy = f"delete {tuned_path(run)} or run inference.tune"
         raise ValueError(f"tuned: {tuned.strategy} cannot be used ({error}), {remedy}") from None
-    others = ", ".join(tuned.conditions.differences(now))
+    others, short = ", ".join(tuned.conditions.differences(now)), shorten(tuned.strategy)
     if not others:
-        return tuned.strategy, f"strategy, tuned for this checkpoint: {tuned.strategy}"
+        return tuned.strategy, f"strategy, tuned for this checkpoint: {short}"
     if asked is None:
         return None, (
-            f"strategy: {DEFAULT}, plain decoding; {tuned.strategy} was tuned with {others}, tune"
-            " again for these"
+            f"strategy: {DEFAULT}, plain decoding; {short} was tuned with {others}, tune again for"
+            " these"
         )
-    note = f"strategy, tuned for this checkpoint: {tuned.strategy}, but with {others}"
+    note = f"strategy, tuned for this checkpoint: {short}, but with {others}"
     return tuned.strategy, f"{note}: tune again to know what is best here"

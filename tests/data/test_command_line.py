@@ -10,7 +10,14 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from data.command_line import _one_line, option_names, read_as, read_options, run_command
+from data.command_line import (
+    _one_line,
+    called_as,
+    option_names,
+    read_as,
+    read_options,
+    run_command,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,18 +242,44 @@ def test_a_command_ends_with_its_code_and_one_line(monkeypatch, capsys, words, c
     assert capsys.readouterr().err == message
 
 
-def test_a_closed_pipe_ends_a_command_without_a_word(tmp_path):
+CLOSED, FULL, READ = "closed", "full", "read"
+ENDS = [
+    (CLOSED, 141, b""),
+    (FULL, 2, b"error: [Errno 28] No space left on device\n"),
+    (READ, 0, b""),
+]
+
+
+@pytest.mark.parametrize(("reader", "code", "message"), ENDS)
+def test_a_command_ends_quietly_whatever_reads_its_output(tmp_path, reader, code, message):
     (tmp_path / "x.py").write_text(
-        "from tests.data.test_command_line import Described, run_command\n"
-        "run_command(Described, lambda options: print('x' * 200_000), prog='x')\n"
+        "from data.command_line import run_command\n"
+        "from tests.data.test_command_line import Described\n"
+        "run_command(Described, lambda options: print('\\u2192' + 'x' * 200_000), prog='x')\n"
     )
-    reader, writer = os.pipe()
-    os.close(reader)
+    end, output = os.pipe()
+    if reader == FULL:
+        output = os.open("/dev/full", os.O_WRONLY)
+    if reader != READ:
+        os.close(end)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "x.py")],
-        stdout=writer,
+        stdout=subprocess.PIPE if reader == READ else output,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONIOENCODING": "ascii",
+        },
     )
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    os.close(output)
+    assert (done.returncode, done.stderr) == (code, message)
+    if reader == READ:
+        assert done.stdout == b"?" + b"x" * 200_000 + b"\n"
+
+
+def test_the_usage_is_what_the_user_called(monkeypatch):
+    monkeypatch.setattr("sys.orig_argv", ["python", "/bin/skipstone", "generate", "--help"])
+    assert called_as("python -m inference.generate") == "skipstone generate"
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "inference.generate", "--help"])
+    assert called_as("python -m inference.generate") == "python -m inference.generate"

@@ -1,4 +1,5 @@
 import io
+import json
 import pickle
 import random
 from pathlib import Path
@@ -157,3 +158,19 @@ def test_text_too_small_for_the_vocabulary_names_the_largest_size(tmp_path: Path
 def test_vocabulary_too_small_for_the_bytes_names_the_smallest_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab_size 100 is too small .* above \d+$"):
         train_tokenizer(["hello world"], 100, tmp_path / "tokenizer.model")
+
+
+def test_an_id_without_a_piece_becomes_one_character(tokenizer_path: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "tokenizer.json"
+    ids = {"<s>": 0, "</s>": 1, "a": 2, "b": 5}
+    inner = {"type": "WordLevel", "vocab": ids, "unk_token": "a"}
+    outer = {"version": "1.0", "model": inner, "added_tokens": [], "decoder": {"type": "Fuse"}}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer": outer}
+    theirs.write_text(json.dumps(named))
+    gaps = Tokenizer(theirs)
+    assert gaps.vocab_size == 6
+    assert gaps.decode([3, 2, 4, 5, 6, 9**9, -1]) == "\ufffda\ufffdb\ufffd\ufffd\ufffd"
+    ours = Tokenizer(tokenizer_path)
+    text = ours.encode("a caf\u00e9")
+    assert ours.decode([*text, ours.vocab_size, *text]) == "a caf\u00e9\ufffda caf\u00e9"
+    assert ours.decode([]) == ""

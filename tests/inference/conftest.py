@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
+from data.dataset import open_dataset
 from data.preparation import PrepareConfig, prepare
 from inference.strategies.dynamic import Dynamic
 from models.checkpoint_format import MANIFEST, TOKENIZER, Manifest, file_entry
@@ -27,17 +28,29 @@ def run_folder(tmp_path_factory):
         input=(str(root / "corpus.jsonl"),), vocab_size=290, validation_fraction=0.3
     )
     dataset = prepare(config, root / "data", workers=1)
-    folder = root / "run" / "checkpoints" / "step-00000007"
-    model = build(small(n_layers=4, n_kv_heads=2, vocab_size=dataset.vocab_size), seed=3)
+    return make_run(root / "run", dataset, dataset.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def padded_run(run_folder, tmp_path_factory):
+    """A run whose model has 30 ids that its tokenizer has not, and likes to predict them."""
+    dataset = open_dataset(run_folder.parent / "data")
+    return make_run(tmp_path_factory.mktemp("padded") / "run", dataset, dataset.vocab_size + 30)
+
+
+def make_run(root, dataset, vocab_size):
+    folder = root / "checkpoints" / "step-00000007"
+    model = build(small(n_layers=4, n_kv_heads=2, vocab_size=vocab_size), seed=3)
     with torch.no_grad():
         model.lm_head.weight.mul_(4)  # far from uniform, so that float rounding decides nothing
+        model.lm_head.weight[dataset.vocab_size :].mul_(2)
     folder.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         save({"model": model.state_dict()}, storage_writer=FileSystemWriter(folder), no_dist=True)
     (folder / TOKENIZER).write_bytes(dataset.tokenizer_path.read_bytes())
     write_manifest(folder, model.config, dataset)
-    return root / "run"
+    return root
 
 
 @pytest.fixture(scope="session")

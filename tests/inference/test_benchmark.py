@@ -58,9 +58,12 @@ def test_sampled_tokens_are_not_compared(run_folder, monkeypatch, tmp_path):
         monkeypatch,
         *("--run", run_folder, "--strategies", "self_speculative", "--prompts", 1),
         *("--prompt_tokens", 8, "--max_new_tokens", 4, "--repeats", 1, "--temperature", 1),
-        *("--json", tmp_path / "out.json"),
+        *("--ignore_eos", "--json", tmp_path / "out.json"),
     )
-    arms = json.loads((tmp_path / "out.json").read_text())["arms"]
+    content = json.loads((tmp_path / "out.json").read_text())
+    arms = content["arms"]
+    assert [arm["tokens"] for arm in arms] == [4, 4]
+    assert content["workload"]["stop_tokens"] == []
     assert [arm["same_tokens"] for arm in arms] == [None, None]
 
 
@@ -72,7 +75,10 @@ def test_prompts_from_a_file_are_its_lines(run_folder, monkeypatch, tmp_path):
         *("--repeats", 1, "--prompt_file", tmp_path / "prompts.txt"),
         *("--json", tmp_path / "out.json"),
     )
-    prompts = json.loads((tmp_path / "out.json").read_text())["workload"]["prompts"]
+    content = json.loads((tmp_path / "out.json").read_text())
+    workload = content["workload"]
+    assert (workload["stop_tokens"], content["ignore_eos"]) == ([2], False)
+    prompts = workload["prompts"]
     assert len(prompts) == 2
     assert prompts[0][0] == prompts[1][0] == 1  # BOS
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import TokenStream
+from data.shards import NO_LOSS, TokenStream
 from data.windows import StreamWindows
 from inference import evaluate
 from inference.evaluation.exit_quality import evaluate_exits
@@ -57,6 +57,37 @@ def test_a_model_that_knows_nothing_needs_log2_vocab_bits_per_token():
         assert quality.bits_per_byte == pytest.approx(6 / 3, rel=1e-5)
 
 
+class Masked:
+    """Windows of 8 tokens, of which those of a prompt have no loss."""
+
+    dropped_tokens = 0
+
+    def __init__(self, learnt):
+        self.learnt = learnt
+
+    def __len__(self):
+        return 3
+
+    def read(self, i):
+        labels = np.arange(8, dtype=np.int64)
+        return labels, np.where(np.isin(labels, self.learnt), labels, NO_LOSS)
+
+
+def test_bits_per_byte_of_pairs_are_over_the_bytes_that_are_learnt():
+    model = build(small(vocab_size=64)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    texts = {(2, 3): "\u00e9\u00e9\u00e9\u00e9", (6,): "x"}
+    options = {"bytes_per_token": 99.0, "max_tokens": 24}
+    exits, tokens = evaluate_exits(
+        model, Masked([2, 3, 6]), decode=lambda ids: texts[tuple(ids)], **options
+    )
+    assert tokens == 9
+    assert exits[0].bits_per_byte == pytest.approx(3 * 6 / (8 + 1), rel=1e-5)
+    with pytest.raises(ValueError, match="data: none of the tokens in 3 windows of seq_len 8"):
+        evaluate_exits(model, Masked([]), decode=lambda ids: texts[tuple(ids)], **options)
+
+
 def test_no_tokens_are_refused():
     with pytest.raises(ValueError, match="max_tokens: 0, give at least 1"):
         evaluate_exits(
@@ -83,10 +114,14 @@ def test_the_command_prints_a_table_and_writes_json(run_folder, monkeypatch, cap
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "content", [None, "{}", "[" * 100_000, '{"name": "a", "exits": [{"loss": "b"}]}']
+)
 def test_a_file_to_compare_that_is_no_evaluation_is_one_line(
-    run_folder, monkeypatch, capsys, tmp_path
+    content, run_folder, monkeypatch, capsys, tmp_path
 ):
-    (tmp_path / "other.json").write_text("{}")
+    if content is not None:
+        (tmp_path / "other.json").write_text(content)
     arguments = ["--run", run_folder, "--max_tokens", 50, "--plot", tmp_path / "plot.png"]
     arguments += ["--compare", tmp_path / "other.json"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])

@@ -30,6 +30,7 @@ from inference.loading.tuned import (
     write_tuned,
 )
 from inference.strategies.dynamic import Dynamic
+from inference.strategies.registry import shorten
 from inference.strategies.self_speculative import SelfSpeculative
 from tests.inference.evaluation.test_costs import OF_FOUR_LAYERS, OF_THREE_LAYERS
 from tests.inference.every_strategy import PROMPTS, make_model
@@ -101,7 +102,7 @@ def test_every_arm_has_a_row_of_where_its_time_went():
     assert terms["head"] == pytest.approx((5 * 0.1 + 3 * 0.3) / 4)
     rounds = round_terms(results, costs)
     header, *rows = (line.split() for line in round_table(rounds).splitlines())
-    assert [row[0] for row in rows] == [result.settings for result in results]
+    assert [row[0] for row in rows] == [shorten(result.settings) for result in results]
     for result, row in zip(results, rows, strict=True):
         of = dict(zip(header, row, strict=True))
         took = float(of["worth"]) / result.speedup
@@ -280,6 +281,12 @@ def test_a_strategy_tuned_under_other_conditions_is_named_and_not_taken(
     changes = "batch_size 2 (now 1), dtype float32 (now bfloat16), temperature 0.5 (now 0.0)"
     assert f" was tuned with {changes}, tune again for these\n" in err
     assert err.count("\n") == 2  # and the counts
+
+
+def test_a_share_above_one_is_refused(run_folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        tune_a_little(monkeypatch, run_folder, "--min_agreement", 7)
+    assert capsys.readouterr().err == "error: min_agreement: 7.0, give a share from 0 to 1\n"
 
 
 def test_drafts_that_do_not_fit_the_context_are_refused(run_folder, monkeypatch, capsys):

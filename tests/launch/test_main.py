@@ -1,5 +1,7 @@
 """`skipstone VERB` runs the module of the verb, and training under torchrun."""
 
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,15 @@ def test_help_lists_every_verb_and_each_is_a_command(monkeypatch, capsys):
         assert summary in text
         assert 'if __name__ == "__main__":' in Path(find_spec(module).origin).read_text()
     assert skipstone(monkeypatch) == 2
+
+
+def test_help_into_a_closed_pipe_is_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "launch.main", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_version(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from data.command_help import called_as
 from data.command_line import read_options
 from data.suggestion import suggest
 from train.config.config import TrainConfig
@@ -107,7 +108,7 @@ def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:
     return read_options(
         _CommandLine,
         words,
-        prog="train/main.py [PRESET]",
+        prog=f"{called_as('train/main.py')} [PRESET]",
         description=_description(origin),
         default=_CommandLine(config=base),
         synonyms=SYNONYMS | dict.fromkeys(PRESETS, "name the preset first"),

@@ -272,9 +272,19 @@ def test_prompts_take_the_rows_of_those_that_end(model):
         expected = [decode(model, [p], strategy, stop_tokens=stops).tokens[0] for p in prompts]
         assert len({len(row) for row in expected}) > 1, "rows were to end at different times"
         for batch_size in (2, 3):
-            generation = decode(model, prompts, strategy, batch_size=batch_size, stop_tokens=stops)
+            generation = Generation(
+                model, prompts, strategy,
+                max_new_tokens=20, batch_size=batch_size, stop_tokens=stops,
+            )  # fmt: skip
+            given = [emission for emissions in generation for emission in emissions]
             assert generation.tokens == expected
-            assert generation.counters.tokens == sum(map(len, expected))
+            counters = generation.counters
+            assert counters.tokens == sum(map(len, expected))
+            assert counters.accepted == sum(emission.accepted for emission in given)
+            assert counters.drafted == sum(emission.drafted for emission in given)
+            for emission in given:  # the drafts that the user got, and one token of the model's
+                assert 0 <= len(emission.tokens) - emission.accepted <= 1
+                assert emission.accepted <= emission.drafted
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=describe)

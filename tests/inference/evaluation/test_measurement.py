@@ -1,5 +1,7 @@
 """Costs, bound and comparison follow from the times and tokens measured."""
 
+from dataclasses import replace
+
 import pytest
 
 from inference.engine.sampling import Sampling
@@ -35,7 +37,11 @@ def test_costs_and_bound_worked_by_hand(monkeypatch):
     assert result.share_of_bound == pytest.approx(result.speedup / 2.5)
     assert plain.bound is early.bound is plain.draft_cost is None
     assert early.same_tokens == 1.0
-
-
-def test_tokens_that_differ_are_counted():
-    assert measurement._same_share([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == 0.75
+    assert result.first_difference is None
+    assert result.tokens == 10
+    # The last of three tokens ends the row in the midst of a round.
+    [whole] = measurement._decode(model, AUTOREGRESSIVE, workload, None).tokens
+    stopping = replace(workload, stop_tokens=(whole[2],))
+    plain, _, result = measure(model, arms, stopping, repeats=1, report=lines.append)
+    assert plain.tokens == result.tokens == whole.index(whole[2]) + 1
+    assert result.same_tokens == result.acceptance_rate == 1.0

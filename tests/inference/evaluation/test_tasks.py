@@ -29,6 +29,10 @@ def test_every_kind_of_file_is_read(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", "{", "line 1: no JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1: no JSON"),
+        ("a.jsonl", '{"document": ' + "1" * 5_000 + "}", "line 1: no JSON"),
+        ("b/a.jsonl", None, "cannot be read"),
+        ("b/a.parquet", None, "cannot be read"),
         ("a.jsonl", '{"document": "x"}', "line 1: no text in 'summary', give records with"),
         ("a.jsonl", "[1]", "no text in 'document'"),
         ("a.tsv", "document\tsummary\nonly one", "line 2: 1 columns but the first line names 2"),
@@ -37,7 +41,8 @@ def test_every_kind_of_file_is_read(tmp_path):
     ],
 )
 def test_a_file_that_is_something_else_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    if content is not None:
+        (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         list(read_examples(TASKS["xsum"], tmp_path / name))
     assert str(caught.value).startswith("task_file: ")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inference.engine.batch import Batch
+from inference.engine.counters import Counters
 from inference.strategies.beta_mixture import BetaMixture, RowThresholds, fit, fitted_threshold
 
 
@@ -137,7 +138,10 @@ def test_confidences_all_alike_give_no_nan():
 
 def thresholds_of(stream, cuts, prompts=((0, 400),)):
     """Feed rounds that end at `cuts`; return the threshold of every new token, prompt by prompt."""
-    state = SimpleNamespace(batch=Batch.empty(1, 800, torch.device("cpu")), sync_bool=bool)
+    batch = Batch.empty(1, 800, torch.device("cpu"))
+    state = SimpleNamespace(
+        batch=batch, sync_bool=bool, sync_list=torch.Tensor.tolist, counters=Counters()
+    )
     state.batch.prompt_lengths.fill_(5)
     memory = RowThresholds(state, exits=1, first=0.5, zeta=0.6, longest_round=8)
     found = []

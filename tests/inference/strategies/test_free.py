@@ -9,6 +9,7 @@ from inference.engine.sampling import Sampling
 from inference.strategies import free
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.free import Free
+from inference.strategies.registry import parse_strategy
 from models.rope import apply_rope
 from tests.inference.every_strategy import PROMPTS, decode, make_model
 from tests.inference.strategies.test_beta_mixture import slow_chance, slow_fit
@@ -84,6 +85,10 @@ def test_tokens_and_depths_are_those_of_the_slow_form(model, rule):
         assert found.counters.drafted <= (rule.max_pending - 1) * found.counters.rounds
     assert len(set(depths)) > 1 or rule.threshold == 0.0
     if rule.adapt:
+        assert f"{found.counters.thresholds.total()} times" in rule.remark(found.counters)
+        few = decode(model, PROMPTS, rule, max_new_tokens=32).counters
+        assert "stayed at" in rule.remark(few)
+        assert "after 32 new tokens" in rule.remark(few)
         fixed = decode(
             model, PROMPTS, replace(rule, adapt=False, zeta=Free.zeta), max_new_tokens=count
         )
@@ -233,3 +238,16 @@ def test_no_more_is_kept_than_rows_can_have(model):
     rule = Free(exits=(2,), threshold=0.3, adapt=True)
     plain = decode(model, PROMPTS, replace(rule, max_pending=28)).tokens
     assert decode(model, PROMPTS, replace(rule, max_pending=10**11)).tokens == plain
+
+
+def test_without_an_exit_all_is_plain_decoding():
+    one = make_model(1)
+    plain = decode(one, PROMPTS, Autoregressive()).tokens
+    for text in ("free", "free:adapt=true", "free:rollback=exact", "free:rollback=threshold"):
+        found = decode(one, PROMPTS, parse_strategy(text), batch_size=2)
+        assert found.tokens == plain
+    with pytest.raises(ValueError, match="exits: this model has 1 layer and no exit before it"):
+        decode(one, PROMPTS, Free(exits=(1,)))
+    for name in ("self_speculative", "dynamic"):
+        with pytest.raises(ValueError, match=f"strategy: {name} needs 2 layers"):
+            decode(one, PROMPTS, parse_strategy(name))

@@ -2,8 +2,9 @@
 
 import pytest
 
+from inference.evaluation.report import short_names
 from inference.strategies.early_exit import EarlyExit
-from inference.strategies.registry import STRATEGIES, describe, parse_strategy
+from inference.strategies.registry import STRATEGIES, describe, parse_strategy, shorten
 from inference.strategies.self_speculative import SelfSpeculative
 
 
@@ -71,3 +72,14 @@ def test_what_is_described_is_read_back(name):
 def test_text_that_cannot_be_read_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_strategy(text)
+
+
+def test_measured_settings_are_left_out_of_what_people_read():
+    plain = "dynamic:exits=1+2:ngram=2"
+    assert shorten(f"{plain}:draft_costs=0.2+0.3:verify_costs=1.1+1.2") == f"{plain}:..."
+    assert shorten(plain) == plain
+    assert shorten("self_speculative:E=2:d=3:stop=0.5") == "self_speculative:E=2:d=3:stop=0.5"
+    other = f"{plain}:draft_costs=0.2+0.3"
+    names = short_names([plain, other, f"{plain}:draft_costs=0.4+0.5"])
+    assert names[plain] == plain
+    assert names[other] == other, "two strategies are never called alike"
