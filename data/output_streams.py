@@ -63,8 +63,9 @@ def _report(error: Exception) -> None:
 
 
 def _write_no_more() -> None:
-    """Send what is left in the buffers nowhere: Python writes it at exit, and complains."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Send what cannot be written nowhere: Python tries again at exit, and complains."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            os.dup2(nowhere, stream.fileno())
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
