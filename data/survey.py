@@ -111,14 +111,38 @@ def survey_documents(
     if not keys:
         raise ValueError("input holds no documents, give files with text in them")
     all_keys, all_sizes = (np.frombuffer(each, dtype=np.uint64) for each in (keys, sizes))
+    is_pair = document.prompt_chars is not None
+    return _survey(
+        all_keys,
+        all_sizes,
+        first,
+        sample,
+        validation_fraction,
+        drop_duplicates,
+        is_pair,
+        fingerprint.hexdigest(),
+    )
+
+
+def _survey(
+    all_keys: npt.NDArray[np.uint64],
+    all_sizes: npt.NDArray[np.uint64],
+    first: str,
+    sample: "_Sample",
+    validation_fraction: float,
+    drop_duplicates: bool,
+    is_pair: bool,
+    fingerprint: str,
+) -> Survey:
+    """Split what was read; arguments as in `survey_documents`, `first` is the first text."""
     distinct, firsts, inverse = np.unique(all_keys, return_index=True, return_inverse=True)
     kept = None
     if drop_duplicates:
-        kept = np.zeros(len(keys), dtype=np.bool_)
+        kept = np.zeros(len(all_keys), dtype=np.bool_)
         kept[firsts] = True
     held_out_bytes = None
     cut = _cut(first, validation_fraction) if len(distinct) == 1 else None
-    if cut is not None and document.prompt_chars is not None:
+    if cut is not None and is_pair:
         raise ValueError("input holds 1 different pair, give one more to hold out")
     if cut is None:
         counted = all_sizes if kept is None else all_sizes * kept
@@ -128,13 +152,13 @@ def survey_documents(
         )
     else:
         held_out_key = document_key(document_digest(first[cut:]))
-        sample = _Sample(sample_bytes)
+        sample = sample.emptied()
         sample.add(held_out_key + 1, first[:cut])
     return Survey(
-        documents=len(keys),
-        duplicates=len(keys) - len(distinct),
+        documents=len(all_keys),
+        duplicates=len(all_keys) - len(distinct),
         text_bytes=int(all_sizes.sum() if kept is None else all_sizes[kept].sum()),
-        fingerprint=fingerprint.hexdigest(),
+        fingerprint=fingerprint,
         held_out_key=held_out_key,
         held_out_bytes=held_out_bytes,
         kept=kept,
@@ -229,6 +253,10 @@ class _Sample:
                 self._size -= len(left[2].encode())
                 if self._present is not None:
                     self._present.discard(left[:2])
+
+    def emptied(self) -> "_Sample":
+        """Return an empty sample of the same size."""
+        return _Sample(self._limit_bytes)
 
     def chunks(self, held_out_key: int, held_out_bytes: int | None) -> tuple[str, ...]:
         """Return the chunks of the documents that are not held out, in a fixed order."""
