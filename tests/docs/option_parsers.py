@@ -83,7 +83,8 @@ def parse_script(path, words, ranks=None):
     """
     if path == "train/main.py":
         no_file = mock.patch.object(training, "read_config", lambda _, base: base or demo())
-        with no_file, redirect_stdout(StringIO()):
+        no_fields = mock.patch.object(training, "given_fields", return_value=set())
+        with no_file, no_fields, redirect_stdout(StringIO()):
             command = training.parse(words, show=True)
         if ranks is not None:
             command.config.check(int(ranks))
