@@ -94,9 +94,10 @@ def evaluate_exits(
         sums += more_sums.cpu()
         bins += more_bins.cpu()
     means = (sums / predicted).tolist()
+    size = ratio or bytes_per_token
     exits = [
-        _quality(E, *mean, bins[E - 1], bytes_per_token=ratio or bytes_per_token)
-        for E, mean in enumerate(means, start=1)
+        _quality(E, loss, accuracy, agreement, bins[E - 1], bytes_per_token=size)
+        for E, (loss, accuracy, agreement) in enumerate(means, start=1)
     ]
     return exits, predicted
 
