@@ -35,6 +35,10 @@ class Windows(Protocol):
         """Return tokens and labels of sequence i, (seq,) int64 each."""
         ...
 
+    def spans(self) -> tuple[Ids, Ids]:
+        """Return the stream positions at which each sequence begins and ends, ascending."""
+        ...
+
 
 class StreamWindows:
     """The stream cut every `seq_len` tokens: a window may hold the end of one document, and more.
@@ -68,6 +72,11 @@ class StreamWindows:
         """Return tokens and labels of window i, (seq,) int64 each."""
         tokens, targets = self._stream.read_targets(i * self._seq_len, self._seq_len + 1)
         return tokens[:-1], targets[1:]
+
+    def spans(self) -> tuple[Ids, Ids]:
+        """Return the stream positions at which each window begins and ends, ascending."""
+        begins = np.arange(len(self)) * self._seq_len
+        return begins, begins + self._seq_len
 
 
 class DocumentWindows:
@@ -109,6 +118,11 @@ class DocumentWindows:
         tokens[:count], targets = self._stream.read_targets(self._begins[i], count)
         labels[: count - 1] = targets[1:]
         return tokens, labels
+
+    def spans(self) -> tuple[Ids, Ids]:
+        """Return the stream positions at which each window begins and ends, ascending."""
+        begins = np.asarray(self._begins, dtype=np.int64)
+        return begins, begins + self._counts
 
 
 def open_windows(

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +15,11 @@ from models.flops import total_params
 from models.llama import Llama
 from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
-from train.checkpoints.resume import Resumed, load_initial_weights, resume
+from train.checkpoints.resume import Resumed, resume
 from train.config.config import TrainConfig
-from train.loop.corpus import Corpus, open_corpus, train_loader
+from train.loop.corpus import Corpus, open_corpus
 from train.loop.layerskip import LayerSkipSchedule
-from train.loop.recovery import Ranges, RunState, run_state_from_dict
+from train.loop.run_state import RunState
 from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
@@ -30,6 +30,7 @@ from train.optimizer.optim import build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
 from train.parallel.titan import OptimizersContainer
+from train.resumed_rows import open_rows
 from train.run_folder.events import EventLog, State, append_event, goodput, starts, write_status
 from train.run_folder.preflight import check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
@@ -57,30 +58,19 @@ class Job:
     identity: RunIdentity
     checkpoints: CheckpointWriter
     resumed: Resumed
+    state: RunState
+    """The state to go on from: the checkpoint's, and the rows skipped by rollbacks since."""
 
     @property
     def checkpoint_folder(self) -> Path:
         """The folder of the run's checkpoints."""
         return self.config.run_dir / "checkpoints"
 
-    def initial_state(self) -> RunState:
-        """Return the state of the checkpoint, and the batches skipped by rollbacks since."""
-        ranges = [
-            (first, stop)
-            for event in self.events.read()
-            if event["kind"] == "rollback"
-            for first, stop in [event["skipped"]]
-        ]
-        return run_state_from_dict(self.resumed.state).skipping(
-            self.runtime.gather(ranges)[0]  # rank 0's: it alone writes the events
-        )
-
-    def batches(self, start: int, skipped: Ranges) -> Iterator[tuple[int, list[Microbatch]]]:
+    def batches(self, start: int, state: RunState) -> Iterator[tuple[int, list[Microbatch]]]:
         """Yield (t, this rank's microbatches) from step `start` to the last."""
         return self.loader.batches(
-            start,
+            state.step_rows(start, self.config.data.global_batch_size),
             self.config.steps,
-            skipped=skipped,
             pin_memory=self.runtime.device.type == "cuda",
         )
 
@@ -132,10 +122,21 @@ class Job:
 
 
 @contextmanager
-def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> Iterator[Job]:
+def open_job(
+    config: TrainConfig,
+    runtime: Runtime,
+    interruption: Interruption,
+    given: Collection[str] = (),
+) -> Iterator[Job]:
     """Lock the run folder, build everything and load the newest checkpoint.
 
     A failure of the `with` block is recorded in the run's events and status.
+
+    Args:
+        config: The run.
+        runtime: This rank.
+        interruption: Whether this process was requested to stop.
+        given: The fields that the user has given, which may differ from the checkpoint's.
 
     Raises:
         ValueError: On rank 0, if the run cannot begin.
@@ -159,7 +160,7 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
                 record=partial(_record_hang, run_dir / "events.jsonl"),
             )
         )
-        job = _build(config, runtime, interruption, sections, lock, events, stack)
+        job = _build(config, runtime, interruption, sections, lock, events, stack, given)
         if job.resumed.t < config.steps:
             _record_start(config, runtime, events, job.resumed.t)
         yield job
@@ -173,9 +174,10 @@ def _build(
     lock: RunLock,
     events: EventLog,
     stack: ExitStack,
+    given: Collection[str],
 ) -> Job:
     """Open the data, build the model, and load the newest checkpoint."""
-    corpus, loader, held_out = _open_data(config, runtime)
+    corpus, held_out = _open_data(config, runtime)
     model, optimizer = _build_model(config, runtime)
     identity = RunIdentity(
         model=config.model,
@@ -185,9 +187,10 @@ def _build(
         data_fingerprint=corpus.fingerprint,
     )
     folder, settings = config.run_dir / "checkpoints", config.checkpoint
-    resumed = resume(folder, model, optimizer, config=settings, identity=identity, runtime=runtime)
-    if resumed.t == 0 and settings.init_from:
-        load_initial_weights(settings.init_from, model, runtime=runtime)
+    resumed = resume(
+        folder, model, optimizer, config=settings, identity=identity, runtime=runtime, given=given
+    )
+    state, loader = open_rows(config, runtime, corpus, resumed, events)
     writer = CheckpointWriter(
         folder, model, optimizer, config=settings, identity=identity, runtime=runtime
     )
@@ -211,6 +214,7 @@ def _build(
         identity=identity,
         checkpoints=stack.enter_context(writer),
         resumed=resumed,
+        state=state,
     )
 
 
@@ -223,20 +227,17 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
     return model, build_optimizer(model, config.optim)
 
 
-def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoader, HeldOut]:
+def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, HeldOut]:
     """Open the datasets; rank 0 first prepares what is missing."""
-    data, seed = config.data, config.seed
+    data = config.data
     corpus = runtime.main_first(lambda: open_corpus(data, config.model.vocab_size))
     if data.verify_shards:
         rank, ranks = runtime.rank, runtime.world_size
         for dataset in corpus.datasets:
             runtime.on_every_rank(partial(verify_shards, dataset, part=rank, parts=ranks))
-    loader = runtime.on_every_rank(
-        lambda: train_loader(corpus, data, runtime, seed, steps=config.steps)
-    )
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     bos_id = corpus.bos_id if data.mask_documents else None
-    return corpus, loader, HeldOut(windows, data.seq_len, bos_id)
+    return corpus, HeldOut(windows, data.seq_len, bos_id)
 
 
 def _record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from data.command_line import read_options
 from data.suggestion import suggest
-from train.config.config import TrainConfig
+from train.config.config import TrainConfig, flat_fields
 from train.config.config_file import read_config
 from train.config.presets import PRESETS
 from train.config.synonyms import SYNONYMS
@@ -50,6 +50,8 @@ class Command:
     """The run."""
     dry_run: DryRun | None
     """Plan the run for this machine and end; None trains."""
+    given: frozenset[str]
+    """The fields that the user has given a value, by their full names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,18 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     config = line.config
     if line.tokens is not None:
         config = dataclasses.replace(config, steps=_steps(line.tokens, config, given))
-    return Command(config, line.machine if line.dry_run else None)
+        given.add("steps")
+    start = config.checkpoint
+    if {"checkpoint.init_from", "checkpoint.resume_from"} <= given and (
+        start.init_from and start.resume_from
+    ):
+        raise ValueError(
+            f"checkpoint.init_from: {start.init_from}, but checkpoint.resume_from is given too, "
+            "leave one of them out: the first starts from weights alone, the second goes on"
+        )
+    if line.file is not None:
+        given.update(name for name, _ in flat_fields(config.as_dict()))
+    return Command(config, line.machine if line.dry_run else None, frozenset(given))
 
 
 def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:

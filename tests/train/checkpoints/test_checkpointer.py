@@ -15,7 +15,7 @@ from models.checkpoint_format import TensorReader, checkpoint_steps, load_model,
 from tests.distributed import run_distributed
 from tests.train import tiny
 from train.checkpoints import checkpointer
-from train.checkpoints.checkpointer import CheckpointConfig
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import checkpoint_bytes
 from train.optimizer.optim import OptimConfig
 from train.parallel.runtime import RuntimeConfig, start_runtime
