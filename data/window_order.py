@@ -110,6 +110,8 @@ def order_after(
     """
     epoch, read = 0, (np.empty(0, np.int64), np.empty(0, np.int64))
     for stretch, windows in zip(stretches[:-1], cut, strict=False):
+        if not stretch.turns:
+            continue
         left, _ = _left(windows, read)
         order = WindowOrder(len(windows), seed=seed, epoch=epoch, left=left)
         epoch, indices, whole = order.epoch_in_progress(stretch.turns)

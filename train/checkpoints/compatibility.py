@@ -32,6 +32,8 @@ _PLAIN = (
     *("data.mask_documents", "model.max_seq_len"),
 )
 _SOURCES = {"data.path", "data.also"}
+# Said where they are used.
+_OWN = ("checkpoint.resume_from", "checkpoint.step", "checkpoint.allow_config_changes")
 _HARMFUL = ("parallel.param_dtype", "parallel.reduce_dtype", "parallel.float8")
 ABSENT = object()
 """The value of a field that a configuration lacks."""
@@ -92,7 +94,7 @@ def check_config(
         ValueError: Naming every refused field, one line each.
     """
     config, same_data = identity.config, manifest.data_fingerprint == identity.data_fingerprint
-    changes = list(differences(manifest.config, config))
+    changes = [c for c in differences(manifest.config, config) if c[0] not in _OWN]
     if not same_data and not {field for field, *_ in changes} & _SOURCES:
         raise ValueError(_other_data(path, "data_fingerprint", manifest, identity))
     refused = []
@@ -115,10 +117,22 @@ def check_config(
             )
     if refused:
         raise ValueError("\n".join(refused))
-    if config.get("steps", manifest.step) < manifest.step:
-        raise ValueError(
-            f"steps: {config['steps']}, but {manifest.step} are done, give at least as many"
-        )
+
+
+def check_steps(manifest: Manifest, steps: int, *, more: bool) -> None:
+    """Refuse fewer steps than are done.
+
+    Args:
+        manifest: Of the checkpoint to go on from.
+        steps: Steps of the run.
+        more: Refuse as many, too.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if steps < manifest.step + more:
+        least = "more" if more else "at least as many"
+        raise ValueError(f"steps: {steps}, but {manifest.step} are done, give {least}")
 
 
 def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:

@@ -17,6 +17,7 @@ from train.checkpoints.compatibility import (
     check_identity,
     check_optimizer,
     check_origin,
+    check_steps,
 )
 from train.checkpoints.content import RunIdentity, training_tensors
 from train.checkpoints.folder import ABANDONED, clean_up, set_aside
@@ -86,6 +87,7 @@ def resume(
         check_identity(path, manifest, identity)
         check_optimizer(path, tensors["optimizer"])
         check_config(path, manifest, identity, given=given, allow=allow)
+        check_steps(manifest, identity.config["steps"], more=bool(branched_from))
 
     runtime.on_every_rank(check)
     load_tensors(path, tensors, runtime)

@@ -279,6 +279,9 @@ def test_the_size_is_known_before(runtime, tmp_path, name):
 
 def test_problems_name_the_field():
     assert CheckpointConfig().problems() == []
+    assert CheckpointConfig(step=3).problems() == [
+        "checkpoint.step: 3 without checkpoint.resume_from, name the run to branch off"
+    ]
     assert CheckpointConfig(max_failures=0, keep_every_steps=-1).problems() == [
         "checkpoint.keep_every_steps: -1, must be at least 0",
         "checkpoint.max_failures: 0, must be at least 1",
