@@ -23,7 +23,8 @@ class CheckpointConfig:
     final_model: Literal["none", "float32", "bfloat16"] = "none"
     """Also write the weights alone to the run's folder `model` at the end, in this dtype."""
     allow_config_changes: bool = False
-    """Resume also where fields of the configuration that affect the result have changed."""
+    """Resume also where fields of the configuration that affect the result have changed. Steps,
+    batch size, sequence length, packing, weights and sources need only be given."""
     init_from: str = ""
     """Run or checkpoint folder whose weights a new run starts from (continual training,
     finetuning). Empty: random weights. A run with checkpoints of its own resumes from them."""

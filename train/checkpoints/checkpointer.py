@@ -1,8 +1,8 @@
 """Write checkpoints in the background: into a temporary folder, hashed, then renamed.
 
-A checkpoint holds t, the weights, the optimizer's moments and a little JSON: the data order, the
-curriculum, layer dropout and the learning rate are pure functions of t. It is loaded in
-`train/checkpoints/resume.py`.
+A checkpoint holds t, the weights, the optimizer's moments and a little JSON: the data order is a
+pure function of the rows read, curriculum, layer dropout and learning rate are of t. It is loaded
+in `train/checkpoints/resume.py`.
 """
 
 import json

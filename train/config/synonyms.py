@@ -20,7 +20,7 @@ _OPTIONS = {
     "min_lr lr_min": "optim.min_lr_ratio",
     "grad_clip clip_grad clip_grad_norm gradient_clip gradient_clip_val max_norm":
         "optim.max_grad_norm",
-    "max_steps num_steps train_steps total_steps iterations iters max_iters": "steps",
+    "step max_steps num_steps train_steps total_steps iterations iters max_iters": "steps",
     "max_tokens num_tokens train_tokens": "tokens",
     "config_file conf yaml": "config",
     "output output_folder out out_dir outdir save_dir checkpoint_dir": "output_dir",

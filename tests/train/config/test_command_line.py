@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line_on_every_rank(words, message, capfd, monkeypatch)
         ("lr learning_rate learning-rate max_lr optim.learning_rate", "--optim.lr?"),
         ("batch_size batchsize train_batch_size data.batch_size", "--data.global_batch_size?"),
         ("micro_batch_size per_device_train_batch_size", "--data.microbatch_size?"),
-        ("max_steps train_steps iterations", "--steps?"),
+        ("step max_steps train_steps iterations", "--steps?"),
         ("seq_length context_length block_size", "--data.seq_len?"),
         ("num_layers num_hidden_layers", "--model.n_layers?"),
         ("hidden_size d_model n_embd", "--model.dim?"),
