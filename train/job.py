@@ -16,6 +16,7 @@ from models.llama import Llama
 from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
 from train.checkpoints.resume import Resumed, resume
+from train.checkpoints.start import check_start
 from train.config.config import TrainConfig
 from train.loop.corpus import Corpus, open_corpus
 from train.loop.layerskip import LayerSkipSchedule
@@ -228,8 +229,9 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
 
 
 def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, HeldOut]:
-    """Open the datasets; rank 0 first prepares what is missing."""
-    data = config.data
+    """Check what the run starts from, and open the datasets; rank 0 prepares what is missing."""
+    data, start = config.data, config.checkpoint
+    runtime.on_every_rank(lambda: check_start(config.run_dir / "checkpoints", start))
     corpus = runtime.main_first(lambda: open_corpus(data, config.model.vocab_size))
     if data.verify_shards:
         rank, ranks = runtime.rank, runtime.world_size

@@ -1,20 +1,28 @@
 """What may change when a run resumes or branches off another, and what it then reads."""
 
 import json
+import logging
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from data.mixture import Mixture
 from data.preparation import PrepareConfig, prepare
-from models.checkpoint_format import read_manifest
+from models.checkpoint_format import Manifest, read_manifest
 from tests.conftest import ROOT
 from tests.faults.state import fingerprint, records
 from tests.models.test_checkpoint_format import edit_manifest
+from tests.train import tiny
 from tests.training import Training
 from train import main as command
+from train.checkpoints.resume import Resumed
+from train.loop.corpus import DataConfig, open_corpus
+from train.loop.recovery import RecoveryConfig, skip_after_rollback
+from train.loop.run_state import RunState
 from train.main import main
+from train.resumed_rows import checkpoint_state, resumed_state, with_reading
 
 OFTEN = {"metrics__interval_steps": 1, "validate__interval_steps": 0, "checkpoint__keep_latest": 0}
 
@@ -59,9 +67,10 @@ class Runs:
 
 
 @pytest.fixture
-def runs(training, trained, monkeypatch):
+def runs(training, trained, monkeypatch, caplog):
     """Return a copy of that run, to go on with."""
     monkeypatch.setattr(command, "start_logging", lambda: None)
+    caplog.set_level(logging.INFO)
     shutil.copytree(trained, training.output)
     found, read = Runs(training), Mixture.read
 
@@ -152,9 +161,16 @@ def test_a_recipe_changes_with_the_flag_alone_and_nothing_by_a_forgotten_option(
         " layer_dropout.p_max",
         " early_exit.e_scale",
     ]
+    tokens = {"steps": 12, "tokens": 12 * 16 * 8, "data__global_batch_size": 4}
+    del runs.training.fields["steps"], tokens["steps"]
+    assert runs.run(**tokens) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: tokens: 1,024 were read in 8 steps, of another size than the 64 now, give --steps "
+        "16 in place of --tokens"
+    )
     assert runs.run(steps=7) == 2
     assert capsys.readouterr().err.startswith("error: steps: 7, but 8 are done, give at least")
-    del runs.training.fields["steps"], runs.training.fields["data.seq_len"]
+    del runs.training.fields["data.seq_len"]
     assert runs.run(model__max_seq_len=256) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
@@ -213,3 +229,36 @@ def test_rows_skipped_by_a_rollback_stay_skipped_at_another_batch_size(runs):
     # A mixture of other windows begins beyond all rows that are skipped.
     assert np.diff(runs.rows).tolist() == [1] * 7
     assert runs.rows[0] == 75
+
+
+def test_a_rollback_past_a_change_of_windows_skips_the_rows_of_both(corpus):
+    """The rows after the checkpoint are of the mixture that was rolled back from."""
+    config = DataConfig(path=str(corpus), seq_len=8, global_batch_size=4)
+    opened = open_corpus(config, 400)
+    before = opened.unread(replace(config, seq_len=16))
+    stored = RunState(rows=40, tokens=640, reading=before)
+    manifest = Manifest(
+        step=5, model=tiny.MODEL, config={"data": {"global_batch_size": 8, "seq_len": 16}},
+        tokenizer_fingerprint="", data_fingerprint="", world_size=1, versions={}, files={},
+    )  # fmt: skip
+    resumed = Resumed(5, stored.as_dict(), manifest)
+    changed = with_reading(stored, resumed, opened, config, seed=0)
+    assert changed.next_row == changed.reading.start == 40
+    later = replace(changed, rows=80)
+    back = later.back_at(checkpoint_state(resumed))
+    skipped = skip_after_rollback(back.next_row, later.last_row, 4, RecoveryConfig(skip_batches=2))
+    assert skipped == (40, 80)
+    goes_on = back.skipping([skipped])
+    assert (goes_on.rows, goes_on.next_row) == (40, 80)
+    # A restart from that checkpoint, before the next one is written, goes on at the same tokens.
+    event = {"kind": "rollback", "skipped_rows": skipped, "reading": asdict(later.reading)}
+    event = json.loads(json.dumps(event))
+    restarted = resumed_state(resumed, [event], config)
+    restarted = with_reading(restarted, resumed, opened, config, seed=0)
+    assert restarted == goes_on
+    # Also where the windows are changed back.
+    wide = replace(config, seq_len=16)
+    again = with_reading(resumed_state(resumed, [event], wide), resumed, opened, wide, seed=0)
+    assert again.next_row == 80
+    [source] = again.reading.sources
+    assert [(s.seq_len, s.turns) for s in source.stretches] == [(16, 40), (8, 40), (16, 0)]

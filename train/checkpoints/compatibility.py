@@ -1,6 +1,7 @@
 """Check whether a run may resume from a checkpoint: same model, data and configuration."""
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from os.path import normpath
@@ -104,7 +105,7 @@ def check_config(
         # A field that only one of the two versions has is no change by the user.
         one_version = before is ABSENT or after is ABSENT
         if allow or one_version or (field in given if plain else is_harmless(field)):
-            logger.warning("config: %s %s from step %d on", field, how, manifest.step)
+            logger.info("config: %s %s from step %d on", field, how, manifest.step)
         elif plain:
             refused.append(
                 f"{field}: {how}, give {_option(field, before)} to go on as before, or "
@@ -119,20 +120,38 @@ def check_config(
         raise ValueError("\n".join(refused))
 
 
-def check_steps(manifest: Manifest, steps: int, *, more: bool) -> None:
-    """Refuse fewer steps than are done.
+def check_steps(
+    manifest: Manifest, config: dict[str, Any], *, given: Collection[str], more: bool
+) -> None:
+    """Refuse fewer steps than are done, and --tokens where steps were of another size.
 
     Args:
         manifest: Of the checkpoint to go on from.
-        steps: Steps of the run.
+        config: The resolved configuration to go on with.
+        given: The fields that the user has given.
         more: Refuse as many, too.
 
     Raises:
-        ValueError: If there are fewer.
+        ValueError: Naming the steps to give.
     """
-    if steps < manifest.step + more:
+    done, steps = manifest.step, config["steps"]
+    if "tokens" in given:
+        per_step = _tokens_per_step(config)
+        read = manifest.state.get("tokens", done * _tokens_per_step(manifest.config))
+        right = done + max(math.ceil((steps * per_step - read) / per_step), 0)
+        if right != steps:
+            raise ValueError(
+                f"tokens: {read:,} were read in {done} steps, of another size than the "
+                f"{per_step:,} now, give --steps {right} in place of --tokens"
+            )
+    if steps < done + more:
         least = "more" if more else "at least as many"
-        raise ValueError(f"steps: {steps}, but {manifest.step} are done, give {least}")
+        raise ValueError(f"steps: {steps}, but {done} are done, give {least}")
+
+
+def _tokens_per_step(config: dict[str, Any]) -> int:
+    size: int = config["data"]["global_batch_size"] * config["data"]["seq_len"]
+    return size
 
 
 def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:

@@ -87,7 +87,7 @@ def resume(
         check_identity(path, manifest, identity)
         check_optimizer(path, tensors["optimizer"])
         check_config(path, manifest, identity, given=given, allow=allow)
-        check_steps(manifest, identity.config["steps"], more=bool(branched_from))
+        check_steps(manifest, identity.config, given=given, more=bool(branched_from))
 
     runtime.on_every_rank(check)
     load_tensors(path, tensors, runtime)

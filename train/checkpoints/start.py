@@ -25,6 +25,23 @@ Prefixes = tuple[str, ...]
 OWN_EXITS, ROUTERS = "own_exits.", "routers."
 
 
+def check_start(folder: Path, config: CheckpointConfig) -> None:
+    """Refuse what a new run cannot start from because it is not there, before anything is built.
+
+    Args:
+        folder: The run's own checkpoints, from which it resumes if there are any.
+        config: What a new run starts from.
+
+    Raises:
+        ValueError: If there is no such checkpoint; the message names those there are.
+    """
+    if not checkpoint_steps(folder):
+        if config.resume_from:
+            _find_step(Path(config.resume_from), config.step)
+        elif config.init_from:
+            find_checkpoint(Path(config.init_from), "checkpoint.init_from")
+
+
 def branching_point(config: CheckpointConfig, runtime: Runtime) -> tuple[Path, Manifest]:
     """Return the checkpoint of another run that this one branches off, verified."""
     path = runtime.on_every_rank(lambda: _find_step(Path(config.resume_from), config.step))
@@ -98,7 +115,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     logger.info("checkpoint: starting from the weights of %s", path)
     assert isinstance(found, Manifest)
     if found.model.max_seq_len != shape.max_seq_len:
-        logger.warning(
+        logger.info(
             "checkpoint: they were trained with a context of %d tokens, and go on with %d",
             found.model.max_seq_len,
             shape.max_seq_len,

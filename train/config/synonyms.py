@@ -47,8 +47,8 @@ _REMEDIES = {
     "epochs epoch num_epochs num_train_epochs max_epochs":
         "set --steps or --tokens; the first lines of a run count the epochs",
     "resume resume_from resume_from_checkpoint auto_resume":
-        "leave it out, the same command resumes; with another --name, --checkpoint.init_from "
-        "starts from given weights",
+        "leave it out, the same command resumes; with another --name, --checkpoint.resume_from "
+        "branches a run off and --checkpoint.init_from starts from given weights",
     "tokenizer tokenizer_path tokenizer_name":
         "leave it out, a dataset has its own: python -m data.prepare --tokenizer MODEL",
     "gpus num_gpus devices nproc_per_node nproc num_processes world_size nnodes num_nodes":

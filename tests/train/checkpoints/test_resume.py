@@ -197,6 +197,7 @@ def test_what_does_not_decide_the_result_may_change(field):
 
 
 def test_every_source_may_be_found_elsewhere(run, runtime, caplog):
+    caplog.set_level(logging.INFO)
     folder = run / "checkpoints" / "step-00000008"
     sources = {"path": "a/one", "also": ["a/two"]}
     edit_manifest(folder, lambda fields: fields["config"].update(data=sources))
@@ -224,8 +225,9 @@ def test_changes_that_decide_the_result_are_refused_together(run, runtime, caplo
     assert "give --steps 8 to go on as before, or --steps 9 to change it from step 8" in lines[0]
     assert "--checkpoint.allow_config_changes True" in lines[1]
     caplog.clear()
+    caplog.set_level(logging.INFO, "train.checkpoints.compatibility")
     assert go_on(run, runtime, allow_config_changes=True, **changes)[0] == 8
-    printed = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    printed = [message for message in caplog.messages if message.startswith("config: ")]
     assert printed == [
         "config: name was tiny, is other from step 8 on",
         "config: steps was 8, is 9 from step 8 on",
