@@ -22,7 +22,8 @@ from data.command_line import run_command
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.flops import total_params
-from train.checkpoints.checkpointer import CheckpointConfig, CheckpointWriter
+from train.checkpoints.checkpoint_config import CheckpointConfig
+from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity
 from train.optimizer.optim import OptimConfig, build_optimizer
 from train.parallel.parallelize import ParallelConfig, build_model

@@ -1,20 +1,20 @@
-"""Batches out of a mixture of sources, as a pure function of (seed, batch number).
+"""Batches out of a mixture of sources, as a pure function of the seed and the rows' numbers.
 
 Independent of the model, of files and of process groups: rank and world size are numbers here.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from data.mixture import Mixture
 from data.shards import NO_LOSS
+from data.step_rows import Ids, StepRows
 from data.windows import document_numbers
 
 
@@ -56,30 +56,12 @@ class Microbatch:
         )
 
 
-def batch_number(t: int, skipped: Sequence[tuple[int, int]]) -> int:
-    """Return the global batch of step `t`: the t-th number, from 0, that is not skipped.
-
-    Args:
-        t: optimizer step, from 0.
-        skipped: half-open ranges [start, stop) of batch numbers that are never used, in any
-            order; they may overlap.
-    """
-    number, behind = t, 0  # `behind` is the end of the ranges so far.
-    for start, stop in sorted(skipped):
-        if start > number:
-            break
-        number += max(stop - max(start, behind), 0)
-        behind = max(stop, behind)
-    return number
-
-
 class TokenLoader:
-    """Distributes the rows of a mixture over steps, ranks and microbatches.
+    """Distributes the rows of a global batch over ranks and microbatches.
 
-    Row j of global batch b is row b * global_batch_size + j of the mixture: a batch may hold the
-    end of one epoch and the start of the next. Microbatch m holds the global rows
-    [m, m + 1) * world_size * microbatch_size, of which rank r takes the r-th part: the global
-    batch is the same for any number of ranks.
+    A batch may hold the end of one epoch and the start of the next. Microbatch m holds the rows
+    [m, m + 1) * world_size * microbatch_size of the batch, of which rank r takes the r-th part: the
+    global batch is the same for any number of ranks.
 
     Args:
         mixture: the rows, endless.
@@ -125,66 +107,55 @@ class TokenLoader:
         self._world_size = world_size
         self._bos_id, self._eos_id = bos_id, eos_id
 
-    def epochs(self, number: int) -> list[float]:
-        """Return the epochs of each source that precede global batch `number`."""
-        return self.mixture.epochs(number * self.global_batch_size)
+    def batch(self, rows: Ids) -> list[Microbatch]:
+        """Return this rank's microbatches of a global batch, in order.
 
-    def batch(self, number: int) -> list[Microbatch]:
-        """Return this rank's microbatches of global batch `number`, from 0, in order."""
-        rows = np.arange(self.global_batch_size)
-        rows = rows.reshape(-1, self._world_size, self._microbatch_size)[:, self._rank]
-        return [self._read(rows[m], number) for m in range(len(rows))]
+        Args:
+            rows: (global_batch_size,) int64, the numbers of its rows in the mixture.
+        """
+        samples = np.arange(self.global_batch_size)
+        samples = samples.reshape(-1, self._world_size, self._microbatch_size)[:, self._rank]
+        return [self._read(rows[samples[m]], samples[m]) for m in range(len(samples))]
 
     def batches(
-        self,
-        start: int,
-        stop: int,
-        *,
-        skipped: Sequence[tuple[int, int]] = (),
-        depth: int = 2,
-        pin_memory: bool = False,
+        self, rows: StepRows, stop: int, *, depth: int = 2, pin_memory: bool = False
     ) -> Iterator[tuple[int, list[Microbatch]]]:
-        """Yield (t, batch(batch_number(t, skipped))) for t in [start, stop).
+        """Yield (t, batch(rows.at(t))) for t in [rows.step, stop).
 
         A background thread reads ahead. It ends with the iterator, also when the caller closes it
         early.
 
         Args:
-            start: first step.
+            rows: the rows of every step, from the first on.
             stop: step after the last.
-            skipped: half-open ranges of batch numbers that are never used, see `batch_number`.
             depth: batches to hold ready, at least 1.
             pin_memory: put them in page-locked memory, where there is CUDA.
         """
         pin = pin_memory and torch.cuda.is_available()
-        numbers = (batch_number(t, skipped) for t in range(start, stop))
+        steps = iter(range(rows.step, stop))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader") as reader:
             ahead: deque[Future[list[Microbatch]]] = deque()
-            for number in islice(numbers, depth):
-                ahead.append(reader.submit(self._load, number, pin=pin))
-            for t in range(start, stop):
+            for t in islice(steps, depth):
+                ahead.append(reader.submit(self._load, rows.at(t), pin=pin))
+            for t in range(rows.step, stop):
                 batch = ahead.popleft().result()
-                for number in islice(numbers, 1):
-                    ahead.append(reader.submit(self._load, number, pin=pin))
+                for next_t in islice(steps, 1):
+                    ahead.append(reader.submit(self._load, rows.at(next_t), pin=pin))
                 yield t, batch
 
-    def _load(self, number: int, *, pin: bool) -> list[Microbatch]:
-        """Return batch(number), in page-locked memory where `pin` is True."""
-        batch = self.batch(number)
+    def _load(self, rows: Ids, *, pin: bool) -> list[Microbatch]:
+        """Return batch(rows), in page-locked memory where `pin` is True."""
+        batch = self.batch(rows)
         return [microbatch.pin_memory() for microbatch in batch] if pin else batch
 
-    def _read(self, samples: npt.NDArray[np.int64], number: int) -> Microbatch:
-        """Read one microbatch: rows of global batch `number`, (batch,) int64."""
-        tokens, labels = self.mixture.read(number * self.global_batch_size + samples)
+    def _read(self, rows: Ids, samples: Ids) -> Microbatch:
+        """Read one microbatch: rows of the mixture, and their indices in the global batch."""
+        tokens, labels = self.mixture.read(rows)
         return microbatch(tokens, labels, samples, self._bos_id, self._eos_id)
 
 
 def microbatch(
-    tokens: npt.NDArray[np.int64],
-    labels: npt.NDArray[np.int64],
-    samples: npt.NDArray[np.int64],
-    bos_id: int | None,
-    eos_id: int | None = None,
+    tokens: Ids, labels: Ids, samples: Ids, bos_id: int | None, eos_id: int | None = None
 ) -> Microbatch:
     """Return a microbatch of some rows; without `bos_id`, attention crosses their documents."""
     documents = None if bos_id is None else document_numbers(tokens, bos_id, eos_id)

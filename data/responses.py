@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.shards import NO_LOSS, TokenStream
+from data.windows import find_documents
 
 Ids = npt.NDArray[np.int64]
 _SCAN = 2**22
@@ -25,21 +26,24 @@ class Responses:
     """The least length that keeps all responses whole."""
 
 
-def measure_responses(stream: TokenStream, bos_id: int, seq_len: int) -> Responses:
+def measure_responses(stream: TokenStream, bos_id: int, eos_id: int, seq_len: int) -> Responses:
     """Return how many responses are lost or cut in documents of `seq_len` tokens.
 
-    Reads the stream once, in blocks.
+    Reads the stream in blocks.
 
     Args:
         stream: Of pairs, whose prompts are not learnt.
         bos_id: The first token of every document.
+        eos_id: The last one, which may be the same.
         seq_len: Tokens of a document that are read.
     """
     found = np.zeros(4, np.int64)
+    starts = find_documents(stream, bos_id, eos_id)
     begin, learnt, within, last = 0, 0, 0, 0  # of the document that the next block goes on with
     for start in range(0, len(stream), _SCAN):
-        tokens, targets = stream.read_targets(start, min(_SCAN, len(stream) - start))
-        begins = np.concatenate([[begin], start + np.flatnonzero(tokens == bos_id)])
+        _, targets = stream.read_targets(start, min(_SCAN, len(stream) - start))
+        first, stop = np.searchsorted(starts, [start, start + len(targets)])
+        begins = np.concatenate([[begin], starts[first:stop]])
         labels = start + np.flatnonzero(targets != NO_LOSS)
         document = np.searchsorted(begins, labels, side="right") - 1
         offset = labels - begins[document]

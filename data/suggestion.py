@@ -44,4 +44,6 @@ def _nearest(name: str, known: Sequence[str], synonyms: Mapping[str, str]) -> li
     if last in tails:
         return [option for option in known if option.rpartition(".")[2] == last]
     near = get_close_matches(name, known, n=1)
-    return near or [tails[tail] for tail in get_close_matches(last, tails, n=1)]
+    if near or len(last) < 3:  # two letters are like too many words
+        return near
+    return [tails[tail] for tail in get_close_matches(last, tails, n=1)]

@@ -35,6 +35,10 @@ class Windows(Protocol):
         """Return tokens and labels of sequence i, (seq,) int64 each."""
         ...
 
+    def spans(self) -> tuple[Ids, Ids]:
+        """Return the stream positions at which each sequence begins and ends, ascending."""
+        ...
+
 
 class StreamWindows:
     """The stream cut every `seq_len` tokens: a window may hold the end of one document, and more.
@@ -69,6 +73,11 @@ class StreamWindows:
         tokens, targets = self._stream.read_targets(i * self._seq_len, self._seq_len + 1)
         return tokens[:-1], targets[1:]
 
+    def spans(self) -> tuple[Ids, Ids]:
+        """Return the stream positions at which each window begins and ends, ascending."""
+        begins = np.arange(len(self)) * self._seq_len
+        return begins, begins + self._seq_len
+
 
 class DocumentWindows:
     """Whole documents, as many as fit, one after the other; the rest of a window is padding.
@@ -84,7 +93,7 @@ class DocumentWindows:
         self, stream: TokenStream, seq_len: int, bos_id: int, eos_id: int | None = None
     ) -> None:
         _check(seq_len)
-        starts = _find(stream, bos_id, eos_id)
+        starts = find_documents(stream, bos_id, eos_id)
         if not len(starts):
             raise ValueError(f"data of {len(stream)} tokens has no document, prepare it again")
         lengths = np.diff(starts, append=len(stream))
@@ -111,6 +120,11 @@ class DocumentWindows:
         tokens[:count], targets = self._stream.read_targets(self._begins[i], count)
         labels[: count - 1] = targets[1:]
         return tokens, labels
+
+    def spans(self) -> tuple[Ids, Ids]:
+        """Return the stream positions at which each window begins and ends, ascending."""
+        begins = np.asarray(self._begins, dtype=np.int64)
+        return begins, begins + self._counts
 
 
 def open_windows(
@@ -164,8 +178,14 @@ def _check(seq_len: int) -> None:
         raise ValueError(f"seq_len {seq_len} must be at least 1")
 
 
-def _find(stream: TokenStream, bos_id: int, eos_id: int | None) -> Ids:
-    """Return the stream positions at which documents start, (documents,) int64."""
+def find_documents(stream: TokenStream, bos_id: int, eos_id: int | None) -> Ids:
+    """Return the stream positions at which documents start, (documents,) int64.
+
+    Args:
+        stream: Of whole documents.
+        bos_id: The first token of every document.
+        eos_id: The last one, which may be the same; None: another.
+    """
     found = [np.empty(0, np.int64)]
     for begin in range(0, len(stream), _SCAN):
         before = min(begin, 1)  # the token that a start may have to follow

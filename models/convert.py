@@ -57,6 +57,8 @@ class Source:
     """The resolved configuration it was trained with; {} if unknown."""
     step: int
     data_fingerprint: str
+    tokens: int | None
+    """Tokens read in training; None if unknown."""
     checkpoint: Path | None
     """The checkpoint of these very weights; None if there is none."""
     note: str = ""
@@ -78,6 +80,7 @@ def read_source(options: Options) -> Source:
         checkpoint = find_checkpoint(options.input, "input")
         own = checkpoint / TOKENIZER
         manifest, state = read_checkpoint(checkpoint)
+        tokens = manifest.state.get("tokens")
         source = Source(
             config=manifest.model,
             state=state,
@@ -86,6 +89,7 @@ def read_source(options: Options) -> Source:
             training=manifest.config,
             step=manifest.step,
             data_fingerprint=manifest.data_fingerprint,
+            tokens=tokens if isinstance(tokens, int) else None,
             checkpoint=checkpoint,
         )
     if source.tokenizer.vocab_size > source.config.vocab_size:
@@ -131,6 +135,7 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
         training={},
         step=0,
         data_fingerprint="",
+        tokens=None,
         checkpoint=None,
         left_out=tuple(lost),
     )
@@ -214,6 +219,7 @@ def write_hugging_face(model: Source, folder: Path, max_shard_bytes: int) -> lis
         model.config,
         training=model.training,
         step=model.step,
+        tokens=model.tokens,
         checkpoint=model.checkpoint,
         note=model.note,
     )

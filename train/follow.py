@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Sequence
 
-from data.loader import batch_number
 from train.job import Job
-from train.loop.recovery import Anomaly, RunState
+from train.loop.recovery import Anomaly
 from train.loop.report import StepReport, step_line
+from train.loop.run_state import RunState
 from train.loop.step_metrics import StepMetrics
 from train.loop.throughput import Throughput
 from train.monitoring.adam_monitor import alarms
@@ -29,6 +29,7 @@ class TrainingMonitor:
         self.anomaly: tuple[int, Anomaly] | None = None
         """First step of the anomaly to roll back from, and that anomaly; None: go on."""
         self._job, self._metrics = job, metrics
+        self._rows = state.step_rows(start, job.config.data.global_batch_size)
         job.sections.read()  # leaves out the time before these steps
         config = job.config
         self._report = StepReport(
@@ -53,6 +54,7 @@ class TrainingMonitor:
     def observe(self, steps: Sequence[StepMetrics]) -> None:
         """Add steps to the report and to the run's state; every rank calls this alike."""
         config, monitored_layer = self._job.config.recovery, self._job.layerskip.monitored_layer
+        data = self._job.config.data
         for step in steps:
             self._report.add(step, self._job.layerskip.at(step.t))
             self.done_steps = step.t + 1
@@ -61,7 +63,9 @@ class TrainingMonitor:
                 self._record_skipped(step)
             before = self.state.loss_history
             history = before.after(step, monitored_layer, config)
-            self.state = self.state.with_loss_history(history)
+            self.state = self.state.after_step(
+                history, rows=data.global_batch_size, seq_len=data.seq_len
+            )
             if anomaly := history.anomaly(before, config):
                 self._record("anomaly", step.t, anomaly.reason)
                 if anomaly.rollback and self.anomaly is None:
@@ -104,9 +108,10 @@ class TrainingMonitor:
         seconds = spent["data"] + spent["step"]
         self.state = self.state.with_seconds(seconds)
         t = done - 1
-        values = self._report.read(done, lr=lr(config.optim, t, config.steps), seconds=seconds)
-        number = batch_number(t, self.state.skipped_batches)
-        for source, epochs in enumerate(job.loader.epochs(number)):
+        values = self._report.read(
+            self.state.tokens, lr=lr(config.optim, t, config.steps), seconds=seconds
+        )
+        for source, epochs in enumerate(job.loader.mixture.epochs(self._rows.first(t))):
             values[f"progress/epoch_of_{source}" if source else "progress/epoch"] = epochs
         values |= job.lifetime(self.state)
         self._metrics.log(values, done)
@@ -116,17 +121,22 @@ class TrainingMonitor:
         )
 
     def _record_skipped(self, step: StepMetrics) -> None:
-        """Record a step that updated nothing: its batch, and the bad losses by rank and exit."""
-        batch = batch_number(step.t, self.state.skipped_batches)
+        """Record a step that updated nothing: its rows, and the bad losses by rank and exit."""
+        rows = self._rows.at(step.t)
+        first, last = int(rows[0]), int(rows[-1])
         found = [
             f"rank {rank}: {text}"
             for rank, texts in enumerate(self._job.runtime.gather(step.local_bad_losses()))
             for text in texts
         ] or [_why_skipped(step)]
-        self._job.events.append("update_skipped", step.t, batch=batch, found=found)
+        self._job.events.append("update_skipped", step.t, rows=(first, last + 1), found=found)
         if self._job.runtime.is_main:
             logger.warning(
-                "step %d updates nothing (batch %d): %s", step.t + 1, batch, "; ".join(found)
+                "step %d updates nothing (rows %d to %d): %s",
+                step.t + 1,
+                first,
+                last,
+                "; ".join(found),
             )
 
     def _record(self, kind: str, t: int, text: str) -> None:

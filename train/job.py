@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,13 @@ from models.checkpoint_format import checkpoint_steps
 from models.llama import Llama
 from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
-from train.checkpoints.resume import Resumed, load_initial_weights, resume
+from train.checkpoints.resume import Resumed, resume
+from train.checkpoints.start import check_start
 from train.checkpoints.tokenizers import check_tokenizer
 from train.config.config import TrainConfig
-from train.loop.corpus import Corpus, open_corpus, train_loader
+from train.loop.corpus import Corpus, open_corpus
 from train.loop.layerskip import LayerSkipSchedule
-from train.loop.recovery import Ranges, RunState, run_state_from_dict
+from train.loop.run_state import RunState
 from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
@@ -31,6 +32,7 @@ from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
 from train.parallel.titan import OptimizersContainer
 from train.record import record_failure, record_hang, record_start, write_status
+from train.resumed_rows import open_rows
 from train.run_folder.events import EventLog, goodput, starts
 from train.run_folder.preflight import check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
@@ -62,30 +64,19 @@ class Job:
     resumed: Resumed
     wandb: WeightsAndBiases | None
     """The W&B run, on rank 0; None without one."""
+    state: RunState
+    """The state to go on from: the checkpoint's, and the rows skipped by rollbacks since."""
 
     @property
     def checkpoint_folder(self) -> Path:
         """The folder of the run's checkpoints."""
         return self.config.run_dir / "checkpoints"
 
-    def initial_state(self) -> RunState:
-        """Return the state of the checkpoint, and the batches skipped by rollbacks since."""
-        ranges = [
-            (first, stop)
-            for event in self.events.read()
-            if event["kind"] == "rollback"
-            for first, stop in [event["skipped"]]
-        ]
-        return run_state_from_dict(self.resumed.state).skipping(
-            self.runtime.gather(ranges)[0]  # rank 0's: it alone writes the events
-        )
-
-    def batches(self, start: int, skipped: Ranges) -> Iterator[tuple[int, list[Microbatch]]]:
+    def batches(self, start: int, state: RunState) -> Iterator[tuple[int, list[Microbatch]]]:
         """Yield (t, this rank's microbatches) from step `start` to the last."""
         return self.loader.batches(
-            start,
+            state.step_rows(start, self.config.data.global_batch_size),
             self.config.steps,
-            skipped=skipped,
             pin_memory=self.runtime.device.type == "cuda",
         )
 
@@ -137,10 +128,21 @@ class Job:
 
 
 @contextmanager
-def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> Iterator[Job]:
+def open_job(
+    config: TrainConfig,
+    runtime: Runtime,
+    interruption: Interruption,
+    given: Collection[str] = (),
+) -> Iterator[Job]:
     """Lock the run folder, build everything and load the newest checkpoint.
 
     A failure of the `with` block is recorded in the run's events and status.
+
+    Args:
+        config: The run.
+        runtime: This rank.
+        interruption: Whether this process was requested to stop.
+        given: The fields that the user has given, which may differ from the checkpoint's.
 
     Raises:
         ValueError: On rank 0, if the run cannot begin.
@@ -165,7 +167,7 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
             )
         )
         wandb = _open_wandb(config, runtime, stack)
-        job = _build(config, runtime, interruption, sections, lock, events, wandb, stack)
+        job = _build(config, runtime, interruption, sections, lock, events, wandb, stack, given)
         if job.resumed.t < config.steps:
             record_start(config, runtime, events, job.resumed.t)
         yield job
@@ -180,22 +182,18 @@ def _build(
     events: EventLog,
     wandb: WeightsAndBiases | None,
     stack: ExitStack,
+    given: Collection[str],
 ) -> Job:
     """Open the data, build the model, and load the newest checkpoint."""
-    corpus, loader, held_out = _open_data(config, runtime)
+    corpus, held_out = _open_data(config, runtime)
     _check_tokenizer(config, corpus, runtime)
     model, optimizer = _build_model(config, runtime)
-    identity = RunIdentity(
-        model=config.model,
-        config=config.as_dict(),
-        tokenizer_path=corpus.datasets[0].tokenizer_path,
-        tokenizer_fingerprint=corpus.datasets[0].tokenizer_fingerprint,
-        data_fingerprint=corpus.fingerprint,
-    )
+    identity = _identify(config, corpus)
     folder, settings = config.run_dir / "checkpoints", config.checkpoint
-    resumed = resume(folder, model, optimizer, config=settings, identity=identity, runtime=runtime)
-    if resumed.t == 0 and settings.init_from:
-        load_initial_weights(settings.init_from, model, runtime=runtime)
+    resumed = resume(
+        folder, model, optimizer, config=settings, identity=identity, runtime=runtime, given=given
+    )
+    state, loader = open_rows(config, runtime, corpus, resumed, events)
     writer = CheckpointWriter(
         folder, model, optimizer, config=settings, identity=identity, runtime=runtime
     )
@@ -220,6 +218,17 @@ def _build(
         checkpoints=stack.enter_context(writer),
         resumed=resumed,
         wandb=wandb,
+        state=state,
+    )
+
+
+def _identify(config: TrainConfig, corpus: Corpus) -> RunIdentity:
+    return RunIdentity(
+        model=config.model,
+        config=config.as_dict(),
+        tokenizer_path=corpus.datasets[0].tokenizer_path,
+        tokenizer_fingerprint=corpus.datasets[0].tokenizer_fingerprint,
+        data_fingerprint=corpus.fingerprint,
     )
 
 
@@ -258,17 +267,15 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
     return model, build_optimizer(model, config.optim)
 
 
-def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoader, HeldOut]:
-    """Open the datasets; rank 0 first prepares what is missing."""
-    data, seed = config.data, config.seed
+def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, HeldOut]:
+    """Check what the run starts from, and open the datasets; rank 0 prepares what is missing."""
+    data, start = config.data, config.checkpoint
+    runtime.on_every_rank(lambda: check_start(config.run_dir / "checkpoints", start))
     corpus = runtime.main_first(lambda: open_corpus(data, config.model.vocab_size))
     if data.verify_shards:
         rank, ranks = runtime.rank, runtime.world_size
         for dataset in corpus.datasets:
             runtime.on_every_rank(partial(verify_shards, dataset, part=rank, parts=ranks))
-    loader = runtime.on_every_rank(
-        lambda: train_loader(corpus, data, runtime, seed, steps=config.steps)
-    )
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     bos_id = corpus.bos_id if data.mask_documents else None
-    return corpus, loader, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])
+    return corpus, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])

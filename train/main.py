@@ -10,15 +10,15 @@ if __name__ == "__main__":  # a Ctrl-C in the seconds of the imports ends withou
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from train.config.command_line import parse
 from train.config.config import TrainConfig
 from train.config.settled import settle
 from train.follow import TrainingMonitor
 from train.job import Job, open_job
-from train.loop.recovery import RunState
 from train.loop.report import exit_metrics, validation_line
+from train.loop.run_state import RunState
 from train.loop.step import train_step
 from train.loop.step_metrics import DeferredReader
 from train.loop.validate import validate
@@ -42,10 +42,12 @@ from train.run_folder.metrics import Metrics, open_metrics
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, runtime: Runtime, interruption: Interruption) -> None:
+def train(
+    config: TrainConfig, runtime: Runtime, interruption: Interruption, given: Collection[str] = ()
+) -> None:
     """Train from the newest checkpoint of the run, or from step 0, to the last step."""
-    with open_job(config, runtime, interruption) as job:
-        t, state = job.resumed.t, job.initial_state()
+    with open_job(config, runtime, interruption, given) as job:
+        t, state = job.resumed.t, job.state
         while t < config.steps and not job.any_rank_stop_requested():
             metrics = open_metrics(
                 config.metrics,
@@ -70,7 +72,7 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
     reader = DeferredReader()
     collector = GarbageCollection(gc_freq=100)
     sections.enter("data", start)
-    for t, microbatches in job.batches(start, state.skipped_batches):
+    for t, microbatches in job.batches(start, state):
         sections.enter("step", t)
         plan = job.layerskip.at(t)  # p(l, t) = S(t) D(l) p_max and e_tilde(t, l) from C(t, l) e(l)
         result = train_step(
@@ -153,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
             Interruption() as interruption,
             start_runtime(config.runtime, config.seed) as runtime,
         ):
-            train(config, runtime, interruption)
+            train(config, runtime, interruption, command.given)
     except (FloatingPointError, ReplicasDifferError) as error:  # agreed on by all ranks
         return fail(error, prints=is_main_process())
     except (ValueError, OSError) as error:

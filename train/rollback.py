@@ -1,17 +1,13 @@
-"""Roll back to a checkpoint from before an anomaly, and skip the batches around it."""
+"""Roll back to a checkpoint from before an anomaly, and skip the rows around it."""
 
 import logging
 
 from models.checkpoint_format import checkpoint_steps
 from train.checkpoints.resume import load_earlier
 from train.job import Job
-from train.loop.recovery import (
-    Anomaly,
-    RunState,
-    rollback_step,
-    run_state_from_dict,
-    skip_after_rollback,
-)
+from train.loop.recovery import Anomaly, rollback_step, skip_after_rollback
+from train.loop.run_state import RunState
+from train.resumed_rows import checkpoint_state
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +15,7 @@ logger = logging.getLogger(__name__)
 def roll_back(
     job: Job, anomaly_start: int, anomaly: Anomaly, t: int, state: RunState
 ) -> tuple[int, RunState]:
-    """Load an earlier checkpoint; the batches since are never read again.
+    """Load an earlier checkpoint; the rows since are never read again.
 
     Args:
         job: The run; its weights and moments are replaced.
@@ -39,38 +35,34 @@ def roll_back(
     config, runtime = job.config.recovery, job.runtime
     job.sections.enter("checkpoint", t)
     job.checkpoints.wait()
-    folder = job.checkpoint_folder
-
-    last_step = _choose_checkpoint(job, anomaly_start, anomaly, t)
     resumed = load_earlier(
-        folder,
+        job.checkpoint_folder,
         job.model,
         job.optimizer,
-        last_step=last_step,
+        last_step=_choose_checkpoint(job, anomaly_start, anomaly, t),
         identity=job.identity,
         runtime=runtime,
     )
+    before = state.back_at(checkpoint_state(resumed))
     skipped = skip_after_rollback(
-        to=resumed.t, anomaly_t=t - 1, skipped=state.skipped_batches, config=config
+        before.next_row, state.last_row, job.config.data.global_batch_size, config
     )
     # Recorded only now: a job that dies before this meets the same anomaly and rolls back again.
-    runtime.on_every_rank(lambda: _record(job, t, resumed.t, skipped, anomaly.reason))
+    reading = state.as_dict()["reading"]
+    runtime.on_every_rank(lambda: _record(job, t, resumed.t, skipped, reading, anomaly.reason))
     if runtime.is_main:
-        logger.warning(
-            "%s: rolled back from step %d to %d, skipping the batches %d to %d",
-            anomaly.reason,
-            t,
-            resumed.t,
-            skipped[0],
-            skipped[1] - 1,
-        )
-    before = run_state_from_dict(resumed.state)
-    return resumed.t, before.skipping([*state.skipped_batches, skipped])
+        line = "%s: rolled back from step %d to %d, skipping the rows %d to %d"
+        logger.warning(line, anomaly.reason, t, resumed.t, skipped[0], skipped[1] - 1)
+    return resumed.t, before.skipping([skipped])
 
 
-def _record(job: Job, t: int, to: int, skipped: tuple[int, int], reason: str) -> None:
+def _record(
+    job: Job, t: int, to: int, skipped: tuple[int, int], reading: object, reason: str
+) -> None:
     try:
-        job.events.append_required("rollback", t, to=to, skipped=skipped, reason=reason)
+        job.events.append_required(
+            "rollback", t, to=to, skipped_rows=skipped, reading=reading, reason=reason
+        )
     except OSError as error:
         raise ValueError(
             f"recovery: the rollback from step {t} could not be written down, {error}, make room "

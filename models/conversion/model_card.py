@@ -17,6 +17,7 @@ def write_model_card(
     *,
     training: dict[str, Any],
     step: int,
+    tokens: int | None,
     checkpoint: Path | None,
     note: str,
 ) -> None:
@@ -27,6 +28,7 @@ def write_model_card(
         config: The shape of the exported model.
         training: The resolved configuration it was trained with; {} if unknown.
         step: Optimizer steps it was trained for.
+        tokens: Tokens read by them; None: as many as steps of one size.
         checkpoint: The checkpoint of these very weights, whose run holds the losses of the exits;
             None: no table.
         note: How the model was changed after training; may be empty.
@@ -44,7 +46,7 @@ def write_model_card(
     if losses := {} if checkpoint is None else exit_losses(checkpoint, step):
         parts.append(_table(losses))
     if training:
-        parts.append(_recipe(training, step))
+        parts.append(_recipe(training, step, tokens))
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -96,12 +98,14 @@ def _table(losses: dict[int, float]) -> str:
     return head + "\n".join(rows)
 
 
-def _recipe(training: dict[str, Any], step: int) -> str:
+def _recipe(training: dict[str, Any], step: int, tokens: int | None) -> str:
     lines = [f"- steps: {step}"]
     data = _section(training, "data")
     rows, seq_len = data.get("global_batch_size"), data.get("seq_len")
     if isinstance(rows, int) and isinstance(seq_len, int):
-        lines.append(f"- tokens: {step * rows * seq_len:,}, {seq_len} in a sequence")
+        if tokens is None:  # a checkpoint of version 0.1
+            tokens = step * rows * seq_len
+        lines.append(f"- tokens: {tokens:,}, {seq_len} in a sequence")
     for section in _SECTIONS:
         if fields := _section(training, section):
             lines.append(f"- {section}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import Microbatch, TokenLoader, batch_number
+from data.loader import Microbatch, TokenLoader
 from data.mixture import Mixture
 from data.shards import ShardWriter, TokenStream, open_shard
+from data.step_rows import StepRows, row_numbers
 from data.windows import StreamWindows
+from tests.batches import batch_at
+
+FROM_0 = StepRows(0, 0, 8)
 
 
 def make_stream(count: int, parts: int = 3) -> TokenStream:
@@ -49,7 +53,9 @@ def test_every_epoch_reads_every_window_once(count: int, shuffle: bool) -> None:
     loader = make_loader(make_stream(count), shuffle=shuffle)
     windows = loader.mixture.windows
     assert windows == (count - 1) // 8
-    starts = [row[0] for t in range(windows) for _, row in sorted(rows(loader.batch(t)).items())]
+    starts = [
+        row[0] for t in range(windows) for _, row in sorted(rows(batch_at(loader, t)).items())
+    ]
     assert len(starts) == 8 * windows  # Eight epochs exactly.
     for epoch in range(8):
         seen = starts[epoch * windows : (epoch + 1) * windows]
@@ -59,33 +65,33 @@ def test_every_epoch_reads_every_window_once(count: int, shuffle: bool) -> None:
 
 def test_batch_may_straddle_two_epochs() -> None:
     loader = make_loader(make_stream(8 * 10 + 1))
-    starts = [row[0] for t in range(2) for _, row in sorted(rows(loader.batch(t)).items())]
+    starts = [row[0] for t in range(2) for _, row in sorted(rows(batch_at(loader, t)).items())]
     assert sorted(starts[:10]) == list(range(0, 80, 8))
     assert max(Counter(starts[10:]).values()) == 1
-    assert [int(*loader.epochs(t)) for t in range(6)] == [0, 0, 1, 2, 3, 4]
+    assert [int(*loader.mixture.epochs(8 * t)) for t in range(6)] == [0, 0, 1, 2, 3, 4]
 
 
 def test_batch_is_a_pure_function_of_t_and_seed() -> None:
     stream = make_stream(1000)
     loader = make_loader(stream)
-    first = [loader.batch(t) for t in range(20)]
+    first = [batch_at(loader, t) for t in range(20)]
     fresh = make_loader(stream)
-    assert all(equal(fresh.batch(t), first[t]) for t in (19, 3, 3, 0, 11))
-    assert not equal(make_loader(stream, seed=6).batch(0), first[0])
+    assert all(equal(batch_at(fresh, t), first[t]) for t in (19, 3, 3, 0, 11))
+    assert not equal(batch_at(make_loader(stream, seed=6), 0), first[0])
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 2])
 def test_global_batch_is_the_same_for_any_world_size(microbatch_size: int) -> None:
     stream = make_stream(900)
     for t in (0, 7, 30):
-        whole = rows(make_loader(stream, microbatch_size=8).batch(t))
+        whole = rows(batch_at(make_loader(stream, microbatch_size=8), t))
         assert sorted(whole) == list(range(8))
         for world_size in (1, 2, 4):
             union = {}
             for rank in range(world_size):
                 sizes = {"rank": rank, "world_size": world_size}
                 loader = make_loader(stream, microbatch_size=microbatch_size, **sizes)
-                batches = loader.batch(t)
+                batches = batch_at(loader, t)
                 assert len(batches) == 8 // (world_size * microbatch_size)
                 part = rows(batches)
                 assert not part.keys() & union.keys()
@@ -95,7 +101,7 @@ def test_global_batch_is_the_same_for_any_world_size(microbatch_size: int) -> No
 
 def test_microbatch_holds_contiguous_rows_and_each_rank_its_slice() -> None:
     loader = make_loader(make_stream(900), rank=1, world_size=2)
-    assert [batch.samples.tolist() for batch in loader.batch(0)] == [[2, 3], [6, 7]]
+    assert [batch.samples.tolist() for batch in batch_at(loader, 0)] == [[2, 3], [6, 7]]
 
 
 def test_tokens_and_labels_equal_a_slow_reading_of_the_files(tmp_path: Path) -> None:
@@ -111,7 +117,7 @@ def test_tokens_and_labels_equal_a_slow_reading_of_the_files(tmp_path: Path) -> 
     flat = [int.from_bytes(raw[n : n + 2], "little") for n in range(0, len(raw), 2)]
     loader = make_loader(TokenStream([open_shard(path)[1] for path in paths]), shuffle=False)
     for t in range(5):
-        for batch in loader.batch(t):
+        for batch in batch_at(loader, t):
             assert batch.tokens.dtype == batch.labels.dtype == batch.samples.dtype == torch.int64
             assert batch.tokens.shape == batch.labels.shape == (2, 8)
             for b, sample in enumerate(batch.samples.tolist()):
@@ -126,7 +132,7 @@ def test_dropped_tokens_are_those_no_window_reads() -> None:
         read = {
             token
             for t in range(loader.mixture.windows)
-            for batch in loader.batch(t)
+            for batch in batch_at(loader, t)
             for token in (*batch.tokens.flatten().tolist(), *batch.labels.flatten().tolist())
         }
         assert loader.mixture.sources[0].dropped_tokens == count - len(read)
@@ -135,28 +141,29 @@ def test_dropped_tokens_are_those_no_window_reads() -> None:
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_prefetched_batches_equal_direct_ones(depth: int) -> None:
     loader = make_loader(make_stream(500))
-    ahead = list(loader.batches(3, 17, depth=depth))
+    ahead = list(loader.batches(StepRows(3, 24, 8), 17, depth=depth))
     assert [t for t, _ in ahead] == list(range(3, 17))
-    assert all(equal(batch, loader.batch(t)) for t, batch in ahead)
-    assert list(loader.batches(4, 4, depth=depth)) == []
+    assert all(equal(batch, batch_at(loader, t)) for t, batch in ahead)
+    assert list(loader.batches(StepRows(4, 32, 8), 4, depth=depth)) == []
 
 
-def test_batch_number_is_the_t_th_that_no_range_holds() -> None:
+def test_row_number_is_the_t_th_that_no_range_holds() -> None:
     dice = random.Random(0)
     for _ in range(300):
         starts = [dice.randrange(-3, 40) for _ in range(dice.randrange(6))]
         skipped = [(start, start + dice.randrange(9)) for start in starts]
         dealt = [n for n in range(200) if not any(start <= n < stop for start, stop in skipped)]
-        assert [batch_number(t, skipped) for t in range(100)] == dealt[:100]
+        assert row_numbers(np.arange(100), skipped).tolist() == dealt[:100]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_skipped_batches_are_never_dealt_and_shift_the_later_ones(depth: int) -> None:
     loader = make_loader(make_stream(500))
-    dealt = list(loader.batches(1, 7, skipped=[(5, 7), (2, 4), (3, 4)], depth=depth))
+    skipped = ((40, 56), (16, 32), (24, 32))
+    dealt = list(loader.batches(StepRows(1, 8, 8, skipped), 7, depth=depth))
     assert [t for t, _ in dealt] == [1, 2, 3, 4, 5, 6]
     for (_, batch), number in zip(dealt, [1, 4, 7, 8, 9, 10], strict=True):
-        assert equal(batch, loader.batch(number))
+        assert equal(batch, batch_at(loader, number))
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -164,12 +171,12 @@ def loader_threads() -> list[threading.Thread]:
 
 
 def test_leaving_the_iterator_early_leaves_no_thread() -> None:
-    batches = make_loader(make_stream(500)).batches(0, 10**9)
+    batches = make_loader(make_stream(500)).batches(FROM_0, 10**9)
     next(batches)
     assert loader_threads()
     batches.close()
     assert not loader_threads()
-    for t, _ in make_loader(make_stream(500)).batches(0, 10**9):
+    for t, _ in make_loader(make_stream(500)).batches(FROM_0, 10**9):
         if t == 3:
             break
     assert not loader_threads()
@@ -179,13 +186,13 @@ def test_prefetch_reads_no_further_than_its_depth() -> None:
     class Counting(TokenLoader):
         read = 0
 
-        def batch(self, t: int) -> list[Microbatch]:
-            self.read = max(self.read, t + 1)
-            return super().batch(t)
+        def batch(self, rows: np.ndarray) -> list[Microbatch]:
+            self.read = max(self.read, int(rows[-1]) // 2 + 1)
+            return super().batch(rows)
 
     mixture = Mixture([StreamWindows(make_stream(500), 8)], seed=0)
     loader = Counting(mixture, global_batch_size=2, microbatch_size=2)
-    for t, _ in loader.batches(0, 20, depth=3):
+    for t, _ in loader.batches(StepRows(0, 0, 2), 20, depth=3):
         assert t < loader.read <= min(t + 4, 20)
 
 
@@ -196,13 +203,13 @@ def test_error_of_the_background_thread_reaches_the_caller() -> None:
 
     loader = make_loader(Torn([np.arange(500, dtype=np.uint16)]))
     with pytest.raises(OSError, match="disk went away"):
-        next(loader.batches(0, 5))
+        next(loader.batches(FROM_0, 5))
     assert not loader_threads()
 
 
 def test_pinning_without_cuda_changes_nothing() -> None:
     loader = make_loader(make_stream(500))
-    assert all(equal(b, loader.batch(t)) for t, b in loader.batches(0, 3, pin_memory=True))
+    assert all(equal(b, batch_at(loader, t)) for t, b in loader.batches(FROM_0, 3, pin_memory=True))
 
 
 @pytest.mark.parametrize(
@@ -223,4 +230,4 @@ def test_sizes_that_do_not_fit_are_a_value_error(changes: dict[str, int], messag
 def test_shortest_stream_gives_one_window() -> None:
     loader = make_loader(make_stream(9, parts=1), global_batch_size=2)
     assert (loader.mixture.windows, loader.mixture.sources[0].dropped_tokens) == (1, 0)
-    assert rows(loader.batch(5)) == {0: list(range(8)), 1: list(range(8))}
+    assert rows(batch_at(loader, 5)) == {0: list(range(8)), 1: list(range(8))}

@@ -126,9 +126,9 @@ def poison(on_rank, first, stop, label):
     """Fill some batches with one token that is followed by one other, `label`."""
     batch = TokenLoader.batch
 
-    def poisoned(self, number):
-        read = batch(self, number)
-        if not first <= number < stop:
+    def poisoned(self, rows):
+        read = batch(self, rows)
+        if not first <= rows[0] // self.global_batch_size < stop:
             return read
         return [
             Microbatch(torch.zeros_like(m.tokens), torch.full_like(m.labels, label), m.samples)
@@ -144,9 +144,9 @@ def slow_loader(on_rank, rank, seconds):
         return
     batch = TokenLoader.batch
 
-    def slow(self, number):
+    def slow(self, rows):
         time.sleep(seconds)
-        return batch(self, number)
+        return batch(self, rows)
 
     TokenLoader.batch = slow
 

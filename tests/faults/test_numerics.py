@@ -24,10 +24,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_updates_nothing_on_any(launch):
     )  # fmt: skip
     assert job.wait() == [0, 0], job.output
     [event] = events(job.run, "update_skipped")
-    assert (event["step"], event["batch"]) == (4, 4)
+    assert (event["step"], event["rows"]) == (4, [32, 40])
     assert event["found"] == ["rank 1: the loss of the exit after 4 layers is nan"]
     assert (
-        "step 5 updates nothing (batch 4): rank 1: the loss of the exit after 4 layers"
+        "step 5 updates nothing (rows 32 to 39): rank 1: the loss of the exit after 4 layers"
         in job.output
     )
 
@@ -79,7 +79,7 @@ def test_bad_steps_in_a_row_roll_back_past_their_batches(launch):
     assert job.wait(120) == [2, 2], job.output
     rollbacks = events(job.run, "rollback")
     assert [r["to"] for r in rollbacks] == [10, 10, 10]
-    assert rollbacks[0]["skipped"] == [10, 30]
+    assert rollbacks[0]["skipped_rows"] == [80, 240]
     assert "error: recovery.max_rollbacks: 3 are used up" in job.output
 
 
@@ -97,9 +97,8 @@ def test_a_spike_rolls_back_and_the_rest_is_as_if_its_batches_had_never_been(
 ):
     [rollback] = events(poisoned, "rollback")
     assert rollback["reason"].startswith("loss spike")
-    first, stop = rollback["skipped"]
-    assert rollback["to"] == first == 30
-    assert stop == 50
+    assert rollback["to"] == 30
+    assert rollback["skipped_rows"] == [8 * 30, 8 * 50]
     assert [r["step"] for r in records(poisoned) if "train/loss" in r] == list(range(1, 61))
     # A run that skips those batches from the start.
     never = training.output / "never"
@@ -112,7 +111,7 @@ def test_a_spike_rolls_back_and_the_rest_is_as_if_its_batches_had_never_been(
 
 def test_a_rolled_back_run_that_is_killed_remembers_what_it_must_not_read(launch, poisoned):
     killed = launch(faults=[POISON], **LONG)
-    killed.wait_for_line("skipping the batches")
+    killed.wait_for_line("skipping the rows")
     killed.kill()
     killed.wait()
     again = launch(faults=[POISON], **LONG)

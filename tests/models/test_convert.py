@@ -19,7 +19,7 @@ from models.rope import RopeScaling
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.documents import make_documents
 from tests.models.test_llama import build
-from train.checkpoints.resume import load_initial_weights
+from train.checkpoints.start import load_initial_weights
 from train.parallel.runtime import RuntimeConfig, start_runtime
 
 transformers = pytest.importorskip("transformers")

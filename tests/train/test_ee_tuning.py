@@ -14,6 +14,7 @@ from models.checkpoint_format import find_checkpoint, load_model
 from models.flops import own_exit_params
 from models.layer_dropout import LayerDropoutConfig
 from models.llama import Llama
+from tests.batches import batch_at
 from tests.distributed import run_distributed
 from tests.models.test_exit_parts import shake
 from tests.train import tiny
@@ -21,9 +22,11 @@ from tests.train.loop.test_step import make_config, make_loader
 from tests.train.planning.test_memory import MODEL as MEMORY_MODEL
 from tests.train.planning.test_memory import local_bytes, make_work
 from tests.train.test_main import records
-from train.checkpoints.checkpointer import CheckpointConfig, CheckpointWriter
+from train.checkpoints.checkpoint_config import CheckpointConfig
+from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
-from train.checkpoints.resume import load_initial_weights, resume
+from train.checkpoints.resume import resume
+from train.checkpoints.start import load_initial_weights
 from train.loop.layerskip import StepPlan
 from train.loop.step import accumulate_gradients, train_step
 from train.optimizer.optim import OptimConfig, build_optimizer, lr
@@ -85,7 +88,7 @@ def slow_weights(config, t):
 def slow_loss(model, config, t):
     """Return J of step t with torch's own cross entropy and divergence."""
     J, rows = 0.0, 0
-    for batch in make_loader(config).batch(t):
+    for batch in batch_at(make_loader(config), t):
         _, states = model.run_layers(model.embed(batch.tokens), 0, 4, exit_layers=range(4))
         labels = batch.labels.flatten()
         teacher = model.exit_logits(states[3]).flatten(0, 1).detach().softmax(-1)
@@ -106,7 +109,7 @@ def check_gradients(runtime, configs):
         config.check(runtime.world_size)
         model, slow = build(config, runtime), slow_model(config)
         t = STEPS[0]
-        batch = make_loader(config, runtime.rank, runtime.world_size).batch(t)
+        batch = batch_at(make_loader(config, runtime.rank, runtime.world_size), t)
         keywords = {"config": config.step_config, "runtime": runtime}
         totals = accumulate_gradients(model, batch, config.layerskip.at(t), t, **keywords)
         slow_J = slow_loss(slow, config, t)
@@ -172,7 +175,7 @@ def check_steps(runtime, configs):
             train_step(
                 model,
                 optimizer,
-                loader.batch(t),
+                batch_at(loader, t),
                 plan,
                 t,
                 config=config.step_config,
@@ -217,7 +220,7 @@ def check_half_precision(runtime, configs):
         optimizer = build_optimizer(model, config.optim)
         loader = make_loader(config, runtime.rank, runtime.world_size)
         for t in STEPS:
-            plan, batch = config.layerskip.at(t), loader.batch(t)
+            plan, batch = config.layerskip.at(t), batch_at(loader, t)
             assert len(batch) > 1
             keywords = {"config": config.step_config, "runtime": runtime}
             totals = accumulate_gradients(model, batch, plan, t, **keywords)
@@ -279,7 +282,7 @@ def check_resume(runtime, folder, mlp):
     def go_on(model, optimizer, steps):
         for t in steps:
             train_step(
-                model, optimizer, loader.batch(t), config.layerskip.at(t), t,
+                model, optimizer, batch_at(loader, t), config.layerskip.at(t), t,
                 config=config.step_config, runtime=runtime,
             )  # fmt: skip
 

@@ -10,7 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.config import LlamaConfig
-from train.checkpoints.checkpointer import CheckpointConfig, CheckpointWriter
+from train.checkpoints.checkpoint_config import CheckpointConfig
+from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, training_tensors
 from train.checkpoints.resume import resume
 from train.optimizer.optim import OptimConfig, build_optimizer

@@ -1,8 +1,8 @@
 """Write checkpoints in the background: into a temporary folder, hashed, then renamed.
 
-A checkpoint holds t, the weights, the optimizer's moments and a little JSON: the data order, the
-curriculum, layer dropout and the learning rate are pure functions of t. It is loaded in
-`train/checkpoints/resume.py`.
+A checkpoint holds t, the weights, the optimizer's moments and a little JSON: the data order is a
+pure function of the rows read, curriculum, layer dropout and learning rate are of t. It is loaded
+in `train/checkpoints/resume.py`.
 """
 
 import json
@@ -11,11 +11,11 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.checkpoint_format import TOKENIZER, Manifest, file_entry
 from models.llama import Llama
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import (
     RunIdentity,
     Tensors,
@@ -50,43 +51,6 @@ logger = logging.getLogger(__name__)
 # Beyond the watchdog's limit, whose message names the rank that hangs.
 _TIMEOUT = timedelta(hours=4)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written, how many are kept, and what a new run starts from."""
-
-    interval_steps: int = 500
-    """Steps between checkpoints; the last step always writes one. 0: only the last."""
-    asynchronous: bool = True
-    """Continue training while a checkpoint is written. Each rank then keeps a copy of its part of
-    the weights and moments in host memory."""
-    keep_latest: int = 3
-    """Finished checkpoints to keep; 0 keeps all."""
-    keep_every_steps: int = 0
-    """Checkpoints of steps divisible by this are never deleted. 0: none."""
-    max_failures: int = 3
-    """Checkpoints in a row that fail, as on a full disk, until the run stops. A failure of the last
-    one of a run stops it at once."""
-    final_model: Literal["none", "float32", "bfloat16"] = "none"
-    """Also write the weights alone to the run's folder `model` at the end, in this dtype."""
-    allow_config_changes: bool = False
-    """Resume also where fields of the configuration that affect the result have changed."""
-    init_from: str = ""
-    """Run or checkpoint folder whose weights a new run starts from (continual training,
-    finetuning). Empty: random weights. A run with checkpoints of its own resumes from them."""
-    allow_other_tokenizer: bool = False
-    """Start from the weights of init_from also where they learnt other tokens than the dataset's,
-    so that an id stands for another text than the weights learnt it for."""
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with the fields, one line each; empty when nothing is."""
-        limits = {"interval_steps": 0, "keep_latest": 0, "keep_every_steps": 0, "max_failures": 1}
-        return [
-            f"checkpoint.{name}: {getattr(self, name)}, must be at least {least}"
-            for name, least in limits.items()
-            if getattr(self, name) < least
-        ]
 
 
 class CheckpointWriter:

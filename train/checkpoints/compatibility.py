@@ -1,7 +1,10 @@
 """Check whether a run may resume from a checkpoint: same model, data and configuration."""
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
 from models.tensor_reader import TensorReader
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import RunIdentity
 
 logger = logging.getLogger(__name__)
@@ -23,24 +27,45 @@ _HARMLESS_SECTIONS = (
     *("metrics.", "validate.", "checkpoint.", "recovery.", "adam_monitor.", "replica_check."),
     *("stragglers.", "runtime.", "parallel."),
 )
+# An everyday wish: may differ where the user has given it, so that an option that was forgotten on
+# resuming is no change.
+_PLAIN = (
+    *("steps", "data.weights", "data.global_batch_size", "data.seq_len", "data.packing"),
+    *("data.mask_documents", "model.max_seq_len"),
+)
+_SOURCES = {"data.path", "data.also"}
+# Said where they are used.
+_OWN = ("checkpoint.resume_from", "checkpoint.step", "checkpoint.allow_config_changes")
 _HARMFUL = ("parallel.param_dtype", "parallel.reduce_dtype", "parallel.float8")
-_ABSENT = object()
+ABSENT = object()
+"""The value of a field that a configuration lacks."""
 
 
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, str]]:
-    """Yield the fields in which two resolved configurations differ: (field, how)."""
+) -> Iterator[tuple[str, object, object]]:
+    """Yield the fields in which two resolved configurations differ: (field, old, new).
+
+    A field that only one of them has is ABSENT in the other.
+    """
     for name in {**old, **new}:
-        before, after = old.get(name, _ABSENT), new.get(name, _ABSENT)
+        before, after = old.get(name, ABSENT), new.get(name, ABSENT)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{prefix}{name}.")
-        elif before is _ABSENT:
-            yield prefix + name, f"is new, {after}"
-        elif after is _ABSENT:
-            yield prefix + name, f"was {before}, is gone"
         elif before != after:
-            yield prefix + name, f"was {before}, is {after}"
+            yield prefix + name, before, after
+
+
+def _change(before: object, after: object) -> str:
+    if before is ABSENT:
+        return f"is new, {after}"
+    return f"was {before}, " + ("is gone" if after is ABSENT else f"is {after}")
+
+
+def _option(field: str, value: object) -> str:
+    """Return the words that give a field a value on the command line."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{field}", *map(str, values)])
 
 
 def is_harmless(field: str) -> bool:
@@ -50,22 +75,43 @@ def is_harmless(field: str) -> bool:
     return field in _HARMLESS or field.startswith(_HARMLESS_SECTIONS)
 
 
-def check_config(manifest: Manifest, config: dict[str, Any], *, allow: bool) -> None:
-    """Log the changes of the configuration, and refuse those that affect the result.
+def check_config(
+    path: Path,
+    manifest: Manifest,
+    identity: RunIdentity,
+    *,
+    given: Collection[str] = (),
+    allow: bool,
+) -> None:
+    """Log the changes of the configuration, and refuse those that affect the result unawares.
 
     Args:
-        manifest: Of the checkpoint to resume from.
-        config: The resolved configuration to resume with.
+        path: The checkpoint to resume from.
+        manifest: Its manifest.
+        identity: The run, with the resolved configuration to resume with.
+        given: The fields that the user has given: of these, steps, batches and data may change.
         allow: Refuse nothing.
 
     Raises:
         ValueError: Naming every refused field, one line each.
     """
+    config, same_data = identity.config, manifest.data_fingerprint == identity.data_fingerprint
+    changes = [c for c in differences(manifest.config, config) if c[0] not in _OWN]
+    if not same_data and not {field for field, *_ in changes} & _SOURCES:
+        raise ValueError(_other_data(path, "data_fingerprint", manifest, identity))
     refused = []
-    for field, how in differences(manifest.config, config):
+    for field, before, after in changes:
+        how = _change(before, after)
+        plain = field in _PLAIN or (field in _SOURCES and not same_data)
         # A field that only one of the two versions has is no change by the user.
-        if allow or is_harmless(field) or how.startswith("is new") or how.endswith("is gone"):
-            logger.warning("config: %s %s from step %d on", field, how, manifest.step)
+        one_version = before is ABSENT or after is ABSENT
+        if allow or one_version or (field in given if plain else is_harmless(field)):
+            logger.info("config: %s %s from step %d on", field, how, manifest.step)
+        elif plain:
+            refused.append(
+                f"{field}: {how}, give {_option(field, before)} to go on as before, or "
+                f"{_option(field, after)} to change it from step {manifest.step} on"
+            )
         else:
             refused.append(
                 f"{field}: {how}, restore the old value, choose another --name, or resume from "
@@ -73,6 +119,40 @@ def check_config(manifest: Manifest, config: dict[str, Any], *, allow: bool) -> 
             )
     if refused:
         raise ValueError("\n".join(refused))
+
+
+def check_steps(
+    manifest: Manifest, config: dict[str, Any], *, given: Collection[str], more: bool
+) -> None:
+    """Refuse fewer steps than are done, and --tokens where steps were of another size.
+
+    Args:
+        manifest: Of the checkpoint to go on from.
+        config: The resolved configuration to go on with.
+        given: The fields that the user has given.
+        more: Refuse as many, too.
+
+    Raises:
+        ValueError: Naming the steps to give.
+    """
+    done, steps = manifest.step, config["steps"]
+    if "tokens" in given:
+        per_step = _tokens_per_step(config)
+        read = manifest.state.get("tokens", done * _tokens_per_step(manifest.config))
+        right = done + max(math.ceil((steps * per_step - read) / per_step), 0)
+        if right != steps:
+            raise ValueError(
+                f"tokens: {read:,} were read in {done} steps, of another size than the "
+                f"{per_step:,} now, give --steps {right} in place of --tokens"
+            )
+    if steps < done + more:
+        least = "more" if more else "at least as many"
+        raise ValueError(f"steps: {steps}, but {done} are done, give {least}")
+
+
+def _tokens_per_step(config: dict[str, Any]) -> int:
+    size: int = config["data"]["global_batch_size"] * config["data"]["seq_len"]
+    return size
 
 
 def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:
@@ -86,22 +166,50 @@ def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:
 
 
 def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> None:
-    """Refuse a checkpoint of another model, tokenizer or dataset.
+    """Refuse a checkpoint of another model or tokenizer.
 
     Raises:
         ValueError: Naming the difference.
     """
-    if manifest.model != identity.model:
+    # No weight depends on the context; the rotary table is computed.
+    if replace(manifest.model, max_seq_len=identity.model.max_seq_len) != identity.model:
         raise ValueError(
             f"name: {path} {other_model(manifest.model, identity.model)}; "
             "choose another --name or the configuration it was trained with"
         )
-    for kind in ("tokenizer_fingerprint", "data_fingerprint"):
-        if getattr(manifest, kind) != getattr(identity, kind):
-            raise ValueError(
-                f"name: {path} was trained on other data ({kind} {getattr(manifest, kind)[:12]}, "
-                f"now {getattr(identity, kind)[:12]}), choose another --name or restore that data"
-            )
+    if manifest.tokenizer_fingerprint != identity.tokenizer_fingerprint:
+        raise ValueError(_other_data(path, "tokenizer_fingerprint", manifest, identity))
+
+
+def _other_data(path: Path, kind: str, manifest: Manifest, identity: RunIdentity) -> str:
+    return (
+        f"name: {path} was trained on other data ({kind} {getattr(manifest, kind)[:12]}, "
+        f"now {getattr(identity, kind)[:12]}), choose another --name or restore that data"
+    )
+
+
+def check_origin(run: Path, manifest: Manifest, config: CheckpointConfig) -> None:
+    """Refuse a run that did not branch off `config.resume_from`, where that is set.
+
+    Args:
+        run: The run's folder.
+        manifest: Of its own checkpoint.
+        config: What the run is said to have branched off.
+
+    Raises:
+        ValueError: Naming what it began from.
+    """
+    resume_from, step = config.resume_from, config.step
+    if not resume_from:
+        return
+    origin = manifest.state.get("origin")
+    if origin and normpath(origin[0]) == normpath(resume_from) and step in (0, origin[1]):
+        return
+    began = f"off step {origin[1]} of {origin[0]}" if origin else "at step 0"
+    raise ValueError(
+        f"checkpoint.resume_from: {resume_from}, but {run} began {began} and has done "
+        f"{manifest.step} steps, choose another --name or leave checkpoint.resume_from out"
+    )
 
 
 def check_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -120,6 +228,11 @@ def check_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name in TensorReader(path).read_metadata().state_dict_metadata
         if name.startswith(prefix)
     }
+    if not stored:
+        raise ValueError(
+            f"checkpoint.resume_from: {path} holds weights alone, without moments, start from them "
+            f"with --checkpoint.init_from {path}"
+        )
     if others := sorted(stored - set(tensors)):
         raise ValueError(
             f"optim.name: {path} is of another optimizer, with {others[0]}, restore that one, "

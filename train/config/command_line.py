@@ -13,6 +13,7 @@ import tyro
 from data.command_help import called_as
 from data.command_line import read_options
 from data.suggestion import suggest
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.config import TrainConfig
 from train.config.config_file import given_fields, read_config
 from train.config.presets import PRESETS
@@ -93,6 +94,8 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     config = line.config
     if line.tokens is not None:
         config = dataclasses.replace(config, steps=_steps(line.tokens, config, given))
+        given.add("steps")
+    config = dataclasses.replace(config, checkpoint=_one_start(config.checkpoint, given))
     if line.file is not None:
         given |= given_fields(line.file)
     return Command(config, line.machine if line.dry_run else None, frozenset(given))
@@ -133,6 +136,18 @@ def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
         raise ValueError(f"tokens: {tokens:g}, must be positive")
     # Where there is no token in a step, the configuration is refused for that.
     return math.ceil(tokens / max(config.data.tokens_per_step, 1))
+
+
+def _one_start(config: CheckpointConfig, given: Container[str]) -> CheckpointConfig:
+    """Return what a run starts from, if that is one thing; the preset's own gives way."""
+    if not (config.init_from and config.resume_from and "checkpoint.init_from" in given):
+        return config
+    if "checkpoint.resume_from" in given:
+        raise ValueError(
+            f"checkpoint.init_from: {config.init_from}, but checkpoint.resume_from is given too, "
+            "leave one of them out: the first starts from weights alone, the second goes on"
+        )
+    return dataclasses.replace(config, resume_from="", step=0)
 
 
 def _description(origin: str) -> str:

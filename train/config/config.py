@@ -15,7 +15,7 @@ from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
 from models.router import RouterConfig
 from models.token_depth import TokenDepthConfig
-from train.checkpoints.checkpointer import CheckpointConfig
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.loop.corpus import DataConfig
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.recovery import RecoveryConfig
@@ -160,7 +160,7 @@ class TrainConfig:
                 "optim.trains: exits, but no exit of the model has parts of its own, set "
                 "model.own_exits"
             )
-        if self.optim.trains == "exits" and not self.checkpoint.init_from:
+        if self.optim.trains == "exits" and not self.checkpoint.starts_from:
             found.append(
                 "checkpoint.init_from: empty, but with optim.trains exits all other weights are "
                 "frozen, name the run to load them from"

@@ -15,7 +15,7 @@ from loss.early_exit import EarlyExitConfig
 from models.layer_dropout import LayerDropoutConfig
 from models.sizes import SIZES
 from models.token_depth import TokenDepthConfig
-from train.checkpoints.checkpointer import CheckpointConfig
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.config import TrainConfig
 from train.config.demos import DEMOS, demo
 from train.loop.corpus import DataConfig

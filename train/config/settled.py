@@ -82,11 +82,12 @@ def _settle_path(data: DataConfig, given: frozenset[str], vocab_size: int) -> Da
 
 def _vocabulary(config: TrainConfig, dataset: Dataset) -> tuple[int, str]:
     """Return the vocabulary of the weights a run starts from, else of its dataset, and whose."""
-    start = config.checkpoint.init_from
+    start = config.checkpoint.starts_from
     if own := checkpoint_steps(config.run_dir / "checkpoints"):
         path = own[max(own)]
     elif start:
-        path = find_checkpoint(Path(start), "checkpoint.init_from")
+        field = "resume_from" if config.checkpoint.resume_from else "init_from"
+        path = find_checkpoint(Path(start), f"checkpoint.{field}")
     else:
         multiple = config.data.vocab_multiple
         return -(-dataset.vocab_size // multiple) * multiple, str(dataset.path)

@@ -22,7 +22,7 @@ _OPTIONS = {
     "min_lr lr_min": "optim.min_lr_ratio",
     "grad_clip clip_grad clip_grad_norm gradient_clip gradient_clip_val max_norm":
         "optim.max_grad_norm",
-    "max_steps num_steps train_steps total_steps iterations iters max_iters": "steps",
+    "step max_steps num_steps train_steps total_steps iterations iters max_iters": "steps",
     "max_tokens num_tokens train_tokens": "tokens",
     "config_file conf yaml": "config",
     "output output_folder out out_dir outdir save_dir checkpoint_dir": "output_dir",
@@ -49,8 +49,8 @@ _REMEDIES = {
     "epochs epoch num_epochs num_train_epochs max_epochs":
         "set --steps or --tokens; the first lines of a run count the epochs",
     "resume resume_from resume_from_checkpoint auto_resume":
-        "leave it out, the same command resumes; with another --name, --checkpoint.init_from "
-        "starts from given weights",
+        "leave it out, the same command resumes; with another --name, --checkpoint.resume_from "
+        "branches a run off and --checkpoint.init_from starts from given weights",
     "tokenizer tokenizer_path tokenizer_name":
         "leave it out, a dataset has its own: python -m data.prepare --tokenizer MODEL",
     "gpus num_gpus devices nproc_per_node nproc num_processes world_size nnodes num_nodes":

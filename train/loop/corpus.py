@@ -5,13 +5,14 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from data.dataset import TRAIN, Dataset, open_dataset
 from data.loader import TokenLoader
 from data.mixture import PERIOD, Mixture, shares
 from data.preparation import PrepareConfig, prepare
+from data.reading import Reading, Source, begin, open_mixture
 from data.responses import measure_responses
 from data.tokenizer import Tokenizer
 from data.windows import Packing, Windows, open_windows
@@ -129,12 +130,29 @@ class Corpus:
         Raises:
             ValueError: If there is none.
         """
+        return self._open(dataset, split, config.packing, config.seq_len)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The datasets as sources of training rows."""
+        return tuple(
+            Source(str(dataset.path), dataset.fingerprint, partial(self._open, dataset, TRAIN))
+            for dataset in self.datasets
+        )
+
+    def unread(self, config: DataConfig) -> Reading:
+        """Return the mixture of the sources of which nothing is read.
+
+        Raises:
+            ValueError: If one has no sequence.
+        """
+        return begin(self.sources, config.weights, config.packing, config.seq_len)
+
+    def _open(self, dataset: Dataset, split: str, packing: Packing, seq_len: int) -> Windows:
         stream = dataset.stream(split)
         try:
             bos_id, eos_id = self.ends
-            return open_windows(
-                stream, config.packing, seq_len=config.seq_len, bos_id=bos_id, eos_id=eos_id
-            )
+            return open_windows(stream, packing, seq_len=seq_len, bos_id=bos_id, eos_id=eos_id)
         except ValueError as error:
             raise ValueError(f"data: {split} of {dataset.path}: {error}") from error
 
@@ -146,7 +164,7 @@ class Corpus:
         """
         if not dataset.holds_pairs or config.packing != "documents":
             return
-        found = measure_responses(dataset.stream(split), self.bos_id, config.seq_len)
+        found = measure_responses(dataset.stream(split), *self.ends, config.seq_len)
         whose = f"of the {found.pairs} pairs in {split} of {dataset.path}"
         if found.lost == found.pairs:
             raise ValueError(
@@ -214,22 +232,50 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
 
 
 def train_loader(
-    corpus: Corpus, config: DataConfig, runtime: Runtime, seed: int, *, steps: int
+    corpus: Corpus,
+    config: DataConfig,
+    runtime: Runtime,
+    seed: int,
+    *,
+    reading: Reading,
+    next_row: int = 0,
+    steps: int,
 ) -> TokenLoader:
-    """Return the loader of this rank's training rows; log how much of each source `steps` read.
+    """Return the loader of this rank's training rows; log how much of each source is read.
+
+    Args:
+        corpus: The datasets.
+        config: Sizes of batches.
+        runtime: This rank.
+        seed: Of the order.
+        reading: How far the sources were read before.
+        next_row: The row that is read next.
+        steps: Steps from there to the end.
 
     Raises:
         ValueError: If a source has no row, or, on rank 0, no response within seq_len.
     """
-    sources = [corpus.windows(dataset, TRAIN, config) for dataset in corpus.datasets]
     for dataset in corpus.datasets if runtime.is_main else ():
         corpus.check_responses(dataset, TRAIN, config)
-    mixture = Mixture(sources, config.weights, seed=seed)
-    tokens, epochs = (
-        steps * config.tokens_per_step,
-        mixture.epochs(steps * config.global_batch_size),
+    mixture = open_mixture(reading, corpus.sources, seed=seed)
+    _log_what_is_read(corpus, config, mixture, next_row, steps)
+    return TokenLoader(
+        mixture,
+        global_batch_size=config.global_batch_size,
+        microbatch_size=config.rows_at_once(runtime.world_size),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        bos_id=corpus.bos_id if config.mask_documents else None,
+        eos_id=corpus.ends[1],
     )
-    for i, (dataset, source) in enumerate(zip(corpus.datasets, sources, strict=True)):
+
+
+def _log_what_is_read(
+    corpus: Corpus, config: DataConfig, mixture: Mixture, next_row: int, steps: int
+) -> None:
+    tokens = steps * config.tokens_per_step
+    epochs = mixture.epochs(next_row + steps * config.global_batch_size)
+    for i, (dataset, source) in enumerate(zip(corpus.datasets, mixture.sources, strict=True)):
         share = mixture.rows_per_period[i] / PERIOD
         logger.info(
             "data: %s tokens of %s, %.1f %% of all: %.2f epochs of %s windows of %d, %d left out",
@@ -248,12 +294,3 @@ def train_loader(
             mixture.windows,
             config.path,
         )
-    return TokenLoader(
-        mixture,
-        global_batch_size=config.global_batch_size,
-        microbatch_size=config.rows_at_once(runtime.world_size),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        bos_id=corpus.bos_id if config.mask_documents else None,
-        eos_id=corpus.ends[1],
-    )

@@ -1,4 +1,4 @@
-"""Spike detection, and the batches to skip after a rollback.
+"""Spike detection, and the rows to skip after a rollback.
 
 A step whose loss or gradient is not finite updates nothing (train/loop/step.py). Several such
 steps in a row, or a spike of the loss, roll the run back to an earlier checkpoint and past the
@@ -9,15 +9,11 @@ batches nor the weights alone cause a spike, and of the paper on Adam's instabil
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from data.loader import batch_number
 from train.loop.step_metrics import StepMetrics
-
-Ranges = tuple[tuple[int, int], ...]
-"""Half-open ranges of batch numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,52 +127,6 @@ class Anomaly:
     """Whether the run is to roll back."""
 
 
-@dataclass(frozen=True)
-class RunState:
-    """The state in a checkpoint besides tensors; all else is a function of the step."""
-
-    loss_history: LossHistory = field(default_factory=LossHistory)
-    skipped_batches: Ranges = ()
-    """Batch numbers that are never read."""
-    productive_seconds: float = 0.0
-    """Time spent on the steps that led here."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON would hold it."""
-        return asdict(self)
-
-    def with_loss_history(self, loss_history: LossHistory) -> "RunState":
-        """Return the state with another loss history."""
-        return replace(self, loss_history=loss_history)
-
-    def with_seconds(self, seconds: float) -> "RunState":
-        """Return the state after more productive seconds."""
-        return replace(self, productive_seconds=self.productive_seconds + seconds)
-
-    def skipping(self, ranges: Iterable[tuple[int, int]]) -> "RunState":
-        """Return the state with more batches that are never read."""
-        together = sorted({*self.skipped_batches, *ranges})
-        return replace(self, skipped_batches=tuple(together))
-
-
-def run_state_from_dict(fields: dict[str, Any]) -> RunState:
-    """Rebuild the state of a checkpoint; of an empty dictionary, that of a new run."""
-    if not fields:
-        return RunState()
-    # "health": its name in checkpoints of version 0.1.
-    history = fields["loss_history"] if "loss_history" in fields else fields["health"]
-    return RunState(
-        LossHistory(
-            tuple(history["losses"]),
-            tuple(history["grad_norms"]),
-            history["skipped_in_a_row"],
-            history["suspicious_in_a_row"],
-        ),
-        tuple((first, stop) for first, stop in fields["skipped_batches"]),
-        fields["productive_seconds"],
-    )
-
-
 def robust_score(value: float, history: Sequence[float]) -> float:
     """Return how many robust standard deviations `value` lies above the median of `history`.
 
@@ -189,14 +139,20 @@ def robust_score(value: float, history: Sequence[float]) -> float:
 
 
 def skip_after_rollback(
-    *, to: int, anomaly_t: int, skipped: Ranges, config: RecoveryConfig
+    first: int, last: int, batch_size: int, config: RecoveryConfig
 ) -> tuple[int, int]:
-    """Return the range of batches to skip after a rollback from step anomaly_t to step `to`.
+    """Return the range of rows to skip after a rollback.
 
-    They are all the batches read from `to` up to the anomaly, and at least `skip_batches`.
+    They are all the rows read from the checkpoint up to the anomaly, and at least those of
+    `skip_batches`.
+
+    Args:
+        first: The row that follows the checkpoint.
+        last: The last row read.
+        batch_size: Rows per step.
+        config: How many batches to skip.
     """
-    first = batch_number(to, skipped)
-    return first, max(first + config.skip_batches, batch_number(anomaly_t, skipped) + 1)
+    return first, max(first + config.skip_batches * batch_size, last + 1)
 
 
 def rollback_step(

@@ -25,12 +25,12 @@ class StepReport:
         self._plan = plan
         self._throughput.add(self._tokens_per_step, plan)
 
-    def read(self, done_steps: int, *, lr: float, seconds: float) -> dict[str, float]:
+    def read(self, tokens: int, *, lr: float, seconds: float) -> dict[str, float]:
         """Return the means since the last reading, over the steps that updated the weights.
 
         Args:
-            done_steps: Steps done.
-            lr: Learning rate of the last of them.
+            tokens: Tokens read by all steps so far.
+            lr: Learning rate of the last step.
             seconds: Time since the last reading.
         """
         updates = [step for step in self._steps if step.updated]
@@ -39,7 +39,7 @@ class StepReport:
             "layerskip/p_max_t": max(self._plan.drop_prob),
             "layerskip/mean_layers": self._plan.mean_layers,
             "layerskip/num_exits": float(len(self._plan.exit_layers)),
-            "progress/tokens": float(done_steps * self._tokens_per_step),
+            "progress/tokens": float(tokens),
             "progress/skipped_updates": float(len(self._steps) - len(updates)),
             **self._throughput.read(seconds),
         }

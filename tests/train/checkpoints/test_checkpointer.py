@@ -16,7 +16,7 @@ from models.tensor_reader import TensorReader
 from tests.distributed import run_distributed
 from tests.train import tiny
 from train.checkpoints import checkpointer
-from train.checkpoints.checkpointer import CheckpointConfig
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import checkpoint_bytes
 from train.optimizer.optim import OptimConfig
 from train.parallel.runtime import RuntimeConfig, start_runtime
@@ -280,6 +280,9 @@ def test_the_size_is_known_before(runtime, tmp_path, name):
 
 def test_problems_name_the_field():
     assert CheckpointConfig().problems() == []
+    assert CheckpointConfig(step=3).problems() == [
+        "checkpoint.step: 3 without checkpoint.resume_from, name the run to branch off"
+    ]
     assert CheckpointConfig(max_failures=0, keep_every_steps=-1).problems() == [
         "checkpoint.keep_every_steps: -1, must be at least 0",
         "checkpoint.max_failures: 0, must be at least 1",

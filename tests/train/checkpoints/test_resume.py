@@ -13,14 +13,11 @@ from models.checkpoint_format import MANIFEST, checkpoint_steps, read_manifest
 from tests.distributed import run_distributed
 from tests.models.test_checkpoint_format import edit_manifest, rewrite_metadata
 from tests.train import tiny
-from train.checkpoints.compatibility import differences, is_harmless
+from train.checkpoints.compatibility import ABSENT, differences, is_harmless
 from train.checkpoints.content import training_tensors
-from train.checkpoints.resume import (
-    Resumed,
-    load_earlier,
-    load_initial_weights,
-    newest_intact,
-)
+from train.checkpoints.resume import Resumed, load_earlier
+from train.checkpoints.start import load_initial_weights
+from train.checkpoints.verified import newest_intact
 from train.parallel.runtime import RuntimeConfig, start_runtime
 
 
@@ -176,10 +173,10 @@ def test_changes_of_the_configuration_are_named_field_by_field():
     old = {"steps": 3, "optim": {"lr": 0.1, "eps": 1.0}, "model": {"rope_scaling": None}, "b": 0}
     new = {"steps": 3, "optim": {"lr": 0.2, "eps": 1.0}, "model": {"rope_scaling": 8}, "a": 1}
     assert list(differences(old, new)) == [
-        ("optim.lr", "was 0.1, is 0.2"),
-        ("model.rope_scaling", "was None, is 8"),
-        ("b", "was 0, is gone"),
-        ("a", "is new, 1"),
+        ("optim.lr", 0.1, 0.2),
+        ("model.rope_scaling", None, 8),
+        ("b", 0, ABSENT),
+        ("a", ABSENT, 1),
     ]
     assert not list(differences(old, old))
 
@@ -200,6 +197,7 @@ def test_what_does_not_decide_the_result_may_change(field):
 
 
 def test_every_source_may_be_found_elsewhere(run, runtime, caplog):
+    caplog.set_level(logging.INFO)
     folder = run / "checkpoints" / "step-00000008"
     sources = {"path": "a/one", "also": ["a/two"]}
     edit_manifest(folder, lambda fields: fields["config"].update(data=sources))
@@ -224,10 +222,12 @@ def test_changes_that_decide_the_result_are_refused_together(run, runtime, caplo
         go_on(run, runtime, **changes)
     lines = str(found.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["steps", "optim.lr"]
-    assert all("--checkpoint.allow_config_changes True" in line for line in lines)
+    assert "give --steps 8 to go on as before, or --steps 9 to change it from step 8" in lines[0]
+    assert "--checkpoint.allow_config_changes True" in lines[1]
     caplog.clear()
+    caplog.set_level(logging.INFO, "train.checkpoints.compatibility")
     assert go_on(run, runtime, allow_config_changes=True, **changes)[0] == 8
-    printed = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    printed = [message for message in caplog.messages if message.startswith("config: ")]
     assert printed == [
         "config: name was tiny, is other from step 8 on",
         "config: steps was 8, is 9 from step 8 on",

@@ -110,6 +110,25 @@ def test_tokens_that_say_no_number_of_steps_are_refused(words, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_was_given_is_known_by_full_names(tmp_path):
+    words = "--data.seq-len 64 --optim.lr=1e-3 --tokens 4096"
+    given = parse(["demo", *words.split()], show=False).given
+    assert {"data.seq_len", "optim.lr", "steps"} <= given
+    assert "data.global_batch_size" not in given
+    file = tmp_path / "config.yaml"
+    file.write_text("steps: 3\n")
+    assert "data.path" in parse(["demo", "--config", str(file)], show=False).given
+
+
+def test_starting_from_two_runs_is_refused_but_for_the_presets_own():
+    branch = ["--checkpoint.resume_from", "outputs/x"]
+    with pytest.raises(ValueError, match=r"checkpoint.init_from: outputs/y, but checkpoint.resume"):
+        parse(["demo", *branch, "--checkpoint.init_from", "outputs/y"], show=False)
+    config = parse(["continual_demo", *branch], show=False).config
+    assert config.problems(1) == []
+    assert config.checkpoint.starts_from == "outputs/x"
+
+
 def test_a_step_without_tokens_is_refused_as_ever():
     config = parse(["demo", "--tokens", "10", "--data.seq_len", "0"], show=False).config
     assert any("data.seq_len: 0" in line for line in config.problems(1))
@@ -143,7 +162,7 @@ def test_a_mistake_is_one_line_on_every_rank(words, message, capfd, monkeypatch)
         ("lr learning_rate learning-rate max_lr optim.learning_rate", "--optim.lr?"),
         ("batch_size batchsize train_batch_size data.batch_size", "--data.global_batch_size?"),
         ("micro_batch_size per_device_train_batch_size", "--data.microbatch_size?"),
-        ("max_steps train_steps iterations", "--steps?"),
+        ("step max_steps train_steps iterations", "--steps?"),
         ("seq_length context_length block_size", "--data.seq_len?"),
         ("num_layers num_hidden_layers", "--model.n_layers?"),
         ("hidden_size d_model n_embd", "--model.dim?"),

@@ -3,20 +3,21 @@
 import json
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from data.loader import batch_number
+from data.reading import Reading, SourceRead
+from data.window_order import Stretch
 from train.loop.recovery import (
     LossHistory,
     RecoveryConfig,
-    RunState,
     robust_score,
     rollback_step,
-    run_state_from_dict,
     skip_after_rollback,
 )
+from train.loop.run_state import RunState, run_state_from_dict
 from train.loop.step_metrics import StepMetrics, StepTotals
 
 L = 4
@@ -131,20 +132,55 @@ def test_a_gradient_or_any_exit_that_is_not_finite_makes_a_step_not_finite():
     assert not metrics(0, exits={1: math.nan, 3: 2.0}).finite
 
 
+READING = Reading(
+    40, (4000, 96), tuple(SourceRead(n, k, (Stretch("stream", 8, 9),)) for k, n in enumerate("ab"))
+)
+
+
 def test_the_state_survives_json():
-    state = RunState(LossHistory((3.0, 2.5), (1.0, 2.0), 1, 2), ((3, 9), (20, 30)), 12.5)
+    history = LossHistory((3.0, 2.5), (1.0, 2.0), 1, 2)
+    state = RunState(9, 72, ((3, 9), (20, 30)), READING, ("outputs/x", 7), history, 12.5)
     assert run_state_from_dict(json.loads(json.dumps(state.as_dict()))) == state
     assert run_state_from_dict({}) == RunState()
-    fields = state.as_dict()
-    fields["health"] = fields.pop("loss_history")  # as version 0.1 named it
-    assert run_state_from_dict(fields) == state
+
+
+def test_a_state_of_version_0_1_counts_batches():
+    fields = RunState(loss_history=LossHistory((3.0,), (1.0,), 0, 0)).as_dict()
+    fields = {"health": fields["loss_history"], "productive_seconds": 2.0}
+    fields["skipped_batches"] = [[3, 5]]
+    data = {"global_batch_size": 8, "seq_len": 16}
+    state = run_state_from_dict(fields, step=4, data=data)
+    assert (state.rows, state.tokens, state.skipped_rows) == (32, 512, ((24, 40),))
+    assert (state.loss_history.losses, state.next_row) == ((3.0,), 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", None),
+        ("rows", 1e400),
+        ("rows", "x"),
+        ("rows", -1),
+        ("rows", 10**30),
+        ("skipped_rows", 3),
+        ("skipped_rows", [[1]]),
+    ]
+    + [("reading", []), ("reading", {"start": 0}), ("origin", [1]), ("loss_history", {})]
+    + [("reading", {**asdict(READING), "rows_per_period": [4096]})]
+    + [("reading", {**asdict(READING), "rows_per_period": [0, 4096]})]
+    + [("reading", {**asdict(READING), "sources": [{"fingerprint": 1}]})],
+)
+def test_a_state_that_is_none_is_one_line(name, value):
+    with pytest.raises(ValueError, match="checkpoint: the state of step 4 cannot be") as found:
+        run_state_from_dict(RunState().as_dict() | {name: value}, step=4)
+    assert "\n" not in str(found.value)
 
 
 def test_detection_continues_from_a_saved_state():
     steps = [*healthy(300), *(metrics(t, 7.0, 60.0) for t in range(300, 304))]
     history = LossHistory()
     for step in steps:
-        saved = json.loads(json.dumps(RunState(history).as_dict()))
+        saved = json.loads(json.dumps(RunState(loss_history=history).as_dict()))
         resumed = run_state_from_dict(saved).loss_history
         history = history.after(step, L - 1, CONFIG)
         assert resumed.after(step, L - 1, CONFIG) == history
@@ -158,18 +194,18 @@ def test_a_rollback_is_as_far_as_set_or_as_checkpoints_go():
     assert rollback_step([500], 401, CONFIG) is None
 
 
-def test_every_batch_from_the_checkpoint_to_the_anomaly_is_skipped():
+def test_every_row_from_the_checkpoint_to_the_anomaly_is_skipped():
     config = RecoveryConfig(skip_batches=300)
-    assert skip_after_rollback(to=100, anomaly_t=210, skipped=(), config=config) == (100, 400)
-    far = skip_after_rollback(to=100, anomaly_t=700, skipped=(), config=config)
-    assert far == (100, 701)
-    # Once more, from batches that begin after a range already skipped.
-    again = skip_after_rollback(to=150, anomaly_t=210, skipped=((100, 400),), config=config)
-    assert again == (450, 750)
-    for t in range(100, 211):
-        number = batch_number(t, ((100, 400), again))
-        assert not 100 <= number < 400
-        assert not 450 <= number < 750
+    assert skip_after_rollback(800, 1687, 8, config) == (800, 3200)
+    assert skip_after_rollback(800, 5607, 8, config) == (800, 5608)
+    # Once more, from rows that begin after a range already skipped.
+    state = RunState(rows=1200, skipped_rows=((800, 3200),))
+    first, last = state.next_row, int(state.step_rows(150, 8).at(210)[-1])
+    again = skip_after_rollback(first, last, 8, config)
+    assert again == (3600, 6000)
+    for t in range(150, 211):
+        rows = state.skipping([again]).step_rows(150, 8).at(t)
+        assert (rows >= 6000).all()
 
 
 def test_what_is_wrong_with_the_fields_is_named():

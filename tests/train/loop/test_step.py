@@ -18,6 +18,7 @@ from loss.early_exit import EarlyExitConfig
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig, uniform
 from models.llama import Llama
+from tests.batches import batch_at
 from tests.distributed import run_distributed
 from train.config.config import TrainConfig
 from train.loop.corpus import DataConfig
@@ -83,7 +84,7 @@ def slow_gradients(config):
     one_by_one = dataclasses.replace(
         config, data=dataclasses.replace(config.data, microbatch_size=1)
     )
-    for sample in make_loader(one_by_one).batch(STEP):
+    for sample in batch_at(make_loader(one_by_one), STEP):
         draws = uniform(config.seed, STEP, 4, sample.samples.numpy())[:, 0]
         x = model.embed(sample.tokens)
         for l in range(4):
@@ -102,7 +103,7 @@ def slow_gradients(config):
 def check_gradients(runtime, config):
     config.check(runtime.world_size)
     model = build_model(config.model, config.parallel, runtime, config.seed)
-    microbatches = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
+    microbatches = batch_at(make_loader(config, runtime.rank, runtime.world_size), STEP)
     totals = accumulate_gradients(
         model, microbatches, plan_of(config), STEP, config=config.step_config, runtime=runtime
     )
@@ -172,7 +173,7 @@ def slow_losses(config):
     one_by_one = dataclasses.replace(
         config, data=dataclasses.replace(config.data, microbatch_size=1)
     )
-    for sample in with_unlabelled(make_loader(one_by_one).batch(STEP)):
+    for sample in with_unlabelled(batch_at(make_loader(one_by_one), STEP)):
         number, labels = sample.samples.numpy(), sample.labels[0]
         draws = uniform(config.seed, STEP, 4, number)[:, 0]
         order = uniform(config.seed ^ DRAW, STEP, 12, number)[:, 0].argsort()
@@ -209,7 +210,9 @@ def check_losses(runtime, configs):
     for config in configs:
         config.check(runtime.world_size)
         model = build_model(config.model, config.parallel, runtime, config.seed)
-        batch = with_unlabelled(make_loader(config, runtime.rank, runtime.world_size).batch(STEP))
+        batch = with_unlabelled(
+            batch_at(make_loader(config, runtime.rank, runtime.world_size), STEP)
+        )
         totals = accumulate_gradients(
             model, batch, plan_of(config), STEP, config=config.step_config, runtime=runtime
         )
@@ -247,7 +250,7 @@ def count_communication(runtime):
         for curriculum in (CurriculumConfig(), CurriculumConfig(C="all")):
             config = make_config(tie=tie, microbatch_size=4, curriculum=curriculum)
             model = build_model(config.model, config.parallel, runtime, config.seed)
-            batch = make_loader(config, runtime.rank, runtime.world_size).batch(STEP)
+            batch = batch_at(make_loader(config, runtime.rank, runtime.world_size), STEP)
             with CollectiveCounter() as counter:
                 accumulate_gradients(
                     model, batch, plan_of(config), STEP, config=config.step_config, runtime=runtime
@@ -282,7 +285,7 @@ def check_plain(runtime):
     plan = plan_of(config)
     assert plan.exit_weights == {3: 1.0}
     for t in range(4):
-        batch = loader.batch(t)
+        batch = batch_at(loader, t)
         train_step(model, optimizer, batch, plan, t, config=config.step_config, runtime=runtime)
         for microbatch in batch:
             x = plain.tok_embeddings(microbatch.tokens)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.config import LlamaConfig
 from models.layer_dropout import draw_kept_rows, uniform
 from models.llama import Llama
+from tests.batches import batch_at
 from tests.distributed import ROOT, run_distributed
 from tests.train.loop.test_step import CollectiveCounter, make_config, make_loader
 from train.loop.layerskip import LayerSkipSchedule
@@ -48,11 +49,11 @@ def train_and_read(model, config, runtime):
     plan = schedule_of(config).at
     keywords = dict(config=config.step_config, runtime=runtime)
     first = STEPS[0]
-    accumulate_gradients(model, loader.batch(first), plan(first), first, **keywords)
+    accumulate_gradients(model, batch_at(loader, first), plan(first), first, **keywords)
     gradient = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     optimizer.zero_grad()
     for t in STEPS:
-        train_step(model, optimizer, loader.batch(t), plan(t), t, **keywords)
+        train_step(model, optimizer, batch_at(loader, t), plan(t), t, **keywords)
     return gradient, {name: p.full_tensor() for name, p in model.named_parameters()}
 
 
@@ -65,7 +66,7 @@ def slow_loss(model, config, t):
         config, data=dataclasses.replace(config.data, microbatch_size=1)
     )
     J = 0.0
-    for sample in make_loader(one_by_one).batch(t):
+    for sample in batch_at(make_loader(one_by_one), t):
         draws = uniform(config.seed, t, 4, sample.samples.numpy())[:, 0]
         x = model.embed(sample.tokens)
         for l in range(4):
@@ -196,7 +197,7 @@ def count_communication(runtime):
     ):
         config = dataclasses.replace(CONFIG, parallel=parallel)
         model = build_model(config.model, parallel, runtime, config.seed)
-        batch = make_loader(config, runtime.rank, runtime.world_size).batch(3)
+        batch = batch_at(make_loader(config, runtime.rank, runtime.world_size), 3)
         assert len(batch) == 2
         with CollectiveCounter() as counter:
             accumulate_gradients(
@@ -401,7 +402,7 @@ def train_in_float8(runtime):
     for float8 in (False, True):
         config = make_config(model=WIDE, parallel=ParallelConfig(float8=float8))
         model = build_model(WIDE, config.parallel, runtime, config.seed)
-        batch = make_loader(config).batch(5)
+        batch = batch_at(make_loader(config), 5)
         plan = dataclasses.replace(schedule_of(config).at(5), exit_layers=(1,))
         plan = dataclasses.replace(plan, exit_weights={1: 1.0}, drop_prob=(0.0, 0.9))
         totals = accumulate_gradients(

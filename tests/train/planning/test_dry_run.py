@@ -11,7 +11,7 @@ from loss.early_exit import EarlyExitConfig
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig
 from train import main as command
-from train.checkpoints.checkpointer import CheckpointConfig
+from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.command_line import DryRun
 from train.config.config import TrainConfig
 from train.config.presets import PRESETS
