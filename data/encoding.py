@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import cycle
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from data.tokenizer import Tokenizer
 
 _BATCH_CHARS = 500_000
 _BATCHES_AHEAD = 3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 _Batch = list[tuple[str, int | None]]
 """Texts and how many characters of each are a prompt, see `data.row_layout.Document`."""
@@ -135,7 +137,8 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
-            process.start()
+            with _signals_left_to_this_process():
+                process.start()
             theirs.close()  # Else its end would stay open after the process has exited.
             connections.append(ours)
             processes.append(process)
@@ -143,13 +146,26 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
     finally:
         for connection, process in zip(connections, processes, strict=True):
             connection.close()
-            process.terminate()
+            process.kill()
             process.join()
+
+
+@contextmanager
+def _signals_left_to_this_process() -> Iterator[None]:
+    """Keep from a process that is started now the signals that a terminal or SLURM sends to all.
+
+    It inherits that they are blocked, from its first moment; this process gets them a little later.
+    """
+    resource_tracker.ensure_running()  # which would unblock two of them as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, path: Path) -> None:
     """Encode batches until the connection closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends this process.
     batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
     # Without a thread both sides could block in send, each for the other to receive.
     threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()

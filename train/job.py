@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,17 @@ from train.loop.recovery import Ranges, RunState, run_state_from_dict
 from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
-from train.monitoring.interruption import Interruption
+from train.monitoring.interruption import Interruption, StopRequestError
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
 from train.optimizer.optim import build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
 from train.parallel.titan import OptimizersContainer
-from train.run_folder.events import EventLog, State, append_event, goodput, starts, write_status
+from train.run_folder.events import EventLog, append_event, goodput, starts
 from train.run_folder.preflight import check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
+from train.run_folder.status import RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Job:
     sections: Sections
     lock: RunLock
     events: EventLog
+    status: RunStatus
     loader: TokenLoader
     held_out: HeldOut
     layerskip: LayerSkipSchedule
@@ -100,7 +102,7 @@ class Job:
         """
         self.runtime.on_every_rank(self.lock.check)
         self.checkpoints.save(done, state.as_dict(), required=required)
-        _write_status(self.config, self.runtime, "running", done)
+        self.status.write("running", done)
 
     def lifetime(self, state: RunState) -> dict[str, float]:
         """Return restarts, rollbacks and goodput over all starts of the run; {} but on rank 0."""
@@ -118,7 +120,7 @@ class Job:
         if done < self.config.steps:
             reason = next(filter(None, self.runtime.gather(self.interruption.reason)), "")
             self.events.append("preempted", done, reason=reason)
-            _write_status(self.config, self.runtime, "preempted", done, reason)
+            self.status.write("preempted", done, reason)
             logger.info("stopped by %s after step %d; the same command resumes", reason, done)
             return
         model = self.config.run_dir / "model"
@@ -128,7 +130,7 @@ class Job:
             self.events.append("finish", done)
         else:
             logger.info("%s has done all its %d steps", self.config.run_dir, done)
-        _write_status(self.config, self.runtime, "finished", done)
+        self.status.write("finished", done)
 
 
 @contextmanager
@@ -142,11 +144,14 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
         SystemExit: On the other ranks then.
     """
     run_dir, sections = config.run_dir, Sections()
-    check_run_folder(run_dir, Path(config.output_dir), needed_bytes=0, runtime=runtime)
+    status = RunStatus(run_dir, config.runtime.status_file, runtime)
     with ExitStack() as stack:
-        lock = stack.enter_context(lock_run(run_dir, runtime))
+        with status.record_end(sections):
+            check_run_folder(run_dir, Path(config.output_dir), needed_bytes=0, runtime=runtime)
+            lock = stack.enter_context(lock_run(run_dir, runtime))
         events = EventLog(run_dir / "events.jsonl", writes=runtime.is_main)
-        stack.enter_context(_record_failure(config, runtime, lock, events, sections))
+        status.hold(lock)
+        stack.enter_context(status.record_end(sections))
         stack.enter_context(
             Watchdog(
                 sections,
@@ -159,9 +164,10 @@ def open_job(config: TrainConfig, runtime: Runtime, interruption: Interruption) 
                 record=partial(_record_hang, run_dir / "events.jsonl"),
             )
         )
-        job = _build(config, runtime, interruption, sections, lock, events, stack)
+        job = _build(config, runtime, interruption, sections, lock, events, status, stack)
         if job.resumed.t < config.steps:
-            _record_start(config, runtime, events, job.resumed.t)
+            _record_start(job)
+        interruption.start_training()
         yield job
 
 
@@ -172,10 +178,11 @@ def _build(
     sections: Sections,
     lock: RunLock,
     events: EventLog,
+    status: RunStatus,
     stack: ExitStack,
 ) -> Job:
     """Open the data, build the model, and load the newest checkpoint."""
-    corpus, loader, held_out = _open_data(config, runtime)
+    corpus, loader, held_out = _open_data(config, runtime, interruption)
     model, optimizer = _build_model(config, runtime)
     identity = RunIdentity(
         model=config.model,
@@ -199,6 +206,7 @@ def _build(
         sections=sections,
         lock=lock,
         events=events,
+        status=status,
         loader=loader,
         held_out=held_out,
         layerskip=config.layerskip,
@@ -223,14 +231,19 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
     return model, build_optimizer(model, config.optim)
 
 
-def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoader, HeldOut]:
+def _open_data(
+    config: TrainConfig, runtime: Runtime, interruption: Interruption
+) -> tuple[Corpus, TokenLoader, HeldOut]:
     """Open the datasets; rank 0 first prepares what is missing."""
     data, seed = config.data, config.seed
-    corpus = runtime.main_first(lambda: open_corpus(data, config.model.vocab_size))
+    prepared = partial(open_corpus, data, config.model.vocab_size)
+    _until_stopped(lambda: prepared() if runtime.is_main else None, runtime, interruption)
+    corpus = runtime.main_first(prepared)
     if data.verify_shards:
         rank, ranks = runtime.rank, runtime.world_size
         for dataset in corpus.datasets:
-            runtime.on_every_rank(partial(verify_shards, dataset, part=rank, parts=ranks))
+            verify = partial(verify_shards, dataset, part=rank, parts=ranks)
+            _until_stopped(verify, runtime, interruption)
     loader = runtime.on_every_rank(
         lambda: train_loader(corpus, data, runtime, seed, steps=config.steps)
     )
@@ -239,10 +252,29 @@ def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, TokenLoad
     return corpus, loader, HeldOut(windows, data.seq_len, bos_id)
 
 
-def _record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:
+def _until_stopped(
+    action: Callable[[], object], runtime: Runtime, interruption: Interruption
+) -> None:
+    """Run `action`, which may take long, on every rank; a request to stop ends it.
+
+    Raises:
+        StopRequestError: On every rank, if any was requested to stop.
+    """
+
+    def run() -> None:
+        with suppress(StopRequestError), interruption.at_once():
+            action()
+
+    runtime.on_every_rank(run)
+    if reason := next(filter(None, runtime.gather(interruption.reason)), ""):
+        raise StopRequestError(reason)
+
+
+def _record_start(job: Job) -> None:
     """Record the start of the run, write its `config.json` and log its size."""
-    events.append("start", start, world_size=runtime.world_size)
-    _write_status(config, runtime, "running", start)
+    config, runtime, start = job.config, job.runtime, job.resumed.t
+    job.events.append("start", start, world_size=runtime.world_size)
+    job.status.write("running", start)
     if not runtime.is_main:
         return
     (config.run_dir / "config.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n")
@@ -257,32 +289,6 @@ def _record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start
     )
 
 
-@contextmanager
-def _record_failure(
-    config: TrainConfig, runtime: Runtime, lock: RunLock, events: EventLog, sections: Sections
-) -> Iterator[None]:
-    """Record in the run folder, if it is still ours, that the `with` block failed, and why."""
-    try:
-        yield
-    except Exception as error:
-        if not lock.lost:
-            reason = f"{type(error).__name__}: {error}"
-            _, t, _ = sections.current
-            events.append("failed", t, reason=reason)
-            _write_status(config, runtime, "failed", t, reason)
-        raise
-
-
 def _record_hang(path: Path, reason: str, t: int) -> None:
     """Append a hang to the events; not by EventLog, as the rank may be another than rank 0."""
     append_event(path, "hang", t, reason=reason)
-
-
-def _write_status(
-    config: TrainConfig, runtime: Runtime, state: State, step: int, reason: str = ""
-) -> None:
-    """Write the status of the run to its folder and to runtime.status_file, if there is one."""
-    if runtime.is_main:
-        status_file = config.runtime.status_file
-        paths = [config.run_dir / "status.json", *([Path(status_file)] if status_file else [])]
-        write_status(paths, state, step, reason)

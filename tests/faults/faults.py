@@ -12,6 +12,7 @@ import time
 import torch
 import torch.distributed.checkpoint.filesystem as torch_files
 
+import data.preparation
 import train.checkpoints.checkpointer
 import train.job
 import train.loop.step
@@ -216,3 +217,15 @@ def full_disk(on_rank, rank, steps):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     train.checkpoints.checkpointer.save = limited
+
+
+def signal_while_preparing(on_rank, rank, number):
+    """Send rank `rank` a signal while rank 0 encodes the corpus."""
+    if on_rank == rank:
+        write_splits = data.preparation._write_splits
+
+        def interrupted(*arguments):
+            os.kill(os.getpid(), number)
+            return write_splits(*arguments)
+
+        data.preparation._write_splits = interrupted

@@ -50,6 +50,8 @@ class Command:
     """The run."""
     dry_run: DryRun | None
     """Plan the run for this machine and end; None trains."""
+    check: bool = False
+    """Check the run and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,10 @@ class _CommandLine:
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the plan of the run (sizes, memory per GPU, FLOPs, steps) and end; refuse what cannot
     work. Needs one process, no GPU and no data."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check the options, the dataset if it is there, and that the run folder can be written and is
+    held by no other job, and end; for job scripts. WORLD_SIZE in the environment is the number of
+    ranks."""
     tokens: float | None = None
     """Train on so many tokens in place of `steps`, rounded up to whole steps."""
     machine: Annotated[DryRun, tyro.conf.arg(name="")] = field(default_factory=DryRun)
@@ -90,7 +96,7 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     config = line.config
     if line.tokens is not None:
         config = dataclasses.replace(config, steps=_steps(line.tokens, config, given))
-    return Command(config, line.machine if line.dry_run else None)
+    return Command(config, line.machine if line.dry_run else None, line.check)
 
 
 def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:

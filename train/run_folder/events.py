@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 """One line of the log: "time" in unix seconds, "kind", "step", and the fields of the kind."""
-State = Literal["running", "preempted", "finished", "failed"]
+State = Literal["running", "preempted", "finished", "interrupted", "failed"]
+"""interrupted: by what a restart may cure; failed: by what it would meet again."""
 
 
 class EventLog:
@@ -117,8 +118,10 @@ def goodput(productive_seconds: float, events: Sequence[Event], now: float) -> f
     return min(1.0, productive_seconds / (now - began))
 
 
-def write_status(paths: Sequence[Path], state: State, step: int, reason: str = "") -> None:
-    """Write the status of the run, each file atomically; for one rank to call.
+def write_status(
+    paths: Sequence[Path], state: State, step: int, reason: str = "", *, saved: int = 0
+) -> None:
+    """Write the status of the run, each file atomically.
 
     On a full disk the file is not written, with a warning.
 
@@ -127,10 +130,11 @@ def write_status(paths: Sequence[Path], state: State, step: int, reason: str = "
         state: The state of the run.
         step: Steps done.
         reason: Why it ended, in words.
+        saved: Steps of the newest checkpoint.
     """
-    status = {"state": state, "step": step, "time": time.time(), "reason": reason}
+    status = {"state": state, "step": step, "saved": saved, "time": time.time(), "reason": reason}
     for path in paths:
-        aside = path.with_name(f"{path.name}.tmp")
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("w") as file:

@@ -111,10 +111,10 @@ def test_goodput_is_the_share_of_time_since_the_first_start():
 def test_the_status_is_written_to_every_path(tmp_path, caplog):
     paths = [tmp_path / "status.json", tmp_path / "slurm" / "17.json"]
     write_status(paths, "running", 3)
-    write_status([tmp_path / "status.json" / "x", *paths], "preempted", 5, "SIGTERM")
+    write_status([tmp_path / "status.json" / "x", *paths], "preempted", 5, "SIGTERM", saved=4)
     for path in paths:
         status = json.loads(path.read_text())
         assert abs(status.pop("time") - time.time()) < 60
-        assert status == {"state": "preempted", "step": 5, "reason": "SIGTERM"}
+        assert status == {"state": "preempted", "step": 5, "saved": 4, "reason": "SIGTERM"}
         assert list(path.parent.glob("*.tmp")) == []
     assert "status: preempted is not in" in caplog.text
