@@ -4,6 +4,7 @@ Product code is unaware of these: they replace functions in the process that is 
 `on_rank` is the rank a function is called on, `rank` the one it is to hit.
 """
 
+import builtins
 import os
 import resource
 import signal
@@ -58,6 +59,16 @@ def kill_once(on_rank, rank, t, marker):
             os.kill(os.getpid(), signal.SIGKILL)
 
         _before_step(t, die)
+
+
+def fail(on_rank, rank, t, kind, text):
+    """Raise a built-in exception on rank `rank` as it begins step t."""
+    if on_rank == rank:
+
+        def broken(model):
+            raise getattr(builtins, kind)(text)
+
+        _before_step(t, broken)
 
 
 def hang(on_rank, rank, t):

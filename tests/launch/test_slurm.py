@@ -50,7 +50,7 @@ def test_a_job_requeues_itself_at_its_time_limit_and_goes_on_until_it_is_finishe
     # Its time is up long before its steps are done; once it is requeued, few are left.
     sweep = tmp_path / "options.txt"
     sweep.write_text("--steps 100000\n")
-    options = ("--array=1-1", "--time=2", "--signal=B:USR1@80")
+    options = ("--array=1-1", "--time=2", "--signal=B:USR1@115")
     number, run, log = sbatch(
         options, environment={"SWEEP": str(sweep)}, validate__interval_steps=0,
         checkpoint__interval_steps=0, metrics__interval_steps=20, metrics__tensorboard=False,
@@ -61,8 +61,10 @@ def test_a_job_requeues_itself_at_its_time_limit_and_goes_on_until_it_is_finishe
     state, restarts = slurm.wait(f"{number}_1", 150)
     text = log.read_text()
     assert state == "COMPLETED", text
-    assert f"preempted, {reached} steps done, 0 before" in text
+    assert f"preempted, {reached} steps done, {reached} saved, 0 before" in text
     assert f"finished, {reached + 30} steps done" in text
+    # The warning came at once, and a third of the limit was trained all the same.
+    assert "its time limit is 120 s, stops in " in text
     # A planned stop looks like one.
     assert "Traceback" not in text
     assert "Exited with" not in text
@@ -149,6 +151,23 @@ def test_a_rank_that_dies_for_good_costs_a_restart_whichever_it_is(
     assert requeues == (0 if whom == "its worker" and restarts else 1), text
     assert fingerprint(run) == fingerprint(straight.run)
     assert status(run)["saved"] == 300
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_signal_while_the_corpus_is_prepared_stops_and_requeues(slurm, sbatch, tmp_path):
+    corpus = tmp_path / "data" / "tokens"
+    number, run, log = sbatch((), data__path=corpus, data__input="embedded")
+    slurm.wait_until(lambda: [*corpus.parent.glob(".tokens.partial-*/tokenizer.model")], 200)
+    slurm.call("scancel", "--batch", "--signal=USR1", number)
+    slurm.wait_until(lambda: slurm.state(number)[1] == 1, 120)
+    slurm.call("scancel", number)
+    text = log.read_text()
+    assert "stopped by SIGUSR1 before the first step" in text
+    assert "preempted, 0 steps done, 0 saved, 0 before" in text
+    assert not [word for word in ("Traceback", "killed", "Exited with") if word in text], text
+    assert status(run)["state"] == "preempted"
+    assert [*corpus.parent.iterdir()] == []
 
 
 def test_each_task_of_an_array_job_trains_its_line_of_the_sweep(slurm, sbatch, tmp_path):
