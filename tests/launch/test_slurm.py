@@ -155,6 +155,25 @@ def test_a_rank_that_dies_for_good_costs_a_restart_whichever_it_is(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_a_job_that_dies_twice_before_its_first_checkpoint_ends(slurm, sbatch):
+    settings = {"steps": 100000, "checkpoint__interval_steps": 0, "validate__interval_steps": 0}
+    number, run, log = sbatch((), environment={"MAX_RESTARTS": "0"}, **settings)
+    for start in (1, 2):
+        slurm.wait_until(
+            lambda start=start: log.exists() and log.read_text().count("4/100000") == start, 150
+        )
+        os.kill(process_of_rank(number, 1), signal.SIGKILL)
+        if start == 1:
+            slurm.wait_until(lambda: slurm.state(number)[1] == 1, 60)
+            slurm.hurry(number)
+    assert slurm.wait(number, 60) == ("FAILED", 1)
+    last = log.read_text().splitlines()[-1]
+    assert last == f"error: job {number} has ended 2 times without a new checkpoint, not requeued"
+    assert status(run)["saved"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_signal_while_the_corpus_is_prepared_stops_and_requeues(slurm, sbatch, tmp_path):
     corpus = tmp_path / "data" / "tokens"
     number, run, log = sbatch((), data__path=corpus, data__input="embedded")

@@ -76,18 +76,18 @@ class Runtime:
             ValueError: On rank 0, with the message of the first rank whose action raised one.
             SystemExit: On the other ranks.
         """
-        message, result = None, None
+        caught, result = None, None
         try:
             result = action()
         except ValueError as error:
-            message = str(error)
-        messages = self.gather(message)
+            caught = error
+        messages = self.gather(None if caught is None else str(caught))
         failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
         if failed:
             if not self.is_main:
                 raise SystemExit(USER_ERROR)
             rank, text = failed[0]
-            raise ValueError(text if rank == 0 else f"{text} (on rank {rank})")
+            raise caught if caught and rank == 0 else ValueError(f"{text} (on rank {rank})")
         return result  # type: ignore[return-value]
 
     def main_first(self, action: Callable[[], T]) -> T:
