@@ -26,6 +26,7 @@ from data.tokenizer import Tokenizer
 
 _BATCH_CHARS = 500_000
 _BATCHES_AHEAD = 3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _Batch = list[tuple[str, int | None]]
 """Texts and how many characters of each are a prompt, see `data.row_layout.Document`."""
@@ -137,7 +138,7 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
-            with _signals_blocked():
+            with _signals_left_to_this_process():
                 process.start()
             theirs.close()  # Else its end would stay open after the process has exited.
             connections.append(ours)
@@ -151,10 +152,13 @@ def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Let processes that start here get no signal of their group: the parent ends them."""
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+def _signals_left_to_this_process() -> Iterator[None]:
+    """Keep from a process that is started now the signals that a terminal or SLURM sends to all.
+
+    It inherits that they are blocked, from its first moment; this process gets them a little later.
+    """
+    resource_tracker.ensure_running()  # which would unblock two of them as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:

@@ -4,15 +4,16 @@
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # Keeps `train/main.py` from putting train/ itself on the path.
 export PYTHONSAFEPATH=1
+# The cores of this job, which SLURM need not bind it to; elsewhere those of the machine.
+cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc 2>/dev/null || echo 2)}}
 # One process for each GPU; without one, two CPU ranks.
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
   RANKS=${RANKS:-$(nvidia-smi -L | wc -l)}
 else
-  RANKS=${RANKS:-2}
+  RANKS=${RANKS:-$((cores > 1 || ${SLURM_JOB_ID:-0} == 0 ? 2 : 1))}
 fi
 export RANKS
 # Threads of one rank: the cores shared out, so that ranks do not crowd each other.
-cores=$(nproc 2>/dev/null || echo "$RANKS")
 threads=$((cores / RANKS))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # A new store for every attempt of torchrun: its restarts on several nodes would otherwise read the

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from launch import __version__
-from launch.torchrun import SCRIPT, end_quietly
+from launch.torchrun import SCRIPT, prepare
 
 VERBS = {
     "prepare": ("data.prepare", "text to token shards"),
@@ -52,7 +52,7 @@ def main() -> int:
         hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(VERBS)}"
         print(f"error: verb: {verb} does not exist, {hint}", file=sys.stderr)
         return 2
-    if verb == "train" and not {"-h", "--help", "--dry_run"} & {*words}:
+    if verb == "train" and not {"-h", "--help", "--dry_run", "--check"} & {*words}:
         return train(words)
     sys.argv[1:] = words
     runpy.run_module(VERBS[verb][0], run_name="__main__", alter_sys=True)
@@ -80,7 +80,7 @@ def train(words: Sequence[str]) -> int:
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
-    end_quietly()
+    prepare()
     count = 0
     known = get_args_parser()._option_string_actions
     while count < len(words) and (option := known.get(words[count].partition("=")[0])):

@@ -174,6 +174,7 @@ def _run_rank(rank, port, job):
             "WORLD_SIZE": str(job["ranks"]),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "none",
         } | job["environment"]
         import torch
 

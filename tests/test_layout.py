@@ -43,7 +43,7 @@ ROOM_ARROWS = {
         "loop": {"monitoring", "optimizer", "parallel"},
         "checkpoints": {"optimizer", "parallel"},
         "monitoring": {"parallel"},
-        "run_folder": {"parallel"},
+        "run_folder": {"monitoring", "parallel"},
         "optimizer": {"parallel"},
         "parallel": set(),
     },
@@ -197,8 +197,10 @@ def test_environment_is_read_in_one_file():
     readers = {
         name_of(path) for path in FILES if re.search(r"\benviron\b|\bgetenv\b", path.read_text())
     }
-    # generate.py reads NO_COLOR, the terminal's own convention; data sets COLUMNS for tyro.
+    # generate.py reads NO_COLOR, the terminal's own convention; data sets COLUMNS for tyro;
+    # torchrun.py names its process to the ranks, where launcher.py reads it before torch is there.
     allowed = {"train/parallel/runtime.py", "inference/generate.py", "data/command_line.py"}
+    allowed |= {"launch/torchrun.py", "train/monitoring/launcher.py"}
     assert readers <= allowed
     assert (ROOT / "inference" / "generate.py").read_text().count("os.environ") == 1
 

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,18 +24,19 @@ from train.loop.run_state import RunState
 from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
-from train.monitoring.interruption import Interruption
+from train.monitoring.interruption import Interruption, StopRequestError
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
 from train.optimizer.optim import build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
 from train.parallel.titan import OptimizersContainer
-from train.record import record_failure, record_hang, record_start, write_status
+from train.record import record_hang, record_start
 from train.resumed_rows import open_rows
 from train.run_folder.events import EventLog, goodput, starts
 from train.run_folder.preflight import check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
+from train.run_folder.status import RunStatus
 from train.run_folder.weights_and_biases import WeightsAndBiases, open_wandb
 from train.run_folder.writing import attempt
 
@@ -52,6 +53,7 @@ class Job:
     sections: Sections
     lock: RunLock
     events: EventLog
+    status: RunStatus
     loader: TokenLoader
     held_out: HeldOut
     layerskip: LayerSkipSchedule
@@ -96,7 +98,7 @@ class Job:
         """
         self.runtime.on_every_rank(self.lock.check)
         self.checkpoints.save(done, state.as_dict(), required=required)
-        write_status(self.config, self.runtime, "running", done)
+        self.status.write("running", done)
 
     def lifetime(self, state: RunState) -> dict[str, float]:
         """Return restarts, rollbacks and goodput over all starts of the run; {} but on rank 0."""
@@ -114,7 +116,7 @@ class Job:
         if done < self.config.steps:
             reason = next(filter(None, self.runtime.gather(self.interruption.reason)), "")
             self.events.append("preempted", done, reason=reason)
-            write_status(self.config, self.runtime, "preempted", done, reason)
+            self.status.write("preempted", done, reason)
             logger.info("stopped by %s after step %d; the same command resumes", reason, done)
             return
         model = self.config.run_dir / "model"
@@ -124,7 +126,7 @@ class Job:
             self.events.append("finish", done)
         else:
             logger.info("%s has done all its %d steps", self.config.run_dir, done)
-        write_status(self.config, self.runtime, "finished", done)
+        self.status.write("finished", done)
 
 
 @contextmanager
@@ -149,11 +151,16 @@ def open_job(
         SystemExit: On the other ranks then.
     """
     run_dir, sections = config.run_dir, Sections()
-    made = check_run_folder(run_dir, Path(config.output_dir), needed_bytes=0, runtime=runtime)
+    status = RunStatus(run_dir, config.runtime.status_file, runtime)
     with ExitStack() as stack:
-        lock = stack.enter_context(lock_run(run_dir, runtime))
+        with status.record_end(sections):
+            made = check_run_folder(
+                run_dir, Path(config.output_dir), needed_bytes=0, runtime=runtime
+            )
+            lock = stack.enter_context(lock_run(run_dir, runtime))
         events = EventLog(run_dir / "events.jsonl", writes=runtime.is_main)
-        stack.enter_context(record_failure(config, runtime, lock, events, sections, made))
+        status.hold(lock, made)
+        stack.enter_context(status.record_end(sections))
         stack.enter_context(
             Watchdog(
                 sections,
@@ -167,9 +174,13 @@ def open_job(
             )
         )
         wandb = _open_wandb(config, runtime, stack)
-        job = _build(config, runtime, interruption, sections, lock, events, wandb, stack, given)
+        job = _build(
+            config, runtime, interruption, sections, lock, events, status, wandb, stack, given
+        )
         if job.resumed.t < config.steps:
+            status.write("running", job.resumed.t)
             record_start(config, runtime, events, job.resumed.t)
+        interruption.start_training()
         yield job
 
 
@@ -180,13 +191,13 @@ def _build(
     sections: Sections,
     lock: RunLock,
     events: EventLog,
+    status: RunStatus,
     wandb: WeightsAndBiases | None,
     stack: ExitStack,
     given: Collection[str],
 ) -> Job:
     """Open the data, build the model, and load the newest checkpoint."""
-    corpus, held_out = _open_data(config, runtime)
-    _check_tokenizer(config, corpus, runtime)
+    corpus, held_out = _open_data(config, runtime, interruption)
     model, optimizer = _build_model(config, runtime)
     identity = _identify(config, corpus)
     folder, settings = config.run_dir / "checkpoints", config.checkpoint
@@ -205,6 +216,7 @@ def _build(
         sections=sections,
         lock=lock,
         events=events,
+        status=status,
         loader=loader,
         held_out=held_out,
         layerskip=config.layerskip,
@@ -267,15 +279,39 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
     return model, build_optimizer(model, config.optim)
 
 
-def _open_data(config: TrainConfig, runtime: Runtime) -> tuple[Corpus, HeldOut]:
+def _open_data(
+    config: TrainConfig, runtime: Runtime, interruption: Interruption
+) -> tuple[Corpus, HeldOut]:
     """Check what the run starts from, and open the datasets; rank 0 prepares what is missing."""
     data, start = config.data, config.checkpoint
     runtime.on_every_rank(lambda: check_start(config.run_dir / "checkpoints", start))
-    corpus = runtime.main_first(lambda: open_corpus(data, config.model.vocab_size))
+    prepared = partial(open_corpus, data, config.model.vocab_size)
+    _until_stopped(lambda: prepared() if runtime.is_main else None, runtime, interruption)
+    corpus = runtime.main_first(prepared)
     if data.verify_shards:
         rank, ranks = runtime.rank, runtime.world_size
         for dataset in corpus.datasets:
-            runtime.on_every_rank(partial(verify_shards, dataset, part=rank, parts=ranks))
+            verify = partial(verify_shards, dataset, part=rank, parts=ranks)
+            _until_stopped(verify, runtime, interruption)
+    _check_tokenizer(config, corpus, runtime)
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     bos_id = corpus.bos_id if data.mask_documents else None
     return corpus, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])
+
+
+def _until_stopped(
+    action: Callable[[], object], runtime: Runtime, interruption: Interruption
+) -> None:
+    """Run `action`, which may take long, on every rank; a request to stop ends it.
+
+    Raises:
+        StopRequestError: On every rank, if any was requested to stop.
+    """
+
+    def run() -> None:
+        with suppress(StopRequestError), interruption.at_once():
+            action()
+
+    runtime.on_every_rank(run)
+    if reason := next(filter(None, runtime.gather(interruption.reason)), ""):
+        raise StopRequestError(reason)

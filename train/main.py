@@ -3,42 +3,52 @@
 Reads like the algorithm: the plan of step t, one step of minimising J, and what is due after it.
 """
 
-import signal
+from train.monitoring.interruption import Interruption, StopRequestError
 
-if __name__ == "__main__":  # a Ctrl-C in the seconds of the imports ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    _interruption = Interruption.before_imports()
 
 import logging
 import sys
+import traceback
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from train.config.command_line import parse
 from train.config.config import TrainConfig
 from train.config.settled import settle
 from train.follow import TrainingMonitor
 from train.job import Job, open_job
+from train.loop.corpus import open_corpus
 from train.loop.report import exit_metrics, validation_line
 from train.loop.run_state import RunState
 from train.loop.step import train_step
 from train.loop.step_metrics import DeferredReader
 from train.loop.validate import validate
-from train.monitoring.interruption import Interruption
-from train.monitoring.replica_check import ReplicasDifferError
 from train.parallel.runtime import (
     USER_ERROR,
     Runtime,
     end_process,
     is_first_of_node,
     is_main_process,
+    launched_job,
     launched_ranks,
     start_logging,
     start_runtime,
+    wait_to_be_ended,
 )
 from train.parallel.titan import GarbageCollection
 from train.planning.dry_run import plan_run
 from train.rollback import roll_back
+from train.run_folder.failures import AGREED, is_communication, is_final
 from train.run_folder.metrics import Metrics, open_metrics
+from train.run_folder.preflight import refuse_early
+from train.run_folder.run_lock import RunHeldError, refuse_held
 
+RUN_HELD = 3
+"""Exit status of --check where another job trains the run."""
+PEER_REPORTS_WITHIN_SECONDS = 3.0
+"""How long a rank that has lost another one waits for that one's report."""
 logger = logging.getLogger(__name__)
 
 
@@ -135,8 +145,13 @@ def due(interval_steps: int, done_steps: int, steps: int) -> bool:
     return done_steps == steps or bool(interval_steps and done_steps % interval_steps == 0)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line, and return the exit status."""
+def main(arguments: Sequence[str], interruption: Interruption | None = None) -> int:
+    """Run the command line, and return the exit status.
+
+    Args:
+        arguments: The command line without the program's name.
+        interruption: Requests to stop that were caught before; None: there is nothing yet.
+    """
     start_logging()
     try:
         command = parse(arguments, show=is_main_process())
@@ -146,21 +161,55 @@ def main(arguments: Sequence[str]) -> int:
                 print(plan_run(config, command.dry_run))
             return 0
         config.check(launched_ranks())
+        if command.check:
+            check(config)
+            return 0
         for line in config.optim.warnings(config.steps):
             logger.info("%s", line)
+    except RunHeldError as error:  # met by a check
+        fail(error, prints=is_first_of_node())
+        return RUN_HELD
     except ValueError as error:
         return fail(error, prints=is_first_of_node())
     try:
         with (
-            Interruption() as interruption,
+            interruption or Interruption() as interruption,
             start_runtime(config.runtime, config.seed) as runtime,
         ):
-            train(config, runtime, interruption, command.given)
-    except (FloatingPointError, ReplicasDifferError) as error:  # agreed on by all ranks
-        return fail(error, prints=is_main_process())
-    except (ValueError, OSError) as error:
-        return fail(error, prints=True)
+            try:
+                train(config, runtime, interruption, command.given)
+            except StopRequestError as stop:
+                logger.info("stopped by %s before the first step; the same command resumes", stop)
+    except Exception as error:
+        return end(error)
     return 0
+
+
+def end(error: Exception) -> int:
+    """Report a failure, and return the exit status: 2 where a restart would meet it again."""
+    if is_communication(error):
+        # A rank that has failed reports why, and torchrun ends this one: that line is the last.
+        wait_to_be_ended(PEER_REPORTS_WITHIN_SECONDS)
+        line = f"error: connection: another rank is gone, the same command resumes ({error})"
+        print(line, file=sys.stderr)
+    elif isinstance(error, (*AGREED, ValueError, OSError)):
+        fail(error, prints=is_main_process() or not isinstance(error, AGREED))
+    else:
+        traceback.print_exception(error)
+    return USER_ERROR if is_final(error) else 1
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what a run of this configuration would be refused for, and change nothing.
+
+    Raises:
+        RunHeldError: If another job trains it.
+        ValueError: If it cannot begin.
+    """
+    refuse_early(config.run_dir, Path(config.output_dir))
+    refuse_held(config.run_dir, launched_job())
+    if Path(config.data.path).exists():
+        open_corpus(config.data, config.model.vocab_size)
 
 
 def fail(error: Exception, *, prints: bool) -> int:
@@ -177,4 +226,4 @@ def fail(error: Exception, *, prints: bool) -> int:
 
 
 if __name__ == "__main__":
-    end_process(lambda: main(sys.argv[1:]))
+    end_process(lambda: main(sys.argv[1:], _interruption), lambda: bool(_interruption.reason))

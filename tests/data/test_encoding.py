@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -33,4 +36,10 @@ def test_reading_stays_a_few_batches_ahead(tokenizer_path: Path) -> None:
     encoded = encode_documents(corpus(), Tokenizer(tokenizer_path), workers=2)
     next(encoded)
     assert read == 6
+    # A terminal or SLURM signals them all; what becomes of the work is for the parent to decide.
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    assert len([next(encoded) for _ in range(4)]) == 4
     encoded.close()
+    assert not multiprocessing.active_children()

@@ -32,7 +32,7 @@ def test_lost_and_cut_responses_are_counted_in_blocks_of_any_size(monkeypatch, s
     for _ in range(20):
         documents = []
         for _ in range(draw.integers(1, 9)):
-            prompt, response = draw.integers(0, 9), draw.integers(1, 5)
+            prompt, response = draw.integers(1, 9), draw.integers(1, 5)
             ids = [BOS, *draw.integers(2, 9, prompt + response - 1).tolist(), eos]
             documents.append([(token, i > prompt) for i, token in enumerate(ids)])
         stored = [token if learnt else ~token for part in documents for token, learnt in part]

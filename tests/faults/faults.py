@@ -4,6 +4,7 @@ Product code is unaware of these: they replace functions in the process that is 
 `on_rank` is the rank a function is called on, `rank` the one it is to hit.
 """
 
+import builtins
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint.filesystem as torch_files
 
+import data.preparation
 import train.checkpoints.checkpointer
 import train.job
 import train.loop.step
@@ -60,6 +62,16 @@ def kill_once(on_rank, rank, t, marker):
             os.kill(os.getpid(), signal.SIGKILL)
 
         _before_step(t, die)
+
+
+def fail(on_rank, rank, t, kind, text):
+    """Raise a built-in exception on rank `rank` as it begins step t."""
+    if on_rank == rank:
+
+        def broken(model):
+            raise getattr(builtins, kind)(text)
+
+        _before_step(t, broken)
 
 
 def hang(on_rank, rank, t):
@@ -246,3 +258,15 @@ def break_sinks(on_rank, run, t):
 
     _before_step(t, break_charts)
     _before_step(t + 2, break_console)
+
+
+def signal_while_preparing(on_rank, rank, number):
+    """Send rank `rank` a signal while rank 0 encodes the corpus."""
+    if on_rank == rank:
+        write_splits = data.preparation._write_splits
+
+        def interrupted(*arguments):
+            os.kill(os.getpid(), number)
+            return write_splits(*arguments)
+
+        data.preparation._write_splits = interrupted

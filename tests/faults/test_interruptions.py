@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.documents import make_documents
 from tests.faults.state import events, fingerprint, records
 
 
@@ -54,10 +55,26 @@ def test_a_signal_before_the_first_step_stops_before_it(launch):
     job = launch(faults=[("signal_before_training", {"rank": 1, "number": signal.SIGTERM})])
     assert job.wait() == [0, 0], job.output
     assert status(job.run) | {"time": 0} == {
-        "state": "preempted", "step": 0, "time": 0, "reason": "SIGTERM"
+        "state": "preempted", "step": 0, "saved": 0, "time": 0, "reason": "SIGTERM"
     }  # fmt: skip
     assert not list((job.run / "checkpoints").glob("step-*"))
     assert launch().wait() == [0, 0]
+    assert status(job.run)["state"] == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_preparation_of_a_corpus(launch, tmp_path, number):
+    text, corpus = tmp_path / "text.txt", tmp_path / "data" / "tokens"
+    text.write_text(" ".join(make_documents(60)))
+    settings = {"data__path": corpus, "data__input": text, "model__vocab_size": 320}
+    faults = [("signal_while_preparing", {"rank": 0, "number": number})]
+    job = launch(faults=faults, **settings)
+    assert job.wait() == [0, 0], job.output
+    assert status(job.run)["state"] == "preempted"
+    assert job.output.count("stopped by") == 1
+    assert [*corpus.parent.iterdir()] == []
+    again = launch(**settings)
+    assert again.wait() == [0, 0], again.output
     assert status(job.run)["state"] == "finished"
 
 

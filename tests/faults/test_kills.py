@@ -11,9 +11,15 @@ from tests.faults.state import events, fingerprint, records
 from tests.training import ROOT
 
 
+def status(run):
+    return json.loads((run / "status.json").read_text())
+
+
 def test_a_rank_killed_in_a_step_costs_the_steps_since_the_last_checkpoint(launch, undisturbed):
     job = launch(faults=[("kill", {"rank": 1, "t": 5})])
     assert -9 in job.wait()
+    assert status(job.run)["state"] == "interrupted"
+    assert (status(job.run)["step"], status(job.run)["saved"]) == (5, 3)
     again = launch()
     assert again.wait() == [0, 0], again.output
     assert "resuming from" in again.output
@@ -21,6 +27,24 @@ def test_a_rank_killed_in_a_step_costs_the_steps_since_the_last_checkpoint(launc
     assert fingerprint(job.run) == fingerprint(undisturbed)
     assert [r["step"] for r in records(job.run) if "train/loss" in r] == [2, 4, 6, 8]
     assert len(events(job.run, "start")) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [("ValueError", "failed"), ("MemoryError", "failed"), ("RuntimeError", "interrupted"),
+     ("ConnectionResetError", "interrupted")],
+)  # fmt: skip
+def test_what_fails_decides_the_status_and_not_which_rank(launch, rank, kind, state):
+    fault = {"rank": rank, "t": 5, "kind": kind, "text": "of this rank"}
+    job = launch(faults=[("fail", fault)])
+    statuses = job.wait()
+    assert (2 in statuses) == (state == "failed"), job.output
+    found = status(job.run)
+    assert (found["state"], found["step"], found["saved"]) == (state, 5, 3), job.output
+    if state == "failed":  # whatever the other rank makes of it
+        assert found["reason"] == f"{kind}: of this rank"
+        assert [e["reason"] for e in events(job.run, "failed")] == [found["reason"]]
 
 
 def test_torchrun_restarts_a_killed_rank_exactly_once(training, undisturbed, tmp_path):

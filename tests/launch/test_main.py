@@ -78,7 +78,7 @@ def test_options_of_torchrun_come_first(words, launcher, training, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "main", seen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(main, "end_quietly", lambda: None)
+    monkeypatch.setattr(main, "prepare", lambda: None)
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)
     assert skipstone(monkeypatch, "train", *words.split()) == 0
     assert seen == [[*launcher.split(), str(SCRIPT), *training.split()]]

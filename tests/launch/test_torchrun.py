@@ -27,6 +27,7 @@ def ended(*statuses):
         (ended(2), 2),
         (ended(2, -signal.SIGTERM), 2),
         (ended(-signal.SIGTERM, 2), 2),
+        (ended(1, 2, -signal.SIGKILL), 2),
         (SignalException("", signal.SIGINT), 130),
         (SignalException("", signal.SIGTERM), 143),
         (KeyboardInterrupt(), 130),
@@ -40,7 +41,7 @@ def test_an_end_that_is_on_the_screen_is_not_repeated(error, status, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ended(1, -15), ended(2, 1), ended(2, -9), ended(-15), ended(-9), RuntimeError()]
+    "error", [ended(1, -15), ended(1, 1), ended(-15), ended(-9), RuntimeError()]
 )
 def test_a_crash_is_shown_as_ever(error, capsys):
     torchrun._report(type(error), error, None)

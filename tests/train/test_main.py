@@ -19,7 +19,8 @@ from data.windows import StreamWindows
 from inference.evaluation.exit_quality import evaluate_exits
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model
 from train import main as command
-from train.main import due, main
+from train.main import RUN_HELD, due, main
+from train.run_folder.run_lock import acquire
 
 
 def fingerprint(run):
@@ -171,9 +172,39 @@ def test_a_truncated_shard_is_one_line(training, corpus, tmp_path, capsys, quiet
     assert shard.name in line
 
 
+def test_a_check_refuses_what_a_run_would_be_refused_for_and_leaves_nothing(
+    training, tmp_path, monkeypatch, capsys, quiet
+):
+    def check(**overrides):
+        status = main([*training.arguments(name="checked", **overrides), "--check"])
+        return status, capsys.readouterr().err
+
+    assert check() == (0, "")
+    assert check(model__vocab_size=200)[0] == 2
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "is not a multiple of 3 ranks" in check()[1]
+    monkeypatch.delenv("WORLD_SIZE")
+    (tmp_path / "file").touch()
+    assert (
+        f"error: output_dir: {tmp_path}/file is no folder" in check(output_dir=tmp_path / "file")[1]
+    )
+    assert not training.output.exists()
+    run = training.output / "checked"
+    run.mkdir(parents=True)
+    lock = acquire(run, "another job")
+    status, error = check()
+    assert (status, error.count("error: ")) == (RUN_HELD, 1)
+    assert "is being written by process" in error
+    lock.release()
+    assert check() == (0, "")
+
+
 def test_a_run_folder_of_another_model_size_is_refused(training, launch):
     assert launch(name="sized", steps=1).wait() == [0, 0]
-    status, output = training.run(name="sized", steps=2, model__n_layers=3, ranks=2)
+    restarts = ["--max-restarts", "3"]  # in vain: it is refused by all ranks together
+    status, output = training.run(
+        name="sized", steps=2, model__n_layers=3, ranks=2, launcher=restarts
+    )
     assert_error_ends(status, output, "name: ")
     assert "is of another model, with model.n_layers 4 (configured: 3)" in output
 
@@ -188,7 +219,7 @@ def assert_error_ends(status, output, message):
 
 
 def test_a_wrong_option_is_one_line_under_torchrun(training):
-    status, output = training.run(ranks=2, lr="1e-3")
+    status, output = training.run(ranks=2, launcher=["--max-restarts", "3"], lr="1e-3")
     assert_error_ends(status, output, "option: --lr does not exist, did you mean --optim.lr?")
 
 

@@ -52,6 +52,8 @@ class Command:
     """The run."""
     dry_run: DryRun | None
     """Plan the run for this machine and end; None trains."""
+    check: bool = False
+    """Check the run and end."""
     given: frozenset[str] = frozenset()
     """Full names of the fields that the user has given, as options or in a file."""
 
@@ -65,6 +67,10 @@ class _CommandLine:
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the plan of the run (sizes, memory per GPU, FLOPs, steps) and end; refuse what cannot
     work. Needs one process, no GPU and no data."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check the options, the dataset if it is there, and that the run folder can be written and is
+    held by no other job, and end; for job scripts. WORLD_SIZE in the environment is the number of
+    ranks."""
     tokens: float | None = None
     """Train on so many tokens in place of `steps`, rounded up to whole steps."""
     machine: Annotated[DryRun, tyro.conf.arg(name="")] = field(default_factory=DryRun)
@@ -98,7 +104,9 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     config = dataclasses.replace(config, checkpoint=_one_start(config.checkpoint, given))
     if line.file is not None:
         given |= given_fields(line.file)
-    return Command(config, line.machine if line.dry_run else None, frozenset(given))
+    return Command(
+        config, line.machine if line.dry_run else None, check=line.check, given=frozenset(given)
+    )
 
 
 def _read(preset: str, words: Sequence[str], *, show: bool) -> _CommandLine:

@@ -65,6 +65,15 @@ def continual_llama3_2_1b() -> TrainConfig:
     return _paper("continual_llama3_2_1b", init_from="outputs/llama3.2_1b")
 
 
+def continual_llama2_70b() -> TrainConfig:
+    """Continual pretraining of Llama-2 70B: 64 GPUs, 52B tokens. Its settings are ours.
+
+    Those of the 13B, but for R, which likewise leaves one exit a step, and a lower LR.
+    """
+    parallel = ParallelConfig(reduce_every_microbatch=True, activation_checkpointing="full")
+    return _paper("continual_llama2_70b", init_from="outputs/llama2_70b", parallel=parallel)
+
+
 def finetune_code() -> TrainConfig:
     """The paper's finetuning of Llama-1 7B on code: 32 GPUs, 5.2B tokens in sequences of 4096."""
     config = _paper("finetune_code", init_from="outputs/llama1_7b")
@@ -157,7 +166,7 @@ def _from_scratch(size: str, *, steps: int, R: int, lr: float, microbatch_size: 
 
 
 class _Row(NamedTuple):
-    """A run of the paper, in the table below."""
+    """A run of the paper, or one after its pattern, in the table below."""
 
     size: str
     p_max: float
@@ -177,6 +186,7 @@ _PAPER = {
     "scratch_7b":            _Row("llama2_7b",      0.2, 0.2, "rot", 31, 8e-4, 50_000, 128, 4096),
     "continual_llama2_7b":   _Row("llama2_7b",      0.1, 0.2, "rot",  8, 3e-5, 50_000, 256, 4096),
     "continual_llama2_13b":  _Row("llama2_13b",     0.1, 0.1, "rot", 39, 2e-5, 50_000, 256, 4096),
+    "continual_llama2_70b":  _Row("llama2_70b",     0.1, 0.1, "rot", 79, 1.5e-5, 50_000, 256, 4096),
     "continual_llama3_8b":   _Row("llama3_8b",      0.1, 0.1, "rot",  8, 3e-5, 50_000, 1024, 8192),
     "continual_llama3_2_1b": _Row("llama3.2_1b",    0.1, 0.1, "rot",  8, 3e-5, 50_000, 2048, 8192),
     "finetune_code":         _Row("llama1_7b",      0.1, 1.0, "rot", 16, 1e-4, 10_000, 128, 4096),
@@ -225,6 +235,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
         scratch_7b,
         continual_llama2_7b,
         continual_llama2_13b,
+        continual_llama2_70b,
         continual_llama3_8b,
         continual_llama3_2_1b,
         finetune_code,

@@ -79,18 +79,18 @@ class Runtime:
             ValueError: On rank 0, with the message of the first rank whose action raised one.
             SystemExit: On the other ranks.
         """
-        message, result = None, None
+        caught, result = None, None
         try:
             result = action()
         except ValueError as error:
-            message = str(error)
-        messages = self.gather(message)
+            caught = error
+        messages = self.gather(None if caught is None else str(caught))
         failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
         if failed:
             if not self.is_main:
                 raise SystemExit(USER_ERROR)
             rank, text = failed[0]
-            raise ValueError(text if rank == 0 else f"{text} (on rank {rank})")
+            raise caught if caught and rank == 0 else ValueError(f"{text} (on rank {rank})")
         return result  # type: ignore[return-value]
 
     def main_first(self, action: Callable[[], T]) -> T:
@@ -142,11 +142,14 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def end_process(main: Callable[[], int]) -> NoReturn:
+def end_process(
+    main: Callable[[], int], stop_requested: Callable[[], bool] = lambda: False
+) -> NoReturn:
     """Run `main`, which closes what it opens, and end with its status.
 
     SystemExit(USER_ERROR) is the end of a rank whose error another rank prints. It waits: torchrun
-    kills the other ranks as soon as one has failed, also the one that is about to print.
+    kills the other ranks as soon as one has failed, also the one that is about to print. SIGTERM,
+    which may have come already and was noted then, ends it at once: nothing is left to save.
 
     The process ends at once: on torch 2.13, the threads of a process group that is gone abort one
     in some fifty processes while their libraries are taken down, and torchrun then takes a rank
@@ -157,8 +160,9 @@ def end_process(main: Callable[[], int]) -> NoReturn:
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if status == USER_ERROR and not is_first_of_node():
-            time.sleep(PRINTED_WITHIN_SECONDS)
-            logger.warning("ends with an error that no rank of this node has printed")
+            wait_to_be_ended(0 if stop_requested() else PRINTED_WITHIN_SECONDS)
+            if not stop_requested():
+                logger.warning("ends with an error that no rank of this node has printed")
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # --help | head
@@ -173,6 +177,12 @@ def end_process(main: Callable[[], int]) -> NoReturn:
         with suppress(OSError, ValueError):  # a closed pipe, a full disk
             stream.flush()
     os._exit(status)
+
+
+def wait_to_be_ended(seconds: float) -> None:
+    """Leave torchrun so long to end this rank, as it does when another has failed."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 def start_logging() -> None:
@@ -229,7 +239,7 @@ def start_runtime(config: RuntimeConfig, seed: int) -> Iterator[Runtime]:
         timeout=timedelta(seconds=2 * max(config.timeout_seconds, config.setup_timeout_seconds)),
     )
     try:
-        yield Runtime(rank, world_size, device, _job())
+        yield Runtime(rank, world_size, device, launched_job())
         # torch 2.11 now and then aborts where a rank leaves while another still communicates.
         dist.barrier()
     finally:
@@ -274,6 +284,7 @@ def _of_this_attempt(store: Store) -> Store:
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _job() -> str:
+def launched_job() -> str:
+    """Return what names the job across restarts and requeues; empty where nothing does."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if name == "none" else name

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 """One line of the log: "time" in unix seconds, "kind", "step", and the fields of the kind."""
-State = Literal["running", "preempted", "finished", "failed"]
+State = Literal["running", "preempted", "finished", "interrupted", "failed"]
+"""interrupted: by what a restart may cure; failed: by what it would meet again."""
 
 
 class EventLog:
@@ -116,8 +117,10 @@ def goodput(productive_seconds: float, events: Sequence[Event], now: float) -> f
     return min(1.0, productive_seconds / (now - began))
 
 
-def write_status_files(paths: Sequence[Path], state: State, step: int, reason: str = "") -> None:
-    """Write the status of the run, each file atomically; for one rank to call.
+def write_status(
+    paths: Sequence[Path], state: State, step: int, reason: str = "", *, saved: int = 0
+) -> None:
+    """Write the status of the run, each file atomically.
 
     On a full disk the file is not written, with a warning.
 
@@ -126,8 +129,9 @@ def write_status_files(paths: Sequence[Path], state: State, step: int, reason: s
         state: The state of the run.
         step: Steps done.
         reason: Why it ended, in words.
+        saved: Steps of the newest checkpoint.
     """
-    status = {"state": state, "step": step, "time": time.time(), "reason": reason}
+    status = {"state": state, "step": step, "saved": saved, "time": time.time(), "reason": reason}
     content = (json.dumps(status) + "\n").encode()
     for path in paths:
         attempt(path, partial(replace_file, path, content))

@@ -80,6 +80,22 @@ def _missing(run_dir: Path) -> tuple[Path, ...]:
         return ()
 
 
+def refuse_early(run_dir: Path, output_dir: Path) -> None:
+    """Refuse a run folder that cannot be made or written, without making it.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    _refuse_outside(run_dir, output_dir)
+    there = run_dir
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"output_dir: {there} is no folder, choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir: {there} cannot be written, choose a folder you may write")
+
+
 def check_space(folder: Path, needed_bytes: int, runtime: Runtime) -> None:
     """Check that there is space for these bytes and a reserve; every rank calls this.
 
@@ -100,12 +116,7 @@ def check_space(folder: Path, needed_bytes: int, runtime: Runtime) -> None:
 
 def _make(run_dir: Path, output_dir: Path, runtime: Runtime) -> None:
     try:
-        real, outputs = run_dir.resolve(), output_dir.resolve()
-        if outputs not in real.parents:
-            raise ValueError(
-                f"name: {run_dir} leads to {real}, outside of {outputs}, remove the link or "
-                "choose another --name"
-            )
+        _refuse_outside(run_dir, output_dir)
         if runtime.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
         elif not run_dir.is_dir():
@@ -117,6 +128,15 @@ def _make(run_dir: Path, output_dir: Path, runtime: Runtime) -> None:
         raise ValueError(
             f"output_dir: {run_dir} cannot be made, {error}, choose a folder you may write"
         ) from error
+
+
+def _refuse_outside(run_dir: Path, output_dir: Path) -> None:
+    real, outputs = run_dir.resolve(), output_dir.resolve()
+    if outputs not in real.parents:
+        raise ValueError(
+            f"name: {run_dir} leads to {real}, outside of {outputs}, remove the link or "
+            "choose another --name"
+        )
 
 
 def _write(probe: Path) -> None:

@@ -30,6 +30,10 @@ DEAD_AFTER_SECONDS = 60.0
 """A holder on another host counts as dead after this long without a heartbeat."""
 
 
+class RunHeldError(ValueError):
+    """A living job holds the run."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a lock."""
@@ -137,7 +141,7 @@ def acquire(folder: Path, job: str) -> RunLock:
         job: Name of this job across restarts; empty without one.
 
     Raises:
-        ValueError: If a living job holds it.
+        RunHeldError: If a living job holds it.
     """
     for _ in range(100):
         found = _locks(folder)
@@ -161,6 +165,15 @@ def acquire(folder: Path, job: str) -> RunLock:
             path.unlink(missing_ok=True)
         time.sleep(random.uniform(0.001, 0.02))
     raise ValueError(f"name: other jobs keep taking {folder}, start one at a time")
+
+
+def refuse_held(folder: Path, job: str) -> None:
+    """Raise a RunHeldError if a living job other than `job` holds the run folder, if there is one.
+
+    Takes and changes nothing, so the answer may be old a moment later.
+    """
+    for holder, changed in _locks(folder).values():
+        _why_stale(folder, holder, _file_system_time(folder) - changed, job)
 
 
 def _locks(folder: Path) -> dict[int, tuple[Holder | None, float]]:
@@ -197,7 +210,7 @@ def _why_stale(folder: Path, holder: Holder | None, age: float, job: str) -> str
     """Return why the holder of a lock is dead.
 
     Raises:
-        ValueError: If it is alive.
+        RunHeldError: If it is alive.
     """
     silence = f"no heartbeat for {age:.0f} s"
     if holder is None:
@@ -210,7 +223,7 @@ def _why_stale(folder: Path, holder: Holder | None, age: float, job: str) -> str
         return f"{holder} was this job ({job}) before it was restarted"
     elif age > DEAD_AFTER_SECONDS:
         return f"{holder}: {silence}"
-    raise ValueError(
+    raise RunHeldError(
         f"name: {folder} is being written by {holder or 'a job that has just started'}, last "
         f"heartbeat {max(age, 0):.0f} s ago, stop that job or choose another --name; a job on "
         f"another host counts as dead after {DEAD_AFTER_SECONDS:.0f} s without one"

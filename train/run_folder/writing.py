@@ -77,7 +77,7 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: If it was not written; the old file is then still there.
     """
-    aside = path.with_name(f"{path.name}.tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several ranks may write it
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside.open("wb") as file:
         file.write(data)

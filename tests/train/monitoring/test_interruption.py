@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from train.monitoring.interruption import SIGNALS, Interruption
+from train.monitoring.interruption import SIGNALS, Interruption, StopRequestError
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -39,6 +39,37 @@ def test_afterwards_the_signals_are_as_they_were():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+@pytest.fixture
+def as_they_were():
+    """Set the signals back to how they were, after the test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_during_set_up_ends_it_once(as_they_were):
+    def prepare():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # does not disturb what is cleaned up
+
+    with Interruption.before_imports() as interruption:
+        with interruption.at_once():
+            pass
+        with pytest.raises(StopRequestError, match="SIGUSR1"), interruption.at_once():
+            prepare()
+        assert interruption.reason == "SIGUSR1"
+
+
+def test_a_signal_during_the_imports_is_kept(as_they_were):
+    interruption = Interruption.before_imports()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with interruption, pytest.raises(StopRequestError, match="SIGTERM"), interruption.at_once():
+        raise AssertionError("begun though a stop was requested")
+
+
 def forked(body):
     """Run `body` in a child process and return its exit status."""
     pid = os.fork()
@@ -53,7 +84,12 @@ def test_a_worker_process_that_inherits_the_handlers_still_dies_of_a_signal():
         assert forked(lambda: os.kill(os.getpid(), signal.SIGTERM)) == -signal.SIGTERM
 
 
-def test_an_orphan_is_asked_to_stop():
+@pytest.mark.parametrize(
+    ("variable", "reason"), [("TORCHELASTIC_RUN_ID", b"the end of the launcher"), ("SLURM_ID", b"")]
+)
+def test_an_orphan_of_torchrun_alone_is_asked_to_stop(variable, reason, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv(variable, "none")
     # The grandchild writes into a pipe, its parent being gone.
     reader, writer = os.pipe()
     pid = os.fork()
@@ -73,4 +109,4 @@ def test_an_orphan_is_asked_to_stop():
     text = b""
     while part := os.read(reader, 100):
         text += part
-    assert text == b"rthe end of the launcher"
+    assert text == b"r" + reason

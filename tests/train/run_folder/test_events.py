@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from train.run_folder.events import EventLog, first_start, goodput, starts, write_status_files
+from train.run_folder.events import EventLog, first_start, goodput, starts, write_status
 
 
 @pytest.fixture
@@ -75,12 +75,12 @@ def fill_disk(path, status):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     log = EventLog(path, writes=True)
     log.append("start", 0)
-    write_status_files([status], "running", 0)
+    write_status([status], "running", 0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     log.append("spike", 3, text="x" * 80)
     with pytest.raises(OSError, match="No space left"):
         log.append_required("rollback", 3, text="x" * 80)
-    write_status_files([status], "failed", 3, "x" * 80)
+    write_status([status], "failed", 3, "x" * 80)
 
 
 def test_a_full_disk_costs_the_line_not_the_run(path, tmp_path):
@@ -110,11 +110,11 @@ def test_goodput_is_the_share_of_time_since_the_first_start():
 
 def test_the_status_is_written_to_every_path(tmp_path, caplog):
     paths = [tmp_path / "status.json", tmp_path / "slurm" / "17.json"]
-    write_status_files(paths, "running", 3)
-    write_status_files([tmp_path / "status.json" / "x", *paths], "preempted", 5, "SIGTERM")
+    write_status(paths, "running", 3)
+    write_status([tmp_path / "status.json" / "x", *paths], "preempted", 5, "SIGTERM", saved=4)
     for path in paths:
         status = json.loads(path.read_text())
         assert abs(status.pop("time") - time.time()) < 60
-        assert status == {"state": "preempted", "step": 5, "reason": "SIGTERM"}
+        assert status == {"state": "preempted", "step": 5, "saved": 4, "reason": "SIGTERM"}
         assert list(path.parent.glob("*.tmp")) == []
     assert "status.json/x: not written, File exists; training goes on" in caplog.text
