@@ -199,10 +199,10 @@ def open_dataset(path: Path) -> Dataset:
     """
     description_path = path / DESCRIPTION_NAME
     if not description_path.is_file():
-        raise ValueError(
-            f"dataset {path} {'has no ' + DESCRIPTION_NAME if path.exists() else 'does not exist'},"
-            f" {nearest_dataset(path, DESCRIPTION_NAME)}"
-        )
+        remedy = nearest_dataset(path, DESCRIPTION_NAME)
+        if not path.exists():
+            raise ValueError(f"dataset {path} does not exist, {remedy}")
+        raise ValueError(f"dataset {path} has no {DESCRIPTION_NAME}, {remedy}")
     try:
         content = read_object(description_path)
         if content.pop("format", None) != _FORMAT:

@@ -2,31 +2,28 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data.dataset import VALIDATION, verify_shards
 from data.loader import Microbatch, TokenLoader
-from models.checkpoint_format import checkpoint_steps
 from models.llama import Llama
 from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
 from train.checkpoints.resume import Resumed, resume
-from train.checkpoints.start import check_start
-from train.checkpoints.tokenizers import check_tokenizer
 from train.config.config import TrainConfig
-from train.loop.corpus import Corpus, open_corpus
+from train.loop.corpus import Corpus
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.run_state import RunState
 from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
-from train.monitoring.interruption import Interruption, StopRequestError
+from train.monitoring.interruption import Interruption
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
+from train.opened_data import open_data
 from train.optimizer.optim import build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
@@ -173,10 +170,7 @@ def open_job(
                 record=partial(record_hang, run_dir / "events.jsonl"),
             )
         )
-        wandb = _open_wandb(config, runtime, stack)
-        job = _build(
-            config, runtime, interruption, sections, lock, events, status, wandb, stack, given
-        )
+        job = _build(config, runtime, interruption, sections, lock, events, status, stack, given)
         if job.resumed.t < config.steps:
             status.write("running", job.resumed.t)
             record_start(config, runtime, events, job.resumed.t)
@@ -192,12 +186,12 @@ def _build(
     lock: RunLock,
     events: EventLog,
     status: RunStatus,
-    wandb: WeightsAndBiases | None,
     stack: ExitStack,
     given: Collection[str],
 ) -> Job:
     """Open the data, build the model, and load the newest checkpoint."""
-    corpus, held_out = _open_data(config, runtime, interruption)
+    wandb = _open_wandb(config, runtime, stack)
+    corpus, held_out = open_data(config, runtime, interruption)
     model, optimizer = _build_model(config, runtime)
     identity = _identify(config, corpus)
     folder, settings = config.run_dir / "checkpoints", config.checkpoint
@@ -255,21 +249,6 @@ def _open_wandb(config: TrainConfig, runtime: Runtime, stack: ExitStack) -> Weig
     return wandb
 
 
-def _check_tokenizer(config: TrainConfig, corpus: Corpus, runtime: Runtime) -> None:
-    """Refuse to start from weights of another tokenizer."""
-    settings, dataset = config.checkpoint, corpus.datasets[0]
-    starts_new = not checkpoint_steps(config.run_dir / "checkpoints")
-
-    def check() -> None:
-        if runtime.is_main and starts_new and settings.init_from:
-            check_tokenizer(
-                settings.init_from, dataset.tokenizer_path, dataset.tokenizer_fingerprint
-            )
-
-    if not settings.allow_other_tokenizer:
-        runtime.on_every_rank(check)
-
-
 def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, OptimizersContainer]:
     """Build the model and its optimizer, and check that a checkpoint of them fits on the disk."""
     model = build_model(
@@ -277,41 +256,3 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
     )
     check_space(config.run_dir, checkpoint_bytes(model, config.optim), runtime)
     return model, build_optimizer(model, config.optim)
-
-
-def _open_data(
-    config: TrainConfig, runtime: Runtime, interruption: Interruption
-) -> tuple[Corpus, HeldOut]:
-    """Check what the run starts from, and open the datasets; rank 0 prepares what is missing."""
-    data, start = config.data, config.checkpoint
-    runtime.on_every_rank(lambda: check_start(config.run_dir / "checkpoints", start))
-    prepared = partial(open_corpus, data, config.model.vocab_size)
-    _until_stopped(lambda: prepared() if runtime.is_main else None, runtime, interruption)
-    corpus = runtime.main_first(prepared)
-    if data.verify_shards:
-        rank, ranks = runtime.rank, runtime.world_size
-        for dataset in corpus.datasets:
-            verify = partial(verify_shards, dataset, part=rank, parts=ranks)
-            _until_stopped(verify, runtime, interruption)
-    _check_tokenizer(config, corpus, runtime)
-    windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
-    bos_id = corpus.bos_id if data.mask_documents else None
-    return corpus, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])
-
-
-def _until_stopped(
-    action: Callable[[], object], runtime: Runtime, interruption: Interruption
-) -> None:
-    """Run `action`, which may take long, on every rank; a request to stop ends it.
-
-    Raises:
-        StopRequestError: On every rank, if any was requested to stop.
-    """
-
-    def run() -> None:
-        with suppress(StopRequestError), interruption.at_once():
-            action()
-
-    runtime.on_every_rank(run)
-    if reason := next(filter(None, runtime.gather(interruption.reason)), ""):
-        raise StopRequestError(reason)

@@ -225,7 +225,7 @@ def test_help_names_every_option_and_fits_the_terminal(capsys, monkeypatch):
     ("words", "code", "message"),
     [
         (["--run", "a"], 2, "error: layers: 2, too few, give 3\n"),
-        (["--run", "a", "--layers", "5"], 130, ""),
+        (["--run", "a", "--layers", "5"], 130, "interrupted\n"),
         (["--run"], 2, "error: run: no value, give a value\n"),
     ],
 )

@@ -1,0 +1,73 @@
+"""The data of a run: checked against what the run starts from, prepared where missing, opened."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from data.dataset import VALIDATION, verify_shards
+from models.checkpoint_format import checkpoint_steps
+from train.checkpoints.start import check_start
+from train.checkpoints.tokenizers import check_tokenizer
+from train.config.config import TrainConfig
+from train.loop.corpus import Corpus, open_corpus
+from train.loop.validate import HeldOut
+from train.monitoring.interruption import Interruption, StopRequestError
+from train.parallel.runtime import Runtime
+
+
+def open_data(
+    config: TrainConfig, runtime: Runtime, interruption: Interruption
+) -> tuple[Corpus, HeldOut]:
+    """Check what the run starts from, and open the datasets; rank 0 prepares what is missing.
+
+    Raises:
+        StopRequestError: On every rank, if one was requested to stop meanwhile.
+        ValueError: If a dataset cannot be opened, or is not of the tokens of the weights.
+    """
+    data, start = config.data, config.checkpoint
+    runtime.on_every_rank(lambda: check_start(config.run_dir / "checkpoints", start))
+    prepared = partial(open_corpus, data, config.model.vocab_size)
+    _until_stopped(lambda: prepared() if runtime.is_main else None, runtime, interruption)
+    corpus = runtime.main_first(prepared)
+    if data.verify_shards:
+        rank, ranks = runtime.rank, runtime.world_size
+        for dataset in corpus.datasets:
+            verify = partial(verify_shards, dataset, part=rank, parts=ranks)
+            _until_stopped(verify, runtime, interruption)
+    _check_tokenizer(config, corpus, runtime)
+    windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
+    bos_id = corpus.bos_id if data.mask_documents else None
+    return corpus, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])
+
+
+def _until_stopped(
+    action: Callable[[], object], runtime: Runtime, interruption: Interruption
+) -> None:
+    """Run `action`, which may take long, on every rank; a request to stop ends it.
+
+    Raises:
+        StopRequestError: On every rank, if any was requested to stop.
+    """
+
+    def run() -> None:
+        with suppress(StopRequestError), interruption.at_once():
+            action()
+
+    runtime.on_every_rank(run)
+    if reason := next(filter(None, runtime.gather(interruption.reason)), ""):
+        raise StopRequestError(reason)
+
+
+def _check_tokenizer(config: TrainConfig, corpus: Corpus, runtime: Runtime) -> None:
+    """Refuse to start from weights of another tokenizer."""
+    settings, dataset = config.checkpoint, corpus.datasets[0]
+    starts_new = not checkpoint_steps(config.run_dir / "checkpoints")
+
+    def check() -> None:
+        if runtime.is_main and starts_new and settings.init_from:
+            check_tokenizer(
+                settings.init_from, dataset.tokenizer_path, dataset.tokenizer_fingerprint
+            )
+
+    if not settings.allow_other_tokenizer:
+        runtime.on_every_rank(check)
