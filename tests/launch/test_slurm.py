@@ -43,19 +43,40 @@ def status(run):
     return json.loads((run / "status.json").read_text())
 
 
-@pytest.mark.timeout(400)
-def test_a_job_requeues_itself_at_its_time_limit_and_goes_on_until_it_is_finished(
-    slurm, sbatch, tmp_path
+def process_of(job, command, *settings):
+    """Return a process of a job whose command line and environment hold these, if it is there."""
+    wanted = {setting.encode() for setting in (f"SLURM_JOB_ID={job}", *settings)}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if command.encode() in (folder / "cmdline").read_bytes() and wanted <= {
+                *(folder / "environ").read_bytes().split(b"\0")
+            }:
+                return int(folder.name)
+    return None
+
+
+def process_of_rank(job, rank):
+    return process_of(job, "train/main.py", f"RANK={rank}")
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("warned", ["by hand", pytest.param("by SLURM", marks=pytest.mark.slow)])
+def test_a_job_requeues_itself_before_its_time_limit_and_goes_on_until_it_is_finished(
+    slurm, sbatch, tmp_path, warned
 ):
     # Its time is up long before its steps are done; once it is requeued, few are left.
     sweep = tmp_path / "options.txt"
     sweep.write_text("--steps 100000\n")
-    options = ("--array=1-1", "--time=2", "--signal=B:USR1@115")
+    # SLURM's warning comes at once: a third of the limit is trained all the same.
+    limit = ("--time=6", "--signal=B:USR1@355") if warned == "by SLURM" else ()
     number, run, log = sbatch(
-        options, environment={"SWEEP": str(sweep)}, validate__interval_steps=0,
+        ("--array=1-1", *limit), environment={"SWEEP": str(sweep)}, validate__interval_steps=0,
         checkpoint__interval_steps=0, metrics__interval_steps=20, metrics__tensorboard=False,
     )  # fmt: skip
-    slurm.wait_until(lambda: slurm.state(f"{number}_1")[1] == 1, 150)
+    if warned == "by hand":
+        slurm.wait_until((run / "metrics.jsonl").exists, 150)
+        os.kill(process_of(number, "slurm_script"), signal.SIGUSR1)
+    slurm.wait_until(lambda: slurm.state(f"{number}_1")[1] == 1, 200)
     reached = status(run)["step"]
     sweep.write_text(f"--steps {reached + 30} --checkpoint.allow_config_changes True\n")
     state, restarts = slurm.wait(f"{number}_1", 150)
@@ -63,8 +84,7 @@ def test_a_job_requeues_itself_at_its_time_limit_and_goes_on_until_it_is_finishe
     assert state == "COMPLETED", text
     assert f"preempted, {reached} steps done, {reached} saved, 0 before" in text
     assert f"finished, {reached + 30} steps done" in text
-    # The warning came at once, and a third of the limit was trained all the same.
-    assert "its time limit is 120 s, stops in " in text
+    assert ("its time limit is 360 s, stops in " in text) == (warned == "by SLURM")
     # A planned stop looks like one.
     assert "Traceback" not in text
     assert "Exited with" not in text
@@ -92,17 +112,6 @@ def test_a_job_that_fails_for_good_is_not_requeued(slurm, sbatch, setting, error
     assert text.splitlines()[-1].startswith(error), text
     assert "Traceback" not in text
     assert text.count("error: ") < 6, text  # once by the rank, once by the script, and srun's
-
-
-def process_of_rank(job, rank):
-    """Return the process of a rank of this attempt of a job, if it is there."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            words = (folder / "environ").read_bytes().split(b"\0")
-            python = b"train/main.py" in (folder / "cmdline").read_bytes()
-            if python and {b"SLURM_JOB_ID=%d" % int(job), b"RANK=%d" % rank} <= {*words}:
-                return int(folder.name)
-    return None
 
 
 def parent_of(pid):
