@@ -111,7 +111,7 @@ def next_command(dataset: Dataset) -> str:
     preset = "parsing_demo" if dataset.holds_pairs else "demo"
     return (
         f"torchrun --nproc_per_node=2 train/main.py {preset} --name my-run"
-        f" --data.path {shlex.quote(str(dataset.path))} --model.vocab_size {dataset.vocab_size}"
+        f" --data.path {shlex.quote(str(dataset.path))}"
     )
 
 

@@ -105,6 +105,11 @@ def load_run(
     if packed and can_pack(model):
         pack(model)
     tokenizer = Tokenizer(file)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: {file} has {tokenizer.vocab_size} ids and the model "
+            f"{model.config.vocab_size}, put back the tokenizer it was trained with"
+        )
     mask_missing(model, tokenizer.ids)
     graphs = None
     if compiled:

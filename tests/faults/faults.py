@@ -18,6 +18,7 @@ import torch.distributed.checkpoint.filesystem as torch_files
 import data.preparation
 import train.checkpoints.checkpointer
 import train.job
+import train.loop.corpus
 import train.loop.step
 import train.main
 from data.loader import Microbatch, TokenLoader
@@ -258,6 +259,11 @@ def break_sinks(on_rank, run, t):
 
     _before_step(t, break_charts)
     _before_step(t + 2, break_console)
+
+
+def prepare_in(on_rank, folder):
+    """Prepare what a run itself makes in this folder."""
+    train.loop.corpus.PREPARED = Path(folder)
 
 
 def signal_while_preparing(on_rank, rank, number):

@@ -8,8 +8,10 @@ import time
 
 import pytest
 
+import train.loop.corpus
 from tests.documents import make_documents
 from tests.faults.state import events, fingerprint, records
+from train.loop.corpus import prepared_path
 
 
 def status(run):
@@ -63,17 +65,20 @@ def test_a_signal_before_the_first_step_stops_before_it(launch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_preparation_of_a_corpus(launch, tmp_path, number):
-    text, corpus = tmp_path / "text.txt", tmp_path / "data" / "tokens"
+def test_a_signal_ends_the_preparation_of_a_corpus(launch, tmp_path, monkeypatch, number):
+    text, folder = tmp_path / "text.txt", tmp_path / "data"
     text.write_text(" ".join(make_documents(60)))
+    monkeypatch.setattr(train.loop.corpus, "PREPARED", folder)
+    corpus = prepared_path([str(text)], 320)
     settings = {"data__path": corpus, "data__input": text, "model__vocab_size": 320}
-    faults = [("signal_while_preparing", {"rank": 0, "number": number})]
-    job = launch(faults=faults, **settings)
+    faults = [("prepare_in", {"folder": str(folder)})]
+    signals = ("signal_while_preparing", {"rank": 0, "number": number})
+    job = launch(faults=[*faults, signals], **settings)
     assert job.wait() == [0, 0], job.output
     assert status(job.run)["state"] == "preempted"
     assert job.output.count("stopped by") == 1
-    assert [*corpus.parent.iterdir()] == []
-    again = launch(**settings)
+    assert [*folder.iterdir()] == []
+    again = launch(faults=faults, **settings)
     assert again.wait() == [0, 0], again.output
     assert status(job.run)["state"] == "finished"
 

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -96,8 +98,10 @@ def open_wandb(folder: Path, project: str, config: dict[str, Any]) -> WeightsAnd
         )
 
     try:
-        mode = _within(LOCAL_SECONDS, _configured_mode)
-        reason = _within(LOCAL_SECONDS, _why_unreachable) if mode == "online" else ""
+        with _ask_server() as probe:  # while the package is imported here
+            mode = _within(LOCAL_SECONDS, _configured_mode)
+            online = mode == "online"
+            reason = _within(LOCAL_SECONDS, partial(_why_unreachable, probe)) if online else ""
         if reason:
             mode = "offline"
             _warn_offline(folder, reason)
@@ -124,8 +128,9 @@ def _configured_mode() -> Mode:
     return mode
 
 
-def _why_unreachable() -> str:
-    """Ask W&B's server who this user is; return why there is no answer, or nothing."""
+@contextmanager
+def _ask_server() -> Iterator[subprocess.Popen[str]]:
+    """Begin to ask W&B's server who this user is; the end of the `with` block ends that."""
     with subprocess.Popen(
         [sys.executable, "-c", _PROBE],
         stdin=subprocess.DEVNULL,
@@ -133,13 +138,20 @@ def _why_unreachable() -> str:
         stderr=subprocess.PIPE,
         text=True,
     ) as probe:
-        assert probe.stdout is not None
-        probe.stdout.readline()  # imported, or ended
         try:
-            _, errors = probe.communicate(timeout=ANSWER_SECONDS)
-        except subprocess.TimeoutExpired:
+            yield probe
+        finally:
             probe.kill()
-            return f"no answer of its server within {ANSWER_SECONDS:.0f} s"
+
+
+def _why_unreachable(probe: subprocess.Popen[str]) -> str:
+    """Return why the server has not answered, or nothing."""
+    assert probe.stdout is not None
+    probe.stdout.readline()  # imported, or ended
+    try:
+        _, errors = probe.communicate(timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no answer of its server within {ANSWER_SECONDS:.0f} s"
     return (errors.strip().splitlines() or ["no reason given"])[-1] if probe.returncode else ""
 
 
