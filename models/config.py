@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from data.foreign_json import build
+from data.foreign_json import build, shown
 from models.rope import RopeScaling
 
 # No real model is beyond these, and nothing is allocated for a shape that is.
@@ -107,8 +107,8 @@ class LlamaConfig:
         ascending = list(self.own_exits) == sorted(set(self.own_exits))
         if not ascending or any(not 1 <= E < self.n_layers for E in self.own_exits):
             found.append(
-                f"model.own_exits: {self.own_exits}, must ascend from 1 layer or more and stay "
-                f"below the model's {self.n_layers}"
+                f"model.own_exits: {shown(self.own_exits)}, must ascend from 1 layer or more and "
+                f"stay below the model's {self.n_layers}"
             )
         if self.own_exit_mlp and not self.own_exits:
             found.append("model.own_exit_mlp: True without model.own_exits, name the exits")
