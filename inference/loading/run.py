@@ -89,13 +89,7 @@ def load_run(
     _check_names(dtype, quantize)
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
-    file = checkpoint / TOKENIZER
-    fingerprint = file_entry(file)["sha256"] if file.is_file() else "missing"
-    if fingerprint != manifest.tokenizer_fingerprint:
-        raise ValueError(
-            f"tokenizer: {file} is {str(fingerprint)[:12]} but the checkpoint was trained with "
-            f"{manifest.tokenizer_fingerprint[:12]}, put that tokenizer.model back"
-        )
+    tokenizer = _open_tokenizer(checkpoint / TOKENIZER, manifest)
     target = choose_device(device)
     if dtype is None:
         dtype = "bfloat16" if target.type == "cuda" else "float32"
@@ -104,18 +98,29 @@ def load_run(
         quantize_layers(model, quantize)
     if packed and can_pack(model):
         pack(model)
-    tokenizer = Tokenizer(file)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: {file} has {tokenizer.vocab_size} ids and the model "
-            f"{model.config.vocab_size}, put back the tokenizer it was trained with"
-        )
     mask_missing(model, tokenizer.ids)
     graphs = None
     if compiled:
         compile_layers(model)
         graphs = round_graphs(target)
     return Run(checkpoint, manifest, tokenizer, model, graphs)
+
+
+def _open_tokenizer(file: Path, manifest: Manifest) -> Tokenizer:
+    """Open a checkpoint's tokenizer; raise a ValueError where it is not that of the weights."""
+    fingerprint = file_entry(file)["sha256"] if file.is_file() else "missing"
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"tokenizer: {file} is {str(fingerprint)[:12]} but the checkpoint was trained with "
+            f"{manifest.tokenizer_fingerprint[:12]}, put that tokenizer.model back"
+        )
+    tokenizer = Tokenizer(file)
+    if tokenizer.vocab_size > manifest.model.vocab_size:
+        raise ValueError(
+            f"tokenizer: {file} has {tokenizer.vocab_size} ids and the model "
+            f"{manifest.model.vocab_size}, put the tokenizer of its training back"
+        )
+    return tokenizer
 
 
 def _check_names(dtype: str | None, quantize: str | None) -> None:
