@@ -242,7 +242,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, object]]:
                 yield f"row {number}", record
     except OSError as error:
         raise _unreadable(path, error) from None
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(
             f"task_file: {path}, after row {number}: {error}, give a whole Parquet file"
         ) from None

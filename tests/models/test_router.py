@@ -4,6 +4,7 @@ A token that skips still has keys and values; those beyond the capacity are the 
 """
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -225,8 +226,9 @@ def test_pruning_keeps_the_routers_of_the_layers_kept():
 def test_a_shape_written_before_there_were_routers_is_read():
     for router in ("none", "mlp"):
         config = small(router=router)
-        assert config_from_dict(dataclasses.asdict(config)) == config
-    fields = dataclasses.asdict(small())
+        fields = json.loads(json.dumps(dataclasses.asdict(config)))
+        assert config_from_dict(fields) == config
+    fields = json.loads(json.dumps(dataclasses.asdict(small())))
     del fields["router"]
     assert config_from_dict(fields) == small()
 

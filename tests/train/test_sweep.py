@@ -94,7 +94,7 @@ def test_ctrl_c_ends_the_sweep_once_the_run_has_ended(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert (stop.value.code, len(ended)) == (130, 1)
-    assert capsys.readouterr().err == "run 1 of 2: demo-lr_0.25\n"
+    assert capsys.readouterr().err == "run 1 of 2: demo-lr_0.25\ninterrupted\n"
 
 
 def test_a_table_has_the_finished_runs_and_names_the_others(tmp_path, monkeypatch, capsys):
