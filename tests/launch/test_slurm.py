@@ -125,17 +125,12 @@ WHOM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "whom", "restarts"),
     [
-        (1, "its worker", 0),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                (1, "its worker", 3), (1, "its torchrun", 3), (1, "both", 3), (1, "both", 0),
-                (0, "its worker", 0), (0, "its worker", 3), (0, "both", 3),
-            ]
-        ),
+        (1, "its worker", 0), (1, "its worker", 3), (1, "its torchrun", 3), (1, "both", 3),
+        (1, "both", 0), (0, "its worker", 0), (0, "its worker", 3), (0, "both", 3),
     ],
 )  # fmt: skip
 @pytest.mark.timeout(400)
