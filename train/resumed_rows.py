@@ -4,12 +4,13 @@ Where sources, weights or windows have changed since the checkpoint, a new mixtu
 next row, and each source goes on in it where it was.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 from data.loader import TokenLoader
 from data.mixture import PERIOD
-from data.reading import Reading, SourceRead, begin, reading_from_dict
+from data.reading import Reading, SourceRead, begin, count, reading_from_dict
 from data.window_order import Stretch
 from train.checkpoints.resume import Resumed
 from train.config.config import TrainConfig
@@ -17,6 +18,8 @@ from train.loop.corpus import Corpus, DataConfig, train_loader
 from train.loop.run_state import RunState, run_state_from_dict
 from train.parallel.runtime import Runtime
 from train.run_folder.events import Event, EventLog
+
+logger = logging.getLogger(__name__)
 
 
 def open_rows(
@@ -29,6 +32,7 @@ def open_rows(
         SystemExit: On the other ranks then.
     """
     data, seed = config.data, config.seed
+    warn_of_another_seed(resumed, seed)
     recorded = runtime.gather(events.read() if runtime.is_main else [])[0]
 
     def open_loader() -> tuple[RunState, TokenLoader]:
@@ -47,6 +51,18 @@ def open_rows(
         return state, loader
 
     return runtime.on_every_rank(open_loader)
+
+
+def warn_of_another_seed(resumed: Resumed, seed: int) -> None:
+    """Log that the order of the data changes with the seed, which no count of rows can mend."""
+    before = resumed.manifest.config.get("seed", seed) if resumed.manifest else seed
+    if before != seed:
+        logger.info(
+            "data: seed was %s, is %s: the rest of this epoch is drawn anew, some of its windows "
+            "come again and as many are left out, keep the seed to read each once",
+            before,
+            seed,
+        )
 
 
 def checkpoint_state(resumed: Resumed) -> RunState:
@@ -74,10 +90,9 @@ def resumed_state(resumed: Resumed, events: Sequence[Event], config: DataConfig)
         state = replace(state, origin=(resumed.branched_from, resumed.t), productive_seconds=0.0)
     data = resumed.manifest.config["data"] if resumed.manifest else {}
     size = data.get("global_batch_size", config.global_batch_size)
-    rollbacks = [event for event in events if event["kind"] == "rollback"]
-    state = state.skipping(_skipped_rows(event, size) for event in rollbacks)
+    skipped, readings = _rolled_back(events, size)
+    state = state.skipping(skipped)
     # A rollback to before the mixture has changed, and no checkpoint since.
-    readings = [reading_from_dict(event["reading"]) for event in rollbacks if "reading" in event]
     readings += [state.reading] if state.reading else []
     readings = [found for found in readings if found.start <= state.next_row]
     return replace(state, reading=max(readings, key=lambda found: found.start, default=None))
@@ -104,12 +119,30 @@ def with_reading(
     return replace(state.skipping([(row, start)] if start > row else []), reading=reading)
 
 
+def _rolled_back(
+    events: Sequence[Event], batch_size: int
+) -> tuple[list[tuple[int, int]], list[Reading]]:
+    """Return the rows that rollbacks have skipped, and the mixtures they went back to."""
+    skipped, readings = [], []
+    for event in events:
+        if event["kind"] != "rollback":
+            continue
+        try:
+            rows = _skipped_rows(event, batch_size)
+            found = [reading_from_dict(event["reading"])] if event.get("reading") else []
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            line = "events: the rollback from step %s cannot be read (%r), its rows are not skipped"
+            logger.warning(line, event["step"], error)
+            continue
+        skipped.append(rows)
+        readings += found
+    return skipped, readings
+
+
 def _skipped_rows(event: Event, batch_size: int) -> tuple[int, int]:
-    if "skipped_rows" in event:
-        first, stop = event["skipped_rows"]
-        return first, stop
-    first, stop = event["skipped"]  # batches, in version 0.1
-    return first * batch_size, stop * batch_size
+    unit = 1 if "skipped_rows" in event else batch_size  # batches, in version 0.1
+    first, stop = map(count, event["skipped_rows" if unit == 1 else "skipped"])
+    return first * unit, stop * unit
 
 
 def _reading_of_0_1(resumed: Resumed, corpus: Corpus, config: DataConfig) -> Reading:

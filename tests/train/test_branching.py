@@ -22,7 +22,12 @@ from train.loop.corpus import DataConfig, open_corpus
 from train.loop.recovery import RecoveryConfig, skip_after_rollback
 from train.loop.run_state import RunState
 from train.main import main
-from train.resumed_rows import checkpoint_state, resumed_state, with_reading
+from train.resumed_rows import (
+    checkpoint_state,
+    resumed_state,
+    warn_of_another_seed,
+    with_reading,
+)
 
 OFTEN = {"metrics__interval_steps": 1, "validate__interval_steps": 0, "checkpoint__keep_latest": 0}
 
@@ -229,6 +234,35 @@ def test_rows_skipped_by_a_rollback_stay_skipped_at_another_batch_size(runs):
     # A mixture of other windows begins beyond all rows that are skipped.
     assert np.diff(runs.rows).tolist() == [1] * 7
     assert runs.rows[0] == 75
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"skipped_rows": [0, 2**70]},
+        {"skipped_rows": [0]},
+        {"skipped": "ab"},
+        {"skipped_rows": [0, 2], "reading": {"sources": 1}},
+    ],
+)
+def test_a_rollback_that_cannot_be_read_is_left_out(caplog, fields):
+    event = {"time": 1.0, "kind": "rollback", "step": 8, **fields}
+    state = resumed_state(Resumed(0, {}), [event], DataConfig(global_batch_size=4))
+    assert state == RunState()
+    assert "the rollback from step 8 cannot be read" in caplog.text
+
+
+def test_another_seed_is_reported_with_what_it_costs(caplog):
+    caplog.set_level("INFO")
+    manifest = Manifest(
+        step=5, model=tiny.MODEL, config={"seed": 0}, tokenizer_fingerprint="",
+        data_fingerprint="", world_size=1, versions={}, files={},
+    )  # fmt: skip
+    warn_of_another_seed(Resumed(5, {}, manifest), 0)
+    assert not caplog.text
+    warn_of_another_seed(Resumed(5, {}, manifest), 1)
+    assert "data: seed was 0, is 1" in caplog.text
 
 
 def test_a_rollback_past_a_change_of_windows_skips_the_rows_of_both(corpus):

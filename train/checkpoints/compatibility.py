@@ -99,14 +99,14 @@ def check_config(
     changes = [c for c in differences(manifest.config, config) if c[0] not in _OWN]
     if not same_data and not {field for field, *_ in changes} & _SOURCES:
         raise ValueError(_other_data(path, "data_fingerprint", manifest, identity))
-    refused = []
+    refused, accepted = [], []
     for field, before, after in changes:
         how = _change(before, after)
         plain = field in _PLAIN or (field in _SOURCES and not same_data)
         # A field that only one of the two versions has is no change by the user.
         one_version = before is ABSENT or after is ABSENT
         if allow or one_version or (field in given if plain else is_harmless(field)):
-            logger.info("config: %s %s from step %d on", field, how, manifest.step)
+            accepted.append(f"{field} {how}")
         elif plain:
             refused.append(
                 f"{field}: {how}, give {_option(field, before)} to go on as before, or "
@@ -119,6 +119,8 @@ def check_config(
             )
     if refused:
         raise ValueError("\n".join(refused))
+    for change in accepted:
+        logger.info("config: %s from step %d on", change, manifest.step)
 
 
 def check_steps(

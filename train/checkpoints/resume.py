@@ -86,8 +86,8 @@ def resume(
             check_origin(folder.parent, manifest, config)
         check_identity(path, manifest, identity)
         check_optimizer(path, tensors["optimizer"])
-        check_config(path, manifest, identity, given=given, allow=allow)
         check_steps(manifest, identity.config, given=given, more=bool(branched_from))
+        check_config(path, manifest, identity, given=given, allow=allow)
 
     runtime.on_every_rank(check)
     load_tensors(path, tensors, runtime)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from data.foreign_json import parse_object, take
 from train.run_folder.writing import append, attempt, replace_file
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ class EventLog:
         events = []
         for line in lines:
             try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                event = None
-            if isinstance(event, dict) and event.keys() >= {"time", "kind", "step"}:
-                events.append(event)
-            else:
+                event = parse_object(line)
+                take(event, "time", float)
+                take(event, "kind", str)
+                take(event, "step", int)
+            except ValueError:
                 logger.warning("events: skipped a damaged line of %s: %.60r", self._path, line)
+            else:
+                events.append(event)
         return events
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from train.run_folder.histogram import Histogram
-from train.run_folder.writing import reason_of
+from train.run_folder.writing import reason_of, replace_file
 
 T = TypeVar("T")
 Mode = Literal["online", "offline", "disabled", "shared"]
@@ -105,19 +105,26 @@ def open_wandb(folder: Path, project: str, config: dict[str, Any]) -> WeightsAnd
         if reason:
             mode = "offline"
             _warn_offline(folder, reason)
-        id_file = folder / "wandb-id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
         try:
-            return start(mode, id_file.read_text())
+            return start(mode, _run_id(folder / "wandb-id"))
         except Exception as error:  # whatever W&B raises
             if mode != "online" or isinstance(error, TimeoutError):
                 raise
             _warn_offline(folder, reason_of(error))
         return start("offline", uuid.uuid4().hex)  # an id whose start has failed is in use
     except Exception as error:  # whatever a package raises, which may not even be W&B's
-        logger.warning("wandb: left out, %s; training goes on", reason_of(error))
+        file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        logger.warning("wandb: left out, %s%s; training goes on", file, reason_of(error))
         return None
+
+
+def _run_id(file: Path) -> str:
+    """Return W&B's id of the run, which the file keeps over restarts."""
+    name = file.read_text().strip() if file.exists() else ""
+    if not name:  # new, or a start was killed before it had written it
+        name = uuid.uuid4().hex
+        replace_file(file, name.encode())
+    return name
 
 
 def _configured_mode() -> Mode:

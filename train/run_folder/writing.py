@@ -54,7 +54,8 @@ def append(path: Path, data: bytes, *, head: bytes = b"", sync: bool = False) ->
     Raises:
         OSError: If it was not written.
     """
-    descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    # Nor waiting: a pipe that nobody reads is an error.
+    descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NONBLOCK, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         whole = data if size else head + data
@@ -79,11 +80,16 @@ def replace_file(path: Path, data: bytes) -> None:
     """
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several ranks may write it
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
 
 
 class GrowingFile:

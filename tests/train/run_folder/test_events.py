@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import resource
 import signal
 import time
@@ -65,9 +66,21 @@ def test_damaged_lines_are_left_out(path, caplog):
     log.append("start", 0)
     with path.open("ab") as file:
         file.write(b'\x00\xff\x00\n[1]\n{"time": 1.0, "kind": "spike"}\n')
+        file.write(b'{"time": "x", "kind": "start", "step": 0}\n')
+        file.write(
+            b'{"time": 1.0, "kind": [], "step": 0}\n{"time": 1.0, "kind": "a", "step": null}\n'
+        )
     log.append("finish", 8)
     assert [event["kind"] for event in log.read()] == ["start", "finish"]
-    assert caplog.text.count("damaged line") == 3
+    assert caplog.text.count("damaged line") == 6
+
+
+def test_a_pipe_that_nobody_reads_is_an_error_and_no_wait(path, caplog):
+    os.mkfifo(path)
+    log = EventLog(path, writes=True)
+    log.append("start", 0)
+    assert log.read() == []
+    assert "events.jsonl: not written, No such device or address" in caplog.text
 
 
 def fill_disk(path, status):
@@ -112,6 +125,9 @@ def test_the_status_is_written_to_every_path(tmp_path, caplog):
     paths = [tmp_path / "status.json", tmp_path / "slurm" / "17.json"]
     write_status(paths, "running", 3)
     write_status([tmp_path / "status.json" / "x", *paths], "preempted", 5, "SIGTERM", saved=4)
+    (tmp_path / "folder").mkdir()
+    write_status([tmp_path / "folder"], "running", 3)
+    assert list(tmp_path.glob("*.tmp")) == []
     for path in paths:
         status = json.loads(path.read_text())
         assert abs(status.pop("time") - time.time()) < 60
