@@ -2,7 +2,7 @@
 
 The lowest file that every command may import, so that options, suggestions and errors are the same
 in `train`, `inference`, `data` and `models`. Of our files it imports `command_help`,
-`output_streams` and `suggestion` alone.
+`option_values`, `output_streams` and `suggestion` alone.
 """
 
 import io
@@ -11,15 +11,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from itertools import dropwhile
-from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from data.command_help import JOINED_HELP, called_as, paragraphs
+from data.option_values import REGISTRY
 from data.output_streams import ending_as_a_command
 from data.suggestion import suggest
 
@@ -32,68 +31,6 @@ _NUMBERS = {
     r"invalid literal for int\(\) with base 10: '(.*?)'?": "an integer",
     r"could not convert string to float: '(.*?)'?": "a number",
 }
-_REGISTRY = ConstructorRegistry()
-
-
-@_REGISTRY.primitive_rule
-def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Read `X | None` as X, or as None for the word None; tyro alone names no fault of X."""
-    kinds = get_args(info.type)
-    if len(kinds) != 2 or NoneType not in kinds:
-        return None
-    [kind] = {*kinds} - {NoneType}
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec):
-        return None
-    return replace(
-        spec,
-        instance_from_str=lambda words: (
-            None if words == ["None"] else spec.instance_from_str(words)
-        ),
-        is_instance=lambda value: value is None or spec.is_instance(value),
-        str_from_instance=lambda v: ["None"] if v is None else spec.str_from_instance(v),
-        choices=spec.choices and (*spec.choices, "None"),
-    )
-
-
-@_REGISTRY.primitive_rule
-def _yes_or_no(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Read true and false in any case, and an option without a value as True."""
-    if info.type is not bool:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="{True,False}",
-        instance_from_str=_read_yes_or_no,
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def _read_yes_or_no(words: list[str]) -> bool:
-    word = words[0] if words else "true"
-    if word.lower() not in ("true", "false"):
-        raise ValueError(f"{word}, give one of False, True")
-    return word.lower() == "true"
-
-
-def read_as(
-    metavar: str, read: Callable[[str], T], write: Callable[[T], str] = str
-) -> PrimitiveConstructorSpec[T]:
-    """Return the annotation of a type that is written as one word.
-
-    Args:
-        metavar: What the help calls the word.
-        read: Returns the value; the message of its ValueError is shown after the option's name.
-        write: Returns the word for a value, for the defaults in the help.
-    """
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [write(value)],
-    )
 
 
 def read_options(
@@ -162,7 +99,7 @@ def read_known_options(
                 console_outputs=show,
                 return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),
-                registry=_REGISTRY,
+                registry=REGISTRY,
             )
     except SystemExit as stop:
         if not stop.code or not show:
@@ -232,7 +169,10 @@ def _one_line(box: str, kind: type) -> str:
         dashes, name, metavar = found.groups()
         return f"{name if dashes else name.lower()}: none, give {dashes}{name}{metavar}"
     end = next((i for i, line in enumerate(lines) if not line.strip("─-")), len(lines))
-    text = " ".join(lines[:end]).removeprefix("Error parsing ").rstrip(".")
+    text = " ".join(lines[:end]).rstrip(".")
+    if found := re.match(r"Error parsing (\S+)", text):  # a word without an option: by its field
+        name = found[1] if found[1].startswith("--") else found[1].lower()
+        text = name + text[found.end() :]
     text = text.removeprefix(f"{kind.__name__}: ")  # raised by the class itself
     if found := re.match(r"Missing value for argument '--([^']*)'\. Expected (\d*)", text):
         several = int(found[2] or 0) > 1
@@ -241,6 +181,8 @@ def _one_line(box: str, kind: type) -> str:
     if found := re.match(r"invalid choice '(.*)' for argument '--([^']*)'. Expected one of", text):
         choices = sorted({*re.findall(r"'([^']*)'", text[found.end() :])} - {"None"})
         return f"{found[2]}: {found[1]}, give one of {', '.join(choices)}"
+    if found := re.fullmatch(r"--(\S+): Could not find valid parse for arguments: .*''.*", text):
+        return f"{found[1]}: empty, name each"
     name, _, reason = text.removeprefix("--").partition(": ")
     for pattern, wanted in _NUMBERS.items():
         if found := re.fullmatch(pattern, reason):

@@ -198,6 +198,9 @@ def open_dataset(path: Path) -> Dataset:
         ValueError: it is no dataset, or its tokenizer is not the one its shards were made with.
     """
     description_path = path / DESCRIPTION_NAME
+    if path.is_file():
+        folder = path.parent if path.with_name(DESCRIPTION_NAME).is_file() else "of a dataset"
+        raise ValueError(f"dataset {path} is a file, name its folder {folder}")
     if not description_path.is_file():
         remedy = nearest_dataset(path, DESCRIPTION_NAME)
         if not path.exists():

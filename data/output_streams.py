@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 
@@ -42,6 +43,21 @@ def ending_as_a_command() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextmanager
+def naming_the_file(field: str, path: Path) -> Iterator[None]:
+    """Name option and file where writing fails; the system's own error of a full disk does not.
+
+    Raises:
+        ValueError: The file cannot be written.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # a pipe given as the file: its reader has gone
+        raise
+    except OSError as error:
+        raise ValueError(f"{field}: {path}: {error.strerror or error}, give another path") from None
 
 
 def _in_main_thread() -> bool:

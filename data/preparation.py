@@ -32,7 +32,7 @@ from data.encoding import encode_documents
 from data.faults import Faults
 from data.progress import Progress
 from data.row_layout import Document, RowLayout
-from data.shards import ShardWriter
+from data.shards import MAX_VOCAB_SIZE, ShardWriter
 from data.sources import read_documents
 from data.survey import Survey, document_digest, survey_documents
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -40,6 +40,8 @@ from data.tokenizer import Tokenizer, train_tokenizer
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_SAMPLE_BYTES = 8_000_000
+_LEAST_TOKENS = 260
+"""unk, BOS, EOS, 256 bytes and one character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +78,15 @@ class PrepareConfig:
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
         found = []
-        if not self.input:
-            found.append("input is empty, give a file, a folder, a glob or embedded")
+        if not all(self.input or ("",)):
+            found.append("input: empty, name files or folders")
         if (self.tokenizer is None) == (self.vocab_size is None):
             found.append(
                 f"tokenizer is {self.tokenizer} and vocab_size is {self.vocab_size},"
                 " give exactly one of them"
             )
+        if self.vocab_size is not None and not _LEAST_TOKENS <= self.vocab_size <= MAX_VOCAB_SIZE:
+            found.append(f"vocab_size: {self.vocab_size}, give {_LEAST_TOKENS} to {MAX_VOCAB_SIZE}")
         if not 0 < self.validation_fraction < 1:
             found.append(
                 f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"

@@ -12,6 +12,7 @@ import tyro
 
 from data.command_line import run_command
 from data.dataset import Dataset
+from data.output_streams import naming_the_file
 from data.preparation import PrepareConfig, prepare
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -102,8 +103,9 @@ def run(options: Options) -> None:
     print(format_table(dataset))
     print(f"next: {next_command(dataset)}")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(summarize(dataset), indent=2) + "\n")
+        with naming_the_file("json", options.json):
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(summarize(dataset), indent=2) + "\n")
 
 
 def next_command(dataset: Dataset) -> str:

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from data.command_line import run_command
+from data.output_streams import naming_the_file
 
 MAX_EXAMPLES = 50_000
 """Of each split; the grammar has more requests than twice this."""
@@ -163,11 +164,13 @@ def write(options: Options) -> None:
     count, held_out = options.examples, options.held_out
     if not (0 < count <= MAX_EXAMPLES and 0 < held_out <= MAX_EXAMPLES):
         raise ValueError(f"examples {count}, held_out {held_out}: give 1 to {MAX_EXAMPLES}")
-    options.output.mkdir(parents=True, exist_ok=True)
+    with naming_the_file("output", options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
     made = list(islice(examples(options.seed), count + held_out))
     random.Random(options.seed).shuffle(made)  # requests of intents with few phrases come early
     for name, part in (("test", made[:held_out]), ("train", made[held_out:])):
-        with (options.output / f"{name}.jsonl").open("w") as file:
+        path = options.output / f"{name}.jsonl"
+        with naming_the_file("output", path), path.open("w") as file:
             for utterance, parse in part:
                 record = {"utterance": utterance, "semantic_parse": parse}
                 file.write(json.dumps(record) + "\n")

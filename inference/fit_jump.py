@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from data.command_line import read_as, run_command
+from data.command_line import run_command
 from data.dataset import TRAIN, VALIDATION
+from data.option_values import read_as
 from inference.cli.arguments import Count, FitOptions
 from inference.cli.terminal import format_table, write_json
 from inference.fitting.jump_fitting import fit_jump, measure_jump

@@ -59,7 +59,7 @@ def run_count(options: FrequentTokensOptions) -> None:
         raise ValueError("data: no training tokens to count, give --data")
     content = {"tokenizer": run.tokenizer.fingerprint, "counts": counts.tolist()}
     path = decode_folder(run.checkpoint) / "token_counts.json"
-    write_json(path, content)
+    write_json(path, content, "run")
     write_json(options.json, content)
     size = 256
     while size < len(counts):

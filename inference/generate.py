@@ -16,7 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from data.command_line import read_as, run_command
+from data.command_line import run_command
+from data.option_values import read_as, read_path
 from inference.cli.arguments import Count, DecodingOptions, SamplingOptions
 from inference.cli.terminal import write_json
 from inference.engine.counters import Counters
@@ -47,7 +48,7 @@ class GenerateOptions(SamplingOptions, DecodingOptions):
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; give the option again for more; - is standard input, less one newline at
     its end."""
-    prompt_file: Annotated[Path, read_as("PATH", Path)] | None = None
+    prompt_file: Annotated[Path, read_as("PATH", read_path)] | None = None
     """More texts to continue, one a line; of a .jsonl file, the field `prompt` of each line."""
     interactive: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue each line of standard input as it comes, until its end or Ctrl-C."""

@@ -194,14 +194,14 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(run: Path, field: str = "run") -> Path:
-    """Return the newest checkpoint of a run folder, or `run` itself if it is a checkpoint.
+    """Return the newest checkpoint of a run or of its `checkpoints`, or `run` if it is itself one.
 
     Raises:
         ValueError: If there is none; the message begins with `field`, the user's option.
     """
     if (run / MANIFEST).is_file():
         return run
-    steps = checkpoint_steps(run / "checkpoints")
+    steps = checkpoint_steps(run / "checkpoints") or checkpoint_steps(run)
     if not steps and (run / "config.json").exists() and any(run.glob("*.safetensors")):
         raise ValueError(
             f"{field}: {run} is a Hugging Face folder, make a checkpoint of it: "

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data.command_line import read_as
+from data.option_values import read_as, read_path
 from inference.engine.sampling import Sampling
 from inference.loading.quantized import Bits
 from inference.loading.run import Run, load_run
@@ -26,10 +26,10 @@ def output_file(text: str) -> Path:
     Raises:
         ValueError: No file can be written there.
     """
-    path = Path(text)
+    path = read_path(text)
     try:
         if path.is_dir():
-            raise ValueError(f"{text or '.'} is a folder, give a file")
+            raise ValueError(f"{text} is a folder, give a file")
         if path.exists():
             writable = os.access(path, os.W_OK)
         else:
@@ -51,7 +51,7 @@ def picture_file(text: str) -> Path:
     Raises:
         ValueError: It is of no known kind, or no file can be written there.
     """
-    if Path(text).suffix.lower() not in _PICTURES:
+    if read_path(text).suffix.lower() not in _PICTURES:
         raise ValueError(f"{text} is of no known kind, give a name in {', '.join(_PICTURES)}")
     return output_file(text)
 
@@ -90,7 +90,7 @@ def _joined(values: tuple[object, ...]) -> str:
     return ",".join(map(str, values))
 
 
-Folder = Annotated[Path, read_as("DIR", Path)]
+Folder = Annotated[Path, read_as("DIR", read_path)]
 OutputFile = Annotated[Path, read_as("PATH", output_file)]
 PictureFile = Annotated[Path, read_as("PATH", picture_file)]
 Seed = Annotated[int, read_as("N", _seed)]

@@ -9,16 +9,19 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from data.output_streams import naming_the_file
+
 T = TypeVar("T")
 
 _LINE_INTERVAL_SECONDS = 10.0
 
 
-def write_json(path: Path | None, content: object) -> None:
-    """Write `content` to `path`, where one is given."""
+def write_json(path: Path | None, content: object, field: str = "json") -> None:
+    """Write `content` to `path`, where the option `field` gives one."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        with naming_the_file(field, path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from data.output_streams import naming_the_file
 from inference.evaluation.measurement import ArmResult
 
 _COLORS = {"autoregressive": "0.6", "early_exit": "tab:orange", "self_speculative": "tab:blue"}
@@ -66,8 +67,9 @@ def write_plot(
 
 def _write(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with naming_the_file("plot", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
 
 
 def _draw_speedups(axes: Axes, results: Sequence[ArmResult]) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.foreign_json import shown
+from data.output_streams import naming_the_file
 from models.fingerprint import weights_fingerprint
 from models.llama import Llama
 
@@ -32,10 +33,19 @@ def save_adapter(
         model: The model they were fitted to.
         tensors: By name.
         settings: Further contents, as text.
+
+    Raises:
+        ValueError: The file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {**settings, "kind": kind, "weights": weights_fingerprint(model)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    with naming_the_file("output", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # save_file would put a file in its stead
+            raise OSError("it is a device, a pipe or a folder")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise ValueError(f"output: {path}: {error}, give another path") from None
 
 
 def load_adapter(path: Path, kind: str, model: Llama) -> tuple[dict[str, Tensor], dict[str, str]]:

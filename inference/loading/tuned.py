@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from data.foreign_json import read_object, take
+from data.output_streams import naming_the_file
 from inference.engine.compiled import is_compiled
 from inference.loading.adapters import decode_folder
 from inference.loading.machine import processor
@@ -97,9 +98,10 @@ def write_tuned(run: Run, name: str | None, tuned: Tuned, found: dict[str, Any])
     conditions = asdict(tuned.conditions)
     records[:] = [r for r in records if r.get("conditions") != conditions]
     records.append({**asdict(tuned), **found})
-    path.parent.mkdir(parents=True, exist_ok=True)
     content["weights"] = weights_fingerprint(run.model)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    with naming_the_file("run", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 

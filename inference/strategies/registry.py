@@ -7,9 +7,9 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from data.option_values import read_path
 from data.suggestion import suggest
 from inference.engine.strategy import Strategy
 from inference.strategies.autoregressive import Autoregressive
@@ -71,7 +71,7 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
         raise ValueError(f"strategy: {name or 'empty'}, {suggest(name, [*STRATEGIES])}")
     kind = STRATEGIES[name]
     known = setting_types(kind)
-    given = {key: value for key, value in settings.items() if value is not None and key in known}
+    given: dict[str, str] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals:
@@ -79,8 +79,13 @@ def parse_strategy(text: str, **settings: str | None) -> Strategy:
         if key not in known:
             hint = suggest(key, [*known]) if known else "it has none"
             raise ValueError(f"strategy: {name} has no setting {key}, {hint}")
+        if key in given:
+            raise ValueError(f"strategy: {name}: {key} is given twice, give it once")
         given[key] = value
-    values = {key: _read(f"{name}: {key}", value, known[key]) for key, value in given.items()}
+    beside = {key: value for key, value in settings.items() if value is not None and key in known}
+    values = {
+        key: _read(f"{name}: {key}", value, known[key]) for key, value in (beside | given).items()
+    }
     return kind(**values)
 
 
@@ -141,7 +146,7 @@ def _read(what: str, text: str, kind: Any) -> object:
             return tuple(_number(part, item) for part in text.split("+") if part)
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return _number(text, kind) if kind in (int, float) else Path(text)
+        return _number(text, kind) if kind in (int, float) else read_path(text)
     except (ValueError, KeyError):
         raise ValueError(f"strategy: {what}={text}, give {_kind_in_words(kind)}") from None
 

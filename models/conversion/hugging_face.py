@@ -119,9 +119,9 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
     """
     if fields.get("model_type") != "llama":
         raise ValueError(f"model_type {shown(fields.get('model_type'))} is not llama")
-    rope = take({"rope_parameters": None} | fields, "rope_parameters", _FIELDS) or {}
-    scaling = rope or take({"rope_scaling": None} | fields, "rope_scaling", _FIELDS) or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    rope = take({"rope_scaling": None} | fields, "rope_scaling", _FIELDS)  # first in transformers
+    rope = rope or take({"rope_parameters": None} | fields, "rope_parameters", _FIELDS) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     n_heads = take(fields, "num_attention_heads", int)
 
     def given(name: str, hint: Any, default: Any, among: dict[str, Any] = fields) -> Any:
@@ -139,7 +139,7 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
         rope_theta=float(
             given("rope_theta", float, given("rope_theta", float | None, None) or 1e4, rope)
         ),
-        rope_scaling=_rope_scaling(scaling) if kind == "llama3" else None,
+        rope_scaling=_rope_scaling(rope) if kind == "llama3" else None,
         tie_embeddings=given("tie_word_embeddings", bool, False),
     )
     problems = config.problems()

@@ -14,10 +14,10 @@ from data.command_line import (
     _one_line,
     called_as,
     option_names,
-    read_as,
     read_options,
     run_command,
 )
+from data.option_values import read_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,10 @@ class Options:
     """Or none."""
     pair: Annotated[tuple[str, ...], read_as("A,B", pair_of, ",".join)] = ("a", "b")
     """Two words."""
+    log: Path | None = None
+    """Or none."""
+    also: tuple[Path, ...] = ()
+    """Any number."""
 
     def __post_init__(self):
         if self.layers > 99:
@@ -70,7 +74,7 @@ def read(text, **settings):
 def test_options_are_the_fields():
     assert [*option_names(Options)] == [
         "run", "from", "bits", "fuse", "quick", "optim.lr", "optim.steps", "layers", "top",
-        "pair",
+        "pair", "log", "also",
     ]  # fmt: skip
     options = read("--run a --from ours --quick --optim.lr 2e-3 --fuse True --bits int4")
     assert options == Options(
@@ -91,6 +95,9 @@ LONG = "/" + "very-long-folder-name" * 8
     [
         ("", "run: none, give --run PATH"),
         ("--run", "run: no value, give a value"),
+        ("--run=", "run: empty, name a file or a folder"),
+        ("--run a --log=", "log: empty, name a file or a folder"),
+        ("--run a --also=", "also: empty, name each"),
         ("--run a --layers x", "layers: x, give an integer"),
         ("--run a --layers", "layers: no value, give an integer"),
         ("--run a --layers 2.5", "layers: 2.5, give an integer"),
@@ -167,6 +174,7 @@ def test_positional_words_stand_before_or_after_options(words):
         ("--from hf", "target: none, give TARGET"),
         ("a", "from: none, give --from {hf,ours}"),
         ("--from hf a b", "b: a value without an option, put its --option before it, see --help"),
+        ("--from hf |", "target: empty, name a file or a folder"),
         ("--form hf a", "option: --form does not exist, did you mean --from?"),
     ],
 )
@@ -183,7 +191,8 @@ def test_lines_of_a_docstring_are_joined_in_the_help(capsys):
 
 
 def read_copy(words):
-    return read_options(Copy, words.split(), prog="x", description="d")
+    given = ["" if word == "|" else word for word in words.split()]
+    return read_options(Copy, given, prog="x", description="d")
 
 
 @dataclass(frozen=True, kw_only=True)

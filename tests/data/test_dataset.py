@@ -77,6 +77,12 @@ def test_folder_without_dataset_says_how_to_make_one(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
+def test_a_file_is_no_dataset_its_folder_is(dataset: Dataset) -> None:
+    for name in ("dataset.json", "tokenizer.model"):
+        with pytest.raises(ValueError, match=f"{name} is a file, name its folder {dataset.path}$"):
+            open_dataset(dataset.path / name)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 9}', '{"format": 1}'])
 def test_damaged_description_is_a_value_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content)

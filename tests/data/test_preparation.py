@@ -156,7 +156,7 @@ def test_input_that_changes_between_the_passes_is_refused(
 
 def test_all_faults_of_a_config_are_named_at_once() -> None:
     config = PrepareConfig(input=(), validation_fraction=2, shard_tokens=0)
-    with pytest.raises(ValueError, match="input is empty.*exactly one.*fraction 2.*shard_tokens 0"):
+    with pytest.raises(ValueError, match="input: empty.*exactly one.*fraction 2.*shard_tokens 0"):
         prepare(config, Path("unused"))
 
 

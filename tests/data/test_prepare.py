@@ -59,6 +59,8 @@ def test_folder_becomes_a_dataset_with_a_table_and_json(
         (["--input", "{tmp}/two", "--validation_fraction", "1"], "validation_fraction 1.0 is not"),
         (["--input", "{tmp}/two", "--workers", "0"], "workers 0 is below 1"),
         (["--input", "{tmp}/two", "--vocab_size", "x"], "error: vocab_size: "),
+        (["--input", "{tmp}/two", ""], "input: empty, name files or folders"),
+        (["--input", "{tmp}/two", "--vocab_size", "0"], "vocab_size: 0, give 260 to 16777216"),
         (["--vocab_size", "300"], "input: none, give --input PATH [PATH ...]"),
     ],
 )

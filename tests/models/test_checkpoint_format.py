@@ -180,3 +180,4 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(checkpoint):
         (folder / name).mkdir()
     (folder / "step-00000011.damaged" / MANIFEST).touch()
     assert checkpoint_steps(folder) == {3: checkpoint}
+    assert {find_checkpoint(path) for path in (folder, folder.parent, checkpoint)} == {checkpoint}

@@ -257,6 +257,7 @@ def without_a_tensor(folder):
         (edit_config(model_type="mistral"), "model_type 'mistral' is not llama"),
         (edit_config(attention_bias=True), "its attention has biases"),
         (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
+        (edit_config(rope_scaling={"rope_type": "yarn", "factor": 4}), "rope_type is 'yarn'"),
         (edit_config(head_dim=16), "head_dim is 16"),
         (edit_config(hidden_size="32"), "is not a Llama in Hugging Face's format"),
         (edit_config(num_hidden_layers=4), "it lacks"),

@@ -10,7 +10,9 @@ import pytest
 
 from data.command_line import option_names, read_options
 from inference.cli.arguments import RunOptions, picture_file
+from inference.cli.terminal import write_json
 from inference.evaluation.plot import write_exit_plot
+from inference.loading.adapters import save_adapter
 
 REQUIRED = {
     "benchmark": (),
@@ -111,6 +113,8 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_loaded(
     assert f"{option[2:]}: /proc/nope/x.png cannot be written" in err
     err = refused(monkeypatch, capsys, name, option, tmp_path / "a" / "b" / "x.png")
     assert not err.startswith(f"error: {option[2:]}: "), "what fails is what comes next"
+    err = refused(monkeypatch, capsys, name, option, "")
+    assert f"{option[2:]}: empty, name a file or a folder" in err
     assert {path.name for path in tmp_path.iterdir()} == {"folder.png", "file"}
 
 
@@ -119,6 +123,19 @@ def test_a_picture_of_an_unknown_kind_is_refused(name, monkeypatch, capsys, tmp_
     for wrong in ("x.nope", "x"):
         err = refused(monkeypatch, capsys, name, "--plot", tmp_path / wrong)
         assert f"{wrong} is of no known kind, give a name in .jpg, .pdf, .png, .svg" in err
+
+
+def test_a_file_that_cannot_be_written_is_named_with_its_option(biased_model, tmp_path):
+    full = Path("/dev/full")
+    with pytest.raises(ValueError, match="^json: /dev/full: No space left on device, give another"):
+        write_json(full, {})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^plot: .*/file/x.png: File exists, give another"):
+        write_exit_plot(tmp_path / "file" / "x.png", {"a": [1.0]})
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in ((tmp_path / "pipe", "it is a device, a pipe"), (Path("/proc/x"), ".*")):
+        with pytest.raises(ValueError, match=f"^output: {path}: {reason}.*, give another path$"):
+            save_adapter(path, "gate", biased_model, {}, {})
 
 
 @pytest.mark.parametrize("kind", ["jpg", "pdf", "png", "svg", "PNG"])

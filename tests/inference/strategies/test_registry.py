@@ -64,6 +64,8 @@ def test_what_is_described_is_read_back(name):
         ("self_speculative:n_gram=2", "has no setting n_gram, did you mean ngram\\?"),
         ("autoregressive:E=2", "autoregressive has no setting E, it has none"),
         ("early_exit:E", "'E' in 'early_exit:E' is no setting, write name=value"),
+        ("early_exit:E=2:E=2", "strategy: early_exit: E is given twice, give it once"),
+        ("speculative:draft=", "strategy: speculative: draft=, give a value"),
         ("early_exit:E=two", "early_exit: E=two, give an integer"),
         (f"patience:patience=1{'0' * 27}", "0, give an integer of at most 64 bits"),
         ("calm:threshold=1e300", "threshold=1e300, give a number up to 3.4e\\+38, or inf"),
