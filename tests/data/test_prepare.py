@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -104,6 +105,8 @@ def test_a_signal_to_its_group_ends_it_with_one_line_and_no_folder(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A suite in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         assert "reading" in process.stderr.readline()  # the workers start

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import sysconfig
 from contextlib import suppress
 from pathlib import Path
 
@@ -181,9 +180,8 @@ def test_a_job_that_dies_twice_before_its_first_checkpoint_ends(slurm, sbatch):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_signal_while_the_corpus_is_prepared_stops_and_requeues(slurm, sbatch):
-    texts = sysconfig.get_path("stdlib")
-    corpus = prepared_path([texts], 512)
-    number, run, log = sbatch((), data__path=corpus, data__input=texts, model__vocab_size=512)
+    corpus = prepared_path(["embedded"], 400)
+    number, run, log = sbatch((), data__path=corpus, data__input="embedded", model__vocab_size=400)
     folder, name = ROOT / corpus.parent, corpus.name
     slurm.wait_until(lambda: [*folder.glob(f".{name}.partial-*/tokenizer.model")], 200)
     slurm.call("scancel", "--batch", "--signal=USR1", number)
