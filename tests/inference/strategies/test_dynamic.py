@@ -289,7 +289,7 @@ def test_lookups_agreement_is_that_of_each_rounds_lookup(model, started, lookup_
         if found:
             agreed, tried = agreed + n, tried + min(n + 1, len(right))
         tokens += emission.tokens
-    assert agreed > 3
+    assert agreed > 1
     assert with_all_stats(started).lookups.agreed == pytest.approx(1.0 + agreed, abs=0.01)
     assert with_all_stats(started).lookups.tried == pytest.approx(2.0 + tried, abs=0.01)
     assert (generation.counters.drafted > 0) == (lookup_cost < 1)

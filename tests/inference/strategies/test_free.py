@@ -67,7 +67,7 @@ RULES = [
     Free(exits=(1, 3, 4), threshold=0.12),
     Free(exits=(2, 4), threshold=0.16, confidence="maxprob", max_pending=4),
     Free(exits=(2,), threshold=0.1, rollback="threshold", rollback_threshold=2.5),
-    Free(exits=(1, 3), threshold=0.1, rollback="threshold", rollback_threshold=1.5),
+    Free(exits=(1, 3), threshold=0.1, rollback="threshold", rollback_threshold=2.0),
     Free(exits=(2,), threshold=0.1, adapt=True, zeta=0.5, max_pending=5),
     Free(exits=(1, 3), threshold=0.3, adapt=True, zeta=0.3, rollback="threshold"),
 ]
@@ -98,7 +98,7 @@ def test_tokens_and_depths_are_those_of_the_slow_form(model, rule):
 @pytest.mark.parametrize("rollback", ["off", "threshold"])
 @pytest.mark.parametrize("exits", [(2,), (1, 3)])
 def test_the_seed_decides_what_is_sampled_while_the_threshold_moves(model, exits, rollback):
-    rule = Free(exits=exits, threshold=0.1, adapt=True, zeta=0.5, max_pending=5, rollback=rollback)
+    rule = Free(exits=exits, threshold=0.05, adapt=True, zeta=0.5, max_pending=5, rollback=rollback)
 
     def sampled(seed, rule=rule):
         options = {"sampling": Sampling(temperature=0.8), "seed": seed, "max_new_tokens": 60}
