@@ -214,7 +214,7 @@ def _read_parquet(
         for values in _rows(path, name, layout):
             row += 1
             yield _row_document(values, f"{name}:{row}", layout, faults)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"input {name} cannot be read after row {row}, remove or replace it ({error})"
         ) from error
@@ -227,9 +227,9 @@ def _rows(path: Path, name: str, layout: RowLayout) -> Iterator[dict[str, bytes 
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+        columns = file.schema_arrow.names
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"input {name} is not a Parquet file, remove or replace it") from error
-    columns = file.schema_arrow.names
     texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
     check_columns(name, columns, texts, layout)
     fields = layout.fields
