@@ -65,6 +65,7 @@ class Tokenizer:
         """sha256 of `serialized`, in hex."""
         try:
             self.model: TokenModel = self._load()
+            pieces = self.model.pieces()
         except ValueError as error:
             raise ValueError(f"tokenizer {self.path} {error}") from error
         self.vocab_size = self.model.vocab_size
@@ -77,7 +78,6 @@ class Tokenizer:
                 f"tokenizer {self.path} has eos_id {self.eos_id} and {self.vocab_size} ids, give a"
                 f" model with EOS and at most {MAX_VOCAB_SIZE} ids"
             )
-        pieces = self.model.pieces()
         self._spaces = _BETWEEN_WORDS if isinstance(self.model, JsonModel) else _BEFORE_SPACES
         self._splits_at_newlines = self._newlines_stand_alone(pieces)
         self._dropped_at_spaces = self._dropped_when_cut_at_spaces(pieces)
