@@ -136,3 +136,27 @@ def test_a_json_file_that_is_no_tokenizer_is_refused(path):
     path.write_text('{"version": "1.0"}')
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json"):
         Tokenizer(path)
+
+
+class Stop(BaseException):
+    """A stop that a signal requests, as of `train.monitoring.interruption`."""
+
+
+class PanicException(BaseException):
+    """As of a library in Rust."""
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(Stop, Stop), (PanicException, ValueError)])
+def test_a_stop_while_a_tokenizer_is_read_is_no_damaged_file(
+    tmp_path, monkeypatch, raised, expected
+):
+    path = write_llama3_tokenizer(tmp_path)
+
+    class Broken:
+        @staticmethod
+        def from_str(text):
+            raise raised
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Broken)
+    with pytest.raises(expected):
+        Tokenizer(path)
