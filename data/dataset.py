@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.foreign_json import build, read_object, shown
+from data.foreign_json import build, is_plain, read_object, shown
 from data.nearest import nearest_dataset
 from data.progress import Progress
 from data.shards import (
@@ -235,7 +235,7 @@ def _check(dataset: Dataset) -> None:
     for name, split in dataset.splits.items():
         for i, shard in enumerate(split.shards):
             field = f"splits.{name}.shards[{i}]"
-            if shard.name in ("", ".", "..") or {*"/\0"} & {*shard.name}:
+            if not is_plain(shard.name):
                 raise ValueError(f"{field}.name: {shown(shard.name)}, must be that of a file in it")
             if min(shard.tokens, shard.documents, shard.text_bytes) < 0:
                 raise ValueError(f"{field} has a number below 0")

@@ -170,6 +170,11 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def is_plain(name: str) -> bool:
+    """Whether `name` is that of a file in the folder itself."""
+    return "/" not in name and "\0" not in name and name not in ("", ".", "..")
+
+
 def _is_number(value: object) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**1023

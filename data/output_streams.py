@@ -16,8 +16,7 @@ def ending_as_a_command() -> Iterator[None]:
     """Run a command's body: a user's error becomes one line on stderr and exit code 2.
 
     Characters that the output cannot hold are replaced. Where its reader has gone, the command ends
-    without a word. A stream that was closed before is opened on nothing, as `print` would write
-    what is for it to the other one.
+    without a word.
 
     Raises:
         SystemExit: 2 after an error, 130 after Ctrl-C, 141 where the reader has gone, 143 after
@@ -25,11 +24,9 @@ def ending_as_a_command() -> Iterator[None]:
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and _in_main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+    open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
     try:
         yield
@@ -43,6 +40,17 @@ def ending_as_a_command() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def open_closed_streams() -> None:
+    """Open /dev/null where a standard stream is closed, or the next file would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from data.foreign_json import build, read_object, typed
+from data.foreign_json import build, is_plain, read_object, typed
 from models.config import LlamaConfig
 from models.fingerprint import compute_fingerprint
 from models.llama import Llama
-from models.tensor_reader import TensorReader, check_tensors, is_plain, load_tensors
+from models.tensor_reader import TensorReader, check_tensors, load_tensors
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"

@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from data.foreign_json import is_plain
+
 
 class TensorReader(FileSystemReader):
     """DCP's reader, for folders whose metadata is not trusted."""
@@ -168,11 +170,6 @@ def _check_chunk(name: str, chunk: object, size: torch.Size) -> None:
         for start, count, whole in zip(*shapes, size, strict=True)
     ):
         raise ValueError(f"has a part that lies outside {name}")
-
-
-def is_plain(name: str) -> bool:
-    """Whether `name` is that of a file in the folder itself."""
-    return "/" not in name and "\0" not in name and name not in ("", ".", "..")
 
 
 def check_tensors(

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from data.output_streams import open_closed_streams
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -187,7 +189,7 @@ def wait_to_be_ended(seconds: float) -> None:
 
 def start_logging() -> None:
     """Send INFO of rank 0, and WARNING of every other rank with its number, to stderr."""
-    _open_closed_streams()
+    open_closed_streams()
     rank = int(os.environ.get("RANK", "0"))
     prefix = "" if rank == 0 else f"[rank {rank}] "
     logging.basicConfig(
@@ -199,17 +201,6 @@ def start_logging() -> None:
     logging.getLogger().handlers[0].addFilter(
         lambda record: record.name != "root" or record.levelno >= logging.WARNING
     )
-
-
-def _open_closed_streams() -> None:
-    """Open /dev/null where a standard stream is closed, or the next file would get its number."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 @contextmanager
