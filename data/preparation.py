@@ -33,7 +33,7 @@ from data.faults import Faults
 from data.progress import Progress
 from data.row_layout import Document, RowLayout
 from data.shards import MAX_VOCAB_SIZE, ShardWriter
-from data.sources import read_documents
+from data.sources.documents import read_documents
 from data.survey import Survey, document_digest, survey_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 

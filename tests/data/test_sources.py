@@ -9,10 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data.sources
+import data.sources.lines
+import data.sources.parquet
+import data.sources.text
 from data.faults import Faults
 from data.row_layout import Document, RowLayout
-from data.sources import read_documents
+from data.sources.documents import read_documents
 
 
 def read(*inputs: str | Path, text_field: str = "text") -> tuple[list[Document], Faults]:
@@ -159,8 +161,9 @@ def test_torn_gzip_gives_its_whole_lines(tmp_path: Path) -> None:
 def test_very_long_text_file_is_cut_at_line_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.sources, "MAX_DOCUMENT_BYTES", 200)
-    monkeypatch.setattr(data.sources, "_TEXT_PART_BYTES", 50)
+    monkeypatch.setattr(data.sources.lines, "MAX_DOCUMENT_BYTES", 200)
+    monkeypatch.setattr(data.sources.text, "MAX_DOCUMENT_BYTES", 200)
+    monkeypatch.setattr(data.sources.text, "_PART_BYTES", 50)
     path = tmp_path / "a.txt"
     lines = [f"line {n} caf\u00e9 {'x' * (n % 7)}\n" for n in range(1, 60)]
     path.write_text("\ufeff" + "".join(lines), encoding="utf-8")
@@ -182,7 +185,7 @@ def test_very_long_text_file_is_cut_at_line_ends(
 
 
 def test_very_long_parquet_row_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.sources, "MAX_DOCUMENT_BYTES", 200)
+    monkeypatch.setattr(data.sources.parquet, "MAX_DOCUMENT_BYTES", 200)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "x" * 201, "x" * 200]}), path)
     documents, faults = read(path)
@@ -230,6 +233,6 @@ def test_embedded_is_the_standard_library_and_torch_without_tests() -> None:
 
 
 def test_reading_sources_does_not_import_torch() -> None:
-    code = "import sys, data.prepare, data.sources as s; s._list_embedded(); "
+    code = "import sys, data.prepare, data.sources.listing as s; s._list_embedded(); "
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

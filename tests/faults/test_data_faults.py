@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data.sources
+import data.sources.lines
 from data.dataset import Dataset, open_dataset
 from data.preparation import PrepareConfig, prepare
 from data.tokenizer import Tokenizer
@@ -95,7 +95,9 @@ def test_bad_line_costs_itself_alone_and_is_located(
     fault: bytes,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(data.sources, "MAX_DOCUMENT_BYTES", 110_000)  # To test without 268 MB.
+    monkeypatch.setattr(
+        data.sources.lines, "MAX_DOCUMENT_BYTES", 110_000
+    )  # To test without 268 MB.
     lines = json_lines(make_documents(40))
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"".join([*lines[:20], fault + b"\n", *lines[20:]]))

@@ -22,7 +22,7 @@ from data.hugging_face import has_chat_template
 from data.preparation import PrepareConfig, prepare
 from data.row_layout import RowLayout
 from data.shards import HEADER_BYTES, MAGIC, open_shard
-from data.sources import read_documents
+from data.sources.documents import read_documents
 from data.tokenizer import Tokenizer
 from inference.evaluate import _read_losses
 from inference.evaluation.tasks import TASKS, read_examples

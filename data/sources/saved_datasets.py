@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.row_layout import RowLayout
+from data.faults import Faults
+from data.row_layout import Document, RowLayout
+from data.sources.source import Source
 
 PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
@@ -19,7 +21,15 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """NAME or OWNER/NAME; anything else is a path."""
 
 
-def read_rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_saved_dataset(
+    source: Source, layout: RowLayout, faults: Faults
+) -> Iterator[Document | None]:
+    """Yield one document per row, see `_rows`."""
+    for number, row in _rows(source.name, layout):
+        yield layout.document(row, f"{source.name}:{number}", faults)
+
+
+def _rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of each row, from 1, and some columns of it, in the dataset's order.
 
     A folder is read from the disk; of a name on the hub no more is fetched than is read, again on

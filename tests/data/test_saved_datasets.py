@@ -7,7 +7,7 @@ import pytest
 from data.faults import Faults
 from data.preparation import PrepareConfig, prepare
 from data.row_layout import RowLayout
-from data.sources import read_documents
+from data.sources.documents import read_documents
 from tests.documents import make_documents
 
 datasets = pytest.importorskip("datasets")

@@ -1,0 +1,1 @@
+"""Documents out of the files that people have, one file for each kind."""

@@ -1,0 +1,53 @@
+"""Reading documents out of files: text, source code, JSON lines, Parquet, saved datasets.
+
+Yields documents one by one in a fixed order. What cannot be used is skipped, counted by reason
+and reported with its file and line. Independent of tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from data.faults import Faults
+from data.row_layout import Document, RowLayout
+from data.sources.json_lines import read_json_lines
+from data.sources.listing import TEXT_SUFFIXES, list_sources
+from data.sources.parquet import read_parquet
+from data.sources.saved_datasets import PREFIX, read_saved_dataset
+from data.sources.source import Source
+from data.sources.text import read_text
+
+Reader = Callable[[Source, RowLayout, Faults], Iterator[Document | None]]
+"""Yields the documents of a source; None for one that cannot be used, which is counted."""
+
+_READERS: dict[str, Reader] = {
+    **dict.fromkeys(TEXT_SUFFIXES, read_text),
+    ".jsonl": read_json_lines,
+    ".jsonl.gz": read_json_lines,
+    ".parquet": read_parquet,
+}
+
+
+def read_documents(inputs: Iterable[str], faults: Faults, layout: RowLayout) -> Iterator[Document]:
+    """Yield the documents of all inputs, in the order given and sorted within each.
+
+    Args:
+        inputs: files, folders (recursive, without hidden entries), globs, `embedded`, or a
+            Hugging Face dataset, see `data.sources.saved_datasets`.
+            .txt .md .rst .py hold one document per file, .jsonl .jsonl.gz one per line,
+            .parquet one per row. A text file above MAX_DOCUMENT_BYTES is cut at line ends into
+            documents of 16 MB.
+        faults: counts what is skipped.
+        layout: the JSON fields or Parquet columns that hold the text.
+
+    Raises:
+        ValueError: an input does not exist, is of an unknown kind, has no such column, or has no
+            fields for the prompt and response of `layout`.
+    """
+    for source in [entry for given in inputs for entry in list_sources(given, faults)]:
+        documents = _reader(source)(source, layout, faults)
+        yield from (document for document in documents if document is not None)
+
+
+def _reader(source: Source) -> Reader:
+    if source.name.startswith(PREFIX):
+        return read_saved_dataset
+    return next(reader for suffix, reader in _READERS.items() if source.path.name.endswith(suffix))
