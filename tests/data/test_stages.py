@@ -15,12 +15,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import data.pieces.key_ranges
 import data.pieces.plan
 import data.pieces.surveying
-import data.survey
+import data.preparation
+import data.stages
 from data.preparation import PrepareConfig, prepare, prepare_stage
 from data.row_layout import RowLayout
-from tests.data.test_preparation import files
+from tests.data.test_preparation import files, read_back
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,7 +50,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
     for module, name, most in (
         (data.pieces.plan, "MOST_PIECE_BYTES", 9000),
         (data.pieces.surveying, "KEPT_TEXT_BYTES", 5000),
-        (data.survey, "KEYS_AT_ONCE", 90),
+        (data.pieces.key_ranges, "KEYS_AT_ONCE", 90),
     ):
         monkeypatch.setattr(module, name, draw.randrange(20, most))
 
@@ -155,3 +157,48 @@ def test_a_survey_of_input_that_has_changed_begins_again(
     assert sum(split.text_bytes for split in again.splits.values()) == len("onethree")
     with pytest.raises(ValueError, match="task 2 is not one of 2 tasks, give 0 to 1"):
         prepare_stage(config, tmp_path / "new", "encode", task=2, tasks=2, workers=1)
+
+
+def test_near_duplicates_are_dropped_behind_the_first_whatever_the_pieces(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rensa")
+    draw = random.Random(0)
+    texts, expected = [], set()
+    for n in range(60):
+        words = draw.choices([f"w{i}" for i in range(500)], k=300)
+        expected.add(" ".join(words))
+        texts += [" ".join(words), " ".join(words)]
+        words[150] = f"n{n}"  # 5 of 296 rows differ on each side: 0.967 are in common
+        texts.append(" ".join(words))
+        words[::20] = [f"n{n}"] * 15  # 75 more do: less than 0.6
+        texts.append(" ".join(words))
+        expected.add(texts[-1])
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    config = PrepareConfig(
+        input=(str(source),), tokenizer=tokenizer_path, duplicates="near", validation_fraction=0.1
+    )
+    whole = prepare(config, tmp_path / "whole", workers=1)
+    read = [text for split in ("train", "validation") for text in read_back(whole, split)]
+    assert sorted(read) == sorted(expected)
+    assert (whole.duplicates, whole.dropped_duplicates) == (120, True)
+    shrink(monkeypatch, draw)
+    assert files(prepare(config, tmp_path / "out", workers=1).path) == files(whole.path)
+    other = replace(config, near_threshold=0.3)
+    assert prepare(other, tmp_path / "other", workers=1).duplicates == 180
+    trained = replace(config, tokenizer=None, vocab_size=300)
+    monkeypatch.setattr(data.stages, "train_tokenizer", lambda sample, *_: sampled.extend(sample))
+    sampled: list[str] = []
+    with pytest.raises(ValueError, match="is not a file"):  # none is trained
+        prepare(trained, tmp_path / "trained", workers=1)
+    assert {*sampled} == {*read_back(whole, "train")}
+
+
+def test_near_duplicates_without_the_library_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.preparation.importlib.util, "find_spec", lambda name: None)
+    config = PrepareConfig(input=("x",), vocab_size=300, duplicates="near", near_threshold=0)
+    assert config.problems() == [
+        "near_threshold 0 is not in (0, 1], try 0.8",
+        "duplicates: rensa is not installed, pip install -e .[dedup]",
+    ]
