@@ -101,7 +101,7 @@ def sound_document(
         faults.add(EMPTY, origin)
     elif "\0" in text:
         faults.add("NUL character", origin)
-    elif _SURROGATE.search(text):
+    elif not text.isascii() and _SURROGATE.search(text):
         faults.add("invalid UTF-8", origin)
     else:
         return Document(origin, text, prompt_chars)
