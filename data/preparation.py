@@ -49,11 +49,12 @@ class PrepareConfig:
     """What fixes the bytes of a dataset, together with the input itself."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]
-    """Files (.txt .jsonl .jsonl.gz .parquet and source code), folders (recursive, without hidden
-    entries), globs, or the word embedded: the sources of the running Python and of torch, about
-    58 MB that need no download, or hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that
-    its save_to_disk wrote or a name on the hub, streamed twice (split train if not given). JSON
-    lines and Parquet hold a document per row, other files one each."""
+    """Files (.txt .md .html .jsonl .json .csv .tsv .parquet, source code; all but Parquet also in
+    .gz .zst .bz2 .xz), folders (recursive, without hidden entries), globs, or the word embedded:
+    the sources of the running Python and of torch, about 58 MB that need no download, or
+    hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that its save_to_disk wrote or a name
+    on the hub, streamed twice (split train if not given). JSON, tables and Parquet hold a document
+    per row, other files one each."""
     tokenizer: Path | None = None
     """A SentencePiece model, or a Hugging Face tokenizer.json with its tokenizer_config.json beside
     it, which names BOS and EOS; not beside vocab_size."""

@@ -23,7 +23,7 @@ nor a vocab_size is given, a tokenizer of 4096 tokens is trained.
 
 examples:
   python -m data.prepare --input embedded --output datasets/embedded --vocab_size 2048
-  python -m data.prepare --input 'books/*.txt' more.jsonl.gz --output datasets/books
+  python -m data.prepare --input 'books/*.txt' more.jsonl.zst --output datasets/books
   python -m data.prepare --input news.parquet --text_field body --output datasets/news \\
       --tokenizer datasets/books/tokenizer.model
   python -m data.prepare --input pairs.jsonl --prompt 'Q: {question}\\nA:' --response ' {answer}' \\

@@ -1,8 +1,10 @@
 """Every reader of a file, on hostile files: one line or success, in bounded time and memory."""
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import pickle
 import random
 import shutil
@@ -369,29 +371,44 @@ def test_json_files(folder, model, kind):
     holds()
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".tsv", ".parquet"])
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".zst": lambda content: pa.compress(content, codec="zstd", asbytes=True),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+ROWS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".json", ".csv", ".tsv"]
+
+
+@pytest.mark.parametrize("suffix", [*ROWS, ".parquet", ".html"])
 def test_rows(folder, suffix):
     rows = [{"utterance": f"u {i}", "semantic_parse": "[x]", "text": "t"} for i in range(9)]
     valid = "\n".join(map(json.dumps, rows)).encode()
     if suffix == ".tsv":
         valid = b"utterance\tsemantic_parse\nu\t[x]\nv\t[y]\n"
+    if suffix == ".csv":
+        valid = b'id,text\n1,"a, ""b"""\n2,"two\nlines"\n3,c\n'
+    if suffix == ".json":
+        valid = json.dumps({"data": rows}).encode()
+    if suffix == ".html":
+        valid = b"<meta charset=latin1><ul><li>one<li><b>two</ul><table><tr><td>&eacute;</table>"
     path = folder / f"rows{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
         valid = path.read_bytes()
     changed = damaged(valid)
-    if suffix == ".jsonl":
-        changed |= forged(rows[0])
-    if suffix == ".jsonl.gz":
-        changed = damaged(gzip.compress(valid)) | damaged(valid).map(gzip.compress)
+    if suffix in (".jsonl", ".json"):
+        changed |= forged(rows[0]) | forged(rows)
+    if compress := COMPRESS.get(suffix.removeprefix(".jsonl")):
+        changed = damaged(compress(valid)) | damaged(valid).map(compress)
 
     @MANY
     @given(changed)
     def holds(content):
         path.write_bytes(content)
-        check(lambda: [*read_examples(TASKS["topv2"], path)], path.name)
-        if suffix != ".tsv":
-            check(lambda: [*read_documents([str(path)], Faults(), RowLayout())], path.name)
+        if suffix in (".jsonl", ".jsonl.gz", ".tsv", ".parquet"):
+            check(lambda: [*read_examples(TASKS["topv2"], path)], path.name)
+        check(lambda: [*read_documents([str(path)], Faults(), RowLayout())], path.name)
         if suffix == ".jsonl":
             check(lambda: read_prompt_file(path), path.name)
 
