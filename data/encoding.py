@@ -1,35 +1,28 @@
-"""Documents to token ids, over several processes, in order.
+"""The second pass over a unit, in any process: its tokens, written to files of its own."""
 
-The output is the same for any number of processes. Reads no file but the tokenizer's.
-Not a ProcessPoolExecutor: that of Python 3.11 may hang when one of its processes is killed
-(https://github.com/python/cpython/issues/94777).
-"""
-
-import multiprocessing
-import queue
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import cycle
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from data.row_layout import Document
+from data.pieces.units import (
+    DOCUMENT,
+    ENCODED,
+    KEY,
+    Unit,
+    read_array,
+    read_unit,
+    write_array,
+    written_aside,
+)
+from data.row_layout import RowLayout
 from data.shards import token_dtype
+from data.survey import HeldOut
+from data.text_keys import text_digest, text_key
 from data.tokenizer import Tokenizer
-
-_BATCH_CHARS = 500_000
-_BATCHES_AHEAD = 3
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-_Batch = list[tuple[str, int | None]]
-"""Texts and how many characters of each are a prompt, see `data.row_layout.Document`."""
 
 _Tokens = npt.NDArray[np.integer]
 
@@ -52,133 +45,73 @@ def encode_document(tokenizer: Tokenizer, text: str, prompt_chars: int | None = 
     return np.concatenate([~read, *encode(text[prompt_chars:]), eos])
 
 
-def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Document, _Tokens]]:
-    """Yield every document with its ids, in the order of `documents`.
-
-    Holds three batches of about half a megabyte of text per worker and, beyond these, at most one
-    longer document.
+@dataclass
+class EncodeUnit:
+    """Encodes a unit where it is called; nothing where that has been done.
 
     Args:
-        documents: read only as far ahead as the workers need.
-        tokenizer: loaded again by each worker from its path.
-        workers: number of processes; 1 means this one.
-
-    Raises:
-        ValueError: a worker process was killed.
+        folder: of the files, those of the survey among them.
+        layout: the fields of rows.
+        tokenizer: its file.
+        held_out: which documents are the validation split.
+        drop_duplicates: whether to leave out what is not marked as kept.
     """
-    if workers == 1:
-        for document in documents:
-            yield document, encode_document(tokenizer, document.text, document.prompt_chars)
-        return
-    with _start(workers, tokenizer.path) as connections:
-        yield from _encode_over(connections, documents)
 
+    folder: Path
+    layout: RowLayout
+    tokenizer: Path
+    held_out: HeldOut
+    drop_duplicates: bool
 
-def _encode_over(
-    connections: list[Connection], documents: Iterable[Document]
-) -> Iterator[tuple[Document, _Tokens]]:
-    """Send batches to the workers in turn, and receive the results in the same order."""
-    running: deque[tuple[Connection, list[Document]]] = deque()
-    chars = 0
-    for connection, batch in zip(cycle(connections), _batches(documents), strict=False):
-        with _worker_loss_explained(len(connections)):
-            connection.send([(document.text, document.prompt_chars) for document in batch])
-        running.append((connection, batch))
-        chars += _count_chars(batch)
-        while chars >= _BATCHES_AHEAD * len(connections) * _BATCH_CHARS:
-            oldest, batch = running.popleft()
-            chars -= _count_chars(batch)
-            with _worker_loss_explained(len(connections)):
-                encoded = oldest.recv()
-            yield from zip(batch, encoded, strict=True)
-    for oldest, batch in running:
-        with _worker_loss_explained(len(connections)):
-            encoded = oldest.recv()
-        yield from zip(batch, encoded, strict=True)
+    def __call__(self, unit: Unit) -> int:
+        """Encode the unit; return the bytes of its text that are in the dataset.
 
+        Raises:
+            ValueError: its text is not that of the survey.
+        """
+        done = unit.path(self.folder, "encoded")
+        if not done.exists():
+            write_array(done, self._encode(unit))
+        return int(read_array(done, ENCODED)["bytes"].sum())
 
-@contextmanager
-def _worker_loss_explained(workers: int) -> Iterator[None]:
-    """Turn the loss of a connection into an error with its likely cause."""
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        raise ValueError(
-            f"workers {workers}: one of them was killed, perhaps for want of memory, give fewer"
-        ) from error
+    def _encode(self, unit: Unit) -> npt.NDArray[np.void]:
+        """Write the tokens of a unit; return what its documents are."""
+        surveyed = read_array(unit.path(self.folder, "documents"), DOCUMENT)
+        kept = self._kept(unit, len(surveyed))
+        rows, digests = [], bytearray()
+        with ExitStack() as stack:
+            train, validation = (
+                stack.enter_context(written_aside(unit.path(self.folder, split)))
+                for split in ("train", "validation")
+            )
+            for number, document in enumerate(read_unit(unit, self.folder, self.layout)):
+                digest = text_digest(document.text)
+                digests += digest
+                if number < len(kept) and not kept[number]:
+                    continue
+                for part in self.held_out.parts(document):
+                    if part is not document:
+                        digest = text_digest(part.text)
+                    size = len(part.text.encode())
+                    tokens = encode_document(self._tokenizer, part.text, part.prompt_chars)
+                    is_held_out = self.held_out.holds(text_key(digest), size)
+                    (validation if is_held_out else train).write(tokens.tobytes())
+                    rows.append((is_held_out, len(tokens), size))
+            if bytes(digests) != surveyed["digest"].tobytes():
+                raise ValueError(
+                    "input changed while it was read, run again when nothing writes to it"
+                )
+        return np.array(rows, ENCODED)
 
+    def _kept(self, unit: Unit, documents: int) -> npt.NDArray[np.bool_]:
+        """Return which documents of a unit are in the dataset: (documents,)."""
+        if not self.drop_duplicates:
+            return np.ones(documents, np.bool_)
+        kept = np.zeros(documents, np.bool_)
+        keys = read_array(unit.path(self.folder, "keys"), KEY)
+        kept[keys["first"][read_array(unit.path(self.folder, "kept"), np.dtype("?"))]] = True
+        return kept
 
-def _count_chars(batch: list[Document]) -> int:
-    return sum(len(document.text) for document in batch)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-@contextmanager
-def _start(workers: int, tokenizer: Path) -> Iterator[list[Connection]]:
-    """Start the processes, and end them with the context."""
-    # A forked child would inherit the threads' locks of a caller that has imported torch.
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # Its start would unblock the signals.
-    connections, processes = [], []
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
-            with _signals_left_to_this_process():
-                process.start()
-            theirs.close()  # Else its end would stay open after the process has exited.
-            connections.append(ours)
-            processes.append(process)
-        yield connections
-    finally:
-        for connection, process in zip(connections, processes, strict=True):
-            connection.close()
-            process.kill()
-            process.join()
-
-
-@contextmanager
-def _signals_left_to_this_process() -> Iterator[None]:
-    """Keep from a process that is started now the signals that a terminal or SLURM sends to all.
-
-    It inherits that they are blocked, from its first moment; this process gets them a little later.
-    """
-    resource_tracker.ensure_running()  # which would unblock two of them as it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(connection: Connection, path: Path) -> None:
-    """Encode batches until the connection closes."""
-    batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
-    # Without a thread both sides could block in send, each for the other to receive.
-    threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()
-    tokenizer = Tokenizer(path)
-    while (batch := batches.get()) is not None:
-        with suppress(ConnectionError):  # The parent may have exited; then no batch follows.
-            connection.send([encode_document(tokenizer, *document) for document in batch])
-
-
-def _receive(connection: Connection, batches: "queue.SimpleQueue[_Batch | None]") -> None:
-    try:
-        while True:
-            batches.put(connection.recv())
-    except (EOFError, OSError):  # The parent has exited, perhaps in the middle of a batch.
-        batches.put(None)
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.tokenizer)

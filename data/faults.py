@@ -1,6 +1,7 @@
 """Documents and files of a corpus that could not be used: counted by reason and located."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 EMPTY = "empty document"
@@ -14,12 +15,21 @@ class Faults:
     max_examples: int = 3
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    lines_read: int = 0
+    """Of the file of lines that was read last."""
 
     def add(self, reason: str, origin: str) -> None:
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < self.max_examples:
             examples.append(origin)
+
+    def extend(self, counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> None:
+        """Add what was counted elsewhere, behind what is here."""
+        for reason, count in counts.items():
+            self.counts[reason] += count
+            kept = self.examples.setdefault(reason, [])
+            kept += examples[reason][: self.max_examples - len(kept)]
 
     @property
     def damaged(self) -> int:

@@ -1,45 +1,33 @@
 """Making a dataset out of text, from reading the input to naming the finished folder.
 
-Two passes over the input: the first counts, splits and trains the tokenizer, the second encodes.
-The dataset appears under its name only when it is complete. Prints nothing, for training calls it
-too; `data.prepare` is its command.
+Two passes over the input, see `data.stages`: the first counts, splits and trains the tokenizer, the
+second encodes. The dataset appears under its name only when it is complete. Prints nothing, for
+training calls it too; `data.prepare` is its command.
 """
 
-import hashlib
 import logging
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from data.dataset import (
-    DESCRIPTION_NAME,
-    TOKENIZER_NAME,
-    TRAIN,
-    VALIDATION,
-    Dataset,
-    Split,
-    open_dataset,
-    write_description,
-)
-from data.encoding import encode_documents
-from data.faults import Faults
-from data.progress import Progress
-from data.row_layout import Document, RowLayout
-from data.shards import MAX_VOCAB_SIZE, ShardWriter
-from data.sources.documents import read_documents
-from data.survey import Survey, document_digest, survey_documents
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.dataset import DESCRIPTION_NAME, Dataset, open_dataset
+from data.pieces.workers import start_workers
+from data.row_layout import RowLayout
+from data.shards import MAX_VOCAB_SIZE
+from data.stages import Preparation
+from data.tokenizer import Tokenizer
+
+Stage = Literal["survey", "encode", "merge"]
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_SAMPLE_BYTES = 8_000_000
 _LEAST_TOKENS = 260
 """unk, BOS, EOS, 256 bytes and one character."""
 
@@ -68,8 +56,7 @@ class PrepareConfig:
     layout: Annotated[RowLayout, tyro.conf.arg(name="")] = field(default_factory=RowLayout)
     """JSON fields or Parquet columns that hold the text, or prompt and response."""
     shard_tokens: int = 50_000_000
-    """End a shard with the document that reaches this many tokens; a shard is held in memory until
-    it is written, 2 or 4 bytes per token."""
+    """End a shard with the document that reaches this many tokens."""
     duplicates: Literal["keep", "drop"] = "keep"
     """drop: of documents with the same text, take the first alone."""
     max_skipped_fraction: float = 0.1
@@ -136,26 +123,92 @@ def prepare(
     Raises:
         ValueError: the input or the output cannot be used.
     """
-    if problems := config.problems():
-        raise ValueError("; ".join(problems))
-    if workers is None:
-        workers = _available_cores()
-    if workers < 1:
-        raise ValueError(f"workers {workers} is below 1, give at least 1")
-    arguments = config.arguments()  # Loads the tokenizer, whose faults are raised first.
+    workers, arguments = _checked(config, workers)
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     try:
-        write_description(_fill(config, arguments, aside, workers))
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
+        with start_workers(workers) as started:
+            preparation = Preparation(config, arguments, aside, started)
+            surveyed = preparation.survey()
+            preparation.encode(surveyed)
+            preparation.merge(surveyed)
+        _name(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return open_dataset(output)
+
+
+def prepare_stage(
+    config: PrepareConfig,
+    output: Path,
+    stage: Stage,
+    *,
+    task: int = 0,
+    tasks: int = 1,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Dataset | None:
+    """Do one stage of what `prepare` does, and leave its work for the next; it may be repeated.
+
+    Args:
+        config: the same for every stage.
+        output: likewise; the work lies in a hidden folder beside it, which all tasks see.
+        stage: survey, then encode as so many tasks, in any order or at once, then merge.
+        task: which one of the tasks encodes, from 0.
+        tasks: their number.
+        workers: processes; None means every core this process may use.
+        overwrite: replace a dataset that is already at `output`.
+
+    Returns:
+        The dataset, if it is there.
+
+    Raises:
+        ValueError: the input or the output cannot be used, or an earlier stage is not complete.
+    """
+    workers, arguments = _checked(config, workers)
+    if not 0 <= task < tasks:
+        raise ValueError(f"task {task} is not one of {tasks} tasks, give 0 to {tasks - 1}")
+    if not _is_free(output) and not overwrite:
+        return _open_existing(arguments, output)
+    folder = output.parent / f".{output.name}.partial-tasks"
+    if stage == "survey":
+        folder.mkdir(parents=True, exist_ok=True)
+    with start_workers(workers) as started:
+        preparation = Preparation(config, arguments, folder, started)
+        if stage == "survey":
+            preparation.survey()
+        else:
+            surveyed = preparation.surveyed()
+            if stage == "encode":
+                preparation.encode(surveyed, task=task, tasks=tasks)
+            else:
+                preparation.check_encoded(surveyed, tasks)
+                preparation.merge(surveyed)
+    if stage != "merge":
+        return None
+    _name(folder, output)
+    return open_dataset(output)
+
+
+def _checked(config: PrepareConfig, workers: int | None) -> tuple[int, dict[str, object]]:
+    """Return the number of processes, and the arguments for `dataset.json`."""
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    if workers is None:
+        workers = _available_cores()
+    if workers < 1:
+        raise ValueError(f"workers {workers} is below 1, give at least 1")
+    return workers, config.arguments()  # Loads the tokenizer, whose faults are raised first.
+
+
+def _name(folder: Path, output: Path) -> None:
+    """Give a folder that is complete its name."""
+    if output.exists():
+        shutil.rmtree(output)
+    folder.rename(output)
 
 
 def _available_cores() -> int:
@@ -184,96 +237,3 @@ def _open_existing(arguments: Mapping[str, object], output: Path) -> Dataset:
         )
     logger.info("%s is already there, made with the same arguments", output)
     return dataset
-
-
-def _fill(
-    config: PrepareConfig, arguments: Mapping[str, object], folder: Path, workers: int
-) -> Dataset:
-    """Write tokenizer and shards into an empty folder and return their description."""
-    faults = Faults()
-    documents = read_documents(config.input, faults, config.layout)
-    try:
-        survey = survey_documents(
-            _refuse_mostly_damaged(documents, faults, config),
-            validation_fraction=config.validation_fraction,
-            sample_bytes=0 if config.tokenizer else _TOKENIZER_SAMPLE_BYTES,
-            drop_duplicates=config.duplicates == "drop",
-        )
-    finally:  # Also when nothing was left: the faults are the reason.
-        for line in faults.lines():
-            logger.warning("%s", line)
-    if survey.cut is not None:
-        logger.info(
-            "one document only: all after its first %d characters is validation", survey.cut
-        )
-    tokenizer_path = folder / TOKENIZER_NAME
-    if config.vocab_size is not None:
-        logger.info("training a tokenizer of %d tokens", config.vocab_size)
-        train_tokenizer(survey.sample, config.vocab_size, tokenizer_path)
-    else:
-        assert config.tokenizer is not None
-        tokenizer_path.write_bytes(Tokenizer(config.tokenizer).serialized)
-    tokenizer = Tokenizer(tokenizer_path)
-    if tokenizer.bos_id == tokenizer.eos_id:
-        logger.info("one token, %d, begins and ends a document", tokenizer.eos_id)
-    return Dataset(
-        path=folder,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        corpus_fingerprint=survey.fingerprint,
-        splits=_write_splits(config, survey, tokenizer, folder, workers),
-        duplicates=survey.duplicates,
-        skipped=dict(sorted(faults.counts.items())),
-        skipped_at=faults.examples,
-        arguments=arguments,
-    )
-
-
-def _refuse_mostly_damaged(
-    documents: Iterable[Document], faults: Faults, config: PrepareConfig
-) -> Iterator[Document]:
-    """Yield the documents, and at their end refuse them if too many were skipped on the way."""
-    count = 0
-    for document in documents:
-        count += 1
-        yield document
-    if faults.damaged > config.max_skipped_fraction * (count + faults.damaged):
-        raise ValueError(
-            f"input: {faults.damaged} of {count + faults.damaged} documents cannot be used,"
-            f" {'; '.join(faults.lines())}: mend the input or name the right"
-            f" {config.layout.options}, or raise max_skipped_fraction {config.max_skipped_fraction}"
-        )
-
-
-def _write_splits(
-    config: PrepareConfig, survey: Survey, tokenizer: Tokenizer, folder: Path, workers: int
-) -> dict[str, Split]:
-    """Encode the documents in a second pass and write the shards of both splits."""
-    writers = {
-        name: ShardWriter(
-            folder,
-            name,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            shard_tokens=config.shard_tokens,
-            pairs=bool(config.layout.response),
-        )
-        for name in (TRAIN, VALIDATION)
-    }
-    fingerprint = hashlib.sha256()
-
-    def read_again() -> Iterator[Document]:
-        for number, document in enumerate(read_documents(config.input, Faults(), config.layout)):
-            fingerprint.update(document_digest(document.text))
-            if survey.keeps(number):
-                yield from survey.parts(document)
-
-    with Progress("encoding", survey.text_bytes) as progress:
-        for document, tokens in encode_documents(read_again(), tokenizer, workers):
-            size = len(document.text.encode())
-            split = VALIDATION if survey.is_held_out(document.text) else TRAIN
-            writers[split].add(tokens, size)
-            progress.update(size)
-    if fingerprint.hexdigest() != survey.fingerprint:
-        raise ValueError("input changed while it was read, run again when nothing writes to it")
-    return {name: Split(shards=tuple(writer.close())) for name, writer in writers.items()}

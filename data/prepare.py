@@ -13,7 +13,7 @@ import tyro
 from data.command_line import run_command
 from data.dataset import Dataset
 from data.output_streams import naming_the_file
-from data.preparation import PrepareConfig, prepare
+from data.preparation import PrepareConfig, Stage, prepare, prepare_stage
 
 DEFAULT_VOCAB_SIZE = 4096
 
@@ -41,8 +41,16 @@ class Options:
     output: Path
     """Folder to make for the dataset."""
     workers: int | None = None
-    """Processes that encode; the output is the same for any number. None: every core that this
-    process may use."""
+    """Processes that read and encode; the output is the same for any number. None: every core that
+    this process may use."""
+    stage: Stage | None = None
+    """Do one part, on a cluster: survey, then encode as several tasks, at once or in any order, on
+    machines that share the folder of `output`, then merge. Each may be repeated, and does what is
+    missing alone. See launch/prepare.slurm. None: all of it, here."""
+    task: int = 0
+    """Which one of `tasks` this is, from 0, in the stage encode."""
+    tasks: int = 1
+    """Number of tasks of the stage encode."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace a dataset that is already in `output`."""
     json: Path | None = None
@@ -98,14 +106,30 @@ def run(options: Options) -> None:
     if config.vocab_size is None and config.tokenizer is None:
         config = replace(config, vocab_size=DEFAULT_VOCAB_SIZE)
     layout = replace(layout, prompt=_unescaped(layout.prompt), response=_unescaped(layout.response))
-    config = replace(config, layout=layout)
-    dataset = prepare(config, options.output, workers=options.workers, overwrite=options.overwrite)
+    dataset = _prepared(replace(config, layout=layout), options)
+    if dataset is None:
+        return  # A stage that is not the last.
     print(format_table(dataset))
     print(f"next: {next_command(dataset)}")
     if options.json is not None:
         with naming_the_file("json", options.json):
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(summarize(dataset), indent=2) + "\n")
+
+
+def _prepared(config: PrepareConfig, options: Options) -> Dataset | None:
+    output, workers, overwrite = options.output, options.workers, options.overwrite
+    if options.stage is None:
+        return prepare(config, output, workers=workers, overwrite=overwrite)
+    return prepare_stage(
+        config,
+        output,
+        options.stage,
+        task=options.task,
+        tasks=options.tasks,
+        workers=workers,
+        overwrite=overwrite,
+    )
 
 
 def next_command(dataset: Dataset) -> str:

@@ -7,8 +7,9 @@ the raw little-endian token ids. Independent of text, batches and ranks.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -76,94 +77,31 @@ def token_ids(stored: npt.NDArray[_Stored]) -> npt.NDArray[_Stored]:
     return np.where(stored < 0, ~stored, stored)
 
 
-class ShardWriter:
-    """Writes the documents of one split into shards, in order.
+def write_shard(
+    path: Path, header: ShardHeader, blocks: Iterable[npt.NDArray[np.integer]]
+) -> ShardRecord:
+    """Write one shard aside, rename it into place and return its entry in `dataset.json`.
 
     Args:
-        folder: of `<split>-00000.tokens` and so on.
-        split: the name of the split.
-        vocab_size: fixes the type on disk.
-        tokenizer_fingerprint: goes into every header.
-        shard_tokens: a shard ends with the document that reaches this many tokens.
-        pairs: whether some tokens are not to be learnt.
+        path: of the shard.
+        header: of the shard.
+        blocks: its tokens in order, each (tokens,), of the type of the header.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        *,
-        vocab_size: int,
-        tokenizer_fingerprint: str,
-        shard_tokens: int,
-        pairs: bool = False,
-    ) -> None:
-        self._folder = folder
-        self._split = split
-        self._vocab_size = vocab_size
-        self._tokenizer_fingerprint = tokenizer_fingerprint
-        self._shard_tokens = shard_tokens
-        self._dtype = token_dtype(vocab_size, pairs=pairs)
-        self._records: list[ShardRecord] = []
-        self._documents: list[npt.NDArray[np.integer]] = []
-        self._tokens = 0
-        self._text_bytes = 0
-
-    def add(self, tokens: npt.NDArray[np.integer], text_bytes: int) -> None:
-        """Append one document.
-
-        Args:
-            tokens: (seq,) as stored, BOS and EOS included.
-            text_bytes: UTF-8 bytes of its text.
-        """
-        self._documents.append(tokens.astype(self._dtype, copy=False))
-        self._tokens += len(tokens)
-        self._text_bytes += text_bytes
-        if self._tokens >= self._shard_tokens:
-            self._write_shard()
-
-    def close(self) -> list[ShardRecord]:
-        """Write what is left and return the records of all shards."""
-        if self._documents:
-            self._write_shard()
-        return self._records
-
-    def _write_shard(self) -> None:
-        header = ShardHeader(
-            dtype=self._dtype.str,
-            tokens=self._tokens,
-            documents=len(self._documents),
-            text_bytes=self._text_bytes,
-            vocab_size=self._vocab_size,
-            tokenizer_fingerprint=self._tokenizer_fingerprint,
-        )
-        path = self._folder / f"{self._split}-{len(self._records):05d}.tokens"
-        digest = write_shard(path, header, self._documents)
-        self._records.append(
-            ShardRecord(
-                name=path.name,
-                tokens=self._tokens,
-                documents=len(self._documents),
-                text_bytes=self._text_bytes,
-                sha256=digest,
-            )
-        )
-        self._documents, self._tokens, self._text_bytes = [], 0, 0
-
-
-def write_shard(
-    path: Path, header: ShardHeader, documents: Sequence[npt.NDArray[np.integer]]
-) -> str:
-    """Write one shard aside, rename it into place and return the sha256 of the file."""
     first = MAGIC + json.dumps(dataclasses.asdict(header)).encode()
     digest = hashlib.sha256()
     aside = path.with_suffix(".partial")
     with aside.open("wb") as file:
-        for part in (first.ljust(HEADER_BYTES), *(document.tobytes() for document in documents)):
+        for part in chain([first.ljust(HEADER_BYTES)], (block.tobytes() for block in blocks)):
             file.write(part)
             digest.update(part)
     aside.rename(path)
-    return digest.hexdigest()
+    return ShardRecord(
+        name=path.name,
+        tokens=header.tokens,
+        documents=header.documents,
+        text_bytes=header.text_bytes,
+        sha256=digest.hexdigest(),
+    )
 
 
 class ShardTokens:

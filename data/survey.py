@@ -1,56 +1,44 @@
-"""The first of two passes over a corpus: its size, the held-out split, a sample for the tokenizer.
+"""What the first pass found in all pieces, put together: sizes, the held-out split, duplicates.
 
-One pass in bounded memory (16 bytes per document and the sample). Independent of tokens.
+Needs memory for neither the documents nor their keys, but for a range of keys at a time.
+Independent of tokens.
 """
 
 import hashlib
-import heapq
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from data.progress import Progress
-from data.row_layout import Document
+from data.pieces.sample import Sample, read_chunks
+from data.pieces.units import DOCUMENT, KEY, Unit, map_array, read_array, read_unit
+from data.row_layout import Document, RowLayout
+from data.text_keys import text_digest, text_key
 
-_SAMPLE_CHUNK_CHARS = 16384
+KEYS_AT_ONCE = 1_000_000
 _KEY_RANGE = 2**64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """The result of the first pass."""
+@dataclass(frozen=True)
+class HeldOut:
+    """Which documents are the validation split: a function of their text alone."""
 
-    documents: int
-    duplicates: int
-    """Documents whose text repeats that of an earlier one."""
-    text_bytes: int
-    fingerprint: str
-    """sha256 over the sha256 of every document, in order."""
-    held_out_key: int
-    """Documents whose key is at most this are the validation split; of a single distinct document,
-    the part of this key is."""
-    held_out_bytes: int | None
+    key: int
+    """Documents whose key is at most this are; of a single distinct document, the part of this key
+    is."""
+    largest_bytes: int | None = None
     """Larger documents are not held out; None: of any size."""
-    kept: npt.NDArray[np.bool_] | None
-    """(documents,), whether each is in the dataset; None: all are."""
-    cut: int | None
+    cut: int | None = None
     """Characters of the only document that are trained on, the rest is held out; else None."""
-    sample: tuple[str, ...]
-    """Chunks of documents of the train split, to train a tokenizer on."""
 
-    def is_held_out(self, text: str) -> bool:
-        """Whether a document belongs to the validation split: a function of its text alone."""
-        key = document_key(document_digest(text))
+    def holds(self, key: int, text_bytes: int) -> bool:
+        """Whether a document, or the part of the only one, belongs to the validation split."""
         if self.cut is not None:
-            return key == self.held_out_key
-        return _in_validation(key, len(text.encode()), self.held_out_key, self.held_out_bytes)
-
-    def keeps(self, number: int) -> bool:
-        """Whether the document of this number, from 0, is in the dataset."""
-        return self.kept is None or (number < len(self.kept) and bool(self.kept[number]))
+            return key == self.key
+        return key <= self.key and (self.largest_bytes is None or text_bytes <= self.largest_bytes)
 
     def parts(self, document: Document) -> list[Document]:
         """Return the document, or its two parts where it is the only one.
@@ -64,147 +52,231 @@ class Survey:
         return [Document(document.origin, text) for text in texts]
 
 
-def document_digest(text: str) -> bytes:
-    """Return the sha256 of the UTF-8 bytes of a text."""
-    return hashlib.sha256(text.encode()).digest()
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """The result of the first pass."""
+
+    documents: int
+    duplicates: int
+    """Documents whose text repeats that of an earlier one."""
+    text_bytes: int
+    """Of the documents in the dataset."""
+    fingerprint: str
+    """sha256 over the sha256 of every document, in order."""
+    held_out: HeldOut
 
 
-def document_key(digest: bytes) -> int:
-    """Return the first 64 bits of a digest as an integer: uniform in [0, 2**64)."""
-    return int.from_bytes(digest[:8], "big")
-
-
-def survey_documents(
-    documents: Iterable[Document],
+def combine(
+    units: Sequence[Unit],
+    folder: Path,
+    layout: RowLayout,
     *,
     validation_fraction: float,
-    sample_bytes: int,
     drop_duplicates: bool = False,
 ) -> Survey:
-    """Read all documents once.
+    """Put together what was found in all units.
 
     A document is held out when its key, as a fraction of 2**64, is below `validation_fraction`,
     or the nearest bound that leaves no split empty. Where these hold much more of the text than
-    that, large ones stay in training, see `_limit`. A single one is cut, see `Survey.parts`.
+    that, large ones stay in training, see `_limit`. A single one is cut, see `HeldOut.parts`.
 
     Args:
-        documents: the corpus.
+        units: all of the corpus, in order.
+        folder: of their files; that of `kept` is added, where duplicates are dropped.
+        layout: the fields of rows.
         validation_fraction: expected fraction of documents to hold out.
-        sample_bytes: approximate size of the tokenizer's sample; 0 for none.
         drop_duplicates: leave out documents whose text, by its key, is that of an earlier one.
 
     Raises:
         ValueError: there is nothing to split.
     """
-    keys, sizes, fingerprint, first = array("Q"), array("Q"), hashlib.sha256(), ""
-    sample = _Sample(sample_bytes, distinct=drop_duplicates)
-    with Progress("reading") as progress:
-        for document in documents:
-            digest = document_digest(document.text)
-            size = len(document.text.encode())
-            fingerprint.update(digest)
-            first = first if keys else document.text
-            keys.append(document_key(digest))
-            sizes.append(size)
-            sample.add(keys[-1], document.text)
-            progress.update(size)
-    if not keys:
+    documents, fingerprint = 0, hashlib.sha256()
+    for unit in units:
+        table = map_array(unit.path(folder, "documents"), DOCUMENT)
+        documents += len(table)
+        fingerprint.update(table["digest"].tobytes())
+    if not documents:
         raise ValueError("input holds no documents, give files with text in them")
-    all_keys, all_sizes = (np.frombuffer(each, dtype=np.uint64) for each in (keys, sizes))
-    is_pair = document.prompt_chars is not None
-    return _survey(
-        all_keys,
-        all_sizes,
-        first,
-        sample,
-        validation_fraction,
-        drop_duplicates,
-        is_pair,
-        fingerprint.hexdigest(),
-    )
-
-
-def _survey(
-    all_keys: npt.NDArray[np.uint64],
-    all_sizes: npt.NDArray[np.uint64],
-    first: str,
-    sample: "_Sample",
-    validation_fraction: float,
-    drop_duplicates: bool,
-    is_pair: bool,
-    fingerprint: str,
-) -> Survey:
-    """Split what was read; arguments as in `survey_documents`, `first` is the first text."""
-    distinct, firsts, inverse = np.unique(all_keys, return_index=True, return_inverse=True)
-    kept = None
+    keys = _Keys(units, folder, drop_duplicates=drop_duplicates)
     if drop_duplicates:
-        kept = np.zeros(len(all_keys), dtype=np.bool_)
-        kept[firsts] = True
-    held_out_bytes = None
-    cut = _cut(first, validation_fraction) if len(distinct) == 1 else None
-    if cut is not None and is_pair:
+        keys.mark_first()
+    totals = _count(keys)
+    if totals.texts > 1:
+        held_out = _limit(keys, totals, validation_fraction)
+    elif layout.response:
         raise ValueError("input holds 1 different pair, give one more to hold out")
-    if cut is None:
-        counted = all_sizes if kept is None else all_sizes * kept
-        weights = np.bincount(inverse, counted).astype(np.float64)
-        held_out_key, held_out_bytes = _limit(
-            distinct, all_sizes[firsts], weights, validation_fraction
-        )
     else:
-        held_out_key = document_key(document_digest(first[cut:]))
-        sample = sample.emptied()
-        sample.add(held_out_key + 1, first[:cut])
+        first = _first_text(units, folder, layout)
+        cut = _cut(first, validation_fraction)
+        held_out = HeldOut(text_key(text_digest(first[cut:])), cut=cut)
     return Survey(
-        documents=len(all_keys),
-        duplicates=len(all_keys) - len(distinct),
-        text_bytes=int(all_sizes.sum() if kept is None else all_sizes[kept].sum()),
-        fingerprint=fingerprint,
-        held_out_key=held_out_key,
-        held_out_bytes=held_out_bytes,
-        kept=kept,
-        cut=cut,
-        sample=sample.chunks(held_out_key, held_out_bytes),
+        documents=documents,
+        duplicates=documents - totals.texts,
+        text_bytes=totals.text_bytes,
+        fingerprint=fingerprint.hexdigest(),
+        held_out=held_out,
     )
 
 
-def _bound(distinct: npt.NDArray[np.uint64], validation_fraction: float) -> int:
-    """Return the largest key that is held out; `distinct` is sorted."""
-    bound = int(validation_fraction * _KEY_RANGE)
-    return min(max(bound, int(distinct[0])), int(distinct[-1]) - 1)
+def gather_sample(
+    units: Sequence[Unit],
+    folder: Path,
+    layout: RowLayout,
+    held_out: HeldOut,
+    *,
+    sample_bytes: int,
+    drop_duplicates: bool = False,
+) -> list[str]:
+    """Return chunks of the documents that are trained on, to train a tokenizer on."""
+    if held_out.cut is None:
+        sample = Sample(sample_bytes, distinct=drop_duplicates)
+        for unit in units:
+            for chunk in read_chunks(unit.path(folder, "sample")):
+                sample.add_chunk(chunk)
+    else:
+        sample = Sample(sample_bytes)
+        text = _first_text(units, folder, layout)[: held_out.cut]
+        sample.add(held_out.key + 1, text, len(text.encode()))
+    return [
+        chunk.text
+        for chunk in sample.chunks()
+        if not held_out.holds(chunk.key, chunk.document_bytes)
+    ]
 
 
-def _limit(
-    distinct: npt.NDArray[np.uint64],
-    sizes: npt.NDArray[np.uint64],
-    weights: npt.NDArray[np.float64],
-    validation_fraction: float,
-) -> tuple[int, int | None]:
-    """Return the largest key that is held out, and the largest size, None for any.
+def _first_text(units: Sequence[Unit], folder: Path, layout: RowLayout) -> str:
+    return next(document.text for unit in units for document in read_unit(unit, folder, layout))
+
+
+class _Texts(NamedTuple):
+    """Different texts in the dataset, sorted by their keys."""
+
+    keys: npt.NDArray[np.uint64]
+    bytes: npt.NDArray[np.uint64]
+    """Size of each."""
+    all_bytes: npt.NDArray[np.uint64]
+    """Size of all documents with this text that are in the dataset."""
+
+
+class _Totals(NamedTuple):
+    """Counts of different texts."""
+
+    texts: int
+    text_bytes: int
+    """Of all documents with these texts."""
+    least_key: int
+    greatest_key: int
+    least_bytes: int
+
+
+class _Keys:
+    """The texts of all units, a range of keys at a time."""
+
+    def __init__(self, units: Sequence[Unit], folder: Path, *, drop_duplicates: bool) -> None:
+        self._units = units
+        self._folder = folder
+        self._drop_duplicates = drop_duplicates
+        paths = [unit.path(folder, "keys") for unit in units]
+        count = sum(path.stat().st_size for path in paths) // KEY.itemsize
+        ranges = count // KEYS_AT_ONCE + 1
+        inner = np.array([i * _KEY_RANGE // ranges for i in range(1, ranges)], np.uint64)
+        # (units, ranges + 1): where in its table the keys of each range begin.
+        self._bounds = np.array([_bounds(map_array(path, KEY)["key"], inner) for path in paths])
+
+    def __iter__(self) -> Iterator[_Texts]:
+        """Yield the texts of each range that has any."""
+        for number in range(self._bounds.shape[1] - 1):
+            rows = self._rows(number, "keys", KEY)
+            if self._drop_duplicates:
+                rows = rows[self._rows(number, "kept", np.dtype("?"))]
+            rows, starts = _grouped(rows)[1:]
+            if len(starts):
+                weights = np.add.reduceat(rows["all_bytes"], starts)
+                sizes = rows["bytes"][starts]
+                yield _Texts(
+                    rows["key"][starts], sizes, sizes if self._drop_duplicates else weights
+                )
+
+    def mark_first(self) -> None:
+        """Write of which texts a unit has the first document: a boolean for each of its keys."""
+        for number in range(self._bounds.shape[1] - 1):
+            order, _, starts = _grouped(self._rows(number, "keys", KEY))
+            is_first = np.zeros(len(order), np.bool_)
+            is_first[order[starts]] = True
+            lengths = np.diff(self._bounds[:, number : number + 2]).ravel()
+            for unit, part in zip(
+                self._units, np.split(is_first, np.cumsum(lengths)[:-1]), strict=True
+            ):
+                with unit.path(self._folder, "kept").open("ab" if number else "wb") as file:
+                    file.write(part.tobytes())
+
+    def _rows(self, number: int, kind: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return one range of a kind of file, of all units in their order."""
+        bounds = self._bounds[:, number : number + 2].tolist()
+        return np.concatenate(
+            [
+                read_array(unit.path(self._folder, kind), dtype, start, end)
+                for unit, (start, end) in zip(self._units, bounds, strict=True)
+            ]
+        )
+
+
+def _bounds(keys: npt.NDArray[np.uint64], inner: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return where ranges of keys begin in a sorted table, and its length."""
+    return np.concatenate([[0], np.searchsorted(keys, inner), [len(keys)]])
+
+
+def _grouped(
+    rows: npt.NDArray[np.void],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.void], npt.NDArray[np.int64]]:
+    """Return the order of rows by key, earlier units first, the rows so, and where keys begin."""
+    order = np.argsort(rows["key"], kind="stable")
+    rows = rows[order]
+    keys = rows["key"]
+    return order, rows, np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+
+
+def _count(keys: _Keys) -> _Totals:
+    parts = [
+        _Totals(
+            len(texts.keys),
+            int(texts.all_bytes.sum()),
+            int(texts.keys[0]),
+            int(texts.keys[-1]),
+            int(texts.bytes.min()),
+        )
+        for texts in keys
+    ]
+    counts, sizes, first, last, least = zip(*parts, strict=True)
+    return _Totals(sum(counts), sum(sizes), first[0], last[-1], min(least))
+
+
+def _limit(keys: _Keys, totals: _Totals, validation_fraction: float) -> HeldOut:
+    """Return what is held out: texts up to a key, where that is needed up to a size as well.
 
     A size is given where the documents below the bound would be more than twice the share of the
     text asked for, or of a document in a corpus of few. Then those up to that share are held out,
     in the order of their keys, as far as they stay below twice of it; the first always.
-
-    Args:
-        distinct: the keys, sorted.
-        sizes: bytes of the document of each key.
-        weights: bytes of all documents of each key.
-        validation_fraction: the share asked for.
     """
-    bound, total = _bound(distinct, validation_fraction), weights.sum()
-    share = max(validation_fraction, min(1 / len(distinct), 0.25))
-    if weights[distinct <= bound].sum() <= 2 * share * total:
-        return bound, None
-    largest = max(int(share * total), int(sizes.min()))
-    small = np.flatnonzero(sizes <= largest)
-    below = np.flatnonzero(
-        (np.cumsum(weights[small]) <= 2 * share * total) & (distinct[small] <= bound)
-    )
-    return int(distinct[small[below[-1] if len(below) else 0]]), largest
-
-
-def _in_validation(key: int, size: int, held_out_key: int, held_out_bytes: int | None) -> bool:
-    return key <= held_out_key and (held_out_bytes is None or size <= held_out_bytes)
+    bound = int(validation_fraction * _KEY_RANGE)
+    bound = min(max(bound, totals.least_key), totals.greatest_key - 1)
+    share = max(validation_fraction, min(1 / totals.texts, 0.25))
+    most = 2 * share * totals.text_bytes
+    if sum(int(texts.all_bytes[texts.keys <= bound].sum()) for texts in keys) <= most:
+        return HeldOut(bound)
+    largest = max(int(share * totals.text_bytes), totals.least_bytes)
+    last, held_out_bytes = None, 0
+    for texts in keys:
+        small = texts.bytes <= largest
+        found, ends = texts.keys[small], held_out_bytes + np.cumsum(texts.all_bytes[small])
+        below = np.flatnonzero((ends <= most) & (found <= bound))
+        if len(below):
+            last = int(found[below[-1]])
+        elif last is None and len(found):
+            last = int(found[0])
+        held_out_bytes = int(ends[-1]) if len(ends) else held_out_bytes
+    assert last is not None
+    return HeldOut(last, largest)
 
 
 def _cut(text: str, validation_fraction: float) -> int:
@@ -217,51 +289,3 @@ def _cut(text: str, validation_fraction: float) -> int:
             " give more text"
         )
     return cut
-
-
-class _Sample:
-    """The chunks of text with the smallest hashes: a uniform sample in one pass, without an RNG."""
-
-    def __init__(self, limit_bytes: int, *, distinct: bool = False) -> None:
-        self._limit_bytes = limit_bytes
-        self._size = 0
-        # A heap with the largest hash first: minus the hash, key of the document, chunk, size of
-        # the document.
-        self._heap: list[tuple[int, int, str, int]] = []
-        self._present: set[tuple[int, int]] | None = set() if distinct else None
-
-    def add(self, key: int, text: str) -> None:
-        """Add the chunks of one document, as far as their hashes are among the smallest."""
-        if not self._limit_bytes:
-            return
-        document_size = len(text.encode())
-        for start in range(0, len(text), _SAMPLE_CHUNK_CHARS):
-            chunk = text[start : start + _SAMPLE_CHUNK_CHARS]
-            # Other bits than the document's key, which are small for all documents held out.
-            rank = int.from_bytes(document_digest(chunk)[8:16], "big")
-            entry = (-rank, key, chunk, document_size)
-            if self._size >= self._limit_bytes and entry < self._heap[0]:
-                continue
-            if self._present is not None:
-                if entry[:2] in self._present:
-                    continue
-                self._present.add(entry[:2])
-            heapq.heappush(self._heap, entry)
-            self._size += len(chunk.encode())
-            while self._size - len(self._heap[0][2].encode()) >= self._limit_bytes:
-                left = heapq.heappop(self._heap)
-                self._size -= len(left[2].encode())
-                if self._present is not None:
-                    self._present.discard(left[:2])
-
-    def emptied(self) -> "_Sample":
-        """Return an empty sample of the same size."""
-        return _Sample(self._limit_bytes)
-
-    def chunks(self, held_out_key: int, held_out_bytes: int | None) -> tuple[str, ...]:
-        """Return the chunks of the documents that are not held out, in a fixed order."""
-        return tuple(
-            chunk
-            for _, key, chunk, size in sorted(self._heap)
-            if not _in_validation(key, size, held_out_key, held_out_bytes)
-        )

@@ -47,7 +47,15 @@ def read_documents(inputs: Iterable[str], faults: Faults, layout: RowLayout) -> 
         ValueError: an input does not exist, is of an unknown kind, has no such column, or has no
             fields for the prompt and response of `layout`.
     """
-    for source in [entry for given in inputs for entry in list_sources(given, faults)]:
+    sources = [entry for given in inputs for entry in list_sources(given, faults)]
+    return read_sources(sources, faults, layout)
+
+
+def read_sources(
+    sources: Iterable[Source], faults: Faults, layout: RowLayout
+) -> Iterator[Document]:
+    """Yield the documents of sources, or of parts of them; see `read_documents`."""
+    for source in sources:
         documents = _reader(source)(source, layout, faults)
         yield from (document for document in documents if document is not None)
 

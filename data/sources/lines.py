@@ -22,24 +22,37 @@ def read_line(file: BufferedIOBase) -> bytes | None:
     line = file.readline(MAX_DOCUMENT_BYTES)
     if len(line) < MAX_DOCUMENT_BYTES:
         return line
-    while line and not line.endswith(b"\n"):
-        line = file.readline(_PART_BYTES)
+    if not line.endswith(b"\n"):
+        _skip_line(file)
     return None
 
 
 def read_lines(source: Source, faults: Faults) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbered lines of a file; a torn compressed file ends at its last whole line."""
+    """Yield the numbered lines of a file; a torn compressed file ends at its last whole line.
+
+    Of a part of a plain file those that begin in it, numbered from its start; `faults.lines_read`
+    is their number at the end.
+    """
     name, number = source.name, 0
+    start, end = source.part or (0, None)
     with open_content(source) as file:
-        while (line := read_line(file)) != b"":
+        if start:
+            file.seek(start - 1)
+            _skip_line(file)
+        position = file.tell() if end is not None else 0
+        while (end is None or position < end) and (line := read_line(file)) != b"":
             if file.is_torn and line is not None and not line.endswith(b"\n"):
                 break
             number += 1
+            if end is not None:
+                position = file.tell()
             if line is None:
                 faults.add(TOO_LONG, f"{name}:{number}")
             else:
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                is_first = number == 1 and start == 0
+                yield number, line.removeprefix(codecs.BOM_UTF8) if is_first else line
         count_tear(file, source, faults, f":{number + 1}")
+    faults.lines_read = number
 
 
 def count_tear(file: Content, source: Source, faults: Faults, where: str = "") -> None:
@@ -47,3 +60,8 @@ def count_tear(file: Content, source: Source, faults: Faults, where: str = "") -
     if file.is_torn:
         kind = SUFFIXES[PurePath(source.name).suffix]
         faults.add(f"torn or damaged {kind} file, the rest of it", source.name + where)
+
+
+def _skip_line(file: BufferedIOBase) -> None:
+    while (line := file.readline(_PART_BYTES)) and not line.endswith(b"\n"):
+        pass

@@ -1,6 +1,7 @@
 """Parquet files, a document per row."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from data.faults import Faults
@@ -22,8 +23,7 @@ def read_parquet(source: Source, layout: RowLayout, faults: Faults) -> Iterator[
 
     name, row = source.name, 0
     try:
-        for values in _rows(source, layout):
-            row += 1
+        for row, values in _rows(source, layout):
             yield _row_document(values, f"{name}:{row}", layout, faults)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -31,8 +31,20 @@ def read_parquet(source: Source, layout: RowLayout, faults: Faults) -> Iterator[
         ) from error
 
 
-def _rows(source: Source, layout: RowLayout) -> Iterator[dict[str, bytes | None]]:
-    """Yield some columns of a Parquet file row by row, as bytes."""
+def row_group_sizes(path: Path) -> list[int]:
+    """Return the bytes of the row groups of a Parquet file; [] where that is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        return []  # What is wrong is raised where it is read.
+
+
+def _rows(source: Source, layout: RowLayout) -> Iterator[tuple[int, dict[str, bytes | None]]]:
+    """Yield the number of each row, from 1, and some columns of it, as bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -45,7 +57,13 @@ def _rows(source: Source, layout: RowLayout) -> Iterator[dict[str, bytes | None]
     texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
     check_columns(name, columns, texts, layout)
     fields = layout.fields
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(fields)):
+    first, end = source.part or (0, None)
+    groups = range(file.num_row_groups)[first:end]
+    read = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+    batches = file.iter_batches(
+        batch_size=_BATCH_ROWS, row_groups=list(groups), columns=list(fields)
+    )
+    for batch in batches:
         values = []
         for field in fields:
             column = batch.column(field)
@@ -56,8 +74,9 @@ def _rows(source: Source, layout: RowLayout) -> Iterator[dict[str, bytes | None]
                 raise ValueError(
                     f"{layout.naming(field)} of {name} holds {column.type}, give a column of text"
                 ) from error
-        for row in zip(*values, strict=True):
-            yield {field: value.as_py() for field, value in zip(fields, row, strict=True)}
+        for number, row in enumerate(zip(*values, strict=True), read + 1):
+            yield number, {field: value.as_py() for field, value in zip(fields, row, strict=True)}
+        read += len(batch)
 
 
 def _is_text(kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One file of documents."""
+"""One file of documents, or a part of it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,3 +11,6 @@ class Source(NamedTuple):
     """Empty for a dataset."""
     name: str
     """For messages: the path as given, or hf:NAME[:SPLIT[:CONFIG]]."""
+    part: tuple[int, int | None] | None = None
+    """Of plain JSON lines the bytes in which a line begins, of Parquet the row groups: the first
+    and that behind the last, None for the end of the file. None: the whole."""

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import data.preparation
 from data.dataset import Dataset
 from data.preparation import PrepareConfig, prepare
+from data.stages import Preparation
 from data.tokenizer import Tokenizer
 
 
@@ -126,7 +126,7 @@ def test_failed_run_leaves_the_old_dataset_and_nothing_half(
     def fail(*_: object) -> None:
         raise OSError("disk is full")
 
-    monkeypatch.setattr(data.preparation, "_write_splits", fail)
+    monkeypatch.setattr(Preparation, "encode", fail)
     with pytest.raises(OSError, match="disk is full"):
         prepare(config, tmp_path / "out", workers=1, overwrite=True)
     assert files(tmp_path / "out") == before
@@ -140,14 +140,14 @@ def test_input_that_changes_between_the_passes_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = write_lines(tmp_path / "a.jsonl", documents)
-    survey = data.preparation.survey_documents
+    survey = Preparation.survey
 
-    def survey_then_write(*args: object, **kwargs: object) -> object:
-        seen = survey(*args, **kwargs)
+    def survey_then_write(preparation: Preparation) -> object:
+        seen = survey(preparation)
         write_lines(tmp_path / "a.jsonl", [*documents, "late"])
         return seen
 
-    monkeypatch.setattr(data.preparation, "survey_documents", survey_then_write)
+    monkeypatch.setattr(Preparation, "survey", survey_then_write)
     config = PrepareConfig(input=(source,), tokenizer=tokenizer_path)
     with pytest.raises(ValueError, match="input changed while it was read"):
         prepare(config, tmp_path / "out", workers=1)

@@ -1,24 +1,29 @@
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.shards import ShardHeader, ShardWriter, TokenStream, open_shard
+from data.merging import WriteShard, plan_shards
+from data.pieces.plan import Piece
+from data.pieces.units import ENCODED, Unit, write_array
+from data.shards import ShardHeader, TokenStream, open_shard, token_dtype
 
 
 def write(folder: Path, documents: list[list[int]], *, vocab_size: int, shard_tokens: int) -> list:
-    writer = ShardWriter(
-        folder,
-        "train",
-        vocab_size=vocab_size,
-        tokenizer_fingerprint="f" * 64,
-        shard_tokens=shard_tokens,
-    )
-    for document in documents:
-        writer.add(np.array(document, dtype=np.uint32), text_bytes=10 * len(document))
-    return writer.close()
+    dtype = token_dtype(vocab_size)
+    pieces = folder / "pieces"
+    pieces.mkdir()
+    units = [Unit(Piece(()), number) for number in range(2)]  # three documents each
+    for unit in units:
+        rows = documents[3 * unit.number : 3 * unit.number + 3]
+        encoded = [(False, len(row), 10 * len(row)) for row in rows]
+        write_array(unit.path(pieces, "encoded"), np.array(encoded, ENCODED))
+        write_array(unit.path(pieces, "train"), np.array([*chain(*rows)], dtype))
+    write_one = WriteShard(folder, dtype, vocab_size, "f" * 64)
+    return [write_one(shard) for shard in plan_shards(units, pieces, "train", shard_tokens)]
 
 
 DOCUMENTS = [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 10, 2], [1, 65535, 2], [1, 2]]
@@ -39,7 +44,7 @@ def test_file_holds_a_header_of_1024_bytes_and_raw_little_endian_ids(tmp_path: P
     }
     assert content[1024:] == b"".join(token.to_bytes(2, "little") for token in FLAT)
     assert record.sha256 == hashlib.sha256(content).hexdigest()
-    assert [path.name for path in tmp_path.iterdir()] == ["train-00000.tokens"]
+    assert [path.name for path in tmp_path.glob("*.*")] == ["train-00000.tokens"]
 
 
 def test_vocabulary_above_65536_is_stored_in_four_bytes(tmp_path: Path) -> None:

@@ -1,15 +1,53 @@
 import hashlib
+import json
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from data.row_layout import Document
-from data.survey import Survey, survey_documents
+import data.survey
+from data.pieces.plan import Piece
+from data.pieces.surveying import SurveyPiece
+from data.pieces.units import Unit
+from data.row_layout import Document, RowLayout
+from data.sources.source import Source
+from data.survey import combine, gather_sample
+from data.text_keys import text_digest, text_key
 
 
-def survey(texts: list[str], *, fraction: float = 0.1, sample_bytes: int = 0) -> Survey:
-    documents = [Document(str(n), text) for n, text in enumerate(texts)]
-    return survey_documents(documents, validation_fraction=fraction, sample_bytes=sample_bytes)
+class Found:
+    """What is found in some texts, of which a unit has a few and a range of keys a few others."""
+
+    def __init__(self, texts, fraction, sample_bytes, drop):
+        with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data.survey, "KEYS_AT_ONCE", 7)
+            folder, layout = Path(name), RowLayout()
+            work = SurveyPiece(folder, layout, sample_bytes, drop)
+            units = []
+            for number, start in enumerate(range(0, len(texts), 5)):
+                path = folder / f"{number}.jsonl"
+                rows = [json.dumps({"text": text}) for text in texts[start : start + 5]]
+                path.write_text("\n".join(rows))
+                units.append(Unit(Piece((Source(path, path.name),)), number))
+                work((number, units[-1].piece))
+            self.survey = combine(
+                units, folder, layout, validation_fraction=fraction, drop_duplicates=drop
+            )
+            held_out, options = self.survey.held_out, {"sample_bytes": sample_bytes}
+            self.sample = tuple(
+                gather_sample(units, folder, layout, held_out, **options, drop_duplicates=drop)
+            )
+
+    def __getattr__(self, name):
+        return getattr(self.survey, name)
+
+    def is_held_out(self, text):
+        return self.held_out.holds(text_key(text_digest(text)), len(text.encode()))
+
+
+def survey(texts, *, fraction=0.1, sample_bytes=0, drop=False):
+    return Found(texts, fraction, sample_bytes, drop)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -26,12 +64,8 @@ def test_large_documents_are_held_out_no_further_than_twice_the_share(seed: int)
 
 def test_of_repeated_documents_the_first_alone_is_kept() -> None:
     texts = random.Random(0).choices([f"text {n}" for n in range(40)], k=200)
-    documents = [Document(str(n), text) for n, text in enumerate(texts)]
-    seen = survey_documents(
-        documents, validation_fraction=0.2, sample_bytes=10**6, drop_duplicates=True
-    )
-    kept = [text for n, text in enumerate(texts) if seen.keeps(n)]
-    assert kept == [*dict.fromkeys(texts)]
+    seen = survey(texts, fraction=0.2, sample_bytes=10**6, drop=True)
+    kept = [*dict.fromkeys(texts)]
     assert seen.duplicates == 200 - len(kept)
     assert seen.text_bytes == sum(map(len, kept))
     assert sorted(seen.sample) == sorted(text for text in kept if not seen.is_held_out(text))
@@ -101,7 +135,7 @@ def test_sample_of_a_small_corpus_is_the_train_split_exactly() -> None:
 )
 def test_end_of_the_only_document_is_held_out(text: str, fraction: float, held_out: str) -> None:
     seen = survey([text, text], fraction=fraction, sample_bytes=1000)
-    head, tail = seen.parts(Document("a", text))
+    head, tail = seen.held_out.parts(Document("a", text))
     assert head.text + tail.text == text
     assert tail.text == held_out
     assert [seen.is_held_out(part.text) for part in (head, tail)] == [False, True]
@@ -111,7 +145,7 @@ def test_end_of_the_only_document_is_held_out(text: str, fraction: float, held_o
 
 def test_documents_stay_whole_where_there_are_two() -> None:
     document = Document("a", "one\ntwo\n")
-    assert survey(["one\ntwo\n", "b"]).parts(document) == [document]
+    assert survey(["one\ntwo\n", "b"]).held_out.parts(document) == [document]
 
 
 @pytest.mark.parametrize(

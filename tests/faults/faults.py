@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint.filesystem as torch_files
 
-import data.preparation
+import data.stages
 import train.checkpoints.checkpointer
 import train.job
 import train.loop.corpus
@@ -269,10 +269,4 @@ def prepare_in(on_rank, folder):
 def signal_while_preparing(on_rank, rank, number):
     """Send rank `rank` a signal while rank 0 encodes the corpus."""
     if on_rank == rank:
-        write_splits = data.preparation._write_splits
-
-        def interrupted(*arguments):
-            os.kill(os.getpid(), number)
-            return write_splits(*arguments)
-
-        data.preparation._write_splits = interrupted
+        _before_call(data.stages.Preparation, "encode", lambda: os.kill(os.getpid(), number))
