@@ -95,8 +95,8 @@ class Dataset:
 
     @property
     def holds_pairs(self) -> bool:
-        """Whether each document is a prompt, which is not learnt, and a response."""
-        return "response" in self.arguments
+        """Whether a part of each document is not learnt: prompts, or the turns of others."""
+        return "response" in self.arguments or "messages" in self.arguments
 
     @property
     def fingerprint(self) -> str:

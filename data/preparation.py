@@ -5,18 +5,20 @@ second encodes. The dataset appears under its name only when it is complete. Pri
 training calls it too; `data.prepare` is its command.
 """
 
+import hashlib
 import logging
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from data.chats import open_template
 from data.dataset import DESCRIPTION_NAME, Dataset, open_dataset
 from data.pieces.workers import start_workers
 from data.row_layout import RowLayout
@@ -54,7 +56,7 @@ class PrepareConfig:
     document is, of a single document its end. Where they would hold more than twice this share of
     the text, large documents are not held out."""
     layout: Annotated[RowLayout, tyro.conf.arg(name="")] = field(default_factory=RowLayout)
-    """JSON fields or Parquet columns that hold the text, or prompt and response."""
+    """Fields or columns that hold the text, a chat, or prompt and response."""
     shard_tokens: int = 50_000_000
     """End a shard with the document that reaches this many tokens."""
     duplicates: Literal["keep", "drop"] = "keep"
@@ -101,6 +103,9 @@ class PrepareConfig:
         }
         if layout.response:
             given |= {"prompt": layout.prompt, "response": layout.response}
+        if layout.template:
+            digest = hashlib.sha256(layout.template.source.encode()).hexdigest()
+            given |= {"messages": layout.messages, "chat_template": digest}
         if self.duplicates == "drop":
             given["duplicates"] = self.duplicates
         return given
@@ -123,7 +128,7 @@ def prepare(
     Raises:
         ValueError: the input or the output cannot be used.
     """
-    workers, arguments = _checked(config, workers)
+    config, workers, arguments = _checked(config, workers)
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +173,7 @@ def prepare_stage(
     Raises:
         ValueError: the input or the output cannot be used, or an earlier stage is not complete.
     """
-    workers, arguments = _checked(config, workers)
+    config, workers, arguments = _checked(config, workers)
     if not 0 <= task < tasks:
         raise ValueError(f"task {task} is not one of {tasks} tasks, give 0 to {tasks - 1}")
     if not _is_free(output) and not overwrite:
@@ -193,15 +198,23 @@ def prepare_stage(
     return open_dataset(output)
 
 
-def _checked(config: PrepareConfig, workers: int | None) -> tuple[int, dict[str, object]]:
-    """Return the number of processes, and the arguments for `dataset.json`."""
+def _checked(
+    config: PrepareConfig, workers: int | None
+) -> tuple[PrepareConfig, int, dict[str, object]]:
+    """Return the config with its template, the number of processes, and what `dataset.json` has."""
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     if workers is None:
         workers = _available_cores()
     if workers < 1:
         raise ValueError(f"workers {workers} is below 1, give at least 1")
-    return workers, config.arguments()  # Loads the tokenizer, whose faults are raised first.
+    layout = config.layout
+    if layout.messages:
+        tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
+        template = open_template(tokenizer, layout.chat_template)
+        config = replace(config, layout=replace(layout, template=template))
+    # Loads the tokenizer, whose faults are raised first.
+    return config, workers, config.arguments()
 
 
 def _name(folder: Path, output: Path) -> None:

@@ -28,6 +28,8 @@ examples:
       --tokenizer datasets/books/tokenizer.model
   python -m data.prepare --input pairs.jsonl --prompt 'Q: {question}\\nA:' --response ' {answer}' \\
       --output datasets/pairs --tokenizer datasets/books/tokenizer.model
+  python -m data.prepare --input chats.jsonl --messages messages --output datasets/chats \\
+      --tokenizer Llama-3.2-1B-Instruct/tokenizer.json
   python -m data.prepare --input hf:saved_folder:train --output datasets/more \\
       --tokenizer Llama-3.2-1B/tokenizer.json
 """

@@ -1,8 +1,9 @@
 """What a checkpoint folder holds, and how it is read: verified first, without running any code.
 
 A checkpoint is a folder of torch.distributed.checkpoint (DCP) shards that hold tensors only,
-`tokenizer.model`, and, written last, `manifest.json` with everything else: a folder without it is
-no checkpoint. `tensor_reader.py` reads the shards, `conversion/plain_checkpoint.py` writes them.
+`tokenizer.model`, its `chat_template.jinja` if it has one, and, written last, `manifest.json` with
+everything else: a folder without it is no checkpoint. `tensor_reader.py` reads the shards,
+`conversion/plain_checkpoint.py` writes them.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from models.tensor_reader import TensorReader, check_tensors, load_tensors
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+CHAT_TEMPLATE = "chat_template.jinja"
 _FORMAT = 1
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.chats import find_template
 from data.command_line import run_command
 from data.hugging_face import (
     check_tokenizer,
     find_tokenizer,
-    has_chat_template,
     prove_same_ids,
     write_tokenizer,
 )
@@ -51,6 +51,8 @@ class Source:
     config: LlamaConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer
+    chat_template: str | None
+    """That of the tokenizer, if it has one."""
     logits: Tensor | None
     """Transformers' logits of the whole model; None if it did not read it."""
     training: dict[str, Any]
@@ -85,6 +87,7 @@ def read_source(options: Options) -> Source:
             config=manifest.model,
             state=state,
             tokenizer=choose_tokenizer(options, own, manifest.model.vocab_size),
+            chat_template=choose_template(options, own),
             logits=None,
             training=manifest.config,
             step=manifest.step,
@@ -115,6 +118,12 @@ def choose_tokenizer(options: Options, own: Path | None, vocab_size: int) -> Tok
     return tokenizer
 
 
+def choose_template(options: Options, own: Path) -> str | None:
+    """Return the chat template beside the tokenizer the user names, or else the input's."""
+    given = find_template(options.tokenizer) if options.tokenizer else None
+    return given or find_template(own)
+
+
 def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
     """Read a Hugging Face folder, its weights as they are stored.
 
@@ -131,6 +140,7 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
         config=config,
         state=read_weights(folder, config),
         tokenizer=tokenizer,
+        chat_template=choose_template(options, folder / TOKENIZER),
         logits=transformers_logits(folder, config, dtype),
         training={},
         step=0,
@@ -149,8 +159,6 @@ def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
             f"eos_token_id {', '.join(map(str, others))}: a text ends with the tokenizer's "
             f"{tokenizer.eos_id} alone"
         )
-    if has_chat_template(folder):
-        found.append("chat_template: format a chat by it before encoding")
     return found
 
 
@@ -213,7 +221,12 @@ def write_hugging_face(model: Source, folder: Path, max_shard_bytes: int) -> lis
         eos_id=model.tokenizer.eos_id,
         max_shard_bytes=max_shard_bytes,
     )
-    write_tokenizer(model.tokenizer, folder, max_seq_len=model.config.max_seq_len)
+    write_tokenizer(
+        model.tokenizer,
+        folder,
+        max_seq_len=model.config.max_seq_len,
+        chat_template=model.chat_template,
+    )
     write_model_card(
         folder,
         model.config,
@@ -252,6 +265,7 @@ def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
         tokenizer=model.tokenizer.serialized,
         config={"name": name} | model.training,
         data_fingerprint=model.data_fingerprint,
+        chat_template=model.chat_template,
     )
     manifest, state = read_checkpoint(folder)
     assert manifest.model == model.config

@@ -20,7 +20,7 @@ ALLOWED = {
 }
 # The command that converts a model converts its tokenizer with it.
 ALSO_ALLOWED = {
-    "models/convert.py": {"data.command_line", "data.hugging_face", "data.tokenizer"},
+    "models/convert.py": {"data.chats", "data.command_line", "data.hugging_face", "data.tokenizer"},
 }
 CHECKPOINT_FILES = {"models/tensor_reader.py", "models/conversion/plain_checkpoint.py"}
 # Reads JSON for every room, and imports none.

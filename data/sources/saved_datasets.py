@@ -76,6 +76,9 @@ def check_columns(
     for field in layout.fields:
         if field in columns:
             continue
+        if hint := layout.chats_hint(columns):
+            raise ValueError(f"{layout.naming(field)} is no column of {source}{hint}")
+        texts = columns if layout.messages else texts
         if not texts:
             raise ValueError(
                 f"{layout.naming(field)} is no column of {source}, which has no column of text"

@@ -33,8 +33,9 @@ def read_text(source: Source, layout: RowLayout, faults: Faults) -> Iterator[Doc
 
 def refuse_fields(source: Source, layout: RowLayout) -> None:
     """Raise a ValueError if a document of more than one field is wanted of a file of text."""
-    if layout.response:
-        raise ValueError(f"input {source.name} has no fields to make pairs of, give JSON lines")
+    if layout.is_learnt_in_part:
+        kind = "a chat" if layout.messages else "pairs"
+        raise ValueError(f"input {source.name} has no fields to make {kind} of, give JSON lines")
 
 
 def is_long(source: Source) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
+from data.chats import open_template
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.loading.quantized import Bits
@@ -43,6 +44,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     seed: int
     batch_size: int | None
+    chat: bool
 
 
 class Model:
@@ -78,7 +80,7 @@ class Model:
             prompts: A text, or several.
             num_samples: Continuations of each text.
             options: As in `stream`: strategy, max_new_tokens, temperature, top_k, top_p, seed,
-                batch_size.
+                batch_size, chat.
 
         Returns:
             For one text a `Continuation`; for a list of texts, and for num_samples above 1, a list
@@ -103,6 +105,7 @@ class Model:
         seed: int = 0,
         num_samples: int = 1,
         batch_size: int | None = None,
+        chat: bool = False,
     ) -> TextStream:
         """Continue texts, up to EOS; iterate over what is returned for the pieces as they come.
 
@@ -118,6 +121,7 @@ class Model:
             seed: Of every random draw, at least 0 and less than 2^64.
             num_samples: Continuations of each text, side by side.
             batch_size: Texts decoded at once; None: 8 at most.
+            chat: Read each text as a user's turn, through the chat template of the checkpoint.
 
         Raises:
             ValueError: A text or an option is not valid; the message names field, value and remedy.
@@ -138,6 +142,7 @@ class Model:
             sampling=sampling,
             seed=seed,
             batch_size=rows,
+            chat=open_template(self.run.tokenizer) if chat else None,
         )
 
 

@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.chats import find_template
 from data.dataset import DESCRIPTION_NAME, TRAIN, VALIDATION, open_dataset, verify_shards
 from data.faults import Faults
-from data.hugging_face import has_chat_template
 from data.preparation import PrepareConfig, prepare
 from data.row_layout import RowLayout
 from data.shards import HEADER_BYTES, MAGIC, open_shard
@@ -277,7 +277,7 @@ def test_tokenizers(tokenizer_json):
         for path, content in [*files.items(), change]:
             path.write_bytes(content)
         check(lambda: Tokenizer(tokenizer_json).encode("cat sat"), "tokenizer")
-        check(lambda: has_chat_template(tokenizer_json.parent), "tokenizer")
+        check(lambda: find_template(tokenizer_json), "tokenizer")
 
     holds()
     for path, content in files.items():

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from models.checkpoint_format import TOKENIZER, Manifest, file_entry
+from models.checkpoint_format import CHAT_TEMPLATE, TOKENIZER, Manifest, file_entry
 from models.llama import Llama
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import (
@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._folder, self._model, self._optimizer = folder, model, optimizer
         self._config, self._identity, self._runtime = config, identity, runtime
         # Read once: the file may change during the run.
-        self._tokenizer = identity.tokenizer_path.read_bytes() if runtime.is_main else b""
+        self._texts = _tokenizer_files(identity.tokenizer_path) if runtime.is_main else {}
         # The thread's collectives run concurrently with those of training, so in another group.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._on_gpu = runtime.device.type == "cuda"
@@ -221,9 +221,10 @@ class CheckpointWriter:
         self, aside: Path, path: Path, manifest: Manifest, entries: list[dict[str, FileEntry]]
     ) -> None:
         """Complete the files that all ranks have written to a checkpoint; for rank 0 alone."""
-        write_synced(aside / TOKENIZER, self._tokenizer)
+        for name, content in self._texts.items():
+            write_synced(aside / name, content)
         files = {name: entry for rank in entries for name, entry in rank.items()}
-        files |= {name: file_entry(aside / name) for name in (".metadata", TOKENIZER)}
+        files |= {name: file_entry(aside / name) for name in (".metadata", *self._texts)}
         replace(manifest, files=files).write(aside)
         publish(aside, path)
 
@@ -249,3 +250,10 @@ class CheckpointWriter:
         values: list[T] = [value] * self._runtime.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _tokenizer_files(tokenizer: Path) -> dict[str, bytes]:
+    """Return the tokenizer and the chat template beside it, if there is one, by their names."""
+    template = tokenizer.with_name(CHAT_TEMPLATE)
+    kept = {CHAT_TEMPLATE: template.read_bytes()} if template.is_file() else {}
+    return {TOKENIZER: tokenizer.read_bytes()} | kept
