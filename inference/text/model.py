@@ -44,7 +44,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     seed: int
     batch_size: int | None
-    chat: bool
+    chat: bool | str
 
 
 class Model:
@@ -105,7 +105,7 @@ class Model:
         seed: int = 0,
         num_samples: int = 1,
         batch_size: int | None = None,
-        chat: bool = False,
+        chat: bool | str = False,
     ) -> TextStream:
         """Continue texts, up to EOS; iterate over what is returned for the pieces as they come.
 
@@ -121,7 +121,8 @@ class Model:
             seed: Of every random draw, at least 0 and less than 2^64.
             num_samples: Continuations of each text, side by side.
             batch_size: Texts decoded at once; None: 8 at most.
-            chat: Read each text as a user's turn, through the chat template of the checkpoint.
+            chat: Read each text as a user's turn, through the chat template of the checkpoint, or
+                one given: a file, or "chatml".
 
         Raises:
             ValueError: A text or an option is not valid; the message names field, value and remedy.
@@ -142,7 +143,9 @@ class Model:
             sampling=sampling,
             seed=seed,
             batch_size=rows,
-            chat=open_template(self.run.tokenizer) if chat else None,
+            chat=open_template(self.run.tokenizer, None if chat is True else chat)
+            if chat
+            else None,
         )
 
 

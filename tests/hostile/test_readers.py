@@ -18,7 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.chats import find_template
+from data.chat_template import ChatTemplate
+from data.chats import find_template, read_template
 from data.dataset import DESCRIPTION_NAME, TRAIN, VALIDATION, open_dataset, verify_shards
 from data.faults import Faults
 from data.preparation import PrepareConfig, prepare
@@ -44,6 +45,7 @@ from models.conversion.safetensors_folder import (
 )
 from models.llama import Llama
 from models.tensor_reader import TensorReader
+from tests.data.chat_templates import TEMPLATES
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.hostile.forgery import FEW, MANY, check, damaged, forged
 from train.config.config_file import read_config as read_run_config
@@ -411,6 +413,31 @@ def test_rows(folder, suffix):
         check(lambda: [*read_documents([str(path)], Faults(), RowLayout())], path.name)
         if suffix == ".jsonl":
             check(lambda: read_prompt_file(path), path.name)
+
+    holds()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates(folder, name):
+    path = folder / "chat_template.jinja"
+    messages = [{"role": role, "content": f"</s>{role}"} for role in ("user", "assistant")]
+    source, bos, eos, _ = TEMPLATES[name]
+    rows = folder / "chats.jsonl"
+
+    def read():
+        template = ChatTemplate(str(path), read_template(path), bos or "", eos, (eos, "<s>"))
+        layout = RowLayout(messages="messages", template=template)
+        return [*read_documents([str(rows)], Faults(), layout)]
+
+    @FEW
+    @given(damaged(source.encode()), forged({"messages": messages}))
+    def holds(content, chats):
+        path.write_bytes(source.encode())
+        rows.write_bytes(chats)
+        check(read, "chat")
+        path.write_bytes(content)
+        rows.write_bytes(json.dumps({"messages": messages}).encode())
+        check(read, "chat")
 
     holds()
 

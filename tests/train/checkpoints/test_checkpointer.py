@@ -87,10 +87,14 @@ def test_what_is_saved_is_the_step_it_says(runtime, trained, tmp_path, asynchron
 
 
 def test_a_required_checkpoint_is_written_when_save_returns(runtime, trained, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with tiny.writer(tmp_path, *trained, runtime, asynchronous=True) as writer:
         writer.save(2, {})
         writer.save(3, {}, required=True)
         assert list(checkpoint_steps(tmp_path / "checkpoints")) == [2, 3]
+    kept = tmp_path / "checkpoints" / "step-00000003"
+    assert "chat_template.jinja" in verify(kept).files
+    assert (kept / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_leaving_waits_for_the_checkpoint_in_flight(runtime, trained, tmp_path):
