@@ -36,15 +36,20 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of ShareGPT's."""
 
 
-def find_template(tokenizer: Path) -> str | None:
-    """Return the chat template beside a tokenizer's file, if there is one.
+def find_template(*tokenizers: Path | None) -> str | None:
+    """Return the chat template beside the first of some tokenizers' files that has one.
 
     Raises:
         ValueError: it cannot be read.
     """
-    path = tokenizer.with_name(TEMPLATE_NAME)
-    if path.is_file():
-        return read_template(path)
+    for tokenizer in filter(None, tokenizers):
+        path = tokenizer.with_name(TEMPLATE_NAME)
+        if found := read_template(path) if path.is_file() else _in_config(tokenizer):
+            return found
+    return None
+
+
+def _in_config(tokenizer: Path) -> str | None:
     config = tokenizer.with_name(_CONFIG)
     if not config.is_file():
         return None
@@ -52,15 +57,20 @@ def find_template(tokenizer: Path) -> str | None:
         found = read_object(config).get("chat_template")
     except ValueError as error:
         raise ValueError(f"tokenizer: {config} is damaged ({error}), replace it") from None
-    if isinstance(found, list):  # several by name
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
+    if isinstance(found, list):  # several, by name
+        found = next(
+            (
+                x.get("template")
+                for x in found
+                if isinstance(x, dict) and x.get("name") == "default"
+            ),
+            None,
+        )
     if not found:
         return None
     if not isinstance(found, str) or len(found.encode(errors="replace")) > _MAX_BYTES:
         raise ValueError(
-            f"tokenizer: {config}: chat_template is no text of at most {_MAX_BYTES} bytes, "
-            "give --chat_template"
+            f"tokenizer: {config}: chat_template is no text of at most {_MAX_BYTES} bytes, mend it"
         )
     return found
 

@@ -204,8 +204,7 @@ class Preparation:
             assert config.tokenizer is not None
             path.write_bytes(Tokenizer(config.tokenizer).serialized)
         template = config.layout.template
-        own = find_template(config.tokenizer) if config.tokenizer else None
-        if source := template.source if template else own:
+        if source := template.source if template else find_template(config.tokenizer):
             (self.folder / TEMPLATE_NAME).write_bytes(source.encode())
         tokenizer = Tokenizer(path)
         if tokenizer.bos_id == tokenizer.eos_id:

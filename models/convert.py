@@ -87,7 +87,7 @@ def read_source(options: Options) -> Source:
             config=manifest.model,
             state=state,
             tokenizer=choose_tokenizer(options, own, manifest.model.vocab_size),
-            chat_template=choose_template(options, own),
+            chat_template=find_template(options.tokenizer, own),
             logits=None,
             training=manifest.config,
             step=manifest.step,
@@ -118,12 +118,6 @@ def choose_tokenizer(options: Options, own: Path | None, vocab_size: int) -> Tok
     return tokenizer
 
 
-def choose_template(options: Options, own: Path) -> str | None:
-    """Return the chat template beside the tokenizer the user names, or else the input's."""
-    given = find_template(options.tokenizer) if options.tokenizer else None
-    return given or find_template(own)
-
-
 def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
     """Read a Hugging Face folder, its weights as they are stored.
 
@@ -140,7 +134,7 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
         config=config,
         state=read_weights(folder, config),
         tokenizer=tokenizer,
-        chat_template=choose_template(options, folder / TOKENIZER),
+        chat_template=find_template(options.tokenizer, folder / TOKENIZER),
         logits=transformers_logits(folder, config, dtype),
         training={},
         step=0,
@@ -221,12 +215,8 @@ def write_hugging_face(model: Source, folder: Path, max_shard_bytes: int) -> lis
         eos_id=model.tokenizer.eos_id,
         max_shard_bytes=max_shard_bytes,
     )
-    write_tokenizer(
-        model.tokenizer,
-        folder,
-        max_seq_len=model.config.max_seq_len,
-        chat_template=model.chat_template,
-    )
+    context, template = model.config.max_seq_len, model.chat_template
+    write_tokenizer(model.tokenizer, folder, max_seq_len=context, chat_template=template)
     write_model_card(
         folder,
         model.config,

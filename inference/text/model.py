@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
+from data.chat_template import ChatTemplate
 from data.chats import open_template
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
@@ -121,15 +122,13 @@ class Model:
             seed: Of every random draw, at least 0 and less than 2^64.
             num_samples: Continuations of each text, side by side.
             batch_size: Texts decoded at once; None: 8 at most.
-            chat: Read each text as a user's turn, through the chat template of the checkpoint, or
-                one given: a file, or "chatml".
+            chat: Read texts as a user's turns, by the checkpoint's chat template, or this file.
 
         Raises:
             ValueError: A text or an option is not valid; the message names field, value and remedy.
         """
         numbers = (max_new_tokens, temperature, top_k, top_p, seed, num_samples, batch_size)
         _check(prompts, strategy, dict(zip(_NUMBERS, numbers, strict=True)))
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         given = [prompts] if isinstance(prompts, str) else prompts
         texts = [text for text in given for _ in range(num_samples)]
         rows = max(1, min(batch_size or BATCH_SIZE, len(texts)))
@@ -140,13 +139,16 @@ class Model:
             texts,
             chosen,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
             seed=seed,
             batch_size=rows,
-            chat=open_template(self.run.tokenizer, None if chat is True else chat)
-            if chat
-            else None,
+            chat=self._template(chat),
         )
+
+    def _template(self, chat: bool | str) -> ChatTemplate | None:
+        if not chat:
+            return None
+        return open_template(self.run.tokenizer, None if chat is True else chat)
 
 
 def load(
