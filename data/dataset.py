@@ -69,7 +69,8 @@ class Dataset:
     splits: Mapping[str, Split]
     """By name: "train" and "validation"."""
     duplicates: int
-    """Documents that repeat an earlier one; they are dropped, or kept in the split of the first."""
+    """Documents that repeat an earlier one, or nearly do; they are dropped, or kept in the split of
+    the first."""
     skipped: Mapping[str, int]
     """Number of documents (or lines, rows, files) left out, by reason."""
     skipped_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class Dataset:
     @property
     def dropped_duplicates(self) -> bool:
         """Whether repeated documents were left out."""
-        return self.arguments.get("duplicates") == "drop"
+        return "duplicates" in self.arguments
 
     @property
     def held_out_share(self) -> float:

@@ -6,6 +6,7 @@ training calls it too; `data.prepare` is its command.
 """
 
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -59,8 +60,12 @@ class PrepareConfig:
     """Fields or columns that hold the text, a chat, or prompt and response."""
     shard_tokens: int = 50_000_000
     """End a shard with the document that reaches this many tokens."""
-    duplicates: Literal["keep", "drop"] = "keep"
-    """drop: of documents with the same text, take the first alone."""
+    duplicates: Literal["keep", "drop", "near"] = "keep"
+    """drop: of documents with the same text, take the first alone; near: also of those that nearly
+    have the same, see near_threshold. Needs the extra dedup."""
+    near_threshold: float = 0.8
+    """Documents are near duplicates if they have about this share of all their five words in a row
+    in common, estimated by MinHash."""
     max_skipped_fraction: float = 0.1
     """Refuse the input when more of its documents than this fraction cannot be used. Empty
     documents and files of an unknown kind do not count. Changes no byte of a dataset."""
@@ -82,6 +87,10 @@ class PrepareConfig:
                 f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"
             )
         found += self.layout.problems()
+        if not 0 < self.near_threshold <= 1:
+            found.append(f"near_threshold {self.near_threshold} is not in (0, 1], try 0.8")
+        if self.duplicates == "near" and importlib.util.find_spec("rensa") is None:
+            found.append("duplicates: rensa is not installed, pip install -e .[dedup]")
         if self.shard_tokens < 1:
             found.append(f"shard_tokens {self.shard_tokens} is below 1, give more")
         if not 0 <= self.max_skipped_fraction <= 1:
@@ -106,8 +115,10 @@ class PrepareConfig:
         if layout.template:
             digest = hashlib.sha256(layout.template.source.encode()).hexdigest()
             given |= {"messages": layout.messages, "chat_template": digest}
-        if self.duplicates == "drop":
+        if self.duplicates != "keep":
             given["duplicates"] = self.duplicates
+        if self.duplicates == "near":
+            given["near_threshold"] = self.near_threshold
         return given
 
 

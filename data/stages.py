@@ -157,7 +157,11 @@ class Preparation:
 
     @property
     def _drops_duplicates(self) -> bool:
-        return self.config.duplicates == "drop"
+        return self.config.duplicates != "keep"
+
+    @property
+    def _near_threshold(self) -> float | None:
+        return self.config.near_threshold if self.config.duplicates == "near" else None
 
     @property
     def _sample_bytes(self) -> int:
@@ -166,7 +170,13 @@ class Preparation:
     def _survey(self, pieces: Sequence[Piece], faults: Faults) -> Surveyed:
         """Read all pieces and put together what is in them."""
         config = self.config
-        read = SurveyPiece(self.files, config.layout, self._sample_bytes, self._drops_duplicates)
+        read = SurveyPiece(
+            self.files,
+            config.layout,
+            self._sample_bytes,
+            self._drops_duplicates,
+            sketches=self._near_threshold is not None,
+        )
         try:
             with Progress("reading") as progress:
                 for text_bytes in self.workers.run(read, enumerate(pieces)):
@@ -181,6 +191,7 @@ class Preparation:
                 config.layout,
                 validation_fraction=config.validation_fraction,
                 drop_duplicates=self._drops_duplicates,
+                near_threshold=self._near_threshold,
             )
         finally:  # Also when nothing was left: the faults are the reason.
             for line in faults.lines():

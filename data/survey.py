@@ -1,25 +1,24 @@
 """What the first pass found in all pieces, put together: sizes, the held-out split, duplicates.
 
-Needs memory for neither the documents nor their keys, but for a range of keys at a time.
+Takes memory for neither the documents nor their keys, but for a range of keys at a time; for near
+duplicates see `data.pieces.near_duplicates`.
 Independent of tokens.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from data.pieces.key_ranges import KEY_RANGE, KeyRanges, kept_keys
+from data.pieces.near_duplicates import drop_near_duplicates
 from data.pieces.sample import Sample, read_chunks
-from data.pieces.units import DOCUMENT, KEY, Unit, map_array, read_array, read_unit
+from data.pieces.units import DOCUMENT, Unit, map_array, read_unit
 from data.row_layout import Document, RowLayout
 from data.text_keys import text_digest, text_key
-
-KEYS_AT_ONCE = 1_000_000
-_KEY_RANGE = 2**64
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ def combine(
     *,
     validation_fraction: float,
     drop_duplicates: bool = False,
+    near_threshold: float | None = None,
 ) -> Survey:
     """Put together what was found in all units.
 
@@ -86,6 +86,8 @@ def combine(
         layout: the fields of rows.
         validation_fraction: expected fraction of documents to hold out.
         drop_duplicates: leave out documents whose text, by its key, is that of an earlier one.
+        near_threshold: leave out also those that nearly repeat an earlier one, by this share of
+            equal words in a row; None: no others.
 
     Raises:
         ValueError: there is nothing to split.
@@ -97,9 +99,11 @@ def combine(
         fingerprint.update(table["digest"].tobytes())
     if not documents:
         raise ValueError("input holds no documents, give files with text in them")
-    keys = _Keys(units, folder, drop_duplicates=drop_duplicates)
+    keys = KeyRanges(units, folder, drop_duplicates=drop_duplicates)
     if drop_duplicates:
         keys.mark_first()
+    if near_threshold is not None:
+        drop_near_duplicates(units, folder, near_threshold)
     totals = _count(keys)
     if totals.texts > 1:
         held_out = _limit(keys, totals, validation_fraction)
@@ -137,25 +141,17 @@ def gather_sample(
         sample = Sample(sample_bytes)
         text = _first_text(units, folder, layout)[: held_out.cut]
         sample.add(held_out.key + 1, text, len(text.encode()))
-    return [
-        chunk.text
-        for chunk in sample.chunks()
-        if not held_out.holds(chunk.key, chunk.document_bytes)
+    chunks = [
+        chunk for chunk in sample.chunks() if not held_out.holds(chunk.key, chunk.document_bytes)
     ]
+    if drop_duplicates and held_out.cut is None:  # Near ones are still among them.
+        kept = kept_keys(units, folder, {chunk.key for chunk in chunks})
+        chunks = [chunk for chunk in chunks if chunk.key in kept]
+    return [chunk.text for chunk in chunks]
 
 
 def _first_text(units: Sequence[Unit], folder: Path, layout: RowLayout) -> str:
     return next(document.text for unit in units for document in read_unit(unit, folder, layout))
-
-
-class _Texts(NamedTuple):
-    """Different texts in the dataset, sorted by their keys."""
-
-    keys: npt.NDArray[np.uint64]
-    bytes: npt.NDArray[np.uint64]
-    """Size of each."""
-    all_bytes: npt.NDArray[np.uint64]
-    """Size of all documents with this text that are in the dataset."""
 
 
 class _Totals(NamedTuple):
@@ -169,74 +165,7 @@ class _Totals(NamedTuple):
     least_bytes: int
 
 
-class _Keys:
-    """The texts of all units, a range of keys at a time."""
-
-    def __init__(self, units: Sequence[Unit], folder: Path, *, drop_duplicates: bool) -> None:
-        self._units = units
-        self._folder = folder
-        self._drop_duplicates = drop_duplicates
-        paths = [unit.path(folder, "keys") for unit in units]
-        count = sum(path.stat().st_size for path in paths) // KEY.itemsize
-        ranges = count // KEYS_AT_ONCE + 1
-        inner = np.array([i * _KEY_RANGE // ranges for i in range(1, ranges)], np.uint64)
-        # (units, ranges + 1): where in its table the keys of each range begin.
-        self._bounds = np.array([_bounds(map_array(path, KEY)["key"], inner) for path in paths])
-
-    def __iter__(self) -> Iterator[_Texts]:
-        """Yield the texts of each range that has any."""
-        for number in range(self._bounds.shape[1] - 1):
-            rows = self._rows(number, "keys", KEY)
-            if self._drop_duplicates:
-                rows = rows[self._rows(number, "kept", np.dtype("?"))]
-            rows, starts = _grouped(rows)[1:]
-            if len(starts):
-                weights = np.add.reduceat(rows["all_bytes"], starts)
-                sizes = rows["bytes"][starts]
-                yield _Texts(
-                    rows["key"][starts], sizes, sizes if self._drop_duplicates else weights
-                )
-
-    def mark_first(self) -> None:
-        """Write of which texts a unit has the first document: a boolean for each of its keys."""
-        for number in range(self._bounds.shape[1] - 1):
-            order, _, starts = _grouped(self._rows(number, "keys", KEY))
-            is_first = np.zeros(len(order), np.bool_)
-            is_first[order[starts]] = True
-            lengths = np.diff(self._bounds[:, number : number + 2]).ravel()
-            for unit, part in zip(
-                self._units, np.split(is_first, np.cumsum(lengths)[:-1]), strict=True
-            ):
-                with unit.path(self._folder, "kept").open("ab" if number else "wb") as file:
-                    file.write(part.tobytes())
-
-    def _rows(self, number: int, kind: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return one range of a kind of file, of all units in their order."""
-        bounds = self._bounds[:, number : number + 2].tolist()
-        return np.concatenate(
-            [
-                read_array(unit.path(self._folder, kind), dtype, start, end)
-                for unit, (start, end) in zip(self._units, bounds, strict=True)
-            ]
-        )
-
-
-def _bounds(keys: npt.NDArray[np.uint64], inner: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Return where ranges of keys begin in a sorted table, and its length."""
-    return np.concatenate([[0], np.searchsorted(keys, inner), [len(keys)]])
-
-
-def _grouped(
-    rows: npt.NDArray[np.void],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.void], npt.NDArray[np.int64]]:
-    """Return the order of rows by key, earlier units first, the rows so, and where keys begin."""
-    order = np.argsort(rows["key"], kind="stable")
-    rows = rows[order]
-    keys = rows["key"]
-    return order, rows, np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
-
-
-def _count(keys: _Keys) -> _Totals:
+def _count(keys: KeyRanges) -> _Totals:
     parts = [
         _Totals(
             len(texts.keys),
@@ -251,14 +180,14 @@ def _count(keys: _Keys) -> _Totals:
     return _Totals(sum(counts), sum(sizes), first[0], last[-1], min(least))
 
 
-def _limit(keys: _Keys, totals: _Totals, validation_fraction: float) -> HeldOut:
+def _limit(keys: KeyRanges, totals: _Totals, validation_fraction: float) -> HeldOut:
     """Return what is held out: texts up to a key, where that is needed up to a size as well.
 
     A size is given where the documents below the bound would be more than twice the share of the
     text asked for, or of a document in a corpus of few. Then those up to that share are held out,
     in the order of their keys, as far as they stay below twice of it; the first always.
     """
-    bound = int(validation_fraction * _KEY_RANGE)
+    bound = int(validation_fraction * KEY_RANGE)
     bound = min(max(bound, totals.least_key), totals.greatest_key - 1)
     share = max(validation_fraction, min(1 / totals.texts, 0.25))
     most = 2 * share * totals.text_bytes

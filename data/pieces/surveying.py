@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from data.faults import Faults
+from data.pieces.near_duplicates import sketch
 from data.pieces.plan import Piece
 from data.pieces.sample import Sample, write_chunks
 from data.pieces.units import DOCUMENT, KEY, Unit, write_array, writing_text, written_aside
@@ -58,6 +60,7 @@ class SurveyPiece:
         layout: the fields of rows.
         sample_bytes: size of the tokenizer's sample; 0 for none.
         drop_duplicates: whether equal documents count once in it.
+        sketches: whether to make those by which near duplicates are found.
         kept_text_bytes: a unit whose text is kept ends with the document that reaches these.
     """
 
@@ -65,6 +68,7 @@ class SurveyPiece:
     layout: RowLayout
     sample_bytes: int
     drop_duplicates: bool
+    sketches: bool = False
     kept_text_bytes: int = field(default_factory=lambda: KEPT_TEXT_BYTES)
     _sample: Sample = field(init=False)
 
@@ -96,12 +100,15 @@ class SurveyPiece:
 
     def _survey(self, unit: Unit, documents: Iterator[Document]) -> tuple[int, int]:
         """Survey a unit; return the number of its documents and the bytes of their text."""
-        digests, sizes = bytearray(), array("Q")
+        digests, sizes, seen = bytearray(), array("Q"), set[bytes]()
         text_bytes = 0
         with ExitStack() as stack:
             keep = None
             if unit.piece.is_kept:
                 keep = stack.enter_context(writing_text(unit.path(self.folder, "text")))
+            sketches: IO[bytes] | None = None
+            if self.sketches:
+                sketches = stack.enter_context(written_aside(unit.path(self.folder, "sketches")))
             for document in documents:
                 encoded = document.text.encode()
                 digest = hashlib.sha256(encoded).digest()
@@ -109,6 +116,9 @@ class SurveyPiece:
                 sizes.append(len(encoded))
                 text_bytes += len(encoded)
                 self._sample.add(text_key(digest), document.text, len(encoded))
+                if sketches and (key := digest[:8]) not in seen:
+                    seen.add(key)
+                    sketches.write(sketch(document.text))
                 if keep:
                     keep(document)
                     if text_bytes >= self.kept_text_bytes:

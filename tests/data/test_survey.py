@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import data.survey
+import data.pieces.key_ranges
 from data.pieces.plan import Piece
 from data.pieces.surveying import SurveyPiece
 from data.pieces.units import Unit
@@ -21,7 +21,7 @@ class Found:
 
     def __init__(self, texts, fraction, sample_bytes, drop):
         with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data.survey, "KEYS_AT_ONCE", 7)
+            patch.setattr(data.pieces.key_ranges, "KEYS_AT_ONCE", 7)
             folder, layout = Path(name), RowLayout()
             work = SurveyPiece(folder, layout, sample_bytes, drop)
             units = []
