@@ -13,7 +13,9 @@ import tyro
 from data.command_line import run_command
 from data.dataset import Dataset
 from data.output_streams import naming_the_file
-from data.preparation import PrepareConfig, prepare
+from data.preparation import PrepareConfig
+from data.url_dataset import prepare_at
+from data.urls import Location
 
 DEFAULT_VOCAB_SIZE = 4096
 
@@ -38,8 +40,8 @@ class Options:
     """The command line."""
 
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
-    output: Path
-    """Folder to make for the dataset."""
+    output: Location
+    """Folder to make for the dataset, or its URL, such as s3://bucket/corpus."""
     workers: int | None = None
     """Processes that encode; the output is the same for any number. None: every core that this
     process may use."""
@@ -69,10 +71,10 @@ def format_table(dataset: Dataset) -> str:
     return "\n".join(lines)
 
 
-def summarize(dataset: Dataset) -> dict[str, object]:
+def summarize(dataset: Dataset, output: Location) -> dict[str, object]:
     """Return the content of the table, for `--json`."""
     return {
-        "path": str(dataset.path),
+        "path": str(output),
         "fingerprint": dataset.fingerprint,
         "vocab_size": dataset.vocab_size,
         "splits": {
@@ -99,21 +101,23 @@ def run(options: Options) -> None:
         config = replace(config, vocab_size=DEFAULT_VOCAB_SIZE)
     layout = replace(layout, prompt=_unescaped(layout.prompt), response=_unescaped(layout.response))
     config = replace(config, layout=layout)
-    dataset = prepare(config, options.output, workers=options.workers, overwrite=options.overwrite)
+    dataset = prepare_at(
+        config, options.output, workers=options.workers, overwrite=options.overwrite
+    )
     print(format_table(dataset))
-    print(f"next: {next_command(dataset)}")
+    print(f"next: {next_command(dataset, options.output)}")
     if options.json is not None:
         with naming_the_file("json", options.json):
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(summarize(dataset), indent=2) + "\n")
+            options.json.write_text(json.dumps(summarize(dataset, options.output), indent=2) + "\n")
 
 
-def next_command(dataset: Dataset) -> str:
+def next_command(dataset: Dataset, output: Location) -> str:
     """Return a command that trains on the dataset."""
     preset = "parsing_demo" if dataset.holds_pairs else "demo"
     return (
         f"torchrun --nproc_per_node=2 train/main.py {preset} --name my-run"
-        f" --data.path {shlex.quote(str(dataset.path))}"
+        f" --data.path {shlex.quote(str(output))}"
     )
 
 

@@ -20,7 +20,9 @@ from data.hugging_face import (
     write_tokenizer,
 )
 from data.tokenizer import Tokenizer
-from models.checkpoint_format import TOKENIZER, find_checkpoint
+from data.urls import Url
+from models.checkpoint_copy import local_checkpoint
+from models.checkpoint_format import TOKENIZER
 from models.config import LlamaConfig
 from models.conversion.model_card import write_model_card
 from models.conversion.options import DESCRIPTION, Options
@@ -77,7 +79,7 @@ def read_source(options: Options) -> Source:
     if options.source == "hf":
         source = read_hugging_face(options, dtype)
     else:
-        checkpoint = find_checkpoint(options.input, "input")
+        checkpoint = local_checkpoint(options.input, "input")
         own = checkpoint / TOKENIZER
         manifest, state = read_checkpoint(checkpoint)
         tokens = manifest.state.get("tokens")
@@ -123,6 +125,8 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
         dtype: transformers rounds the weights to it before it computes the logits.
     """
     folder = options.input
+    if isinstance(folder, Url):
+        raise ValueError(f"input: {folder}, copy the Hugging Face folder here and give its path")
     config = read_config(folder)
     own = find_tokenizer(folder, config.vocab_size, needed=options.tokenizer is None)
     tokenizer = choose_tokenizer(options, own, config.vocab_size)
