@@ -99,9 +99,22 @@ class PrepareConfig:
             )
         return found
 
+    def opened(self) -> "PrepareConfig":
+        """Return it with the template of chats, where the input is chats.
+
+        Raises:
+            ValueError: there is no such template.
+        """
+        layout = self.layout
+        if not layout.messages or layout.template:
+            return self
+        tokenizer = Tokenizer(self.tokenizer) if self.tokenizer else None
+        template = open_template(tokenizer, layout.chat_template)
+        return replace(self, layout=replace(layout, template=template))
+
     def arguments(self) -> dict[str, object]:
         """Return the arguments for `dataset.json`: the tokenizer by its hash, the rest as given."""
-        layout = self.layout
+        layout = self.opened().layout
         given: dict[str, object] = {
             "input": list(self.input),
             "tokenizer": self.tokenizer and Tokenizer(self.tokenizer).fingerprint,
@@ -219,11 +232,7 @@ def _checked(
         workers = _available_cores()
     if workers < 1:
         raise ValueError(f"workers {workers} is below 1, give at least 1")
-    layout = config.layout
-    if layout.messages:
-        tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
-        template = open_template(tokenizer, layout.chat_template)
-        config = replace(config, layout=replace(layout, template=template))
+    config = config.opened()
     # Loads the tokenizer, whose faults are raised first.
     return config, workers, config.arguments()
 

@@ -6,6 +6,7 @@ that names the URL and the remedy. Every room may import this file, which import
 """
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -28,18 +29,27 @@ _ENDPOINTS = {
     "gs": "the network and STORAGE_EMULATOR_HOST",
 }
 _ALIASES = {"s3a": "s3", "gcs": "gs"}
+_CLIENTS = ("aiobotocore", "botocore", "s3fs", "gcsfs")
 _BLOCK_BYTES = 2**24
 
 
-class UrlError(OSError):
+class UrlError(OSError, ValueError):
     """A URL that cannot be read or written: one line with the URL, the reason and the remedy."""
+
+
+class MissingUrlError(UrlError, FileNotFoundError):
+    """A URL at which there is nothing."""
+
+
+class UnreachableError(UrlError):
+    """A URL whose server is away, which may pass."""
 
 
 @dataclass(frozen=True, order=True)
 class Url:
     """A file or folder of an object store or server, used as a `Path` is.
 
-    Every method raises a `UrlError`; reading what is not there also a FileNotFoundError.
+    Every method raises a `UrlError`, for what is not there a `MissingUrlError`.
     """
 
     text: str
@@ -55,6 +65,11 @@ class Url:
     def scheme(self) -> str:
         """What stands before `://`, such as `s3`."""
         return self.text.partition("://")[0].lower()
+
+    @property
+    def lists(self) -> bool:
+        """Whether its server lists folders; one of the web does not, or guesses."""
+        return self.scheme not in ("http", "https")
 
     @property
     def name(self) -> str:
@@ -133,6 +148,14 @@ class Url:
             except FileNotFoundError:
                 return
 
+    def remove_folder(self) -> None:
+        """Remove the folder and all in it, if there is one."""
+        with explained(self):
+            try:
+                _connect(self).rm(self.text, recursive=True)
+            except FileNotFoundError:
+                return
+
     def _list(self) -> list[dict[str, Any]]:
         with explained(self):
             try:
@@ -179,17 +202,19 @@ def explained(url: Url) -> Iterator[None]:
     """Turn whatever a store or its client raises into one line.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        MissingUrlError: There is no such file or bucket.
+        UnreachableError: Its server is away.
         UrlError: Anything else.
     """
     try:
         yield
-    except (FileNotFoundError, UrlError) as error:
-        if isinstance(error, UrlError):
-            raise
-        raise FileNotFoundError(f"{url} does not exist, check bucket and name") from None
+    except UrlError:
+        raise
+    except FileNotFoundError:
+        raise MissingUrlError(f"{url} does not exist, check bucket and name") from None
     except Exception as error:  # clients raise anything: botocore's, aiohttp's, Google's
-        raise UrlError(f"{url}: {_reason(url, error)}") from None
+        kind = UnreachableError if _is_unreachable(error) else UrlError
+        raise kind(f"{url}: {_reason(url, error)}") from None
 
 
 def _connect(url: Url) -> Any:
@@ -199,6 +224,8 @@ def _connect(url: Url) -> Any:
     """
     from fsspec.core import url_to_fs
 
+    for client in _CLIENTS:  # which log at INFO where they found the credentials
+        logging.getLogger(client).setLevel(logging.WARNING)
     system = url_to_fs(url.text)[0]
     system.invalidate_cache()
     return system
@@ -226,12 +253,17 @@ def _reason(url: Url, error: Exception) -> str:
         return f"no credentials ({text}), {credentials}"
     if any(isinstance(cause, PermissionError) for cause in causes):
         return f"access denied ({text}), check the permissions, and {credentials}"
-    unreachable = (ConnectionError, TimeoutError, asyncio.TimeoutError)
-    if any(isinstance(cause, unreachable) for cause in causes) or re.search(
-        "Connect|Timeout|Endpoint|DNS", names
-    ):
+    if _is_unreachable(error):
         return f"cannot be reached ({text}), check {endpoint}"
     return f"{text}, check the URL and {endpoint}"
+
+
+def _is_unreachable(error: Exception) -> bool:
+    unreachable = (ConnectionError, TimeoutError, asyncio.TimeoutError)
+    return any(
+        isinstance(cause, unreachable) or re.search("Connect|Timeout|DNS", type(cause).__name__)
+        for cause in (error, *_causes(error))
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -20,7 +20,9 @@ from data.hugging_face import (
     write_tokenizer,
 )
 from data.tokenizer import Tokenizer
-from models.checkpoint_format import TOKENIZER, find_checkpoint
+from data.urls import Url
+from models.checkpoint_copy import local_checkpoint
+from models.checkpoint_format import TOKENIZER
 from models.config import LlamaConfig
 from models.conversion.model_card import write_model_card
 from models.conversion.options import DESCRIPTION, Options
@@ -79,7 +81,7 @@ def read_source(options: Options) -> Source:
     if options.source == "hf":
         source = read_hugging_face(options, dtype)
     else:
-        checkpoint = find_checkpoint(options.input, "input")
+        checkpoint = local_checkpoint(options.input, "input")
         own = checkpoint / TOKENIZER
         manifest, state = read_checkpoint(checkpoint)
         tokens = manifest.state.get("tokens")
@@ -126,6 +128,8 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
         dtype: transformers rounds the weights to it before it computes the logits.
     """
     folder = options.input
+    if isinstance(folder, Url):
+        raise ValueError(f"input: {folder}, copy the Hugging Face folder here and give its path")
     config = read_config(folder)
     own = find_tokenizer(folder, config.vocab_size, needed=options.tokenizer is None)
     tokenizer = choose_tokenizer(options, own, config.vocab_size)
@@ -147,13 +151,9 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
 
 def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
     """Return a line for each property of a Hugging Face folder that is not kept."""
-    found = []
-    if others := sorted(read_eos_ids(folder) - {tokenizer.eos_id}):
-        found.append(
-            f"eos_token_id {', '.join(map(str, others))}: a text ends with the tokenizer's "
-            f"{tokenizer.eos_id} alone"
-        )
-    return found
+    others = ", ".join(map(str, sorted(read_eos_ids(folder) - {tokenizer.eos_id})))
+    ends = f"a text ends with the tokenizer's {tokenizer.eos_id} alone"
+    return [f"eos_token_id {others}: {ends}"] if others else []
 
 
 def change(source: Source, options: Options) -> Source:

@@ -15,6 +15,7 @@ import torch
 
 from data.chat_template import ChatTemplate
 from data.chats import open_template
+from data.urls import location
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.loading.quantized import Bits
@@ -162,7 +163,8 @@ def load(
     """Load a checkpoint for decoding.
 
     Args:
-        path: A run folder, whose newest checkpoint is taken, or one checkpoint folder.
+        path: A run folder, whose newest checkpoint is taken, or one checkpoint folder; or its
+            URL, such as s3://bucket/runs/demo.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
         dtype: Of weights and KV cache: float32, bfloat16 or float16, by name or torch's; None:
             bfloat16 on CUDA and float32 on a CPU.
@@ -176,7 +178,9 @@ def load(
     if not isinstance(path, str | Path) or not str(path):
         raise ValueError(f"path: {path!r}, give the folder of a run or a checkpoint")
     name = str(dtype).removeprefix("torch.") if dtype is not None else None
-    run = load_run(Path(path), device=str(device), dtype=name, quantize=quantize, compiled=compile)
+    run = load_run(
+        location(str(path)), device=str(device), dtype=name, quantize=quantize, compiled=compile
+    )
     return Model(run)
 
 

@@ -15,7 +15,7 @@ from models.checkpoint_format import checkpoint_steps, load_model, verify
 from models.tensor_reader import TensorReader
 from tests.distributed import run_distributed
 from tests.train import tiny
-from train.checkpoints import checkpointer
+from train.checkpoints import checkpointer, local_folder
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import checkpoint_bytes
 from train.optimizer.optim import OptimConfig
@@ -231,7 +231,7 @@ def fail_on_one_rank(runtime, root):
         writer.save(1, {})
         writer.wait()
         if runtime.is_main:  # it alone commits
-            with mock.patch.object(checkpointer, "publish", side_effect=OSError("gone")):
+            with mock.patch.object(local_folder, "publish", side_effect=OSError("gone")):
                 writer.save(2, {})
                 with pytest.raises(OSError, match="gone"):
                     writer.wait()
