@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.foreign_json import build, is_plain, read_object, shown
+from data.foreign_json import MAX_BYTES, build, is_plain, parse_object, shown
 from data.nearest import nearest_dataset
 from data.progress import Progress
 from data.shards import (
@@ -25,6 +25,7 @@ from data.shards import (
     token_ids,
 )
 from data.tokenizer import Tokenizer
+from data.urls import Location
 
 DESCRIPTION_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -96,8 +97,8 @@ class Dataset:
 
     @property
     def holds_pairs(self) -> bool:
-        """Whether each document is a prompt, which is not learnt, and a response."""
-        return "response" in self.arguments
+        """Whether a part of each document is not learnt: prompts, or the turns of others."""
+        return "response" in self.arguments or "messages" in self.arguments
 
     @property
     def fingerprint(self) -> str:
@@ -207,25 +208,40 @@ def open_dataset(path: Path) -> Dataset:
         if not path.exists():
             raise ValueError(f"dataset {path} does not exist, {remedy}")
         raise ValueError(f"dataset {path} has no {DESCRIPTION_NAME}, {remedy}")
-    try:
-        content = read_object(description_path)
-        if content.pop("format", None) != _FORMAT:
-            raise ValueError("unknown format")
-        fingerprint = content.pop("fingerprint", None)
-        dataset = build(Dataset, content | {"path": path})
-        _check(dataset)
-    except ValueError as error:
-        raise ValueError(
-            f"dataset {description_path} is damaged ({error}), prepare it again"
-        ) from None
-    if dataset.fingerprint != fingerprint:
-        raise ValueError(f"dataset {description_path} was changed by hand, prepare it again")
+    with description_path.open("rb") as file:
+        dataset = read_description(file.read(MAX_BYTES + 1), path, path)
     actual = Tokenizer(dataset.tokenizer_path).fingerprint
     if actual != dataset.tokenizer_fingerprint:
         raise ValueError(
             f"tokenizer {dataset.tokenizer_path} has sha256 {actual} but the shards were made with"
             f" {dataset.tokenizer_fingerprint}, put that model back or prepare the dataset again"
         )
+    return dataset
+
+
+def read_description(content: bytes, path: Path, origin: Location) -> Dataset:
+    """Read the content of `dataset.json`.
+
+    Args:
+        content: The content.
+        path: The folder of the dataset.
+        origin: Where the content is of, for messages.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    description = origin / DESCRIPTION_NAME
+    try:
+        fields = parse_object(content)
+        if fields.pop("format", None) != _FORMAT:
+            raise ValueError("unknown format")
+        fingerprint = fields.pop("fingerprint", None)
+        dataset = build(Dataset, fields | {"path": path})
+        _check(dataset)
+    except ValueError as error:
+        raise ValueError(f"dataset {description} is damaged ({error}), prepare it again") from None
+    if dataset.fingerprint != fingerprint:
+        raise ValueError(f"dataset {description} was changed by hand, prepare it again")
     return dataset
 
 

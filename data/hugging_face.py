@@ -10,14 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data.foreign_json import read_object
+from data.chats import TEMPLATE_NAME
 from data.token_models import JsonModel
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import special_tokens, tokenizer_json
 
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
-TEMPLATE_NAME = "chat_template.jinja"
 SENTENCEPIECE_NAME = "tokenizer.model"
 
 _LEAST_SHARE = 0.8
@@ -29,7 +28,9 @@ PROOF_TEXTS = 2000
 """Texts whose ids are compared before an export is published."""
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, max_seq_len: int, chat_template: str | None = None
+) -> None:
     """Write the files of `AutoTokenizer`: our ids, with BOS before them.
 
     A SentencePiece model becomes a tokenizer.json, see `data.tokenizer_json`, and is copied beside
@@ -55,6 +56,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> 
     text = json.dumps(content, ensure_ascii=False, indent=1)
     (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     (folder / CONFIG_NAME).write_text(json.dumps(config | names, indent=2) + "\n")
+    if chat_template is not None:
+        (folder / TEMPLATE_NAME).write_bytes(chat_template.encode())
 
 
 def find_tokenizer(folder: Path, vocab_size: int, *, needed: bool = True) -> Path | None:
@@ -125,23 +128,6 @@ def check_tokenizer(tokenizer: Tokenizer, own: Path | None, vocab_size: int) -> 
             raise ValueError(
                 f"tokenizer: {tokenizer.path} gives {text!r} other ids than {own}, {remedy}"
             )
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Whether a tokenizer's folder has a chat template, which no tokenizer here keeps.
-
-    Raises:
-        ValueError: its tokenizer_config.json is damaged.
-    """
-    path = folder / CONFIG_NAME
-    if (folder / TEMPLATE_NAME).is_file():
-        return True
-    if not path.is_file():
-        return False
-    try:
-        return bool(read_object(path).get("chat_template"))
-    except ValueError as error:
-        raise ValueError(f"tokenizer: {path} is damaged ({error}), replace it") from None
 
 
 def prove_same_ids(tokenizer: Tokenizer, folder: Path) -> str:

@@ -5,6 +5,7 @@ second encodes. The dataset appears under its name only when it is complete. Pri
 training calls it too; `data.prepare` is its command.
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -12,12 +13,13 @@ import shutil
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from data.chats import open_template
 from data.dataset import DESCRIPTION_NAME, Dataset, open_dataset
 from data.pieces.workers import start_workers
 from data.row_layout import RowLayout
@@ -38,11 +40,12 @@ class PrepareConfig:
     """What fixes the bytes of a dataset, together with the input itself."""
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]
-    """Files (.txt .jsonl .jsonl.gz .parquet and source code), folders (recursive, without hidden
-    entries), globs, or the word embedded: the sources of the running Python and of torch, about
-    58 MB that need no download, or hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that
-    its save_to_disk wrote or a name on the hub, streamed twice (split train if not given). JSON
-    lines and Parquet hold a document per row, other files one each."""
+    """Files (.txt .md .html .jsonl .json .csv .tsv .parquet, source code; all but Parquet also in
+    .gz .zst .bz2 .xz), folders (recursive, without hidden entries), globs, or the word embedded:
+    the sources of the running Python and of torch, about 58 MB that need no download, or
+    hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that its save_to_disk wrote or a name
+    on the hub, streamed twice (split train if not given). JSON, tables and Parquet hold a document
+    per row, other files one each."""
     tokenizer: Path | None = None
     """A SentencePiece model, or a Hugging Face tokenizer.json with its tokenizer_config.json beside
     it, which names BOS and EOS; not beside vocab_size."""
@@ -54,7 +57,7 @@ class PrepareConfig:
     document is, of a single document its end. Where they would hold more than twice this share of
     the text, large documents are not held out."""
     layout: Annotated[RowLayout, tyro.conf.arg(name="")] = field(default_factory=RowLayout)
-    """JSON fields or Parquet columns that hold the text, or prompt and response."""
+    """Fields or columns that hold the text, a chat, or prompt and response."""
     shard_tokens: int = 50_000_000
     """End a shard with the document that reaches this many tokens."""
     duplicates: Literal["keep", "drop", "near"] = "keep"
@@ -96,9 +99,22 @@ class PrepareConfig:
             )
         return found
 
+    def opened(self) -> "PrepareConfig":
+        """Return it with the template of chats, where the input is chats.
+
+        Raises:
+            ValueError: there is no such template.
+        """
+        layout = self.layout
+        if not layout.messages or layout.template:
+            return self
+        tokenizer = Tokenizer(self.tokenizer) if self.tokenizer else None
+        template = open_template(tokenizer, layout.chat_template)
+        return replace(self, layout=replace(layout, template=template))
+
     def arguments(self) -> dict[str, object]:
         """Return the arguments for `dataset.json`: the tokenizer by its hash, the rest as given."""
-        layout = self.layout
+        layout = self.opened().layout
         given: dict[str, object] = {
             "input": list(self.input),
             "tokenizer": self.tokenizer and Tokenizer(self.tokenizer).fingerprint,
@@ -109,6 +125,9 @@ class PrepareConfig:
         }
         if layout.response:
             given |= {"prompt": layout.prompt, "response": layout.response}
+        if layout.template:
+            digest = hashlib.sha256(layout.template.source.encode()).hexdigest()
+            given |= {"messages": layout.messages, "chat_template": digest}
         if self.duplicates != "keep":
             given["duplicates"] = self.duplicates
         if self.duplicates == "near":
@@ -133,7 +152,7 @@ def prepare(
     Raises:
         ValueError: the input or the output cannot be used.
     """
-    workers, arguments = _checked(config, workers)
+    config, workers, arguments = _checked(config, workers)
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +197,7 @@ def prepare_stage(
     Raises:
         ValueError: the input or the output cannot be used, or an earlier stage is not complete.
     """
-    workers, arguments = _checked(config, workers)
+    config, workers, arguments = _checked(config, workers)
     if not 0 <= task < tasks:
         raise ValueError(f"task {task} is not one of {tasks} tasks, give 0 to {tasks - 1}")
     if not _is_free(output) and not overwrite:
@@ -203,15 +222,19 @@ def prepare_stage(
     return open_dataset(output)
 
 
-def _checked(config: PrepareConfig, workers: int | None) -> tuple[int, dict[str, object]]:
-    """Return the number of processes, and the arguments for `dataset.json`."""
+def _checked(
+    config: PrepareConfig, workers: int | None
+) -> tuple[PrepareConfig, int, dict[str, object]]:
+    """Return the config with its template, the number of processes, and what `dataset.json` has."""
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     if workers is None:
         workers = _available_cores()
     if workers < 1:
         raise ValueError(f"workers {workers} is below 1, give at least 1")
-    return workers, config.arguments()  # Loads the tokenizer, whose faults are raised first.
+    config = config.opened()
+    # Loads the tokenizer, whose faults are raised first.
+    return config, workers, config.arguments()
 
 
 def _name(folder: Path, output: Path) -> None:

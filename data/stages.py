@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.chats import TEMPLATE_NAME, find_template
 from data.dataset import TOKENIZER_NAME, TRAIN, VALIDATION, Dataset, Split, write_description
 from data.encoding import EncodeUnit
 from data.faults import Faults
@@ -128,7 +129,7 @@ class Preparation:
     def merge(self, surveyed: Surveyed) -> Dataset:
         """Write the shards of both splits and `dataset.json`, and remove all else."""
         tokenizer = Tokenizer(self.folder / TOKENIZER_NAME)
-        dtype = token_dtype(tokenizer.vocab_size, pairs=bool(self.config.layout.response))
+        dtype = token_dtype(tokenizer.vocab_size, pairs=self.config.layout.is_learnt_in_part)
         write = WriteShard(self.folder, dtype, tokenizer.vocab_size, tokenizer.fingerprint)
         splits = {
             name: [*plan_shards(surveyed.units, self.files, name, self.config.shard_tokens)]
@@ -213,6 +214,9 @@ class Preparation:
         else:
             assert config.tokenizer is not None
             path.write_bytes(Tokenizer(config.tokenizer).serialized)
+        template = config.layout.template
+        if source := template.source if template else find_template(config.tokenizer):
+            (self.folder / TEMPLATE_NAME).write_bytes(source.encode())
         tokenizer = Tokenizer(path)
         if tokenizer.bos_id == tokenizer.eos_id:
             logger.info("one token, %d, begins and ends a document", tokenizer.eos_id)

@@ -31,7 +31,7 @@ from train.parallel.titan import OptimizersContainer
 from train.record import record_hang, record_start
 from train.resumed_rows import open_rows
 from train.run_folder.events import EventLog, goodput, starts
-from train.run_folder.preflight import check_run_folder, check_space
+from train.run_folder.preflight import check_checkpoint_folder, check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
 from train.run_folder.status import RunStatus
 from train.run_folder.weights_and_biases import WeightsAndBiases, open_wandb
@@ -66,11 +66,6 @@ class Job:
     state: RunState
     """The state to go on from: the checkpoint's, and the rows skipped by rollbacks since."""
 
-    @property
-    def checkpoint_folder(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.config.run_dir / "checkpoints"
-
     def batches(self, start: int, state: RunState) -> Iterator[tuple[int, list[Microbatch]]]:
         """Yield (t, this rank's microbatches) from step `start` to the last."""
         return self.loader.batches(
@@ -95,6 +90,7 @@ class Job:
         """
         self.runtime.on_every_rank(self.lock.check)
         self.checkpoints.save(done, state.as_dict(), required=required)
+        self.status.note_saved(self.checkpoints.saved_step)
         self.status.write("running", done)
 
     def lifetime(self, state: RunState) -> dict[str, float]:
@@ -148,7 +144,7 @@ def open_job(
         SystemExit: On the other ranks then.
     """
     run_dir, sections = config.run_dir, Sections()
-    status = RunStatus(run_dir, config.runtime.status_file, runtime)
+    status = RunStatus(run_dir, config.checkpoint_folder, config.runtime.status_file, runtime)
     with ExitStack() as stack:
         with status.record_end(sections):
             made = check_run_folder(
@@ -194,7 +190,7 @@ def _build(
     corpus, held_out = open_data(config, runtime, interruption)
     model, optimizer = _build_model(config, runtime)
     identity = _identify(config, corpus)
-    folder, settings = config.run_dir / "checkpoints", config.checkpoint
+    folder, settings = config.checkpoint_folder, config.checkpoint
     resumed = resume(
         folder, model, optimizer, config=settings, identity=identity, runtime=runtime, given=given
     )
@@ -202,6 +198,8 @@ def _build(
     writer = CheckpointWriter(
         folder, model, optimizer, config=settings, identity=identity, runtime=runtime
     )
+    writer.saved_step = 0 if resumed.branched_from else resumed.t
+    status.note_saved(writer.saved_step)
     rotates = config.curriculum.C == "rot"
     return Job(
         config=config,
@@ -254,5 +252,9 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
     model = build_model(
         config.model, config.parallel, runtime, config.seed, trains=config.optim.trains
     )
-    check_space(config.run_dir, checkpoint_bytes(model, config.optim), runtime)
+    size = checkpoint_bytes(model, config.optim)
+    if config.checkpoint.folder:
+        check_checkpoint_folder(config.checkpoint_folder, size, runtime)
+    else:
+        check_space(config.run_dir, size, runtime)
     return model, build_optimizer(model, config.optim)

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from data.urls import is_url
 from train.config.command_line import parse
 from train.config.config import TrainConfig
 from train.config.settled import settle
@@ -208,7 +209,7 @@ def check(config: TrainConfig) -> None:
     """
     refuse_early(config.run_dir, Path(config.output_dir))
     refuse_held(config.run_dir, launched_job())
-    if Path(config.data.path).exists():
+    if not is_url(config.data.path) and Path(config.data.path).exists():
         open_corpus(config.data, config.model.vocab_size)
 
 

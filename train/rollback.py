@@ -36,7 +36,7 @@ def roll_back(
     job.sections.enter("checkpoint", t)
     job.checkpoints.wait()
     resumed = load_earlier(
-        job.checkpoint_folder,
+        job.config.checkpoint_folder,
         job.model,
         job.optimizer,
         last_step=_choose_checkpoint(job, anomaly_start, anomaly, t),
@@ -83,7 +83,9 @@ def _choose_checkpoint(job: Job, anomaly_start: int, anomaly: Anomaly, t: int) -
                 f"recovery.max_rollbacks: {config.max_rollbacks} are used up, and again "
                 f"{anomaly.reason} at step {t}; lower optim.lr and start from an earlier checkpoint"
             )
-        step = rollback_step(list(checkpoint_steps(job.checkpoint_folder)), anomaly_start, config)
+        step = rollback_step(
+            list(checkpoint_steps(job.config.checkpoint_folder)), anomaly_start, config
+        )
         if step is None:
             raise ValueError(
                 f"recovery: {anomaly.reason} at step {t}, and no checkpoint from before step "

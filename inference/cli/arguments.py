@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data.option_values import read_as, read_path
+from data.option_values import read_as, read_location, read_path
+from data.urls import Location
 from inference.engine.sampling import Sampling
 from inference.loading.quantized import Bits
 from inference.loading.run import Run, load_run
@@ -90,7 +91,7 @@ def _joined(values: tuple[object, ...]) -> str:
     return ",".join(map(str, values))
 
 
-Folder = Annotated[Path, read_as("DIR", read_path)]
+Folder = Annotated[Location, read_as("DIR|URL", read_location)]
 OutputFile = Annotated[Path, read_as("PATH", output_file)]
 PictureFile = Annotated[Path, read_as("PATH", picture_file)]
 Seed = Annotated[int, read_as("N", _seed)]

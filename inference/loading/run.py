@@ -5,18 +5,20 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset
 from data.tokenizer import Tokenizer
+from data.url_dataset import dataset_at
+from data.urls import Location, location
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import RoundGraphs, round_graphs
 from inference.loading.packed import can_pack, pack
 from inference.loading.quantized import BITS, Bits, quantize_layers
 from inference.loading.vocabulary import mask_missing
+from models.checkpoint_copy import local_checkpoint
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
     file_entry,
-    find_checkpoint,
     load_model,
     read_manifest,
 )
@@ -43,7 +45,7 @@ class Run:
         context = self.model.config.max_seq_len
         return min(self.manifest.setting("data.seq_len", int, 2048), context)
 
-    def open_data(self, path: Path | None) -> Dataset:
+    def open_data(self, path: Location | None) -> Dataset:
         """Open the dataset at `path`, or the one the run was trained on.
 
         Raises:
@@ -52,8 +54,8 @@ class Run:
         known = self.manifest.setting("data.path", str, None)
         if path is None and known is None:
             raise ValueError(f"data: {self.checkpoint} names none, give --data")
-        folder = Path(known) if path is None else path
-        dataset = open_dataset(folder)
+        folder = location(known) if path is None else path
+        dataset = dataset_at(folder)
         if dataset.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise ValueError(
                 f"data: {folder} was made with tokenizer {dataset.tokenizer_fingerprint[:12]} but "
@@ -64,7 +66,7 @@ class Run:
 
 
 def load_run(
-    path: Path,
+    path: Location,
     *,
     device: str = "auto",
     dtype: str | None = None,
@@ -75,7 +77,7 @@ def load_run(
     """Load the newest checkpoint of a run folder, or the checkpoint folder `path`.
 
     Args:
-        path: A run folder or a checkpoint folder.
+        path: A run folder or a checkpoint folder, or its URL.
         device: "auto" (CUDA if there is a device, else CPU) or a name of torch's.
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
         quantize: Bits of the matrices of layers, and of exits of their own; None: plain.
@@ -87,7 +89,7 @@ def load_run(
             an option is none of its values.
     """
     _check_names(dtype, quantize)
-    checkpoint = find_checkpoint(path)
+    checkpoint = local_checkpoint(path)
     manifest = read_manifest(checkpoint)
     tokenizer = _open_tokenizer(checkpoint / TOKENIZER, manifest)
     target = choose_device(device)

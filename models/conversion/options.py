@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data.urls import Location
+
 Format = Literal["hf", "skipstone"]
 """A Hugging Face folder, or a run folder or checkpoint of ours."""
 
@@ -32,9 +34,9 @@ class Options:
     """Format of INPUT."""
     target: Annotated[Format, tyro.conf.arg(name="to")]
     """Format of OUTPUT."""
-    input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
+    input: Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="INPUT")]
     """Hugging Face folder with safetensors, or run folder (its newest checkpoint is read) or
-    checkpoint folder."""
+    checkpoint folder, or the URL of such a run or checkpoint."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
     """Folder to make; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.checkpoint_format import (
+    CHAT_TEMPLATE,
     TOKENIZER,
     Manifest,
     file_entry,
@@ -56,6 +57,7 @@ def write_checkpoint(
     tokenizer: bytes,
     config: dict[str, Any],
     data_fingerprint: str,
+    chat_template: str | None = None,
 ) -> None:
     """Write a checkpoint into an empty folder, the manifest last.
 
@@ -67,11 +69,14 @@ def write_checkpoint(
         tokenizer: Content of the tokenizer's file.
         config: The configuration the weights were trained with; {} if unknown.
         data_fingerprint: Of the data they were trained on; empty if unknown.
+        chat_template: That of the tokenizer, if it has one.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is intended here
         save({"model": state}, storage_writer=FileSystemWriter(checkpoint), no_dist=True)
     (checkpoint / TOKENIZER).write_bytes(tokenizer)
+    if chat_template is not None:
+        (checkpoint / CHAT_TEMPLATE).write_bytes(chat_template.encode())
     files = {path.name: file_entry(path) for path in sorted(checkpoint.iterdir())}
     Manifest(
         step=step,

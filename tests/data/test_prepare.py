@@ -90,7 +90,7 @@ def test_help_names_every_option_and_default() -> None:
     done = run("--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.replace("│", " ").split())
-    for word in ("embedded", ".jsonl.gz", "default: 0.01", "4096", "--overwrite", r"\nA:'"):
+    for word in ("embedded", ".csv", "default: 0.01", "4096", "--overwrite", r"\nA:'"):
         assert word in text
 
 

@@ -141,7 +141,7 @@ def lines_left_out(capsys):
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", None])
 @pytest.mark.parametrize("target", ["skipstone", "hf"])
-def test_a_chat_template_is_reported_as_left_out(llama3, tmp_path, capsys, name, target):
+def test_a_chat_template_is_kept(llama3, tmp_path, capsys, name, target):
     folder = tmp_path / "input"
     shutil.copytree(llama3, folder)
     if name == "tokenizer_config.json":
@@ -150,8 +150,17 @@ def test_a_chat_template_is_reported_as_left_out(llama3, tmp_path, capsys, name,
     elif name:
         (folder / name).write_text("{{ messages }}")
     run("hf", target, folder, tmp_path / "output")
-    found = [line for line in lines_left_out(capsys) if "eos_token_id" not in line]
-    assert found == ["chat_template: format a chat by it before encoding"] * bool(name)
+    assert not any("chat_template" in line for line in lines_left_out(capsys))
+    kept = tmp_path / "output" / "chat_template.jinja"
+    assert kept.is_file() == bool(name)
+    if not name:
+        return
+    assert kept.read_text() == "{{ messages }}"
+    if target == "skipstone":
+        run("skipstone", "hf", tmp_path / "output", tmp_path / "again")
+        kept = tmp_path / "again" / "chat_template.jinja"
+    theirs = transformers.AutoTokenizer.from_pretrained(kept.parent)
+    assert theirs.apply_chat_template([{"role": "user"}], tokenize=False) == "[{'role': 'user'}]"
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])

@@ -5,11 +5,11 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from os.path import normpath
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from data.urls import Location
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
 from models.tensor_reader import TensorReader
@@ -76,7 +76,7 @@ def is_harmless(field: str) -> bool:
 
 
 def check_config(
-    path: Path,
+    path: Location,
     manifest: Manifest,
     identity: RunIdentity,
     *,
@@ -167,7 +167,7 @@ def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:
     return f"is of another model, with {', '.join(differing)}"
 
 
-def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> None:
+def check_identity(path: Location, manifest: Manifest, identity: RunIdentity) -> None:
     """Refuse a checkpoint of another model or tokenizer.
 
     Raises:
@@ -183,18 +183,18 @@ def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> Non
         raise ValueError(_other_data(path, "tokenizer_fingerprint", manifest, identity))
 
 
-def _other_data(path: Path, kind: str, manifest: Manifest, identity: RunIdentity) -> str:
+def _other_data(path: Location, kind: str, manifest: Manifest, identity: RunIdentity) -> str:
     return (
         f"name: {path} was trained on other data ({kind} {getattr(manifest, kind)[:12]}, "
         f"now {getattr(identity, kind)[:12]}), choose another --name or restore that data"
     )
 
 
-def check_origin(run: Path, manifest: Manifest, config: CheckpointConfig) -> None:
+def check_origin(folder: Location, manifest: Manifest, config: CheckpointConfig) -> None:
     """Refuse a run that did not branch off `config.resume_from`, where that is set.
 
     Args:
-        run: The run's folder.
+        folder: The run's checkpoints.
         manifest: Of its own checkpoint.
         config: What the run is said to have branched off.
 
@@ -207,6 +207,7 @@ def check_origin(run: Path, manifest: Manifest, config: CheckpointConfig) -> Non
     origin = manifest.state.get("origin")
     if origin and normpath(origin[0]) == normpath(resume_from) and step in (0, origin[1]):
         return
+    run = folder.parent if folder.name == "checkpoints" else folder
     began = f"off step {origin[1]} of {origin[0]}" if origin else "at step 0"
     raise ValueError(
         f"checkpoint.resume_from: {resume_from}, but {run} began {began} and has done "
@@ -214,7 +215,7 @@ def check_origin(run: Path, manifest: Manifest, config: CheckpointConfig) -> Non
     )
 
 
-def check_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_optimizer(path: Location, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint with the moments of another optimizer.
 
     Args:

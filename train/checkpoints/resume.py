@@ -6,9 +6,9 @@ The newest one that verifies is loaded, else the next older.
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from data.urls import Location
 from models.checkpoint_format import Manifest, checkpoint_steps
 from models.llama import Llama
 from train.checkpoints.checkpoint_config import CheckpointConfig
@@ -20,7 +20,8 @@ from train.checkpoints.compatibility import (
     check_steps,
 )
 from train.checkpoints.content import RunIdentity, training_tensors
-from train.checkpoints.folder import ABANDONED, clean_up, set_aside
+from train.checkpoints.folder import ABANDONED
+from train.checkpoints.folders import folder_at
 from train.checkpoints.start import branching_point, load_initial_weights
 from train.checkpoints.verified import load_tensors, newest_intact
 from train.parallel.runtime import Runtime
@@ -44,7 +45,7 @@ class Resumed:
 
 
 def resume(
-    folder: Path,
+    folder: Location,
     model: Llama,
     optimizer: OptimizersContainer,
     *,
@@ -69,7 +70,7 @@ def resume(
             configuration.
         SystemExit: On the other ranks then.
     """
-    runtime.on_every_rank(lambda: clean_up(folder) if runtime.is_main else None)
+    runtime.on_every_rank(lambda: folder_at(folder).clean_up() if runtime.is_main else None)
     found, branched_from = newest_intact(folder, runtime), ""
     if found is None and config.resume_from:
         found, branched_from = branching_point(config, runtime), config.resume_from
@@ -83,7 +84,7 @@ def resume(
 
     def check() -> None:
         if not branched_from:
-            check_origin(folder.parent, manifest, config)
+            check_origin(folder, manifest, config)
         check_identity(path, manifest, identity)
         check_optimizer(path, tensors["optimizer"])
         check_steps(manifest, identity.config, given=given, more=bool(branched_from))
@@ -95,13 +96,13 @@ def resume(
     return Resumed(manifest.step, manifest.state, manifest, branched_from)
 
 
-def _log_start(path: Path, step: int, branched_from: str) -> None:
+def _log_start(path: Location, step: int, branched_from: str) -> None:
     begins = "branching off" if branched_from else "resuming from"
     logger.info("checkpoint: %s %s, step %d", begins, path, step)
 
 
 def load_earlier(
-    folder: Path,
+    folder: Location,
     model: Llama,
     optimizer: OptimizersContainer,
     *,
@@ -120,16 +121,16 @@ def load_earlier(
     """
     found = newest_intact(folder, runtime, last_step=last_step)
 
-    def abandon() -> tuple[Path, Manifest]:
+    def abandon() -> tuple[Location, Manifest]:
         if found is None:
             raise ValueError(
                 f"checkpoint: {folder} holds none of step {last_step} or before to roll back to, "
                 "lower checkpoint.interval_steps or raise checkpoint.keep_latest"
             )
         check_identity(*found, identity)
-        for path in list(checkpoint_steps(folder).values()) if runtime.is_main else ():
-            if path > found[0]:
-                set_aside(path, ABANDONED)
+        for step, path in checkpoint_steps(folder).items() if runtime.is_main else ():
+            if step > found[1].step:
+                folder_at(folder).set_aside(path.name, ABANDONED)
         return found
 
     path, manifest = runtime.on_every_rank(abandon)

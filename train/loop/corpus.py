@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from data.dataset import TRAIN, Dataset, open_dataset
+from data.dataset import TRAIN, Dataset
 from data.loader import TokenLoader
 from data.mixture import PERIOD, Mixture, shares
 from data.preparation import PrepareConfig, prepare
 from data.reading import Reading, Source, begin, open_mixture
 from data.responses import measure_responses
 from data.tokenizer import Tokenizer
+from data.url_dataset import dataset_at
+from data.urls import location
 from data.windows import Packing, Windows, open_windows
 from train.parallel.runtime import Runtime
 
@@ -29,7 +31,8 @@ class DataConfig:
     """Datasets, sequences and batch sizes."""
 
     path: str = ""
-    """Folder of token shards, made by `python -m data.prepare`; nothing is ever prepared here.
+    """Folder of token shards, made by `python -m data.prepare`, or its URL, of which a copy is made
+    in $SKIPSTONE_CACHE or ~/.cache/skipstone; nothing is ever prepared here.
     Empty: prepared from `input`, once, in outputs/data."""
     input: tuple[str, ...] = ()
     """Text for a run without a `path`: files or folders, or "embedded" for the sources of Python
@@ -38,7 +41,8 @@ class DataConfig:
     """Where model.vocab_size is not given, it is the dataset's, rounded up to a multiple of this.
     The ids beyond the dataset's are never learnt."""
     also: tuple[str, ...] = ()
-    """More folders of shards, of the same tokenizer, to mix in. Validation reads `path` alone."""
+    """More folders of shards, or their URLs, of the same tokenizer, to mix in. Validation reads
+    `path` alone."""
     weights: tuple[float, ...] = ()
     """Relative weights of `path` and each of `also`: its share of every 4096 rows. A source is
     shuffled and read to its end before any of it repeats. Empty: by the number of rows."""
@@ -209,7 +213,7 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
             vocab_size,
         )
         prepare(PrepareConfig(input=config.input, vocab_size=vocab_size), path)
-    first, *others = datasets = [open_dataset(Path(each)) for each in (config.path, *config.also)]
+    first, *others = datasets = [dataset_at(location(each)) for each in (config.path, *config.also)]
     if first.vocab_size > vocab_size:
         raise ValueError(
             f"model.vocab_size: {vocab_size} is smaller than the {first.vocab_size} ids of "
