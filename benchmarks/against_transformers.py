@@ -98,7 +98,7 @@ def theirs(model: Llama, max_new_tokens: int) -> Callable[..., Decode]:
     config = transformers.LlamaConfig(**hugging_face_config(model.config))
     with torch.device("meta"):
         twin = transformers.LlamaForCausalLM(config)
-    state = hugging_face_state({n: t.clone() for n, t in model.state_dict().items()})
+    state = hugging_face_state({n: t.clone() for n, t in model.state_dict().items()}, model.config)
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     twin.load_state_dict(state, assign=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config)

@@ -92,7 +92,9 @@ class Routing:
         if self.capacity == 1.0:
             return documents
         chosen = most_probable(p, self.capacity)
-        return query_mask(chosen, p.shape[1], None if documents is None else documents.documents)
+        if documents is None:
+            return query_mask(chosen, p.shape[1], None)
+        return query_mask(chosen, p.shape[1], documents.documents, documents.window)
 
 
 def most_probable(p: Tensor, capacity: float) -> Tensor:
