@@ -1,6 +1,6 @@
 """The shape of a Llama model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.foreign_json import build, shown
@@ -96,6 +96,14 @@ class LlamaConfig:
         """Number of weights in the matrices of all layers."""
         heads = 2 * self.n_heads + 2 * self.n_kv_heads
         return self.n_layers * self.dim * (heads * self.head_width + 3 * self.ffn_dim)
+
+    def has_weights_of(self, other: "LlamaConfig") -> bool:
+        """Whether the two have the same weights: they differ in the context at most.
+
+        No weight depends on it, as the rotary table is computed.
+        """
+        shape = replace(other, max_seq_len=self.max_seq_len, head_dim=other.head_width)
+        return replace(self, head_dim=self.head_width) == shape
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""

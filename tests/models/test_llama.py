@@ -1,5 +1,7 @@
 """Our Llama is transformers' Llama, is causal, and does not depend on how it was built."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -158,3 +160,18 @@ def test_problems_name_field_value_and_remedy():
     assert "model.n_heads: 5 does not divide model.dim 32" in problem
     assert "n_kv_heads" in small(n_kv_heads=3).problems()[0]
     assert "max_seq_len" in small(max_seq_len=1).problems()[0]
+    for fields, line in (
+        ({"head_dim": 7}, "model.head_dim: 7, must be even"),
+        ({"head_dim": 4096, "n_heads": 64, "n_kv_heads": 64}, "64 heads together 131072 wide"),
+        ({"sliding_window": 0}, "model.sliding_window: 0, must be 1 to 4194304"),
+    ):
+        [problem] = small(**fields).problems()
+        assert line in problem
+    assert small(dim=34, head_dim=8).problems() == [], "heads need not divide the width then"
+
+
+def test_a_head_width_follows_the_heads_unless_it_is_given():
+    assert replace(small(), n_heads=2).head_width == 16
+    assert replace(small(head_dim=12), n_heads=2).head_width == 12
+    assert small(head_dim=8).has_weights_of(small(max_seq_len=48))
+    assert not small(head_dim=12).has_weights_of(small())
