@@ -118,8 +118,8 @@ class LlamaConfig:
         if self.head_dim is not None:
             if self.head_dim % 2 or self.n_heads * self.head_dim > _MOST_WIDTH:
                 found.append(
-                    f"model.head_dim: {self.head_dim}, must be even and {self.n_heads} heads "
-                    f"together {_MOST_WIDTH} wide at most"
+                    f"model.head_dim: {self.head_dim}, must be even, and {self.n_heads} heads "
+                    f"together at most {_MOST_WIDTH} wide"
                 )
         elif self.dim % self.n_heads:
             found.append(

@@ -162,7 +162,7 @@ def test_problems_name_field_value_and_remedy():
     assert "max_seq_len" in small(max_seq_len=1).problems()[0]
     for fields, line in (
         ({"head_dim": 7}, "model.head_dim: 7, must be even"),
-        ({"head_dim": 4096, "n_heads": 64, "n_kv_heads": 64}, "64 heads together 131072 wide"),
+        ({"head_dim": 4096, "n_heads": 64, "n_kv_heads": 64}, "64 heads together at most 131072 wide"),
         ({"sliding_window": 0}, "model.sliding_window: 0, must be 1 to 4194304"),
     ):
         [problem] = small(**fields).problems()
