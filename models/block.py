@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention_mask import attend
 from models.config import LlamaConfig
-from models.document_mask import attend
 from models.rope import apply_rope
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from models.document_mask import DocumentMask, window_mask
+from models.attention_mask import AttentionMask, window_mask
 from models.layer_dropout import KeptRows
 from models.router import Routing
 from models.token_depth import TokenLayers
@@ -18,7 +18,7 @@ class LayerMasks:
     """Rows that each layer runs on (stochastic depth); None: all."""
     token_layers: TokenLayers | None = None
     """Tokens that run each layer; the others keep their state. None: all."""
-    documents: DocumentMask | None = None
+    documents: AttentionMask | None = None
     """Keeps attention within documents, and a sliding window; None: it is causal."""
     routing: Routing | None = None
     """Limits the tokens that routers let run, and records their gates; None: no limit."""
@@ -35,7 +35,7 @@ class LayerMasks:
             return self
         return replace(self, documents=window_mask(window, h.shape[1], h.device))
 
-    def attention(self, l: int, p: Tensor | None) -> DocumentMask | None:
+    def attention(self, l: int, p: Tensor | None) -> AttentionMask | None:
         """Return the attention mask of layer l, which a router runs with probability p.
 
         Args:

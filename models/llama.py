@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention_mask import document_mask
 from models.block import KVCache, LayerKV, RMSNorm, TransformerBlock, open_cache
 from models.config import LlamaConfig
-from models.document_mask import document_mask
 from models.exit_parts import ExitParts
 from models.initialization import initial_value
 from models.layer_dropout import KeptRows, choice_at, run_kept_rows

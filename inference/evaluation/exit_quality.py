@@ -19,7 +19,7 @@ from inference.evaluation.calibration import (
     calibration_error,
     mean_confidence,
 )
-from models.document_mask import document_mask
+from models.attention_mask import document_mask
 from models.layer_masks import LayerMasks
 from models.llama import Llama
 

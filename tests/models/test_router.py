@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from models.attention_mask import attend, document_mask, query_mask
 from models.config import config_from_dict
 from models.conversion.hugging_face import hugging_face_config
 from models.conversion.pruning import prune
-from models.document_mask import attend, document_mask, query_mask
 from models.layer_dropout import draw_kept_rows
 from models.layer_masks import LayerMasks
 from models.llama import Llama

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.document_mask import document_mask
+from models.attention_mask import document_mask
 from models.layer_dropout import draw_kept_rows, uniform
 from models.layer_masks import LayerMasks
 from models.token_depth import (

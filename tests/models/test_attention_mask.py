@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.document_mask import attend, document_mask, query_mask, window_mask
+from models.attention_mask import attend, document_mask, query_mask, window_mask
 from models.layer_dropout import draw_kept_rows
 from tests.models.test_llama import build, small  # noqa: F401
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DocumentMask:
+class AttentionMask:
     """Which tokens each query of some rows attends to."""
 
     documents: Tensor | None
@@ -61,7 +61,7 @@ class DocumentMask:
 
 def document_mask(
     documents: Tensor, window: int | None = None, *, blocks: bool | None = None
-) -> DocumentMask:
+) -> AttentionMask:
     """Return the mask of documents: (batch, seq) int64, the number of each token's document.
 
     Args:
@@ -71,15 +71,15 @@ def document_mask(
     """
     batch, seq = documents.shape
     mask = _make(_mask_mod(documents, None, window), batch, seq, seq, documents.device, blocks)
-    return DocumentMask(documents, mask, window=window)
+    return AttentionMask(documents, mask, window=window)
 
 
 def window_mask(
     window: int, seq: int, device: torch.device, *, blocks: bool | None = None
-) -> DocumentMask:
+) -> AttentionMask:
     """Return the mask of a sliding window over `seq` tokens of any rows, see `document_mask`."""
     mask = _make(_mask_mod(None, None, window), 1, seq, seq, device, blocks)
-    return DocumentMask(None, mask, window=window)
+    return AttentionMask(None, mask, window=window)
 
 
 def query_mask(
@@ -89,7 +89,7 @@ def query_mask(
     window: int | None = None,
     *,
     blocks: bool | None = None,
-) -> DocumentMask:
+) -> AttentionMask:
     """Return the mask of some queries that attend to every token before them.
 
     Args:
@@ -102,7 +102,7 @@ def query_mask(
     batch, n = queries.shape
     mask_mod = _mask_mod(documents, queries, window)
     mask = _make(mask_mod, batch, n, seq, queries.device, blocks)
-    return DocumentMask(documents, mask, queries, window)
+    return AttentionMask(documents, mask, queries, window)
 
 
 def _make(
