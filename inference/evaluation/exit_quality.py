@@ -19,7 +19,7 @@ from inference.evaluation.calibration import (
     calibration_error,
     mean_confidence,
 )
-from models.document_mask import document_mask
+from models.attention_mask import document_mask
 from models.layer_masks import LayerMasks
 from models.llama import Llama
 
@@ -162,7 +162,8 @@ def _sums(model: Llama, batch: Microbatch) -> tuple[Tensor, Tensor]:
         (n_layers, 3) fp64, and (n_layers, BINS, 3) fp64 of `bin_confidence`.
     """
     n_layers, device = model.config.n_layers, batch.labels.device
-    documents = None if batch.documents is None else document_mask(batch.documents)
+    window = model.config.sliding_window
+    documents = None if batch.documents is None else document_mask(batch.documents, window)
     masks, h = LayerMasks(documents=documents), model.embed(batch.tokens)
     _, exits = model.run_layers(h, 0, n_layers, masks=masks, exit_layers=range(n_layers))
     sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=device)

@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ from inference.strategies.jump_maps import JumpMap, load_jump, save_jump
 from inference.strategies.reduced_head import check_counts, load_reduced_head
 from models.checkpoint_format import MANIFEST, load_model, read_manifest, verify
 from models.config import LlamaConfig
+from models.conversion.hugging_face import config_json
 from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
 from models.conversion.safetensors_folder import (
     read_config,
@@ -48,6 +50,7 @@ from models.tensor_reader import TensorReader
 from tests.data.chat_templates import TEMPLATES
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.hostile.forgery import FEW, MANY, check, damaged, forged
+from tests.models.families import SHAPES
 from train.config.config_file import read_config as read_run_config
 from train.config.presets import PRESETS
 
@@ -303,6 +306,10 @@ def test_hugging_face_folders(folder, model):
         for p, content in files.items()
     ]
     changes += [st.tuples(st.just(p), damaged(content)) for p, content in shards.items()]
+    for family in SHAPES.values():
+        fields = config_json(replace(SHAPE, **family), dtype="float32", bos_id=1, eos_id=2)
+        fields["layer_types"] = ["sliding_attention", "full_attention"]
+        changes.append(st.tuples(st.just(path / "config.json"), forged(fields)))
 
     @MANY
     @given(st.one_of(changes))

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from os.path import normpath
 from typing import Any
 
@@ -173,8 +172,7 @@ def check_identity(path: Location, manifest: Manifest, identity: RunIdentity) ->
     Raises:
         ValueError: Naming the difference.
     """
-    # No weight depends on the context; the rotary table is computed.
-    if replace(manifest.model, max_seq_len=identity.model.max_seq_len) != identity.model:
+    if not identity.model.has_weights_of(manifest.model):
         raise ValueError(
             f"name: {path} {other_model(manifest.model, identity.model)}; "
             "choose another --name or the configuration it was trained with"

@@ -101,8 +101,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     def check() -> None:
         if isinstance(found, str):
             raise ValueError(found)
-        # No weight depends on the context; the rotary table is computed.
-        if replace(found.model, max_seq_len=shape.max_seq_len) != shape:
+        if not shape.has_weights_of(found.model):
             raise ValueError(
                 f"checkpoint.init_from: {path} {other_model(found.model, shape)}; "
                 "configure that model or name another run"

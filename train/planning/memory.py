@@ -86,7 +86,9 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
     tracker = AllocationTracker(PARTS)
     with _fake_ranks(work.ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = _build(work, parallel, _mesh(parallel, work.ranks))
+        # There FlexAttention's blocks stand for the mask of a window, which is a tensor on CPUs.
+        shape = replace(work.model, sliding_window=None) if on_gpu else work.model
+        model = _build(work, shape, parallel, _mesh(parallel, work.ranks))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, tracker, gpu_kernels() if on_gpu else nullcontext():
             tracker.only_part = "parameters"
@@ -124,10 +126,10 @@ def _mesh(parallel: ParallelConfig, ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp"))
 
 
-def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
+def _build(work: Work, shape: LlamaConfig, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
     """Build the model as `build_model` does, up to the allocation of weights."""
     with torch.device("meta"):
-        model = Llama(work.model)
+        model = Llama(shape)
     freeze(model, work.step.optim.trains)
     if parallel.activation_checkpointing != "none":
         checkpoint_blocks(model, parallel.activation_checkpointing)
