@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.boundaries import Marks
 from data.foreign_json import build, is_plain, read_object, shown
 from data.nearest import nearest_dataset
 from data.progress import Progress
@@ -74,6 +75,8 @@ class Dataset:
     """Number of documents (or lines, rows, files) left out, by reason."""
     skipped_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The first few origins of each reason: file, file:line or file:row."""
+    marks: Marks = "both"
+    """Which tokens mark the ends of its documents, see `data.boundaries`."""
     arguments: Mapping[str, object]
     """The arguments of `data.prepare`, see `PrepareConfig.arguments`."""
 

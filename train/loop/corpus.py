@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from data.boundaries import Boundaries
 from data.dataset import TRAIN, Dataset, open_dataset
 from data.loader import TokenLoader
 from data.mixture import PERIOD, Mixture, shares
@@ -114,15 +115,13 @@ class Corpus:
         return hashlib.sha256("".join(prints).encode()).hexdigest()
 
     @cached_property
-    def ends(self) -> tuple[int, int]:
-        """The ids of the first and of the last token of every document."""
+    def _ends(self) -> tuple[int, int]:
         tokenizer = Tokenizer(self.datasets[0].tokenizer_path)
         return tokenizer.bos_id, tokenizer.eos_id
 
-    @property
-    def bos_id(self) -> int:
-        """The id of the first token of every document."""
-        return self.ends[0]
+    def boundaries(self, dataset: Dataset) -> Boundaries:
+        """Return where the documents of a dataset begin."""
+        return Boundaries(*self._ends, dataset.marks)
 
     def windows(self, dataset: Dataset, split: str, config: DataConfig) -> Windows:
         """Return the sequences of one split.
@@ -151,8 +150,8 @@ class Corpus:
     def _open(self, dataset: Dataset, split: str, packing: Packing, seq_len: int) -> Windows:
         stream = dataset.stream(split)
         try:
-            bos_id, eos_id = self.ends
-            return open_windows(stream, packing, seq_len=seq_len, bos_id=bos_id, eos_id=eos_id)
+            boundaries = self.boundaries(dataset)
+            return open_windows(stream, packing, seq_len=seq_len, boundaries=boundaries)
         except ValueError as error:
             raise ValueError(f"data: {split} of {dataset.path}: {error}") from error
 
@@ -164,7 +163,7 @@ class Corpus:
         """
         if not dataset.holds_pairs or config.packing != "documents":
             return
-        found = measure_responses(dataset.stream(split), *self.ends, config.seq_len)
+        found = measure_responses(dataset.stream(split), self.boundaries(dataset), config.seq_len)
         whose = f"of the {found.pairs} pairs in {split} of {dataset.path}"
         if found.lost == found.pairs:
             raise ValueError(
@@ -265,8 +264,7 @@ def train_loader(
         microbatch_size=config.rows_at_once(runtime.world_size),
         rank=runtime.rank,
         world_size=runtime.world_size,
-        bos_id=corpus.bos_id if config.mask_documents else None,
-        eos_id=corpus.ends[1],
+        boundaries=corpus.boundaries(corpus.datasets[0]) if config.mask_documents else None,
     )
 
 
