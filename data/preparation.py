@@ -12,7 +12,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +35,8 @@ from data.row_layout import Document, RowLayout
 from data.shards import MAX_VOCAB_SIZE, ShardWriter
 from data.sources.documents import read_documents
 from data.survey import Survey, document_digest, survey_documents
+from data.token_ids.preparation import describe_tokens, holds_tokens
+from data.token_ids.splitting import TokenOptions
 from data.tokenizer import Tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ class PrepareConfig:
     entries), globs, or the word embedded: the sources of the running Python and of torch, about
     58 MB that need no download, or hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that
     its save_to_disk wrote or a name on the hub, streamed twice (split train if not given). JSON
-    lines and Parquet hold a document per row, other files one each."""
+    lines and Parquet hold a document per row, other files one each. Or token files (.bin .npy
+    .tokens) and rows of token ids, see tokens_field."""
     tokenizer: Path | None = None
     """A SentencePiece model, or a Hugging Face tokenizer.json with its tokenizer_config.json beside
     it, which names BOS and EOS; not beside vocab_size."""
@@ -64,6 +67,8 @@ class PrepareConfig:
     """Expected fraction of documents to hold out, chosen by a hash of their text; at least one
     document is, of a single document its end. Where they would hold more than twice this share of
     the text, large documents are not held out."""
+    tokens: Annotated[TokenOptions, tyro.conf.arg(name="")] = field(default_factory=TokenOptions)
+    """Inputs that hold token ids in place of text."""
     layout: Annotated[RowLayout, tyro.conf.arg(name="")] = field(default_factory=RowLayout)
     """JSON fields or Parquet columns that hold the text, or prompt and response."""
     shard_tokens: int = 50_000_000
@@ -87,6 +92,8 @@ class PrepareConfig:
             )
         if self.vocab_size is not None and not _LEAST_TOKENS <= self.vocab_size <= MAX_VOCAB_SIZE:
             found.append(f"vocab_size: {self.vocab_size}, give {_LEAST_TOKENS} to {MAX_VOCAB_SIZE}")
+        if self.vocab_size is not None and self.reads_tokens:
+            found.append("vocab_size trains a tokenizer on text, of token ids name the tokenizer")
         if not 0 < self.validation_fraction < 1:
             found.append(
                 f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"
@@ -100,6 +107,15 @@ class PrepareConfig:
             )
         return found
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the input holds token ids.
+
+        Raises:
+            ValueError: some of it does.
+        """
+        return holds_tokens(self.input, self.tokens)
+
     def arguments(self) -> dict[str, object]:
         """Return the arguments for `dataset.json`: the tokenizer by its hash, the rest as given."""
         layout = self.layout
@@ -110,6 +126,11 @@ class PrepareConfig:
             "validation_fraction": self.validation_fraction,
             "text_field": layout.text_field,
             "shard_tokens": self.shard_tokens,
+        }
+        given |= {
+            name: value
+            for name, value in asdict(self.tokens).items()
+            if value != getattr(TokenOptions(), name)
         }
         if layout.response:
             given |= {"prompt": layout.prompt, "response": layout.response}
@@ -189,6 +210,17 @@ def _fill(
     config: PrepareConfig, arguments: Mapping[str, object], folder: Path, workers: int
 ) -> Dataset:
     """Write tokenizer and shards into an empty folder and return their description."""
+    if config.reads_tokens:
+        assert config.tokenizer is not None
+        return describe_tokens(
+            config.input,
+            config.tokens,
+            Tokenizer(config.tokenizer),
+            folder,
+            arguments=arguments,
+            validation_fraction=config.validation_fraction,
+            shard_tokens=config.shard_tokens,
+        )
     faults = Faults()
     documents = read_documents(config.input, faults, config.layout)
     try:

@@ -167,7 +167,7 @@ def _survey(
     )
 
 
-def _bound(distinct: npt.NDArray[np.uint64], validation_fraction: float) -> int:
+def held_out_bound(distinct: npt.NDArray[np.uint64], validation_fraction: float) -> int:
     """Return the largest key that is held out; `distinct` is sorted."""
     bound = int(validation_fraction * _KEY_RANGE)
     return min(max(bound, int(distinct[0])), int(distinct[-1]) - 1)
@@ -191,7 +191,7 @@ def _limit(
         weights: bytes of all documents of each key.
         validation_fraction: the share asked for.
     """
-    bound, total = _bound(distinct, validation_fraction), weights.sum()
+    bound, total = held_out_bound(distinct, validation_fraction), weights.sum()
     share = max(validation_fraction, min(1 / len(distinct), 0.25))
     if weights[distinct <= bound].sum() <= 2 * share * total:
         return bound, None
