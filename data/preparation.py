@@ -12,7 +12,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,8 +92,7 @@ class PrepareConfig:
             )
         if self.vocab_size is not None and not _LEAST_TOKENS <= self.vocab_size <= MAX_VOCAB_SIZE:
             found.append(f"vocab_size: {self.vocab_size}, give {_LEAST_TOKENS} to {MAX_VOCAB_SIZE}")
-        if self.vocab_size is not None and self.reads_tokens:
-            found.append("vocab_size trains a tokenizer on text, of token ids name the tokenizer")
+        found += self._token_problems()
         if not 0 < self.validation_fraction < 1:
             found.append(
                 f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"
@@ -105,6 +104,19 @@ class PrepareConfig:
             found.append(
                 f"max_skipped_fraction {self.max_skipped_fraction} is not between 0 and 1, try 0.1"
             )
+        return found
+
+    def _token_problems(self) -> list[str]:
+        if not self.reads_tokens:
+            given = self.tokens.given()
+            return [f"{name}: for token files alone, but the input is text" for name in given]
+        found = []
+        if self.vocab_size is not None:
+            found.append("vocab_size trains a tokenizer on text, of token ids name the tokenizer")
+        if self.tokens.tokens_field and self.tokens.validation_input:
+            found.append("validation_input: for token files alone, but tokens_field names rows")
+        if self.layout.response or self.duplicates == "drop":
+            found.append("response and duplicates are for text, but the input is token ids")
         return found
 
     @property
@@ -127,11 +139,7 @@ class PrepareConfig:
             "text_field": layout.text_field,
             "shard_tokens": self.shard_tokens,
         }
-        given |= {
-            name: value
-            for name, value in asdict(self.tokens).items()
-            if value != getattr(TokenOptions(), name)
-        }
+        given |= self.tokens.given()
         if layout.response:
             given |= {"prompt": layout.prompt, "response": layout.response}
         if self.duplicates == "drop":

@@ -10,6 +10,7 @@ Independent of tokenizers and of datasets.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError  # numpy cleans a header with Python's tokenizer.
 from typing import Literal
 
 import numpy as np
@@ -120,7 +121,7 @@ def _open_npy(path: Path, dtype: str) -> TokenFile:
             if version != (1, 0):
                 raise ValueError(f"version {version}")
             shape, _, saved = np.lib.format.read_array_header_1_0(file)
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, SyntaxError, TokenError) as error:
             raise ValueError(f"input {path} has a damaged header, save it again") from error
         offset = file.tell()
     if len(shape) != 1 or saved.str not in ID_DTYPES:

@@ -35,6 +35,11 @@ class TokenOptions:
     validation_input: tuple[str, ...] = ()
     """Token files to hold out; none: the last documents of the input."""
 
+    def given(self) -> dict[str, object]:
+        """Return the fields that differ from their defaults."""
+        mine, defaults = vars(self), vars(TokenOptions())
+        return {name: value for name, value in mine.items() if value != defaults[name]}
+
     def raw_dtype(self, vocab_size: int) -> str:
         """Return the numpy name of the type of one id in files without a header."""
         if self.token_dtype == "auto":

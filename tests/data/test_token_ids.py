@@ -262,6 +262,9 @@ def test_text_and_ids_are_not_mixed(tmp_path, tokenizer_path, ids) -> None:
     given = PrepareConfig(input=(str(path),), vocab_size=400)
     with pytest.raises(ValueError, match="vocab_size trains a tokenizer on text"):
         prepare(given, tmp_path / "dataset")
+    given = config(tmp_path / "b.txt", tokenizer_path, validation_input=("val.bin",))
+    with pytest.raises(ValueError, match="validation_input: for token files alone, but the input"):
+        prepare(given, tmp_path / "dataset")
 
 
 def test_lengths_of_byte_level_pieces_are_bytes(tmp_path) -> None:

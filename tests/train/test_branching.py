@@ -18,7 +18,8 @@ from tests.train import tiny
 from tests.training import Training
 from train import main as command
 from train.checkpoints.resume import Resumed
-from train.loop.corpus import DataConfig, open_corpus
+from train.loop.corpus import open_corpus
+from train.loop.data_config import DataConfig
 from train.loop.recovery import RecoveryConfig, skip_after_rollback
 from train.loop.run_state import RunState
 from train.main import main

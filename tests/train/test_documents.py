@@ -16,7 +16,8 @@ from tests.batches import batch_at
 from tests.distributed import run_distributed
 from tests.train.loop.test_step import STEP, make_config, plan_of
 from train.job import open_job
-from train.loop.corpus import DataConfig, open_corpus, train_loader
+from train.loop.corpus import open_corpus, train_loader
+from train.loop.data_config import DataConfig
 from train.loop.step import accumulate_gradients
 from train.loop.validate import ValidateConfig, validate
 from train.monitoring.interruption import Interruption

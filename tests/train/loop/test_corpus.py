@@ -5,7 +5,8 @@ import re
 
 import torch
 
-from train.loop.corpus import DataConfig, open_corpus, train_loader
+from train.loop.corpus import open_corpus, train_loader
+from train.loop.data_config import DataConfig
 from train.parallel.runtime import Runtime
 
 
