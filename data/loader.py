@@ -65,8 +65,8 @@ class TokenLoader:
 
     Args:
         mixture: the rows, endless.
-        global_batch_size: sequences per step, over all ranks and microbatches.
-        microbatch_size: sequences per rank and forward pass.
+        global_batch_size: sequences per step, over all ranks and microbatches; a ramp has fewer.
+        microbatch_size: sequences per rank and forward pass; 0: all of its part of a batch.
         rank: this process among those with data of their own.
         world_size: number of them.
         boundaries: number the documents of each row; None does not.
@@ -85,14 +85,14 @@ class TokenLoader:
         world_size: int = 1,
         boundaries: Boundaries | None = None,
     ) -> None:
-        if min(global_batch_size, microbatch_size) < 1:
+        if global_batch_size < 1 or microbatch_size < 0:
             raise ValueError(
-                f"global_batch_size {global_batch_size} and microbatch_size {microbatch_size}"
-                " must be at least 1"
+                f"global_batch_size {global_batch_size} must be at least 1 and microbatch_size"
+                f" {microbatch_size} at least 0"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, world_size {world_size})")
-        if global_batch_size % (world_size * microbatch_size):
+        if global_batch_size % (world_size * max(microbatch_size, 1)):
             raise ValueError(
                 f"global_batch_size {global_batch_size} is not a multiple of world_size"
                 f" {world_size} * microbatch_size {microbatch_size}, change one of the three"
@@ -109,10 +109,10 @@ class TokenLoader:
         """Return this rank's microbatches of a global batch, in order.
 
         Args:
-            rows: (global_batch_size,) int64, the numbers of its rows in the mixture.
+            rows: (its size,) int64, the numbers of its rows in the mixture.
         """
-        samples = np.arange(self.global_batch_size)
-        samples = samples.reshape(-1, self._world_size, self._microbatch_size)[:, self._rank]
+        size = self._microbatch_size or len(rows) // self._world_size
+        samples = np.arange(len(rows)).reshape(-1, self._world_size, size)[:, self._rank]
         return [self._read(rows[samples[m]], samples[m]) for m in range(len(samples))]
 
     def batches(

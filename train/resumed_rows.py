@@ -47,7 +47,7 @@ def open_rows(
             seed,
             reading=state.reading,
             next_row=state.next_row,
-            steps=config.steps - resumed.t,
+            rows=data.batch.before(config.steps) - data.batch.before(resumed.t),
         )
         return state, loader
 

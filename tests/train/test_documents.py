@@ -94,7 +94,7 @@ def test_training_rows_number_their_documents_where_configured(short_documents, 
         config = dataclasses.replace(data_config(short_documents, mask=mask), packing=packing)
         corpus = open_corpus(config, 300)
         [batch] = batch_at(
-            train_loader(corpus, config, runtime, 0, reading=corpus.unread(config), steps=1), 0
+            train_loader(corpus, config, runtime, 0, reading=corpus.unread(config), rows=1), 0
         )
         if not mask:
             assert batch.documents is None

@@ -41,8 +41,8 @@ from train.checkpoints.folder import (
     publish,
     write_synced,
 )
+from train.optimizer.optim import Optimizers
 from train.parallel.runtime import Runtime
-from train.parallel.titan import OptimizersContainer
 
 T = TypeVar("T")
 FileEntry = dict[str, int | str]
@@ -64,7 +64,7 @@ class CheckpointWriter:
         self,
         folder: Path,
         model: Llama,
-        optimizer: OptimizersContainer,
+        optimizer: Optimizers,
         *,
         config: CheckpointConfig,
         identity: RunIdentity,
@@ -143,7 +143,9 @@ class CheckpointWriter:
         raise OSError(f"checkpoint: {problem}{count}, make room there and start the run again")
 
     def write_model(self, path: Path, t: int) -> None:
-        """Write the weights alone, in the dtype of `config.final_model`; "none" writes nothing.
+        """Write the weights alone, or their average, in the dtype of `config.final_model`.
+
+        "none" writes nothing.
 
         Raises:
             OSError: On rank 0, if they could not be written.
@@ -154,7 +156,9 @@ class CheckpointWriter:
             return
         refuse_non_finite(self._model, t, self._gather)
         dtype = _DTYPES[self._config.final_model]
-        weights = {name: value.to(dtype) for name, value in self._model.state_dict().items()}
+        average = self._optimizer.average
+        state = self._model.state_dict() if average is None else average.tensors
+        weights = {name: value.to(dtype) for name, value in state.items()}
         manifest = self._identity.manifest(t, {}, self._runtime)
         self._in_flight = self._thread.submit(
             self._write, path, {"model": weights}, manifest, False

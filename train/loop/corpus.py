@@ -175,7 +175,7 @@ def train_loader(
     *,
     reading: Reading,
     next_row: int = 0,
-    steps: int,
+    rows: int,
 ) -> TokenLoader:
     """Return the loader of this rank's training rows; log how much of each source is read.
 
@@ -186,7 +186,7 @@ def train_loader(
         seed: Of the order.
         reading: How far the sources were read before.
         next_row: The row that is read next.
-        steps: Steps from there to the end.
+        rows: Rows from there to the end.
 
     Raises:
         ValueError: If a source has no row, or, on rank 0, no response within seq_len.
@@ -194,11 +194,11 @@ def train_loader(
     for dataset in corpus.datasets if runtime.is_main else ():
         corpus.check_responses(dataset, TRAIN, config)
     mixture = open_mixture(reading, corpus.sources, seed=seed)
-    _log_what_is_read(corpus, config, mixture, next_row, steps)
+    _log_what_is_read(corpus, config, mixture, next_row, rows)
     return TokenLoader(
         mixture,
         global_batch_size=config.global_batch_size,
-        microbatch_size=config.rows_at_once(runtime.world_size),
+        microbatch_size=config.microbatch_size,
         rank=runtime.rank,
         world_size=runtime.world_size,
         boundaries=corpus.boundaries(corpus.datasets[0]) if config.mask_documents else None,
@@ -206,10 +206,10 @@ def train_loader(
 
 
 def _log_what_is_read(
-    corpus: Corpus, config: DataConfig, mixture: Mixture, next_row: int, steps: int
+    corpus: Corpus, config: DataConfig, mixture: Mixture, next_row: int, rows: int
 ) -> None:
-    tokens = steps * config.tokens_per_step
-    epochs = mixture.epochs(next_row + steps * config.global_batch_size)
+    tokens = rows * config.seq_len
+    epochs = mixture.epochs(next_row + rows)
     for i, (dataset, source) in enumerate(zip(corpus.datasets, mixture.sources, strict=True)):
         share = mixture.rows_per_period[i] / PERIOD
         logger.info(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from data.batch_ramp import BatchRamp
 from data.mixture import shares
 from data.windows import Packing
 
@@ -34,6 +35,12 @@ class DataConfig:
     """Tokens per sequence."""
     global_batch_size: int = 256
     """Sequences per optimizer step, over all ranks."""
+    ramp_start: int = 0
+    """Sequences of the first step, where the batch grows to global_batch_size; 0: it does not."""
+    ramp_increment: int = 0
+    """Sequences that each growth adds."""
+    ramp_steps: int = 0
+    """Steps until the batch has its full size; each size before that lasts equally long."""
     microbatch_size: int = 0
     """Sequences per rank and forward pass; gradients of global_batch_size / (ranks *
     microbatch_size) of them accumulate to one step. 0: no accumulation."""
@@ -42,9 +49,22 @@ class DataConfig:
     their preparation. False: compare their sizes alone."""
 
     @property
+    def batch(self) -> BatchRamp:
+        """Sequences of the global batch of each step t."""
+        if not self.ramp_start:
+            return BatchRamp(self.global_batch_size)
+        return BatchRamp(
+            self.global_batch_size, self.ramp_start, self.ramp_increment, self.ramp_steps
+        )
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens in one global batch."""
+        """Tokens in one global batch, after a ramp."""
         return self.global_batch_size * self.seq_len
+
+    def tokens_of(self, steps: int) -> int:
+        """Tokens in the batches of the first `steps`."""
+        return self.batch.before(steps) * self.seq_len
 
     def rows_at_once(self, world_size: int) -> int:
         """Return the sequences of one microbatch on one of `world_size` ranks."""
@@ -62,12 +82,7 @@ class DataConfig:
             )
             if getattr(self, name) < least
         ]
-        if not found and self.global_batch_size % (world_size * max(self.microbatch_size, 1)):
-            rows = f" * data.microbatch_size {self.microbatch_size}" if self.microbatch_size else ""
-            found.append(
-                f"data.global_batch_size: {self.global_batch_size} is not a multiple of "
-                f"{world_size} ranks{rows}, change one of them"
-            )
+        found = found or self._batch_problems(world_size)
         if self.weights and len(self.weights) != 1 + len(self.also):
             found.append(
                 f"data.weights: {self.weights}, give one for path and each of also, "
@@ -79,3 +94,27 @@ class DataConfig:
             except ValueError as error:
                 found.append(f"data.{error}")
         return found
+
+    def _batch_problems(self, world_size: int) -> list[str]:
+        sizes = {"global_batch_size": self.global_batch_size}
+        ramp = (self.ramp_start, self.ramp_increment, self.ramp_steps)
+        if any(ramp):
+            if min(ramp) < 1:
+                return [
+                    f"data.ramp_start, data.ramp_increment and data.ramp_steps: {ramp}, give all "
+                    "three, at least 1 each, or none"
+                ]
+            rest = self.global_batch_size - self.ramp_start
+            if rest < 1 or rest % self.ramp_increment:
+                return [
+                    f"data.ramp_increment: from data.ramp_start {self.ramp_start} no steps of "
+                    f"{self.ramp_increment} lead to data.global_batch_size "
+                    f"{self.global_batch_size}, change one of them"
+                ]
+            sizes |= {"ramp_start": self.ramp_start, "ramp_increment": self.ramp_increment}
+        rows = f" * data.microbatch_size {self.microbatch_size}" if self.microbatch_size else ""
+        return [
+            f"data.{name}: {size} is not a multiple of {world_size} ranks{rows}, change one of them"
+            for name, size in sizes.items()
+            if size % (world_size * max(self.microbatch_size, 1))
+        ]
