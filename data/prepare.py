@@ -13,7 +13,8 @@ import tyro
 from data.command_line import run_command
 from data.dataset import Dataset
 from data.output_streams import naming_the_file
-from data.preparation import PrepareConfig, Stage, prepare_stage
+from data.preparation import Stage, prepare_stage
+from data.prepare_config import PrepareConfig
 from data.url_dataset import prepare_at
 from data.urls import Location, Url
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data.chats import TEMPLATE_NAME, find_template
 from data.dataset import TOKENIZER_NAME, TRAIN, VALIDATION, Dataset, Split, write_description
@@ -21,13 +20,14 @@ from data.pieces.ledger import Surveyed, begin, check_arguments, read_survey, un
 from data.pieces.plan import Piece, list_pieces
 from data.pieces.surveying import PieceRecord, SurveyPiece, read_record
 from data.pieces.workers import Workers
+from data.prepare_config import PrepareConfig
 from data.progress import Progress
 from data.shards import token_dtype
 from data.survey import combine, gather_sample
 from data.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
-    from data.preparation import PrepareConfig
+    from data.prepare_config import PrepareConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Preparation:
         workers: do the work.
     """
 
-    config: "PrepareConfig"
+    config: PrepareConfig
     arguments: Mapping[str, object]
     folder: Path
     workers: Workers
@@ -239,7 +239,7 @@ def _add_faults(faults: Faults, pieces: Sequence[Piece], records: Sequence[Piece
         faults.extend(record.faults, examples)
 
 
-def _refuse_mostly_damaged(config: "PrepareConfig", faults: Faults, documents: int) -> None:
+def _refuse_mostly_damaged(config: PrepareConfig, faults: Faults, documents: int) -> None:
     if faults.damaged > config.max_skipped_fraction * (documents + faults.damaged):
         raise ValueError(
             f"input: {faults.damaged} of {documents + faults.damaged} documents cannot be used,"

@@ -124,6 +124,10 @@ class JsonModel:
     def pieces(self) -> list[str]:
         return [piece.translate(_WRITTEN) for piece in self._tokenizer.get_vocab()]
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every piece as the file writes it, white space and bytes included."""
+        return dict(self._tokenizer.get_vocab())
+
 
 def is_json(serialized: bytes) -> bool:
     """Whether these bytes are JSON: a SentencePiece model never begins like this."""

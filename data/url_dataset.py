@@ -8,7 +8,8 @@ from pathlib import Path
 from data.chats import TEMPLATE_NAME
 from data.dataset import DESCRIPTION_NAME, TOKENIZER_NAME, Dataset, open_dataset, read_description
 from data.foreign_json import MAX_BYTES
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.progress import Progress
 from data.url_cache import fetch_folder
 from data.urls import Location, Url, cache_folder

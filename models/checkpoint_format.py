@@ -22,7 +22,13 @@ from data.urls import Location, Url, UrlError, explained
 from models.config import LlamaConfig
 from models.fingerprint import compute_fingerprint
 from models.llama import Llama
-from models.tensor_reader import TensorReader, check_tensors, load_tensors
+from models.tensor_reader import (
+    TensorReader,
+    Weights,
+    check_tensors,
+    load_tensors,
+    refuse_without_average,
+)
 
 FileEntry = dict[str, int | str]
 
@@ -248,24 +254,33 @@ def find_checkpoint(run: Location, field: str = "run") -> Location:
     raise ValueError(f"{field}: {run} holds no finished checkpoint, train first or name another")
 
 
-def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) -> Llama:
+def load_model(
+    checkpoint: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: Weights = "model",
+) -> Llama:
     """Load the model of a checkpoint folder on one device, for inference.
 
     Args:
         checkpoint: A checkpoint folder, see `find_checkpoint`.
         device: Of the model.
         dtype: Of its weights.
+        weights: Which of its weights.
 
     Raises:
-        ValueError: If a file is missing or damaged, or the tensors do not fit the manifest.
+        ValueError: If a file is missing or damaged, there is no average, or the tensors do not
+            fit the manifest.
     """
     manifest = verify(checkpoint)
     with torch.device("meta"):
         model = Llama(manifest.model)
     reader = TensorReader(checkpoint)
-    check_tensors(reader, "model.", model.state_dict())
+    refuse_without_average(checkpoint, weights)
+    check_tensors(reader, f"{weights}.", model.state_dict())
     model.to_empty(device="cpu")  # of no more memory than the files have bytes
-    load_tensors(reader, {"model": model.state_dict()})
+    load_tensors(reader, {weights: model.state_dict()})
     model.fill_rope_table()
     model.fingerprint = compute_fingerprint(model)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -84,7 +84,7 @@ def read_source(options: Options) -> Source:
     else:
         checkpoint = local_checkpoint(options.input, "input")
         own = checkpoint / TOKENIZER
-        manifest, state = read_checkpoint(checkpoint)
+        manifest, state = read_checkpoint(checkpoint, options.weights)
         tokens = manifest.state.get("tokens")
         source = Source(
             config=manifest.model,

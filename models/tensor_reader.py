@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from data.foreign_json import is_plain
 from data.urls import Location, Url, UrlError
 from models.url_streams import UrlStreams
+
+Weights = Literal["model", "ema"]
+"""Those of the last step, or their moving average: the names of both begin with this."""
 
 
 class TensorReader(FileSystemReader):
@@ -194,6 +197,21 @@ def _check_chunk(name: str, chunk: object, size: torch.Size) -> None:
         for start, count, whole in zip(*shapes, size, strict=True)
     ):
         raise ValueError(f"has a part that lies outside {name}")
+
+
+def holds_average(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds a moving average of its weights."""
+    names = TensorReader(checkpoint).read_metadata().state_dict_metadata
+    return any(name.startswith("ema.") for name in names)
+
+
+def refuse_without_average(checkpoint: Path, weights: Weights) -> None:
+    """Raise a ValueError if the average is asked for and there is none."""
+    if weights == "ema" and not holds_average(checkpoint):
+        raise ValueError(
+            f"weights: ema, but {checkpoint} holds no average, leave it out, or train with "
+            "--optim.ema_decay"
+        )
 
 
 def check_tensors(

@@ -24,10 +24,9 @@ from train.monitoring.interruption import Interruption
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
 from train.opened_data import open_data
-from train.optimizer.optim import build_optimizer
+from train.optimizer.optim import Optimizers, build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
-from train.parallel.titan import OptimizersContainer
 from train.record import record_hang, record_start
 from train.resumed_rows import open_rows
 from train.run_folder.events import EventLog, goodput, starts
@@ -55,7 +54,7 @@ class Job:
     held_out: HeldOut
     layerskip: LayerSkipSchedule
     model: Llama
-    optimizer: OptimizersContainer
+    optimizer: Optimizers
     adam_monitor: AdamMonitor
     replica_check: ReplicaCheck
     identity: RunIdentity
@@ -69,7 +68,7 @@ class Job:
     def batches(self, start: int, state: RunState) -> Iterator[tuple[int, list[Microbatch]]]:
         """Yield (t, this rank's microbatches) from step `start` to the last."""
         return self.loader.batches(
-            state.step_rows(start, self.config.data.global_batch_size),
+            state.step_rows(start, self.config.data.batch),
             self.config.steps,
             pin_memory=self.runtime.device.type == "cuda",
         )
@@ -247,7 +246,7 @@ def _open_wandb(config: TrainConfig, runtime: Runtime, stack: ExitStack) -> Weig
     return wandb
 
 
-def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, OptimizersContainer]:
+def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimizers]:
     """Build the model and its optimizer, and check that a checkpoint of them fits on the disk."""
     model = build_model(
         config.model, config.parallel, runtime, config.seed, trains=config.optim.trains

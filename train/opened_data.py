@@ -36,8 +36,8 @@ def open_data(
             _until_stopped(verify, runtime, interruption)
     _check_tokenizer(config, corpus, runtime)
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
-    bos_id = corpus.bos_id if data.mask_documents else None
-    return corpus, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])
+    boundaries = corpus.boundaries(corpus.datasets[0]) if data.mask_documents else None
+    return corpus, HeldOut(windows, data.seq_len, boundaries)
 
 
 def _until_stopped(

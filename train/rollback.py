@@ -45,7 +45,7 @@ def roll_back(
     )
     before = state.back_at(checkpoint_state(resumed))
     skipped = skip_after_rollback(
-        before.next_row, state.last_row, job.config.data.global_batch_size, config
+        before.next_row, state.last_row, job.config.data.batch.at(t), config
     )
     # Recorded only now: a job that dies before this meets the same anomaly and rolls back again.
     reading = state.as_dict()["reading"]

@@ -47,7 +47,7 @@ def _rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]
         ValueError: there is no such dataset, split, configuration or column, or it cannot be
             read to its end.
     """
-    rows = _open(source)
+    rows = open_dataset_rows(source)
     columns = rows.column_names
     if columns is not None:
         check_columns(source, columns, _texts(rows.features, columns), layout)
@@ -82,7 +82,7 @@ def check_columns(
         if not texts:
             raise ValueError(
                 f"{layout.naming(field)} is no column of {source}, which has no column of text"
-                f" ({', '.join(columns)}), give the text itself: token ids are not read"
+                f" ({', '.join(columns)}), name its token ids as tokens_field"
             )
         raise ValueError(
             f"{layout.naming(field)} is no column of {source}, give one of: {', '.join(texts)}"
@@ -97,7 +97,12 @@ def _texts(features: Any, columns: Sequence[str]) -> list[str]:
     return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
 
 
-def _open(source: str) -> Any:
+def open_dataset_rows(source: str) -> Any:
+    """Open a dataset, which yields its rows.
+
+    Raises:
+        ValueError: there is no such dataset, split or configuration.
+    """
     name, split, config = source, "", ""  # the path of a folder
     if source.startswith(PREFIX):
         name, split, config = (source.removeprefix(PREFIX).split(":", 2) + ["", ""])[:3]

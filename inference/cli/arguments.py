@@ -16,6 +16,7 @@ from data.urls import Location
 from inference.engine.sampling import Sampling
 from inference.loading.quantized import Bits
 from inference.loading.run import Run, load_run
+from models.tensor_reader import Weights
 
 _PICTURES = (".jpg", ".pdf", ".png", ".svg")
 _LAST_SEED = 2**64 - 1
@@ -114,6 +115,8 @@ class RunOptions:
     """auto (CUDA if there is one), cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and KV cache; float32 on a CPU, bfloat16 on CUDA if not given."""
+    weights: Weights = "model"
+    """model: those of the last step; ema: their moving average, see optim.ema_decay."""
     quantize: Bits | None = None
     """Hold the layers' matrices in so few bits (torchao), but not those of a draft model."""
     json: OutputFile | None = None
@@ -121,7 +124,13 @@ class RunOptions:
 
     def open_run(self) -> Run:
         """Load the run."""
-        return load_run(self.run, device=self.device, dtype=self.dtype, quantize=self.quantize)
+        return load_run(
+            self.run,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            weights=self.weights,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +147,7 @@ class DecodingOptions(RunOptions):
             device=self.device,
             dtype=self.dtype,
             quantize=self.quantize,
+            weights=self.weights,
             compiled=self.compile,
         )
 

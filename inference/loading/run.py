@@ -23,6 +23,7 @@ from models.checkpoint_format import (
     read_manifest,
 )
 from models.llama import Llama
+from models.tensor_reader import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -71,6 +72,7 @@ def load_run(
     device: str = "auto",
     dtype: str | None = None,
     quantize: Bits | None = None,
+    weights: Weights = "model",
     packed: bool = True,
     compiled: bool = False,
 ) -> Run:
@@ -81,6 +83,7 @@ def load_run(
         device: "auto" (CUDA if there is a device, else CPU) or a name of torch's.
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
         quantize: Bits of the matrices of layers, and of exits of their own; None: plain.
+        weights: Those of the last step, or their moving average.
         packed: Pack the weights for decoding, where the machine can.
         compiled: Compile the layers, and keep rounds as graphs on a device that has them.
 
@@ -95,7 +98,7 @@ def load_run(
     target = choose_device(device)
     if dtype is None:
         dtype = "bfloat16" if target.type == "cuda" else "float32"
-    model = load_model(checkpoint, device=target, dtype=DTYPES[dtype])
+    model = load_model(checkpoint, device=target, dtype=DTYPES[dtype], weights=weights)
     if quantize is not None:
         quantize_layers(model, quantize)
     if packed and can_pack(model):

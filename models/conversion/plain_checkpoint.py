@@ -24,12 +24,18 @@ from models.checkpoint_format import (
 )
 from models.config import LlamaConfig
 from models.llama import Llama
-from models.tensor_reader import TensorReader, check_tensors, load_tensors
+from models.tensor_reader import (
+    TensorReader,
+    Weights,
+    check_tensors,
+    load_tensors,
+    refuse_without_average,
+)
 
-_PREFIX = "model."
 
-
-def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
+def read_checkpoint(
+    checkpoint: Path, weights: Weights = "model"
+) -> tuple[Manifest, dict[str, Tensor]]:
     """Return a checkpoint's manifest and its parameters, in the dtypes they are stored in.
 
     Raises:
@@ -39,12 +45,13 @@ def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
     with torch.device("meta"):
         expected = Llama(manifest.model).state_dict()
     reader = TensorReader(checkpoint)
-    stored = check_tensors(reader, _PREFIX, expected)
+    refuse_without_average(checkpoint, weights)
+    stored = check_tensors(reader, f"{weights}.", expected)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
     }
-    load_tensors(reader, {"model": state})
+    load_tensors(reader, {weights: state})
     return manifest, {name: state[name] for name in expected}
 
 

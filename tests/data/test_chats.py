@@ -10,7 +10,8 @@ from data.chat_template import ChatTemplate
 from data.chats import BUILT_IN, open_template, read_messages
 from data.encoding import encode_document
 from data.faults import Faults
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from data.shards import token_ids
 from data.sources.documents import read_documents

@@ -128,5 +128,9 @@ def test_rows_of_token_ids_are_said_to_be_such(tmp_path: Path, tokenizer_path: P
     done = run("--input", source, "--output", tmp_path / "out", "--tokenizer", tokenizer_path)
     assert done.returncode == 2
     assert "give one of" not in done.stderr
-    wanted = "token ids are not read" if kind == "parquet" else "no field 'text', nor any text"
+    wanted = (
+        "name its token ids as tokens_field"
+        if kind == "parquet"
+        else "no field 'text', nor any text"
+    )
     assert wanted in done.stderr

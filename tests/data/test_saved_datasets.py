@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from data.faults import Faults
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from data.sources.documents import read_documents
 from tests.documents import make_documents

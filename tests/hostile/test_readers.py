@@ -23,7 +23,8 @@ from data.chat_template import ChatTemplate
 from data.chats import find_template, read_template
 from data.dataset import DESCRIPTION_NAME, TRAIN, VALIDATION, open_dataset, verify_shards
 from data.faults import Faults
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from data.shards import HEADER_BYTES, MAGIC, open_shard
 from data.sources.documents import read_documents

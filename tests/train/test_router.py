@@ -151,8 +151,8 @@ def check_metric(runtime):
     slow_J, running, _ = slow_gradients(config)
     assert pytest.approx(slow_J.item(), abs=1e-5) == metrics.J
     for routed in (True, False):
-        report = StepReport(4, 96, NoThroughput(), routed=routed)
-        report.add(metrics, plan_of(config))
+        report = StepReport(4, NoThroughput(), routed=routed)
+        report.add(metrics, plan_of(config), tokens=96)
         read = report.read(STEP + 1, lr=0.1, seconds=1.0)
         assert read.get("train/router_density") == (
             pytest.approx(running, abs=1e-6) if routed else None

@@ -34,8 +34,8 @@ from train.checkpoints.content import (
 from train.checkpoints.folder import CheckpointFolder, amount
 from train.checkpoints.folders import folder_at
 from train.checkpoints.local_folder import LocalFolder
+from train.optimizer.optim import Optimizers
 from train.parallel.runtime import Runtime
-from train.parallel.titan import OptimizersContainer
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class CheckpointWriter:
         self,
         folder: Location,
         model: Llama,
-        optimizer: OptimizersContainer,
+        optimizer: Optimizers,
         *,
         config: CheckpointConfig,
         identity: RunIdentity,
@@ -138,7 +138,9 @@ class CheckpointWriter:
         raise OSError(f"checkpoint: {problem}{count}, {self._folder.remedy}")
 
     def write_model(self, path: Path, t: int) -> None:
-        """Write the weights alone, in the dtype of `config.final_model`; "none" writes nothing.
+        """Write the weights alone, or their average, in the dtype of `config.final_model`.
+
+        "none" writes nothing.
 
         Raises:
             OSError: On rank 0, if they could not be written.
@@ -149,7 +151,9 @@ class CheckpointWriter:
             return
         refuse_non_finite(self._model, t, self._gather)
         dtype = _DTYPES[self._config.final_model]
-        weights = {name: value.to(dtype) for name, value in self._model.state_dict().items()}
+        average = self._optimizer.average
+        state = self._model.state_dict() if average is None else average.tensors
+        weights = {name: value.to(dtype) for name, value in state.items()}
         manifest = self._identity.manifest(t, {}, self._runtime)
         self._in_flight = self._thread.submit(
             self._write, LocalFolder(path.parent), path.name, {"model": weights}, manifest, False

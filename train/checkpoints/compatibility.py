@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data.batch_ramp import BatchRamp
 from data.urls import Location
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
@@ -29,7 +30,16 @@ _HARMLESS_SECTIONS = (
 # An everyday wish: may differ where the user has given it, so that an option that was forgotten on
 # resuming is no change.
 _PLAIN = (
-    *("steps", "data.weights", "data.global_batch_size", "data.seq_len", "data.packing"),
+    *(
+        "steps",
+        "data.weights",
+        "data.global_batch_size",
+        "data.ramp_start",
+        "data.ramp_increment",
+        "data.ramp_steps",
+        "data.seq_len",
+        "data.packing",
+    ),
     *("data.mask_documents", "model.max_seq_len"),
 )
 _SOURCES = {"data.path", "data.also"}
@@ -138,22 +148,28 @@ def check_steps(
     """
     done, steps = manifest.step, config["steps"]
     if "tokens" in given:
-        per_step = _tokens_per_step(config)
-        read = manifest.state.get("tokens", done * _tokens_per_step(manifest.config))
-        right = done + max(math.ceil((steps * per_step - read) / per_step), 0)
+        batch, seq_len = _batch(config), config["data"]["seq_len"]
+        before = _batch(manifest.config).before(done) * manifest.config["data"]["seq_len"]
+        read = manifest.state.get("tokens", before)
+        rows = math.ceil((batch.before(steps) * seq_len - read) / seq_len)
+        right = max(batch.steps_for(batch.before(done) + rows), done)
         if right != steps:
             raise ValueError(
                 f"tokens: {read:,} were read in {done} steps, of another size than the "
-                f"{per_step:,} now, give --steps {right} in place of --tokens"
+                f"{batch.at(done) * seq_len:,} now, give --steps {right} in place of --tokens"
             )
     if steps < done + more:
         least = "more" if more else "at least as many"
         raise ValueError(f"steps: {steps}, but {done} are done, give {least}")
 
 
-def _tokens_per_step(config: dict[str, Any]) -> int:
-    size: int = config["data"]["global_batch_size"] * config["data"]["seq_len"]
-    return size
+def _batch(config: dict[str, Any]) -> BatchRamp:
+    data = config["data"]
+    if not data.get("ramp_start"):
+        return BatchRamp(data["global_batch_size"])
+    return BatchRamp(
+        data["global_batch_size"], data["ramp_start"], data["ramp_increment"], data["ramp_steps"]
+    )
 
 
 def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:

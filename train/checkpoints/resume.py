@@ -11,6 +11,7 @@ from typing import Any
 from data.urls import Location
 from models.checkpoint_format import Manifest, checkpoint_steps
 from models.llama import Llama
+from models.tensor_reader import holds_average
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.compatibility import (
     check_config,
@@ -19,13 +20,13 @@ from train.checkpoints.compatibility import (
     check_origin,
     check_steps,
 )
-from train.checkpoints.content import RunIdentity, training_tensors
+from train.checkpoints.content import RunIdentity, Tensors, training_tensors
 from train.checkpoints.folder import ABANDONED
 from train.checkpoints.folders import folder_at
 from train.checkpoints.start import branching_point, load_initial_weights
 from train.checkpoints.verified import load_tensors, newest_intact
+from train.optimizer.optim import Optimizers
 from train.parallel.runtime import Runtime
-from train.parallel.titan import OptimizersContainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Resumed:
 def resume(
     folder: Location,
     model: Llama,
-    optimizer: OptimizersContainer,
+    optimizer: Optimizers,
     *,
     config: CheckpointConfig,
     identity: RunIdentity,
@@ -75,8 +76,7 @@ def resume(
     if found is None and config.resume_from:
         found, branched_from = branching_point(config, runtime), config.resume_from
     if found is None:
-        if config.init_from:
-            load_initial_weights(config.init_from, model, runtime=runtime)
+        _begin(config, model, optimizer, runtime)
         return Resumed(0, {})
     path, manifest = found
     tensors = training_tensors(model, optimizer)
@@ -91,9 +91,26 @@ def resume(
         check_config(path, manifest, identity, given=given, allow=allow)
 
     runtime.on_every_rank(check)
-    load_tensors(path, tensors, runtime)
+    _load(path, tensors, optimizer, runtime)
     _log_start(path, manifest.step, branched_from)
     return Resumed(manifest.step, manifest.state, manifest, branched_from)
+
+
+def _begin(config: CheckpointConfig, model: Llama, optimizer: Optimizers, runtime: Runtime) -> None:
+    if config.init_from:
+        load_initial_weights(config.init_from, model, runtime=runtime)
+    if optimizer.average is not None:
+        optimizer.average.restart()
+
+
+def _load(path: Location, tensors: Tensors, optimizer: Optimizers, runtime: Runtime) -> None:
+    """Load all state of a checkpoint; an average that it lacks starts at its weights."""
+    if optimizer.average is None or holds_average(path):
+        load_tensors(path, tensors, runtime)
+        return
+    load_tensors(path, {name: part for name, part in tensors.items() if name != "ema"}, runtime)
+    optimizer.average.restart()
+    logger.info("checkpoint: %s holds no average of its weights, it starts at these", path)
 
 
 def _log_start(path: Location, step: int, branched_from: str) -> None:
@@ -104,7 +121,7 @@ def _log_start(path: Location, step: int, branched_from: str) -> None:
 def load_earlier(
     folder: Location,
     model: Llama,
-    optimizer: OptimizersContainer,
+    optimizer: Optimizers,
     *,
     last_step: int,
     identity: RunIdentity,
@@ -134,6 +151,6 @@ def load_earlier(
         return found
 
     path, manifest = runtime.on_every_rank(abandon)
-    load_tensors(path, training_tensors(model, optimizer), runtime)
+    _load(path, training_tensors(model, optimizer), optimizer, runtime)
     logger.warning("checkpoint: rolled back to %s, step %d", path, manifest.step)
     return Resumed(manifest.step, manifest.state, manifest)

@@ -17,7 +17,7 @@ from models.layer_dropout import LayerDropoutConfig
 from models.router import RouterConfig
 from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
-from train.loop.corpus import DataConfig
+from train.loop.data_config import DataConfig
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.recovery import RecoveryConfig
 from train.loop.step import StepConfig

@@ -18,7 +18,7 @@ from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.config import TrainConfig
 from train.config.demos import DEMOS, demo
-from train.loop.corpus import DataConfig
+from train.loop.data_config import DataConfig
 from train.optimizer.optim import OptimConfig
 from train.parallel.parallelize import ParallelConfig
 

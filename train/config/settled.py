@@ -14,7 +14,8 @@ from data.urls import is_url, location
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, read_manifest
 from train.config.command_line import Command
 from train.config.config import TrainConfig
-from train.loop.corpus import DataConfig, prepared_path
+from train.loop.corpus import prepared_path
+from train.loop.data_config import DataConfig
 
 logger = logging.getLogger(__name__)
 
