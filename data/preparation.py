@@ -92,10 +92,7 @@ def prepare_stage(
         ValueError: the input or the output cannot be used, or an earlier stage is not complete.
     """
     config, workers, arguments = _checked(config, workers)
-    if not 0 <= task < tasks:
-        raise ValueError(f"task {task} is not one of {tasks} tasks, give 0 to {tasks - 1}")
-    if config.reads_tokens:
-        raise ValueError(f"stage {stage}: nothing is encoded of token ids, leave it out")
+    _check_stage(config, stage, task, tasks)
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     folder = output.parent / f".{output.name}.partial-tasks"
@@ -131,6 +128,13 @@ def _checked(
     config = config.opened()
     # Loads the tokenizer, whose faults are raised first.
     return config, workers, config.arguments()
+
+
+def _check_stage(config: PrepareConfig, stage: Stage, task: int, tasks: int) -> None:
+    if not 0 <= task < tasks:
+        raise ValueError(f"task {task} is not one of {tasks} tasks, give 0 to {tasks - 1}")
+    if config.reads_tokens:
+        raise ValueError(f"stage {stage}: nothing is encoded of token ids, leave it out")
 
 
 def _describe_tokens(

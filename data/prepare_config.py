@@ -1,4 +1,4 @@
-"""What fixes the bytes of a dataset: the options of `data.prepare` that its fingerprint depends on."""
+"""What fixes the bytes of a dataset, together with its input."""
 
 import hashlib
 import importlib.util
@@ -110,9 +110,7 @@ class PrepareConfig:
         if self.tokens.tokens_field and self.tokens.validation_input:
             found.append("validation_input: for token files alone, but tokens_field names rows")
         if self.layout.is_learnt_in_part or self.duplicates != "keep":
-            found.append(
-                "messages, response and duplicates are for text, but the input is token ids"
-            )
+            found.append("messages, response and duplicates: for text alone, not for token ids")
         return found
 
     @property

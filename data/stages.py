@@ -26,9 +26,6 @@ from data.shards import token_dtype
 from data.survey import combine, gather_sample
 from data.tokenizer import Tokenizer, train_tokenizer
 
-if TYPE_CHECKING:
-    from data.prepare_config import PrepareConfig
-
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_SAMPLE_BYTES = 8_000_000

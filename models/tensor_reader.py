@@ -199,13 +199,13 @@ def _check_chunk(name: str, chunk: object, size: torch.Size) -> None:
         raise ValueError(f"has a part that lies outside {name}")
 
 
-def holds_average(checkpoint: Path) -> bool:
+def holds_average(checkpoint: Location) -> bool:
     """Whether a checkpoint holds a moving average of its weights."""
     names = TensorReader(checkpoint).read_metadata().state_dict_metadata
     return any(name.startswith("ema.") for name in names)
 
 
-def refuse_without_average(checkpoint: Path, weights: Weights) -> None:
+def refuse_without_average(checkpoint: Location, weights: Weights) -> None:
     """Raise a ValueError if the average is asked for and there is none."""
     if weights == "ema" and not holds_average(checkpoint):
         raise ValueError(
