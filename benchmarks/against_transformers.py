@@ -95,10 +95,10 @@ def load(options: Options) -> tuple[Llama, list[list[int]]]:
 
 def theirs(model: Llama, max_new_tokens: int) -> Callable[..., Decode]:
     """Return a function from further options of `generate` to a way to decode with it."""
-    config = transformers.LlamaConfig(**hugging_face_config(model.config))
+    config = transformers.AutoConfig.for_model(**hugging_face_config(model.config))
     with torch.device("meta"):
-        twin = transformers.LlamaForCausalLM(config)
-    state = hugging_face_state({n: t.clone() for n, t in model.state_dict().items()})
+        twin = transformers.AutoModelForCausalLM.from_config(config)
+    state = hugging_face_state({n: t.clone() for n, t in model.state_dict().items()}, model.config)
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     twin.load_state_dict(state, assign=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config)

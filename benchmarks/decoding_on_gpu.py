@@ -104,7 +104,7 @@ def bytes_per_token(
         context: Mean length of a row.
         element_size: Bytes of a weight.
     """
-    keys_and_values = 2 * config.n_kv_heads * config.head_dim * context * arm.batch_size
+    keys_and_values = 2 * config.n_kv_heads * config.head_width * context * arm.batch_size
     layer, head = block_params(config) + keys_and_values, config.vocab_size * config.dim
     drafts = (arm.d or 0) * ((arm.E or 0) * layer + head)
     tokens = (arm.tokens_per_verify or 1.0) * arm.batch_size

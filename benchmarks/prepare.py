@@ -27,7 +27,8 @@ import sentencepiece
 
 from data.command_line import run_command
 from data.faults import Faults
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from data.sources.documents import read_documents
 

@@ -12,19 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
-from data.foreign_json import build, is_plain, read_object, shown
+from data.boundaries import Marks
+from data.foreign_json import MAX_BYTES, build, is_plain, parse_object, shown
 from data.nearest import nearest_dataset
 from data.progress import Progress
 from data.shards import (
     HEADER_BYTES,
+    ID_DTYPES,
     MAX_VOCAB_SIZE,
     ShardRecord,
+    TokenRange,
     TokenStream,
+    open_elsewhere,
     open_shard,
     token_dtype,
     token_ids,
 )
 from data.tokenizer import Tokenizer
+from data.urls import Location
 
 DESCRIPTION_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -75,6 +80,8 @@ class Dataset:
     """Number of documents (or lines, rows, files) left out, by reason."""
     skipped_at: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The first few origins of each reason: file, file:line or file:row."""
+    marks: Marks = "both"
+    """Which tokens mark the ends of its documents, see `data.boundaries`."""
     arguments: Mapping[str, object]
     """The arguments of `data.prepare`, see `PrepareConfig.arguments`."""
 
@@ -96,8 +103,8 @@ class Dataset:
 
     @property
     def holds_pairs(self) -> bool:
-        """Whether each document is a prompt, which is not learnt, and a response."""
-        return "response" in self.arguments
+        """Whether a part of each document is not learnt: prompts, or the turns of others."""
+        return "response" in self.arguments or "messages" in self.arguments
 
     @property
     def fingerprint(self) -> str:
@@ -116,6 +123,9 @@ class Dataset:
             raise ValueError(f"split {split} is not in {self.path}, give one of {[*self.splits]}")
         shards = []
         for record in self.splits[split].shards:
+            if record.elsewhere is not None:
+                shards.append(open_elsewhere(record.elsewhere, record.tokens))
+                continue
             header, tokens = open_shard(self.path / record.name)
             if header.tokenizer_fingerprint != self.tokenizer_fingerprint:
                 raise ValueError(
@@ -144,8 +154,7 @@ def verify_shards(dataset: Dataset, *, part: int = 0, parts: int = 1) -> None:
     """
     records = [record for _, split in sorted(dataset.splits.items()) for record in split.shards]
     records = records[part::parts]
-    dtype = token_dtype(dataset.vocab_size, pairs=dataset.holds_pairs)
-    size = sum(record.tokens for record in records) * dtype.itemsize
+    size = sum(record.tokens * _item_bytes(dataset, record) for record in records)
     found = []
     with Progress("verifying shards", size, is_main=part == 0) as progress:
         for record in records:
@@ -157,15 +166,29 @@ def verify_shards(dataset: Dataset, *, part: int = 0, parts: int = 1) -> None:
         raise ValueError("; ".join(found))
 
 
+def _item_bytes(dataset: Dataset, record: ShardRecord) -> int:
+    if record.elsewhere is not None:
+        return np.dtype(record.elsewhere.dtype).itemsize
+    return token_dtype(dataset.vocab_size, pairs=dataset.holds_pairs).itemsize
+
+
 def _verify_shard(dataset: Dataset, record: ShardRecord, progress: Progress) -> None:
-    path = dataset.path / record.name
-    dtype = np.dtype(open_shard(path)[0].dtype)
     faults: list[str] = []
     digest = hashlib.sha256()
     first = 0
+    found = record.elsewhere
+    if found is None:
+        path = dataset.path / record.name
+        dtype, offset = np.dtype(open_shard(path)[0].dtype), HEADER_BYTES
+    else:
+        path, dtype, offset = Path(found.path), np.dtype(found.dtype), found.offset
+        open_elsewhere(found, record.tokens)
+    left = record.tokens * dtype.itemsize
     with path.open("rb") as file:
-        digest.update(file.read(HEADER_BYTES))
-        while block := file.read(_BLOCK_BYTES):
+        file.seek(offset if found else 0)
+        digest.update(b"" if found else file.read(HEADER_BYTES))
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            left -= len(block)
             digest.update(block)
             progress.update(len(block))
             ids = token_ids(np.frombuffer(block, dtype))
@@ -188,6 +211,12 @@ def write_description(dataset: Dataset) -> None:
     """Write `dataset.json` into the folder of the dataset."""
     description = dataclasses.asdict(dataset)
     del description["path"]
+    if dataset.marks == "both":  # as in datasets of before
+        del description["marks"]
+    for split in description["splits"].values():
+        for shard in split["shards"]:
+            if shard["elsewhere"] is None:
+                del shard["elsewhere"]
     content = {"format": _FORMAT, "fingerprint": dataset.fingerprint} | description
     (dataset.path / DESCRIPTION_NAME).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -207,25 +236,40 @@ def open_dataset(path: Path) -> Dataset:
         if not path.exists():
             raise ValueError(f"dataset {path} does not exist, {remedy}")
         raise ValueError(f"dataset {path} has no {DESCRIPTION_NAME}, {remedy}")
-    try:
-        content = read_object(description_path)
-        if content.pop("format", None) != _FORMAT:
-            raise ValueError("unknown format")
-        fingerprint = content.pop("fingerprint", None)
-        dataset = build(Dataset, content | {"path": path})
-        _check(dataset)
-    except ValueError as error:
-        raise ValueError(
-            f"dataset {description_path} is damaged ({error}), prepare it again"
-        ) from None
-    if dataset.fingerprint != fingerprint:
-        raise ValueError(f"dataset {description_path} was changed by hand, prepare it again")
+    with description_path.open("rb") as file:
+        dataset = read_description(file.read(MAX_BYTES + 1), path, path)
     actual = Tokenizer(dataset.tokenizer_path).fingerprint
     if actual != dataset.tokenizer_fingerprint:
         raise ValueError(
             f"tokenizer {dataset.tokenizer_path} has sha256 {actual} but the shards were made with"
             f" {dataset.tokenizer_fingerprint}, put that model back or prepare the dataset again"
         )
+    return dataset
+
+
+def read_description(content: bytes, path: Path, origin: Location) -> Dataset:
+    """Read the content of `dataset.json`.
+
+    Args:
+        content: The content.
+        path: The folder of the dataset.
+        origin: Where the content is of, for messages.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    description = origin / DESCRIPTION_NAME
+    try:
+        fields = parse_object(content)
+        if fields.pop("format", None) != _FORMAT:
+            raise ValueError("unknown format")
+        fingerprint = fields.pop("fingerprint", None)
+        dataset = build(Dataset, fields | {"path": path})
+        _check(dataset)
+    except ValueError as error:
+        raise ValueError(f"dataset {description} is damaged ({error}), prepare it again") from None
+    if dataset.fingerprint != fingerprint:
+        raise ValueError(f"dataset {description} was changed by hand, prepare it again")
     return dataset
 
 
@@ -240,5 +284,15 @@ def _check(dataset: Dataset) -> None:
                 raise ValueError(f"{field}.name: {shown(shard.name)}, must be that of a file in it")
             if min(shard.tokens, shard.documents, shard.text_bytes) < 0:
                 raise ValueError(f"{field} has a number below 0")
+            if shard.elsewhere is not None:
+                _check_range(shard.elsewhere, shard.tokens, f"{field}.elsewhere")
     if missing := {TRAIN, VALIDATION} - dataset.splits.keys():
         raise ValueError(f"splits.{min(missing)} is missing")
+
+
+def _check_range(found: TokenRange, tokens: int, field: str) -> None:
+    if found.dtype not in ID_DTYPES:
+        raise ValueError(f"{field}.dtype: {shown(found.dtype)}, give one of {sorted(ID_DTYPES)}")
+    end = found.offset + tokens * np.dtype(found.dtype).itemsize
+    if "\0" in found.path or not 0 <= found.offset <= end <= found.file_bytes:
+        raise ValueError(f"{field} is no part of a file")

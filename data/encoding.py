@@ -1,13 +1,17 @@
 """The second pass over a unit, in any process: its tokens, written to files of its own."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from data.chat_template import ChatError, ChatTemplate, Message
 from data.pieces.units import (
     DOCUMENT,
     ENCODED,
@@ -27,22 +31,69 @@ from data.tokenizer import Tokenizer
 _Tokens = npt.NDArray[np.integer]
 
 
-def encode_document(tokenizer: Tokenizer, text: str, prompt_chars: int | None = None) -> _Tokens:
+def encode_document(
+    tokenizer: Tokenizer, text: str, spans: Sequence[int] | None = None, special: Sequence[int] = ()
+) -> _Tokens:
     """Return BOS, the ids of the text, EOS: (seq,) as they are stored.
 
-    A prompt is encoded by itself, as it is for generation; BOS and its ids are marked as not to be
-    learnt, see `data.shards.ShardHeader`.
+    What is read and what is learnt are encoded each by itself, as they are for generation; BOS and
+    what is read are marked as not to be learnt, see `data.shards.ShardHeader`.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: of the document.
+        spans: where reading and learning alternate, see `data.row_layout.Document`.
+        special: start and end of each special token in the text.
     """
-    dtype = token_dtype(tokenizer.vocab_size, pairs=prompt_chars is not None)
+    dtype = token_dtype(tokenizer.vocab_size, pairs=spans is not None)
     bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], dtype=dtype)
+    if spans is None:
+        pieces = [np.array(ids, dtype=dtype) for ids in tokenizer.encode_pieces(text)]
+        return np.concatenate([bos, *pieces, eos])
+    parts = [~bos]
+    is_learnt = False
+    for start, end in pairwise((0, *spans, len(text))):
+        ids = np.array(encode_part(tokenizer, text, start, end, special), dtype=dtype)
+        parts.append(ids if is_learnt else ~ids)
+        is_learnt = not is_learnt
+    return np.concatenate([*parts, ~eos if is_learnt else eos])
 
-    def encode(part: str) -> list[_Tokens]:
-        return [np.array(ids, dtype=dtype) for ids in tokenizer.encode_pieces(part)]
 
-    if prompt_chars is None:
-        return np.concatenate([bos, *encode(text), eos])
-    read = np.concatenate([bos, *encode(text[:prompt_chars])])
-    return np.concatenate([~read, *encode(text[prompt_chars:]), eos])
+def encode_part(
+    tokenizer: Tokenizer, text: str, start: int, end: int, special: Sequence[int]
+) -> list[int]:
+    """Return the ids of a part of a text, without BOS and EOS.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the whole text.
+        start: of the part, in characters.
+        end: likewise.
+        special: start and end of each special token in the whole text.
+    """
+    ids: list[int] = []
+    starts, stops = special[::2], special[1::2]
+    inside = slice(bisect_left(starts, start), bisect_left(starts, end))
+    for begin, stop in zip(starts[inside], stops[inside], strict=True):
+        ids += tokenizer.encode(text[start:begin])
+        ids.append(tokenizer.special[text[begin:stop]])
+        start = stop
+    return ids + tokenizer.encode(text[start:end])
+
+
+def encode_chat(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> list[int]:
+    """Return BOS and the ids of a chat up to where an answer begins.
+
+    Raises:
+        ValueError: the template refuses it.
+    """
+    try:
+        text, special, _ = template.render(messages, prompt=True)
+    except ChatError as reason:
+        raise ValueError(f"chat: {template.name} refuses it ({reason}), give another") from None
+    return [tokenizer.bos_id, *encode_part(tokenizer, text, 0, len(text), special)]
 
 
 @dataclass
@@ -93,7 +144,7 @@ class EncodeUnit:
                     if part is not document:
                         digest = text_digest(part.text)
                     size = len(part.text.encode())
-                    tokens = encode_document(self._tokenizer, part.text, part.prompt_chars)
+                    tokens = encode_document(self._tokenizer, part.text, part.spans, part.special)
                     is_held_out = self.held_out.holds(text_key(digest), size)
                     (validation if is_held_out else train).write(tokens.tobytes())
                     rows.append((is_held_out, len(tokens), size))

@@ -12,10 +12,10 @@ from itertools import islice
 import numpy as np
 import torch
 
+from data.boundaries import Boundaries
 from data.mixture import Mixture
 from data.shards import NO_LOSS
 from data.step_rows import Ids, StepRows
-from data.windows import document_numbers
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,11 @@ class TokenLoader:
 
     Args:
         mixture: the rows, endless.
-        global_batch_size: sequences per step, over all ranks and microbatches.
-        microbatch_size: sequences per rank and forward pass.
+        global_batch_size: sequences per step, over all ranks and microbatches; a ramp has fewer.
+        microbatch_size: sequences per rank and forward pass; 0: all of its part of a batch.
         rank: this process among those with data of their own.
         world_size: number of them.
-        bos_id: number the documents of each row, which begin with this token; None does not.
-        eos_id: the token that ends them, see `document_numbers`.
+        boundaries: number the documents of each row; None does not.
 
     Raises:
         ValueError: the sizes do not divide.
@@ -84,17 +83,16 @@ class TokenLoader:
         microbatch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        bos_id: int | None = None,
-        eos_id: int | None = None,
+        boundaries: Boundaries | None = None,
     ) -> None:
-        if min(global_batch_size, microbatch_size) < 1:
+        if global_batch_size < 1 or microbatch_size < 0:
             raise ValueError(
-                f"global_batch_size {global_batch_size} and microbatch_size {microbatch_size}"
-                " must be at least 1"
+                f"global_batch_size {global_batch_size} must be at least 1 and microbatch_size"
+                f" {microbatch_size} at least 0"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, world_size {world_size})")
-        if global_batch_size % (world_size * microbatch_size):
+        if global_batch_size % (world_size * max(microbatch_size, 1)):
             raise ValueError(
                 f"global_batch_size {global_batch_size} is not a multiple of world_size"
                 f" {world_size} * microbatch_size {microbatch_size}, change one of the three"
@@ -105,16 +103,16 @@ class TokenLoader:
         self._microbatch_size = microbatch_size
         self._rank = rank
         self._world_size = world_size
-        self._bos_id, self._eos_id = bos_id, eos_id
+        self._boundaries = boundaries
 
     def batch(self, rows: Ids) -> list[Microbatch]:
         """Return this rank's microbatches of a global batch, in order.
 
         Args:
-            rows: (global_batch_size,) int64, the numbers of its rows in the mixture.
+            rows: (its size,) int64, the numbers of its rows in the mixture.
         """
-        samples = np.arange(self.global_batch_size)
-        samples = samples.reshape(-1, self._world_size, self._microbatch_size)[:, self._rank]
+        size = self._microbatch_size or len(rows) // self._world_size
+        samples = np.arange(len(rows)).reshape(-1, self._world_size, size)[:, self._rank]
         return [self._read(rows[samples[m]], samples[m]) for m in range(len(samples))]
 
     def batches(
@@ -151,14 +149,12 @@ class TokenLoader:
     def _read(self, rows: Ids, samples: Ids) -> Microbatch:
         """Read one microbatch: rows of the mixture, and their indices in the global batch."""
         tokens, labels = self.mixture.read(rows)
-        return microbatch(tokens, labels, samples, self._bos_id, self._eos_id)
+        return microbatch(tokens, labels, samples, self._boundaries)
 
 
-def microbatch(
-    tokens: Ids, labels: Ids, samples: Ids, bos_id: int | None, eos_id: int | None = None
-) -> Microbatch:
-    """Return a microbatch of some rows; without `bos_id`, attention crosses their documents."""
-    documents = None if bos_id is None else document_numbers(tokens, bos_id, eos_id)
+def microbatch(tokens: Ids, labels: Ids, samples: Ids, boundaries: Boundaries | None) -> Microbatch:
+    """Return a microbatch of some rows; without boundaries, attention crosses their documents."""
+    documents = None if boundaries is None else boundaries.document_numbers(tokens)
     return Microbatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

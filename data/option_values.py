@@ -1,6 +1,6 @@
 """How the words of a command line become values, where tyro alone reads or reports them otherwise.
 
-Imports none of ours.
+Imports `urls` alone of ours.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from typing import Any, TypeVar, get_args
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from data.urls import Location, is_url, location
+
 T = TypeVar("T")
 
 REGISTRY = ConstructorRegistry()
@@ -20,9 +22,10 @@ REGISTRY = ConstructorRegistry()
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Read `X | None` as X, or as None for the word None; tyro alone names no fault of X."""
     kinds = get_args(info.type)
-    if len(kinds) != 2 or NoneType not in kinds:
+    if NoneType not in kinds or (len(kinds) != 2 and info.type != Location | None):
         return None
-    [kind] = {*kinds} - {NoneType}
+    kind: Any = next(kind for kind in kinds if kind is not NoneType)
+    kind = Location if info.type == Location | None else kind
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
     if not isinstance(spec, PrimitiveConstructorSpec):
         return None
@@ -63,14 +66,30 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     return read_as("PATH", read_path) if info.type is Path else None
 
 
+@REGISTRY.primitive_rule
+def _location(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    return read_as("PATH|URL", read_location) if info.type == Location else None
+
+
+def read_location(text: str) -> Location:
+    """Return a path or a URL.
+
+    Raises:
+        ValueError: It is empty, or a URL without a name.
+    """
+    return location(text) if text else read_path(text)
+
+
 def read_path(text: str) -> Path:
     """Return a path; an empty one, as of a shell variable that is not set, is not the folder `.`.
 
     Raises:
-        ValueError: It is empty.
+        ValueError: It is empty, or a URL.
     """
     if not text:
         raise ValueError("empty, name a file or a folder")
+    if is_url(text):
+        raise ValueError(f"{text} is a URL, give a path of this machine")
     return Path(text)
 
 

@@ -5,115 +5,25 @@ second encodes. The dataset appears under its name only when it is complete. Pri
 training calls it too; `data.prepare` is its command.
 """
 
-import importlib.util
 import logging
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from data.dataset import DESCRIPTION_NAME, Dataset, open_dataset
+from data.dataset import DESCRIPTION_NAME, Dataset, open_dataset, write_description
 from data.pieces.workers import start_workers
-from data.row_layout import RowLayout
-from data.shards import MAX_VOCAB_SIZE
+from data.prepare_config import PrepareConfig
 from data.stages import Preparation
+from data.token_ids.preparation import describe_tokens
 from data.tokenizer import Tokenizer
 
 Stage = Literal["survey", "encode", "merge"]
 
 logger = logging.getLogger(__name__)
-
-_LEAST_TOKENS = 260
-"""unk, BOS, EOS, 256 bytes and one character."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """What fixes the bytes of a dataset, together with the input itself."""
-
-    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]
-    """Files (.txt .jsonl .jsonl.gz .parquet and source code), folders (recursive, without hidden
-    entries), globs, or the word embedded: the sources of the running Python and of torch, about
-    58 MB that need no download, or hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that
-    its save_to_disk wrote or a name on the hub, streamed once (split train if not given). JSON
-    lines and Parquet hold a document per row, other files one each."""
-    tokenizer: Path | None = None
-    """A SentencePiece model, or a Hugging Face tokenizer.json with its tokenizer_config.json beside
-    it, which names BOS and EOS; not beside vocab_size."""
-    vocab_size: int | None = None
-    """Train a SentencePiece BPE model of this many tokens on a sample of 8 MB; not beside
-    tokenizer."""
-    validation_fraction: float = 0.01
-    """Expected fraction of documents to hold out, chosen by a hash of their text; at least one
-    document is, of a single document its end. Where they would hold more than twice this share of
-    the text, large documents are not held out."""
-    layout: Annotated[RowLayout, tyro.conf.arg(name="")] = field(default_factory=RowLayout)
-    """JSON fields or Parquet columns that hold the text, or prompt and response."""
-    shard_tokens: int = 50_000_000
-    """End a shard with the document that reaches this many tokens."""
-    duplicates: Literal["keep", "drop", "near"] = "keep"
-    """drop: of documents with the same text, take the first alone; near: also of those that nearly
-    have the same, see near_threshold. Needs the extra dedup."""
-    near_threshold: float = 0.8
-    """Documents are near duplicates if they have about this share of all their five words in a row
-    in common, estimated by MinHash."""
-    max_skipped_fraction: float = 0.1
-    """Refuse the input when more of its documents than this fraction cannot be used. Empty
-    documents and files of an unknown kind do not count. Changes no byte of a dataset."""
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with the fields, one line each; empty when nothing is."""
-        found = []
-        if not all(self.input or ("",)):
-            found.append("input: empty, name files or folders")
-        if (self.tokenizer is None) == (self.vocab_size is None):
-            found.append(
-                f"tokenizer is {self.tokenizer} and vocab_size is {self.vocab_size},"
-                " give exactly one of them"
-            )
-        if self.vocab_size is not None and not _LEAST_TOKENS <= self.vocab_size <= MAX_VOCAB_SIZE:
-            found.append(f"vocab_size: {self.vocab_size}, give {_LEAST_TOKENS} to {MAX_VOCAB_SIZE}")
-        if not 0 < self.validation_fraction < 1:
-            found.append(
-                f"validation_fraction {self.validation_fraction} is not between 0 and 1, try 0.01"
-            )
-        found += self.layout.problems()
-        if not 0 < self.near_threshold <= 1:
-            found.append(f"near_threshold {self.near_threshold} is not in (0, 1], try 0.8")
-        if self.duplicates == "near" and importlib.util.find_spec("rensa") is None:
-            found.append("duplicates: rensa is not installed, pip install -e .[dedup]")
-        if self.shard_tokens < 1:
-            found.append(f"shard_tokens {self.shard_tokens} is below 1, give more")
-        if not 0 <= self.max_skipped_fraction <= 1:
-            found.append(
-                f"max_skipped_fraction {self.max_skipped_fraction} is not between 0 and 1, try 0.1"
-            )
-        return found
-
-    def arguments(self) -> dict[str, object]:
-        """Return the arguments for `dataset.json`: the tokenizer by its hash, the rest as given."""
-        layout = self.layout
-        given: dict[str, object] = {
-            "input": list(self.input),
-            "tokenizer": self.tokenizer and Tokenizer(self.tokenizer).fingerprint,
-            "vocab_size": self.vocab_size,
-            "validation_fraction": self.validation_fraction,
-            "text_field": layout.text_field,
-            "shard_tokens": self.shard_tokens,
-        }
-        if layout.response:
-            given |= {"prompt": layout.prompt, "response": layout.response}
-        if self.duplicates != "keep":
-            given["duplicates"] = self.duplicates
-        if self.duplicates == "near":
-            given["near_threshold"] = self.near_threshold
-        return given
 
 
 def prepare(
@@ -133,18 +43,21 @@ def prepare(
     Raises:
         ValueError: the input or the output cannot be used.
     """
-    workers, arguments = _checked(config, workers)
+    config, workers, arguments = _checked(config, workers)
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     try:
-        with start_workers(workers) as started:
-            preparation = Preparation(config, arguments, aside, started)
-            surveyed = preparation.survey()
-            preparation.encode(surveyed)
-            preparation.merge(surveyed)
+        if config.reads_tokens:
+            write_description(_describe_tokens(config, arguments, aside))
+        else:
+            with start_workers(workers) as started:
+                preparation = Preparation(config, arguments, aside, started)
+                surveyed = preparation.survey()
+                preparation.encode(surveyed)
+                preparation.merge(surveyed)
         _name(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -178,9 +91,8 @@ def prepare_stage(
     Raises:
         ValueError: the input or the output cannot be used, or an earlier stage is not complete.
     """
-    workers, arguments = _checked(config, workers)
-    if not 0 <= task < tasks:
-        raise ValueError(f"task {task} is not one of {tasks} tasks, give 0 to {tasks - 1}")
+    config, workers, arguments = _checked(config, workers)
+    _check_stage(config, stage, task, tasks)
     if not _is_free(output) and not overwrite:
         return _open_existing(arguments, output)
     folder = output.parent / f".{output.name}.partial-tasks"
@@ -203,15 +115,41 @@ def prepare_stage(
     return open_dataset(output)
 
 
-def _checked(config: PrepareConfig, workers: int | None) -> tuple[int, dict[str, object]]:
-    """Return the number of processes, and the arguments for `dataset.json`."""
+def _checked(
+    config: PrepareConfig, workers: int | None
+) -> tuple[PrepareConfig, int, dict[str, object]]:
+    """Return the config with its template, the number of processes, and what `dataset.json` has."""
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     if workers is None:
         workers = _available_cores()
     if workers < 1:
         raise ValueError(f"workers {workers} is below 1, give at least 1")
-    return workers, config.arguments()  # Loads the tokenizer, whose faults are raised first.
+    config = config.opened()
+    # Loads the tokenizer, whose faults are raised first.
+    return config, workers, config.arguments()
+
+
+def _check_stage(config: PrepareConfig, stage: Stage, task: int, tasks: int) -> None:
+    if not 0 <= task < tasks:
+        raise ValueError(f"task {task} is not one of {tasks} tasks, give 0 to {tasks - 1}")
+    if config.reads_tokens:
+        raise ValueError(f"stage {stage}: nothing is encoded of token ids, leave it out")
+
+
+def _describe_tokens(
+    config: PrepareConfig, arguments: Mapping[str, object], folder: Path
+) -> Dataset:
+    assert config.tokenizer is not None
+    return describe_tokens(
+        config.input,
+        config.tokens,
+        Tokenizer(config.tokenizer),
+        folder,
+        arguments=arguments,
+        validation_fraction=config.validation_fraction,
+        shard_tokens=config.shard_tokens,
+    )
 
 
 def _name(folder: Path, output: Path) -> None:

@@ -13,7 +13,10 @@ import tyro
 from data.command_line import run_command
 from data.dataset import Dataset
 from data.output_streams import naming_the_file
-from data.preparation import PrepareConfig, Stage, prepare, prepare_stage
+from data.preparation import Stage, prepare_stage
+from data.prepare_config import PrepareConfig
+from data.url_dataset import prepare_at
+from data.urls import Location, Url
 
 DEFAULT_VOCAB_SIZE = 4096
 
@@ -23,11 +26,13 @@ nor a vocab_size is given, a tokenizer of 4096 tokens is trained.
 
 examples:
   python -m data.prepare --input embedded --output datasets/embedded --vocab_size 2048
-  python -m data.prepare --input 'books/*.txt' more.jsonl.gz --output datasets/books
+  python -m data.prepare --input 'books/*.txt' more.jsonl.zst --output datasets/books
   python -m data.prepare --input news.parquet --text_field body --output datasets/news \\
       --tokenizer datasets/books/tokenizer.model
   python -m data.prepare --input pairs.jsonl --prompt 'Q: {question}\\nA:' --response ' {answer}' \\
       --output datasets/pairs --tokenizer datasets/books/tokenizer.model
+  python -m data.prepare --input chats.jsonl --messages messages --output datasets/chats \\
+      --tokenizer Llama-3.2-1B-Instruct/tokenizer.json
   python -m data.prepare --input hf:saved_folder:train --output datasets/more \\
       --tokenizer Llama-3.2-1B/tokenizer.json
 """
@@ -38,8 +43,8 @@ class Options:
     """The command line."""
 
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")]
-    output: Path
-    """Folder to make for the dataset."""
+    output: Location
+    """Folder to make for the dataset, or its URL, such as s3://bucket/corpus."""
     workers: int | None = None
     """Processes that read and encode; the output is the same for any number. None: every core that
     this process may use."""
@@ -77,10 +82,10 @@ def format_table(dataset: Dataset) -> str:
     return "\n".join(lines)
 
 
-def summarize(dataset: Dataset) -> dict[str, object]:
+def summarize(dataset: Dataset, output: Location) -> dict[str, object]:
     """Return the content of the table, for `--json`."""
     return {
-        "path": str(dataset.path),
+        "path": str(output),
         "fingerprint": dataset.fingerprint,
         "vocab_size": dataset.vocab_size,
         "splits": {
@@ -110,17 +115,19 @@ def run(options: Options) -> None:
     if dataset is None:
         return  # A stage that is not the last.
     print(format_table(dataset))
-    print(f"next: {next_command(dataset)}")
+    print(f"next: {next_command(dataset, options.output)}")
     if options.json is not None:
         with naming_the_file("json", options.json):
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(summarize(dataset), indent=2) + "\n")
+            options.json.write_text(json.dumps(summarize(dataset, options.output), indent=2) + "\n")
 
 
 def _prepared(config: PrepareConfig, options: Options) -> Dataset | None:
     output, workers, overwrite = options.output, options.workers, options.overwrite
     if options.stage is None:
-        return prepare(config, output, workers=workers, overwrite=overwrite)
+        return prepare_at(config, output, workers=workers, overwrite=overwrite)
+    if isinstance(output, Url):
+        raise ValueError(f"stage {options.stage}: {output} is a URL, give a folder all tasks see")
     return prepare_stage(
         config,
         output,
@@ -132,12 +139,12 @@ def _prepared(config: PrepareConfig, options: Options) -> Dataset | None:
     )
 
 
-def next_command(dataset: Dataset) -> str:
+def next_command(dataset: Dataset, output: Location) -> str:
     """Return a command that trains on the dataset."""
     preset = "parsing_demo" if dataset.holds_pairs else "demo"
     return (
         f"torchrun --nproc_per_node=2 train/main.py {preset} --name my-run"
-        f" --data.path {shlex.quote(str(dataset.path))}"
+        f" --data.path {shlex.quote(str(output))}"
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from data.boundaries import Boundaries
 from data.shards import NO_LOSS, TokenStream
 from data.windows import find_documents
 
@@ -26,19 +27,18 @@ class Responses:
     """The least length that keeps all responses whole."""
 
 
-def measure_responses(stream: TokenStream, bos_id: int, eos_id: int, seq_len: int) -> Responses:
+def measure_responses(stream: TokenStream, boundaries: Boundaries, seq_len: int) -> Responses:
     """Return how many responses are lost or cut in documents of `seq_len` tokens.
 
     Reads the stream in blocks.
 
     Args:
         stream: Of pairs, whose prompts are not learnt.
-        bos_id: The first token of every document.
-        eos_id: The last one, which may be the same.
+        boundaries: Of its documents.
         seq_len: Tokens of a document that are read.
     """
     found = np.zeros(4, np.int64)
-    starts = find_documents(stream, bos_id, eos_id)
+    starts = find_documents(stream, boundaries)
     begin, learnt, within, last = 0, 0, 0, 0  # of the document that the next block goes on with
     for start in range(0, len(stream), _SCAN):
         _, targets = stream.read_targets(start, min(_SCAN, len(stream) - start))

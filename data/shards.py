@@ -28,6 +28,9 @@ MAX_VOCAB_SIZE = 2**24
 
 _DTYPES = ("<u2", "<u4", "<i4")
 
+ID_DTYPES = {"|u1", "<u2", "<i2", "<u4", "<i4", "<i8", "<u8"}
+"""numpy names of the types that ids of other programs have."""
+
 _Stored = TypeVar("_Stored", bound=np.integer)
 
 NO_LOSS = -100
@@ -54,6 +57,19 @@ class ShardHeader:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenRange:
+    """Ids in a file that another program wrote, see `data.token_ids.files`."""
+
+    path: str
+    offset: int
+    """Bytes before the first id."""
+    dtype: str
+    """numpy name of the type of one id."""
+    file_bytes: int
+    """Size of the whole file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardRecord:
     """The entry of a shard in `dataset.json`."""
 
@@ -62,7 +78,9 @@ class ShardRecord:
     documents: int
     text_bytes: int
     sha256: str
-    """Of the whole file, in hex."""
+    """Of the whole file, or of the ids alone where `elsewhere` is given, in hex."""
+    elsewhere: "TokenRange | None" = None
+    """Where the ids are, if in no file of the dataset; `name` is for messages alone."""
 
 
 def token_dtype(vocab_size: int, *, pairs: bool = False) -> np.dtype[np.integer]:
@@ -111,10 +129,13 @@ class ShardTokens:
     process may open, and SIGBUS would end the process without a message when a file shrinks.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[np.integer], count: int) -> None:
+    def __init__(
+        self, path: Path, dtype: np.dtype[np.integer], count: int, offset: int = HEADER_BYTES
+    ) -> None:
         self._path = path
         self._dtype = dtype
         self._count = count
+        self._offset = offset
 
     def __len__(self) -> int:
         return self._count
@@ -126,7 +147,7 @@ class ShardTokens:
             ValueError: the file has become shorter.
         """
         start, stop, _ = part.indices(self._count)
-        offset = HEADER_BYTES + start * self._dtype.itemsize
+        offset = self._offset + start * self._dtype.itemsize
         ids = np.fromfile(self._path, self._dtype, max(stop - start, 0), offset=offset)
         if len(ids) < stop - start:
             raise ValueError(
@@ -175,6 +196,22 @@ def open_shard(path: Path) -> tuple[ShardHeader, ShardTokens]:
             " prepare the dataset again"
         )
     return header, ShardTokens(path, dtype, header.tokens)
+
+
+def open_elsewhere(found: TokenRange, count: int) -> ShardTokens:
+    """Check the size of a file that another program wrote; return `count` ids of it.
+
+    Raises:
+        ValueError: the file is missing, or of another size than when the dataset was prepared.
+    """
+    path = Path(found.path)
+    actual = path.stat().st_size if path.is_file() else -1
+    if actual != found.file_bytes:
+        now = f"has {actual} bytes, not {found.file_bytes}" if actual >= 0 else "does not exist"
+        raise ValueError(
+            f"token file {path} {now}, put it back or prepare the dataset again where it is now"
+        )
+    return ShardTokens(path, np.dtype(found.dtype), count, found.offset)
 
 
 class TokenStream:

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from data.chats import TEMPLATE_NAME, find_template
 from data.dataset import TOKENIZER_NAME, TRAIN, VALIDATION, Dataset, Split, write_description
 from data.encoding import EncodeUnit
 from data.faults import Faults
@@ -20,13 +20,11 @@ from data.pieces.ledger import Surveyed, begin, check_arguments, read_survey, un
 from data.pieces.plan import Piece, list_pieces
 from data.pieces.surveying import PieceRecord, SurveyPiece, read_record
 from data.pieces.workers import Workers
+from data.prepare_config import PrepareConfig
 from data.progress import Progress
 from data.shards import token_dtype
 from data.survey import combine, gather_sample
 from data.tokenizer import Tokenizer, train_tokenizer
-
-if TYPE_CHECKING:
-    from data.preparation import PrepareConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ class Preparation:
         workers: do the work.
     """
 
-    config: "PrepareConfig"
+    config: PrepareConfig
     arguments: Mapping[str, object]
     folder: Path
     workers: Workers
@@ -128,7 +126,7 @@ class Preparation:
     def merge(self, surveyed: Surveyed) -> Dataset:
         """Write the shards of both splits and `dataset.json`, and remove all else."""
         tokenizer = Tokenizer(self.folder / TOKENIZER_NAME)
-        dtype = token_dtype(tokenizer.vocab_size, pairs=bool(self.config.layout.response))
+        dtype = token_dtype(tokenizer.vocab_size, pairs=self.config.layout.is_learnt_in_part)
         write = WriteShard(self.folder, dtype, tokenizer.vocab_size, tokenizer.fingerprint)
         splits = {
             name: [*plan_shards(surveyed.units, self.files, name, self.config.shard_tokens)]
@@ -213,6 +211,9 @@ class Preparation:
         else:
             assert config.tokenizer is not None
             path.write_bytes(Tokenizer(config.tokenizer).serialized)
+        template = config.layout.template
+        if source := template.source if template else find_template(config.tokenizer):
+            (self.folder / TEMPLATE_NAME).write_bytes(source.encode())
         tokenizer = Tokenizer(path)
         if tokenizer.bos_id == tokenizer.eos_id:
             logger.info("one token, %d, begins and ends a document", tokenizer.eos_id)
@@ -235,7 +236,7 @@ def _add_faults(faults: Faults, pieces: Sequence[Piece], records: Sequence[Piece
         faults.extend(record.faults, examples)
 
 
-def _refuse_mostly_damaged(config: "PrepareConfig", faults: Faults, documents: int) -> None:
+def _refuse_mostly_damaged(config: PrepareConfig, faults: Faults, documents: int) -> None:
     if faults.damaged > config.max_skipped_fraction * (documents + faults.damaged):
         raise ValueError(
             f"input: {faults.damaged} of {documents + faults.damaged} documents cannot be used,"

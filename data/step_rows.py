@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from data.batch_ramp import BatchRamp
+
 Ids = npt.NDArray[np.int64]
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of row numbers."""
@@ -39,18 +41,18 @@ class StepRows:
     """A step t, and"""
     rows: int
     """the number of rows read before it."""
-    global_batch_size: int
-    """Rows per step from there on."""
+    batch: BatchRamp
+    """Rows of each step."""
     skipped: Ranges = ()
     """Rows that are never read."""
 
     def before(self, t: int) -> int:
         """Return the number of rows read before step t."""
-        return self.rows + (t - self.step) * self.global_batch_size
+        return self.rows + self.batch.before(t) - self.batch.before(self.step)
 
     def at(self, t: int) -> Ids:
-        """Return the rows of step t, (global_batch_size,) int64, ascending."""
-        return row_numbers(self.before(t) + np.arange(self.global_batch_size), self.skipped)
+        """Return the rows of step t, (its batch,) int64, ascending."""
+        return row_numbers(self.before(t) + np.arange(self.batch.at(t)), self.skipped)
 
     def first(self, t: int) -> int:
         """Return the first row of step t."""

@@ -103,7 +103,7 @@ def combine(
     totals = _count(keys)
     if totals.texts > 1:
         held_out = _limit(keys, totals, validation_fraction)
-    elif layout.response:
+    elif layout.is_learnt_in_part:
         raise ValueError("input holds 1 different pair, give one more to hold out")
     else:
         held_out = _end_of(_first_text(units, folder, layout), validation_fraction)

@@ -4,7 +4,7 @@ Each is read from one string of bytes. Independent of files, documents and where
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,8 @@ class TokenModel(Protocol):
     bos_id: int
     eos_id: int
     """Negative where there is none."""
+    special: Mapping[str, int]
+    """Ids by name of the tokens that no text is encoded as."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without BOS and EOS; names of special tokens are text."""
@@ -62,6 +64,8 @@ class SentencePieceModel:
         self.ids: Container[int] = range(self.vocab_size)
         self.bos_id = int(self._processor.bos_id())
         self.eos_id = int(self._processor.eos_id())
+        controls = filter(self._processor.is_control, range(self.vocab_size))
+        self.special: Mapping[str, int] = {self._processor.id_to_piece(i): i for i in controls}
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
@@ -99,6 +103,10 @@ class JsonModel:
         self._tokenizer.encode_special_tokens = True  # A text may not write BOS.
         self.ids: Container[int] = {*self._tokenizer.get_vocab().values()}
         self.vocab_size = max(self.ids) + 1
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special: Mapping[str, int] = {
+            token.content: number for number, token in added if token.special
+        }
         self.bos_id, self.eos_id = map(self._id, (self.bos_token, self.eos_token))
 
     def _id(self, token: str) -> int:
@@ -115,6 +123,10 @@ class JsonModel:
 
     def pieces(self) -> list[str]:
         return [piece.translate(_WRITTEN) for piece in self._tokenizer.get_vocab()]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every piece as the file writes it, white space and bytes included."""
+        return dict(self._tokenizer.get_vocab())
 
 
 def is_json(serialized: bytes) -> bool:

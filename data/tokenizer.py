@@ -71,6 +71,8 @@ class Tokenizer:
         self.vocab_size = self.model.vocab_size
         self.ids = self.model.ids
         """The ids that have a piece."""
+        self.special = self.model.special
+        """Ids by name of the tokens that no text is encoded as; chat templates write them."""
         self.eos_id = self.model.eos_id
         self.bos_id = self.model.bos_id if self.model.bos_id >= 0 else self.eos_id
         if self.eos_id < 0 or self.vocab_size > MAX_VOCAB_SIZE:

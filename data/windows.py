@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from data.boundaries import Boundaries
 from data.shards import NO_LOSS, TokenStream
 
 logger = logging.getLogger(__name__)
@@ -89,15 +90,13 @@ class DocumentWindows:
         ValueError: there is no document.
     """
 
-    def __init__(
-        self, stream: TokenStream, seq_len: int, bos_id: int, eos_id: int | None = None
-    ) -> None:
+    def __init__(self, stream: TokenStream, seq_len: int, boundaries: Boundaries) -> None:
         _check(seq_len)
-        starts = find_documents(stream, bos_id, eos_id)
+        starts = find_documents(stream, boundaries)
         if not len(starts):
             raise ValueError(f"data of {len(stream)} tokens has no document, prepare it again")
         lengths = np.diff(starts, append=len(stream))
-        self._stream, self._seq_len, self._bos_id = stream, seq_len, bos_id
+        self._stream, self._seq_len, self._bos_id = stream, seq_len, boundaries.bos_id
         self._begins, self._counts = _pack(starts, np.minimum(lengths, seq_len), seq_len)
         self.dropped_tokens = int(np.maximum(lengths - seq_len, 0).sum())
         if self.dropped_tokens:
@@ -128,9 +127,9 @@ class DocumentWindows:
 
 
 def open_windows(
-    stream: TokenStream, packing: Packing, *, seq_len: int, bos_id: int, eos_id: int
+    stream: TokenStream, packing: Packing, *, seq_len: int, boundaries: Boundaries
 ) -> StreamWindows | DocumentWindows:
-    """Return a stream's sequences; bos_id begins each document and eos_id ends it.
+    """Return a stream's sequences.
 
     Raises:
         ValueError: the stream has no sequence of this length.
@@ -138,7 +137,7 @@ def open_windows(
     if len(stream) < 2:
         raise ValueError(f"data: {len(stream)} tokens, prepare a larger dataset")
     if packing == "documents":
-        return DocumentWindows(stream, seq_len, bos_id, eos_id)
+        return DocumentWindows(stream, seq_len, boundaries)
     return StreamWindows(stream, seq_len)
 
 
@@ -146,28 +145,6 @@ def spread(windows: Windows, count: int) -> list[int]:
     """Return the numbers of `count` sequences spread over all of them; fewer if there are fewer."""
     count = min(count, len(windows))
     return [i * len(windows) // count for i in range(count)]
-
-
-def document_numbers(tokens: Ids, bos_id: int, eos_id: int | None = None) -> Ids:
-    """Number the documents of each row, from 0; from 1 where the row begins with BOS.
-
-    Args:
-        tokens: (..., seq) int64.
-        bos_id: The first token of every document.
-        eos_id: The last one, which may be the same; None: another.
-
-    Returns:
-        (..., seq) int64, not decreasing.
-    """
-    return np.cumsum(_starts(tokens, bos_id, eos_id), axis=-1, dtype=np.int64)
-
-
-def _starts(tokens: Ids, bos_id: int, eos_id: int | None) -> npt.NDArray[np.bool_]:
-    """Return where documents start: at BOS, which follows EOS if it is the same token."""
-    found = tokens == bos_id
-    if bos_id == eos_id:
-        found[..., 1:] &= found[..., :-1].copy()
-    return found
 
 
 _SCAN = 2**22
@@ -178,19 +155,14 @@ def _check(seq_len: int) -> None:
         raise ValueError(f"seq_len {seq_len} must be at least 1")
 
 
-def find_documents(stream: TokenStream, bos_id: int, eos_id: int | None) -> Ids:
-    """Return the stream positions at which documents start, (documents,) int64.
-
-    Args:
-        stream: Of whole documents.
-        bos_id: The first token of every document.
-        eos_id: The last one, which may be the same; None: another.
-    """
-    found = [np.empty(0, np.int64)]
+def find_documents(stream: TokenStream, boundaries: Boundaries) -> Ids:
+    """Return the stream positions at which documents start, (documents,) int64, of whole ones."""
+    is_start = boundaries.marks == "last" and len(stream) > 0  # No token comes before the first.
+    found = [np.zeros(int(is_start), np.int64)]
     for begin in range(0, len(stream), _SCAN):
         before = min(begin, 1)  # the token that a start may have to follow
         tokens = stream.read(begin - before, min(_SCAN, len(stream) - begin) + before)
-        found.append(begin + np.flatnonzero(_starts(tokens, bos_id, eos_id)[before:]))
+        found.append(begin + np.flatnonzero(boundaries.starts(tokens)[before:]))
     return np.concatenate(found)
 
 

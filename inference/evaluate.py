@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.boundaries import Boundaries
 from data.command_line import run_command
 from data.dataset import VALIDATION
 from data.foreign_json import read_object, take
@@ -51,14 +52,14 @@ def evaluate(options: EvaluateOptions) -> None:
     run = options.open_run()
     dataset = run.open_data(options.data)
     split = dataset.splits[VALIDATION]
+    boundaries = Boundaries(run.tokenizer.bos_id, run.tokenizer.eos_id, dataset.marks)
     masks = run.manifest.setting("data.mask_documents", bool, False)
     exits, tokens = evaluate_exits(
         run.model,
-        _windows(run, dataset.stream(VALIDATION), options.seq_len),
+        _windows(run, dataset.stream(VALIDATION), boundaries, options.seq_len),
         bytes_per_token=split.text_bytes / split.tokens,
         max_tokens=options.max_tokens,
-        bos_id=run.tokenizer.bos_id if masks else None,
-        eos_id=run.tokenizer.eos_id,
+        boundaries=boundaries if masks else None,
         decode=run.tokenizer.decode,
     )
     header = "E loss perplexity bits/byte accuracy agreement confidence ece"
@@ -87,7 +88,7 @@ def evaluate(options: EvaluateOptions) -> None:
     )
 
 
-def _windows(run: Run, stream: TokenStream, seq_len: int | None) -> Windows:
+def _windows(run: Run, stream: TokenStream, boundaries: Boundaries, seq_len: int | None) -> Windows:
     """Cut a stream as in training, into windows of `seq_len` tokens, or what there is of it."""
     context = run.model.config.max_seq_len
     if seq_len is None:
@@ -98,8 +99,7 @@ def _windows(run: Run, stream: TokenStream, seq_len: int | None) -> Windows:
         stream,
         run.manifest.setting("data.packing", Packing, "stream"),
         seq_len=min(seq_len, len(stream) - 1),
-        bos_id=run.tokenizer.bos_id,
-        eos_id=run.tokenizer.eos_id,
+        boundaries=boundaries,
     )
 
 

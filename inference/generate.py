@@ -52,6 +52,10 @@ class GenerateOptions(SamplingOptions, DecodingOptions):
     """More texts to continue, one a line; of a .jsonl file, the field `prompt` of each line."""
     interactive: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue each line of standard input as it comes, until its end or Ctrl-C."""
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read each text as a user's turn, through the chat template of the checkpoint."""
+    chat_template: str | None = None
+    """Likewise, through this template: a file, or chatml."""
     num_samples: Count = 1
     """Continuations of each text."""
     batch_size: Count = BATCH_SIZE
@@ -235,6 +239,7 @@ def generate(options: GenerateOptions) -> None:
             seed=options.seed,
             num_samples=options.num_samples,
             batch_size=options.batch_size,
+            chat=options.chat_template or options.chat,
         )
 
     stream = start(texts or [""])  # errors come before any output

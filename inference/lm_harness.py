@@ -6,6 +6,7 @@ Likelihoods are those of any exit; continuations are written by any strategy.
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -13,7 +14,7 @@ import tyro
 from torch.nn import functional as F
 
 from data.command_line import run_command
-from inference.cli.arguments import Count, DecodingOptions, Folder, Names
+from inference.cli.arguments import Count, DecodingOptions, Names
 from inference.cli.terminal import format_table, with_progress, write_json
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
@@ -184,7 +185,7 @@ class HarnessOptions(DecodingOptions):
 
     tasks: Names
     """Tasks of the harness, by name."""
-    include_path: Folder | None = None
+    include_path: Path | None = None
     """Folder of further tasks, as .yaml."""
     E: int | None = None
     """Layers behind every likelihood; all of them if not given."""

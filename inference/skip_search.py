@@ -24,7 +24,7 @@ from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import describe
 from inference.strategies.skip_draft import SkipDraft
 from models.config import LlamaConfig
-from models.flops import block_params
+from models.flops import attention_params, block_params, feed_forward_params
 from models.llama import Llama, SkippedParts
 
 MODEL_COST, TOKENS_PER_SECOND = "model_cost", "tokens_per_second"
@@ -116,8 +116,7 @@ def draft_cost(skipped: SkippedParts, config: LlamaConfig) -> float:
 
     Keys and values are not counted: where texts are long, attention costs more than this.
     """
-    feed_forward = 3 * config.dim * config.ffn_dim + config.dim
-    attention = block_params(config) - feed_forward
+    attention, feed_forward = attention_params(config), feed_forward_params(config)
     full = config.n_layers * block_params(config) + config.dim * config.vocab_size
     saved = len(skipped.attention) * attention + len(skipped.feed_forward) * feed_forward
     return 1.0 - saved / full

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention_mask import attend
 from models.config import LlamaConfig
-from models.document_mask import attend
 from models.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -66,12 +66,20 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_width
         self.grouped = config.n_kv_heads != config.n_heads
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        width, kv_width = (n * self.head_dim for n in (config.n_heads, config.n_kv_heads))
+        bias = config.attention_bias != "none"
+        self.wq = nn.Linear(config.dim, width, bias=bias)
+        self.wk = nn.Linear(config.dim, kv_width, bias=bias)
+        self.wv = nn.Linear(config.dim, kv_width, bias=bias)
+        self.wo = nn.Linear(width, config.dim, bias=config.attention_bias == "qkvo")
+        self.qk_norm = config.qk_norm
+        if self.qk_norm == "head":
+            width = kv_width = self.head_dim
+        normed = self.qk_norm != "none"
+        self.q_norm = RMSNorm(width, config.norm_eps) if normed else None
+        self.k_norm = RMSNorm(kv_width, config.norm_eps) if normed else None
 
     def forward(
         self,
@@ -103,15 +111,21 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return q, rotated, (batch, heads, seq, head_dim), of x: (batch, seq, dim)."""
-        return apply_rope(self.split(self.wq(x)), cos, sin)
+        return apply_rope(self.split(self.wq(x), self.q_norm), cos, sin)
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Return k, rotated, and v, (batch, kv_heads, seq, head_dim), of x: (batch, seq, dim)."""
-        return apply_rope(self.split(self.wk(x)), cos, sin), self.split(self.wv(x))
+        k = self.split(self.wk(x), self.k_norm)
+        return apply_rope(k, cos, sin), self.split(self.wv(x))
 
-    def split(self, x: Tensor) -> Tensor:
-        """Turn (batch, seq, heads * head_dim) into (batch, heads, seq, head_dim)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def split(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Turn (batch, seq, heads * head_dim) into (batch, heads, seq, head_dim), normed."""
+        if norm is not None and self.qk_norm == "full":
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.qk_norm == "head":
+            x = norm(x)
+        return x.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -119,9 +133,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=config.ffn_bias)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x: (batch, seq, dim) token by token."""
@@ -129,10 +143,14 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One layer: x_{l+1} = x_l + f_l(x_l), attention then feed-forward, each pre-normed."""
+    """One layer: x_{l+1} = x_l + f_l(x_l), attention then feed-forward.
+
+    Each part is normed, before it or, with norm_position "post", after it.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.norm_first = config.norm_position == "pre"
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -157,14 +175,41 @@ class TransformerBlock(nn.Module):
         part adds nothing.
         """
         if query_positions is not None:
-            x = self.attention_norm(h)
             own = gather_tokens(h, query_positions)
-            own = own + self.attention(x, cos, sin, mask, kv, query_positions)
-            own = own + self.feed_forward(self.ffn_norm(own))
+            own = own + self.attention_part(h, cos, sin, mask, kv, query_positions)
+            own = own + self.feed_forward_part(own)
             return h.scatter(1, query_positions.unsqueeze(-1).expand_as(own), own)
         if attend:
-            h = h + self.attention(self.attention_norm(h), cos, sin, mask, kv)
-        return h + self.feed_forward(self.ffn_norm(h)) if feed else h
+            h = h + self.attention_part(h, cos, sin, mask, kv)
+        return h + self.feed_forward_part(h) if feed else h
+
+    def attention_part(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: "Tensor | BlockMask | None",
+        kv: LayerKV | None,
+        query_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return what attention adds to h, see `Attention.forward`."""
+        out = self.attention(self.attention_input(h), cos, sin, mask, kv, query_positions)
+        return out if self.norm_first else self.attention_norm(out)
+
+    def attention_input(self, h: Tensor) -> Tensor:
+        """Return what queries, keys and values are made of, for h: (batch, seq, dim)."""
+        return self.attention_norm(h) if self.norm_first else h
+
+    def feed_forward_part(self, h: Tensor) -> Tensor:
+        """Return what the feed-forward layer adds to h: (batch, seq, dim)."""
+        return feed_forward_part(h, self.ffn_norm, self.feed_forward, self.norm_first)
+
+
+def feed_forward_part(
+    h: Tensor, norm: RMSNorm, feed_forward: FeedForward, norm_first: bool
+) -> Tensor:
+    """Return what a feed-forward layer adds to h: (..., dim), normed before or after it."""
+    return feed_forward(norm(h)) if norm_first else norm(feed_forward(h))
 
 
 def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:

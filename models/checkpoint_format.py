@@ -1,8 +1,9 @@
 """What a checkpoint folder holds, and how it is read: verified first, without running any code.
 
 A checkpoint is a folder of torch.distributed.checkpoint (DCP) shards that hold tensors only,
-`tokenizer.model`, and, written last, `manifest.json` with everything else: a folder without it is
-no checkpoint. `tensor_reader.py` reads the shards, `conversion/plain_checkpoint.py` writes them.
+`tokenizer.model`, its `chat_template.jinja` if it has one, and, written last, `manifest.json` with
+everything else: a folder without it is no checkpoint. `tensor_reader.py` reads the shards,
+`conversion/plain_checkpoint.py` writes them.
 """
 
 import hashlib
@@ -16,14 +17,24 @@ from typing import Any
 
 import torch
 
-from data.foreign_json import build, is_plain, read_object, typed
+from data.foreign_json import MAX_BYTES, build, is_plain, parse_object, read_object, typed
+from data.urls import Location, Url, UrlError, explained
 from models.config import LlamaConfig
 from models.fingerprint import compute_fingerprint
 from models.llama import Llama
-from models.tensor_reader import TensorReader, check_tensors, load_tensors
+from models.tensor_reader import (
+    TensorReader,
+    Weights,
+    check_tensors,
+    load_tensors,
+    refuse_without_average,
+)
+
+FileEntry = dict[str, int | str]
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+CHAT_TEMPLATE = "chat_template.jinja"
 _FORMAT = 1
 
 
@@ -45,7 +56,7 @@ class Manifest:
     """Number of ranks that wrote it."""
     versions: dict[str, str]
     """Versions of the libraries that wrote it."""
-    files: dict[str, dict[str, int | str]]
+    files: dict[str, FileEntry]
     """{file name: {"bytes": size, "sha256": digest}} of every other file in the folder."""
     state: dict[str, Any] = field(default_factory=dict)
     """Further state of the training run, as JSON."""
@@ -69,19 +80,22 @@ class Manifest:
         except ValueError as error:
             raise ValueError(f"{MANIFEST}: config.{error}") from None
 
+    def content(self) -> bytes:
+        """Return the content of `manifest.json`."""
+        fields = {"format": _FORMAT} | asdict(self)
+        return (json.dumps(fields | {"sha256": _digest(fields)}, indent=1) + "\n").encode()
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, atomically, and flush it to the disk."""
-        fields = {"format": _FORMAT} | asdict(self)
-        text = json.dumps(fields | {"sha256": _digest(fields)}, indent=1)
         aside = folder / (MANIFEST + ".tmp")
-        with aside.open("w") as file:
-            file.write(text + "\n")
+        with aside.open("wb") as file:
+            file.write(self.content())
             file.flush()
             os.fsync(file.fileno())
         aside.replace(folder / MANIFEST)
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
+def read_manifest(checkpoint: Location) -> Manifest:
     """Read the manifest of a checkpoint folder.
 
     Raises:
@@ -89,11 +103,13 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     try:
-        fields = read_object(path)
+        fields = _read_object(path)
     except FileNotFoundError:
         raise ValueError(
             f"checkpoint: {checkpoint} has no {MANIFEST}, name a finished checkpoint"
         ) from None
+    except UrlError:
+        raise
     except ValueError as error:
         raise ValueError(
             f"checkpoint: {path} is damaged ({error}), use another checkpoint"
@@ -117,12 +133,22 @@ def read_manifest(checkpoint: Path) -> Manifest:
         ) from None
 
 
+def _read_object(path: Location) -> dict[str, Any]:
+    if isinstance(path, Url):
+        return parse_object(path.read_bytes(MAX_BYTES + 1))
+    return read_object(path)
+
+
 def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def file_entry(path: Path) -> dict[str, int | str]:
+def file_entry(path: Location) -> FileEntry:
     """Return a file's size in bytes and its sha256, as the manifest lists them."""
+    if isinstance(path, Url):
+        with explained(path), path.open() as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            return {"bytes": file.tell(), "sha256": digest}
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,
@@ -130,7 +156,7 @@ def file_entry(path: Path) -> dict[str, int | str]:
         }
 
 
-def verify(checkpoint: Path) -> Manifest:
+def verify(checkpoint: Location) -> Manifest:
     """Compare every file of a checkpoint with its manifest.
 
     Raises:
@@ -141,17 +167,15 @@ def verify(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def check_listing(checkpoint: Path) -> Manifest:
+def check_listing(checkpoint: Location) -> Manifest:
     """Compare the files that are there with those the manifest lists: plain files of that size.
 
     Raises:
         ValueError: Naming the file that is missing, cut short, elsewhere or not listed.
     """
     manifest = read_manifest(checkpoint)
-    present = sorted(checkpoint.iterdir())
-    if links := [path for path in present if path.is_symlink()]:
-        raise ValueError(f"checkpoint: {links[0]} is a link, put the file itself there")
-    if unlisted := sorted({path.name for path in present} - {MANIFEST} - set(manifest.files)):
+    present = _sizes(checkpoint, manifest)
+    if unlisted := sorted(present.keys() - {MANIFEST} - set(manifest.files)):
         raise ValueError(
             f"checkpoint: {checkpoint / unlisted[0]} is not listed in {MANIFEST}, remove it if it "
             "is not part of the checkpoint, else use another checkpoint"
@@ -162,38 +186,56 @@ def check_listing(checkpoint: Path) -> Manifest:
                 f"checkpoint: {checkpoint / MANIFEST} lists {name!r}, which is outside the folder, "
                 "use another checkpoint"
             )
-        path = checkpoint / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint: {path} is missing, use another checkpoint")
-        _compare(path, "bytes", path.stat().st_size, expected)
+        size = present.get(name)
+        if size is None:
+            raise ValueError(f"checkpoint: {checkpoint / name} is missing, use another checkpoint")
+        _compare(checkpoint / name, "bytes", size, expected)
     return manifest
 
 
-def check_content(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
+def _sizes(checkpoint: Location, manifest: Manifest) -> dict[str, int | None]:
+    """Return {name: bytes} of what is in a checkpoint folder; None: no file."""
+    if isinstance(checkpoint, Url):
+        if not checkpoint.lists:
+            return {name: (checkpoint / name).size() for name in manifest.files if is_plain(name)}
+        return {**checkpoint.files(), **dict.fromkeys(checkpoint.folders())}
+    present = sorted(checkpoint.iterdir())
+    if links := [path for path in present if path.is_symlink()]:
+        raise ValueError(f"checkpoint: {links[0]} is a link, put the file itself there")
+    return {path.name: path.stat().st_size if path.is_file() else None for path in present}
+
+
+def check_content(checkpoint: Location, manifest: Manifest, names: Iterable[str]) -> None:
     """Raise a ValueError if the content of one of the files `names` is not what was written."""
     for name in names:
         path = checkpoint / name
         _compare(path, "sha256", file_entry(path)["sha256"], manifest.files[name])
 
 
-def _compare(path: Path, key: str, found: int | str, expected: dict[str, int | str]) -> None:
+def _compare(path: Location, key: str, found: int | str, expected: FileEntry) -> None:
     if found != expected[key]:
         raise ValueError(
             f"checkpoint: {path} is damaged, {key} was {expected[key]}, is {found}, use another"
         )
 
 
-def checkpoint_steps(folder: Path) -> dict[int, Path]:
-    """Return {step: path} of the finished checkpoints in a folder, ascending by step."""
-    found = {}
-    for path in folder.glob("step-*") if folder.is_dir() else ():
+def checkpoint_steps(folder: Location) -> dict[int, Location]:
+    """Return {step: location} of the finished checkpoints in a folder, ascending by step."""
+    found: dict[int, Location] = {}
+    for path in _step_folders(folder):
         match = re.fullmatch(r"step-(\d+)", path.name)
         if match and (path / MANIFEST).is_file():
             found[int(match.group(1))] = path
     return dict(sorted(found.items()))
 
 
-def find_checkpoint(run: Path, field: str = "run") -> Path:
+def _step_folders(folder: Location) -> Iterable[Location]:
+    if isinstance(folder, Url):
+        return [folder / name for name in folder.folders() if name.startswith("step-")]
+    return folder.glob("step-*") if folder.is_dir() else ()
+
+
+def find_checkpoint(run: Location, field: str = "run") -> Location:
     """Return the newest checkpoint of a run or of its `checkpoints`, or `run` if it is itself one.
 
     Raises:
@@ -202,36 +244,43 @@ def find_checkpoint(run: Path, field: str = "run") -> Path:
     if (run / MANIFEST).is_file():
         return run
     steps = checkpoint_steps(run / "checkpoints") or checkpoint_steps(run)
-    if not steps and (run / "config.json").exists() and any(run.glob("*.safetensors")):
+    if steps:
+        return steps[max(steps)]
+    if isinstance(run, Path) and (run / "config.json").exists() and any(run.glob("*.safetensors")):
         raise ValueError(
             f"{field}: {run} is a Hugging Face folder, make a checkpoint of it: "
             f"python -m models.convert --from hf --to skipstone {run} OUTPUT"
         )
-    if not steps:
-        raise ValueError(
-            f"{field}: {run} holds no finished checkpoint, train first or name another"
-        )
-    return steps[max(steps)]
+    raise ValueError(f"{field}: {run} holds no finished checkpoint, train first or name another")
 
 
-def load_model(checkpoint: Path, *, device: torch.device, dtype: torch.dtype) -> Llama:
+def load_model(
+    checkpoint: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: Weights = "model",
+) -> Llama:
     """Load the model of a checkpoint folder on one device, for inference.
 
     Args:
         checkpoint: A checkpoint folder, see `find_checkpoint`.
         device: Of the model.
         dtype: Of its weights.
+        weights: Which of its weights.
 
     Raises:
-        ValueError: If a file is missing or damaged, or the tensors do not fit the manifest.
+        ValueError: If a file is missing or damaged, there is no average, or the tensors do not
+            fit the manifest.
     """
     manifest = verify(checkpoint)
     with torch.device("meta"):
         model = Llama(manifest.model)
     reader = TensorReader(checkpoint)
-    check_tensors(reader, "model.", model.state_dict())
+    refuse_without_average(checkpoint, weights)
+    check_tensors(reader, f"{weights}.", model.state_dict())
     model.to_empty(device="cpu")  # of no more memory than the files have bytes
-    load_tensors(reader, {"model": model.state_dict()})
+    load_tensors(reader, {weights: model.state_dict()})
     model.fill_rope_table()
     model.fingerprint = compute_fingerprint(model)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -1,10 +1,14 @@
 """The shape of a Llama model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.foreign_json import build, shown
 from models.rope import RopeScaling
+
+AttentionBias = Literal["none", "qkv", "qkvo"]
+QkNorm = Literal["none", "head", "full"]
+NormPosition = Literal["pre", "post"]
 
 # No real model is beyond these, and nothing is allocated for a shape that is.
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -17,13 +21,20 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_seq_len": (2, 2**22),
     "norm_eps": (1e-30, 1),
     "rope_theta": (1, 1e15),
+    "head_dim": (2, 2**12),
+    "sliding_window": (1, 2**22),
 }
+_MOST_WIDTH = 2**17
+"""Of all heads together, as of dim."""
 _SMALL_TABLE_BYTES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape of a Llama model. Names as Meta writes them."""
+    """The shape of a Llama, or of a model that differs from one by the fields from head_dim on.
+
+    Names as Meta writes them.
+    """
 
     dim: int
     """Width of the residual stream."""
@@ -39,6 +50,20 @@ class LlamaConfig:
     """Number of token ids."""
     max_seq_len: int
     """Longest context in tokens; the rotary table has this many rows."""
+    head_dim: int | None = None
+    """Width of one attention head; None: dim / n_heads."""
+    sliding_window: int | None = None
+    """Tokens that a query attends to at most, itself the last of them; None: all before it."""
+    attention_bias: AttentionBias = "none"
+    """Attention's projections that add a bias: none, those of queries, keys and values, or these
+    and the output's."""
+    ffn_bias: bool = False
+    """Let the feed-forward layer's three projections add a bias."""
+    qk_norm: QkNorm = "none"
+    """RMS-norm queries and keys before their rotation: each head by itself, or all as one vector
+    (full)."""
+    norm_position: NormPosition = "pre"
+    """pre: x + f(norm(x)). post: x + norm(f(x)), as OLMo 2."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     rope_theta: float = 10000.0
@@ -57,9 +82,9 @@ class LlamaConfig:
     """Give these exits a feed-forward layer of their own too, before that norm."""
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
+    def head_width(self) -> int:
+        """Width of one attention head, `head_dim` where it is given."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def router_width(self) -> int:
@@ -70,25 +95,40 @@ class LlamaConfig:
     def num_block_parameters(self) -> int:
         """Number of weights in the matrices of all layers."""
         heads = 2 * self.n_heads + 2 * self.n_kv_heads
-        return self.n_layers * self.dim * (heads * self.head_dim + 3 * self.ffn_dim)
+        return self.n_layers * self.dim * (heads * self.head_width + 3 * self.ffn_dim)
+
+    def has_weights_of(self, other: "LlamaConfig") -> bool:
+        """Whether the two have the same weights: they differ in the context at most.
+
+        No weight depends on it, as the rotary table is computed.
+        """
+        shape = replace(other, max_seq_len=self.max_seq_len, head_dim=other.head_width)
+        return replace(self, head_dim=self.head_width) == shape
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
+        values = {name: getattr(self, name) for name in _BOUNDS}
         found = [
-            f"model.{name}: {getattr(self, name)}, must be {least} to {most}"
+            f"model.{name}: {values[name]}, must be {least} to {most}"
             for name, (least, most) in _BOUNDS.items()
-            if not least <= getattr(self, name) <= most  # so is NaN
+            if values[name] is not None and not least <= values[name] <= most  # so is NaN
         ]
         if found:
             return found
-        if self.dim % self.n_heads:
+        if self.head_dim is not None:
+            if self.head_dim % 2 or self.n_heads * self.head_dim > _MOST_WIDTH:
+                found.append(
+                    f"model.head_dim: {self.head_dim}, must be even, and {self.n_heads} heads "
+                    f"together at most {_MOST_WIDTH} wide"
+                )
+        elif self.dim % self.n_heads:
             found.append(
                 f"model.n_heads: {self.n_heads} does not divide model.dim {self.dim}, "
                 "choose a divisor"
             )
-        elif self.head_dim % 2:
+        elif self.head_width % 2:
             found.append(
-                f"model.n_heads: {self.n_heads} gives an odd head width {self.head_dim}, "
+                f"model.n_heads: {self.n_heads} gives an odd head width {self.head_width}, "
                 "rotary embeddings need an even one"
             )
         if self.n_heads % self.n_kv_heads:
@@ -98,7 +138,7 @@ class LlamaConfig:
             )
         if self.rope_scaling is not None:
             found += self.rope_scaling.problems()
-        table = 2 * 4 * self.head_dim * self.max_seq_len
+        table = 2 * 4 * self.head_width * self.max_seq_len
         if table > max(_SMALL_TABLE_BYTES, 4 * self.num_block_parameters):
             found.append(
                 f"model.max_seq_len: {self.max_seq_len}, its rotary table has {table / 2**30:.1f} "

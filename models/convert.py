@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.chats import find_template
 from data.command_line import run_command
 from data.hugging_face import (
     check_tokenizer,
     find_tokenizer,
-    has_chat_template,
     prove_same_ids,
     write_tokenizer,
 )
 from data.tokenizer import Tokenizer
-from models.checkpoint_format import TOKENIZER, find_checkpoint
+from data.urls import Url
+from models.checkpoint_copy import local_checkpoint
+from models.checkpoint_format import TOKENIZER
 from models.config import LlamaConfig
+from models.conversion.families import family_of
 from models.conversion.model_card import write_model_card
 from models.conversion.options import DESCRIPTION, Options
 from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
@@ -51,6 +54,8 @@ class Source:
     config: LlamaConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer
+    chat_template: str | None
+    """That of the tokenizer, if it has one."""
     logits: Tensor | None
     """Transformers' logits of the whole model; None if it did not read it."""
     training: dict[str, Any]
@@ -77,14 +82,15 @@ def read_source(options: Options) -> Source:
     if options.source == "hf":
         source = read_hugging_face(options, dtype)
     else:
-        checkpoint = find_checkpoint(options.input, "input")
+        checkpoint = local_checkpoint(options.input, "input")
         own = checkpoint / TOKENIZER
-        manifest, state = read_checkpoint(checkpoint)
+        manifest, state = read_checkpoint(checkpoint, options.weights)
         tokens = manifest.state.get("tokens")
         source = Source(
             config=manifest.model,
             state=state,
             tokenizer=choose_tokenizer(options, own, manifest.model.vocab_size),
+            chat_template=find_template(options.tokenizer, own),
             logits=None,
             training=manifest.config,
             step=manifest.step,
@@ -123,6 +129,8 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
         dtype: transformers rounds the weights to it before it computes the logits.
     """
     folder = options.input
+    if isinstance(folder, Url):
+        raise ValueError(f"input: {folder}, copy the Hugging Face folder here and give its path")
     config = read_config(folder)
     own = find_tokenizer(folder, config.vocab_size, needed=options.tokenizer is None)
     tokenizer = choose_tokenizer(options, own, config.vocab_size)
@@ -131,6 +139,7 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
         config=config,
         state=read_weights(folder, config),
         tokenizer=tokenizer,
+        chat_template=find_template(options.tokenizer, folder / TOKENIZER),
         logits=transformers_logits(folder, config, dtype),
         training={},
         step=0,
@@ -143,15 +152,9 @@ def read_hugging_face(options: Options, dtype: torch.dtype | None) -> Source:
 
 def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
     """Return a line for each property of a Hugging Face folder that is not kept."""
-    found = []
-    if others := sorted(read_eos_ids(folder) - {tokenizer.eos_id}):
-        found.append(
-            f"eos_token_id {', '.join(map(str, others))}: a text ends with the tokenizer's "
-            f"{tokenizer.eos_id} alone"
-        )
-    if has_chat_template(folder):
-        found.append("chat_template: format a chat by it before encoding")
-    return found
+    others = ", ".join(map(str, sorted(read_eos_ids(folder) - {tokenizer.eos_id})))
+    ends = f"a text ends with the tokenizer's {tokenizer.eos_id} alone"
+    return [f"eos_token_id {others}: {ends}"] if others else []
 
 
 def change(source: Source, options: Options) -> Source:
@@ -213,7 +216,8 @@ def write_hugging_face(model: Source, folder: Path, max_shard_bytes: int) -> lis
         eos_id=model.tokenizer.eos_id,
         max_shard_bytes=max_shard_bytes,
     )
-    write_tokenizer(model.tokenizer, folder, max_seq_len=model.config.max_seq_len)
+    context, template = model.config.max_seq_len, model.chat_template
+    write_tokenizer(model.tokenizer, folder, max_seq_len=context, chat_template=template)
     write_model_card(
         folder,
         model.config,
@@ -233,7 +237,8 @@ def write_hugging_face(model: Source, folder: Path, max_shard_bytes: int) -> lis
         "ours, read back (transformers is not installed)" if theirs is None else "transformers'"
     )
     proven.append(prove_same_logits(expected_logits(model), found, reader=reader))
-    return [*proven, prove_same_ids(model.tokenizer, folder)]
+    overruled = family_of(config).tokenizer_class != "AutoTokenizer"
+    return [*proven, prove_same_ids(model.tokenizer, folder, overruled=overruled)]
 
 
 def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
@@ -252,6 +257,7 @@ def write_skipstone(model: Source, folder: Path, name: str) -> list[str]:
         tokenizer=model.tokenizer.serialized,
         config={"name": name} | model.training,
         data_fingerprint=model.data_fingerprint,
+        chat_template=model.chat_template,
     )
     manifest, state = read_checkpoint(folder)
     assert manifest.model == model.config

@@ -7,15 +7,19 @@ norm. Theirs may have an output embedding of their own as well; ours do not.
 import torch
 from torch import Tensor, nn
 
-from models.block import FeedForward, RMSNorm, TransformerBlock
+from models.block import FeedForward, RMSNorm, TransformerBlock, feed_forward_part
 from models.config import LlamaConfig
 
 
 class ExitParts(nn.Module):
-    """Reads norm(h), or norm(h + feed_forward(ffn_norm(h))), for the exit after E layers."""
+    """Reads norm(h), or norm(h + feed_forward(ffn_norm(h))), for the exit after E layers.
+
+    Where the model's layers norm what their parts give, so does this feed-forward layer.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.norm_first = config.norm_position == "pre"
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if config.own_exit_mlp else None
         self.feed_forward = FeedForward(config) if config.own_exit_mlp else None
@@ -23,7 +27,7 @@ class ExitParts(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return the head's input for h = x_E: (..., dim), same shape."""
         if self.feed_forward is not None and self.ffn_norm is not None:
-            h = h + self.feed_forward(self.ffn_norm(h))
+            h = h + feed_forward_part(h, self.ffn_norm, self.feed_forward, self.norm_first)
         x: Tensor = self.norm(h)
         return x
 

@@ -5,8 +5,22 @@ from models.config import LlamaConfig
 
 def block_params(config: LlamaConfig) -> int:
     """Return the number of parameters in one transformer block."""
-    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
-    return attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
+    return attention_params(config) + feed_forward_params(config)
+
+
+def attention_params(config: LlamaConfig) -> int:
+    """Return the number of parameters in the attention of one block, its norms included."""
+    width, kv_width = (n * config.head_width for n in (config.n_heads, config.n_kv_heads))
+    matrices = 2 * config.dim * (width + kv_width)
+    biases = {"none": 0, "qkv": width + 2 * kv_width, "qkvo": width + 2 * kv_width + config.dim}
+    norms = {"none": 0, "head": 2 * config.head_width, "full": width + kv_width}
+    return matrices + config.dim + biases[config.attention_bias] + norms[config.qk_norm]
+
+
+def feed_forward_params(config: LlamaConfig) -> int:
+    """Return the number of parameters in one feed-forward layer and its norm."""
+    biases = 2 * config.ffn_dim + config.dim if config.ffn_bias else 0
+    return 3 * config.dim * config.ffn_dim + config.dim + biases
 
 
 def total_params(config: LlamaConfig) -> int:
@@ -26,7 +40,7 @@ def router_params(config: LlamaConfig) -> int:
 
 def own_exit_params(config: LlamaConfig) -> int:
     """Return the number of parameters of all exits' own parts."""
-    feed_forward = 3 * config.dim * config.ffn_dim + config.dim if config.own_exit_mlp else 0
+    feed_forward = feed_forward_params(config) if config.own_exit_mlp else 0
     return len(config.own_exits) * (config.dim + feed_forward)
 
 
@@ -39,11 +53,14 @@ def layer_flops_per_token(config: LlamaConfig, seq_len: int, capacity: float = 1
     """Return the FLOPs of one layer, forward and backward, for one token of a causal sequence.
 
     6 per weight, plus attention's 6 n_heads head_dim seq_len (PaLM, arXiv 2204.02311, appendix B,
-    halved because a causal query attends to half the keys on average). Where a layer runs the share
+    halved because a causal query attends to half the keys on average; fewer with a sliding window
+    of w tokens: w - w^2 / (2 seq_len)). Where a layer runs the share
     `capacity` of the tokens, the others compute keys, values and the router alone.
     """
-    of_all = 2 * config.dim * config.head_dim * config.n_kv_heads + config.dim
-    attention = 6.0 * config.n_heads * config.head_dim * seq_len
+    of_all = 2 * config.dim * config.head_width * config.n_kv_heads + config.dim
+    w = min(config.sliding_window or seq_len, seq_len)
+    keys = w - w * w / (2 * seq_len)
+    attention = 12.0 * config.n_heads * config.head_width * keys
     of_some = 6.0 * (block_params(config) - of_all) + attention
     return 6.0 * (of_all + router_params(config)) + capacity * of_some
 

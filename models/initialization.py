@@ -12,8 +12,8 @@ from models.config import LlamaConfig
 def initial_value(name: str, parameter: Tensor, config: LlamaConfig, seed: int) -> Tensor:
     """Return the initial value of a whole parameter, fp32, on its device.
 
-    Norm weights and the routers' biases are 1, the routers' last weights 0. Every other matrix is
-    N(0, std) cut at 3 std, drawn in fp32:
+    Norm weights and the routers' biases are 1, other biases and the routers' last weights 0. Every
+    other matrix is N(0, std) cut at 3 std, drawn in fp32:
       tok_embeddings, lm_head, wq, wk, wv, w1, w3   std = dim^-0.5
       wo                                            std = dim^-0.5 / sqrt(2 L)
       w2                                            std = ffn_dim^-0.5 / sqrt(2 L)
@@ -28,9 +28,10 @@ def initial_value(name: str, parameter: Tensor, config: LlamaConfig, seed: int) 
         seed: Any non-negative integer.
     """
     full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    routers = name.startswith("routers.")
     if parameter.ndim == 1:
-        return full.fill_(1.0)
-    if name.startswith("routers.") and name.endswith("out.weight"):
+        return full.fill_(0.0 if name.endswith("bias") and not routers else 1.0)
+    if routers and name.endswith("out.weight"):
         return full.zero_()
     std = config.ffn_dim**-0.5 if name.endswith("w2.weight") else config.dim**-0.5
     if name.endswith(("w2.weight", "wo.weight")):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.document_mask import DocumentMask
+from models.attention_mask import AttentionMask
 
 DepthSchedule = Literal["exponential", "linear", "linear_from_first", "uniform"]
 TimeSchedule = Literal[
@@ -190,7 +190,7 @@ def run_kept_rows(
     cos: Tensor,
     sin: Tensor,
     choice: LayerChoice,
-    documents: DocumentMask | None = None,
+    documents: AttentionMask | None = None,
 ) -> Tensor:
     """Run a block on the kept rows of h: (batch, seq, dim); dropped rows pass unchanged.
 

@@ -1,10 +1,10 @@
 """Which part of a batch each layer computes in training: rows, tokens, documents and routers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from models.document_mask import DocumentMask
+from models.attention_mask import AttentionMask, window_mask
 from models.layer_dropout import KeptRows
 from models.router import Routing
 from models.token_depth import TokenLayers
@@ -18,12 +18,24 @@ class LayerMasks:
     """Rows that each layer runs on (stochastic depth); None: all."""
     token_layers: TokenLayers | None = None
     """Tokens that run each layer; the others keep their state. None: all."""
-    documents: DocumentMask | None = None
-    """Keeps attention within documents; None: it is causal and nothing else."""
+    documents: AttentionMask | None = None
+    """Keeps attention within documents, and a sliding window; None: it is causal."""
     routing: Routing | None = None
     """Limits the tokens that routers let run, and records their gates; None: no limit."""
 
-    def attention(self, l: int, p: Tensor | None) -> DocumentMask | None:
+    def within(self, window: int | None, h: Tensor) -> "LayerMasks":
+        """Return these for a model of such a sliding window, in tokens, that runs h: (b, seq, dim).
+
+        A row that is no longer than the window is causal and nothing else.
+        """
+        if self.documents is not None:
+            assert self.documents.window == window, "the mask of documents lacks the window"
+            return self
+        if window is None or h.shape[1] <= window:
+            return self
+        return replace(self, documents=window_mask(window, h.shape[1], h.device))
+
+    def attention(self, l: int, p: Tensor | None) -> AttentionMask | None:
         """Return the attention mask of layer l, which a router runs with probability p.
 
         Args:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention_mask import document_mask
 from models.block import KVCache, LayerKV, RMSNorm, TransformerBlock, open_cache
 from models.config import LlamaConfig
-from models.document_mask import document_mask
 from models.exit_parts import ExitParts
 from models.initialization import initial_value
 from models.layer_dropout import KeptRows, choice_at, run_kept_rows
@@ -86,7 +86,7 @@ class Llama(nn.Module):
         self.lm_head: nn.Module | None = (
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
-        table = torch.empty(config.max_seq_len, config.head_dim)
+        table = torch.empty(config.max_seq_len, config.head_width)
         self.register_buffer("rope_cos", table, persistent=False)
         self.register_buffer("rope_sin", table.clone(), persistent=False)
         self.rope_cos: Tensor
@@ -115,7 +115,7 @@ class Llama(nn.Module):
         if self.rope_cos.is_meta:
             return
         config = self.config
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
         positions = torch.arange(config.max_seq_len, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, frequencies).repeat(1, 2)
         self.rope_cos.copy_(angles.cos())
@@ -169,6 +169,8 @@ class Llama(nn.Module):
         """
         cos, sin = self.rotary(positions, h)
         slots, layer_kv = open_cache(cache, positions)
+        if cache is None:
+            masks = masks.within(self.config.sliding_window, h)
         mask = slots if masks.documents is None else masks.documents.mask
         exits = {}
         for l in range(start, stop):
@@ -222,7 +224,7 @@ class Llama(nn.Module):
         _, layer_kv = cache.at(positions)
         for l in range(start, stop):
             block = self.block(l)
-            k, v = block.attention.keys_and_values(block.attention_norm(h), cos, sin)
+            k, v = block.attention.keys_and_values(block.attention_input(h), cos, sin)
             layer_kv(l).update(k, v)
 
     def rotary(self, positions: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,11 +282,11 @@ class Llama(nn.Module):
             token_layers: Which tokens run each layer; the others keep their state. None: all.
             capacity: Share of a row's tokens that a layer with a router runs at most.
         """
-        routing = Routing(capacity)
+        routing, window = Routing(capacity), self.config.sliding_window
         masks = LayerMasks(
             kept_rows=kept_rows,
             token_layers=token_layers,
-            documents=None if documents is None else document_mask(documents),
+            documents=None if documents is None else document_mask(documents, window),
             routing=routing,
         )
         stop = max(exit_layers, default=-1) + 1

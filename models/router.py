@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention_mask import AttentionMask, query_mask
 from models.config import LlamaConfig
-from models.document_mask import DocumentMask, query_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +86,15 @@ class Routing:
     gates: dict[int, Tensor] = field(default_factory=dict)
     """{l: p of layer l, (batch, seq) fp32}, filled as the layers run."""
 
-    def admit(self, l: int, p: Tensor, documents: DocumentMask | None) -> DocumentMask | None:
+    def admit(self, l: int, p: Tensor, documents: AttentionMask | None) -> AttentionMask | None:
         """Record layer l's p, (batch, seq); return the mask whose queries are those admitted."""
         self.gates[l] = p
         if self.capacity == 1.0:
             return documents
         chosen = most_probable(p, self.capacity)
-        return query_mask(chosen, p.shape[1], None if documents is None else documents.documents)
+        if documents is None:
+            return query_mask(chosen, p.shape[1], None)
+        return query_mask(chosen, p.shape[1], documents.documents, documents.window)
 
 
 def most_probable(p: Tensor, capacity: float) -> Tensor:

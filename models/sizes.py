@@ -1,6 +1,6 @@
 """The table of model sizes, one line each."""
 
-from models.config import LlamaConfig
+from models.config import AttentionBias, LlamaConfig, NormPosition, QkNorm
 from models.rope import RopeScaling
 
 
@@ -17,6 +17,11 @@ def _size(
     rope_scaling: RopeScaling | None = None,
     tie_embeddings: bool = False,
     norm_eps: float = 1e-5,
+    head_dim: int | None = None,
+    sliding_window: int | None = None,
+    attention_bias: AttentionBias = "none",
+    qk_norm: QkNorm = "none",
+    norm_position: NormPosition = "pre",
 ) -> LlamaConfig:
     return LlamaConfig(
         dim=dim,
@@ -30,6 +35,11 @@ def _size(
         rope_scaling=rope_scaling,
         tie_embeddings=tie_embeddings,
         norm_eps=norm_eps,
+        head_dim=head_dim,
+        sliding_window=sliding_window,
+        attention_bias=attention_bias,
+        qk_norm=qk_norm,
+        norm_position=norm_position,
     )
 
 
@@ -50,5 +60,21 @@ SIZES: dict[str, LlamaConfig] = {
     "llama3.2_1b": _size(
         2048, 16, 32, 8, 8192, 128256, 8192,
         rope_theta=5e5, rope_scaling=_LLAMA32, tie_embeddings=True,
+    ),
+    "mistral_7b": _size(4096, 32, 32, 8, 14336, 32000, 8192, sliding_window=4096),
+    "qwen2.5_1.5b": _size(
+        1536, 28, 12, 2, 8960, 151936, 8192,
+        rope_theta=1e6, tie_embeddings=True, norm_eps=1e-6, attention_bias="qkv",
+    ),
+    "qwen3_0.6b": _size(
+        1024, 28, 16, 8, 3072, 151936, 8192,
+        rope_theta=1e6, tie_embeddings=True, norm_eps=1e-6, head_dim=128, qk_norm="head",
+    ),
+    "olmo2_1b": _size(
+        2048, 16, 16, 16, 8192, 100352, 4096,
+        rope_theta=5e5, norm_eps=1e-6, qk_norm="full", norm_position="post",
+    ),
+    "smollm2_1.7b": _size(
+        2048, 24, 32, 32, 8192, 49152, 8192, rope_theta=1.3e5, tie_embeddings=True
     ),
 }  # fmt: skip

@@ -11,8 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,10 +28,30 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from data.foreign_json import is_plain
+from data.urls import Location, Url, UrlError
+from models.url_streams import UrlStreams
+
+Weights = Literal["model", "ema"]
+"""Those of the last step, or their moving average: the names of both begin with this."""
 
 
 class TensorReader(FileSystemReader):
     """DCP's reader, for folders whose metadata is not trusted."""
+
+    def __init__(self, folder: Location) -> None:
+        """Read nothing yet."""
+        super().__init__(str(folder) if isinstance(folder, Url) else folder)
+        self.folder = folder
+        if isinstance(folder, Url):
+            self.fs = UrlStreams()  # type: ignore[assignment]
+            self.path = self.fs.init_path(str(folder))
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        """Return the bytes of a tensor; of a URL all at once, in one request."""
+        if not isinstance(self.folder, Url):
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read `.metadata` without running any code it names.
@@ -40,10 +59,12 @@ class TensorReader(FileSystemReader):
         Raises:
             ValueError: It is damaged, or describes anything but tensors within the files.
         """
-        content = (Path(self.path) / ".metadata").read_bytes()
+        content = (self.folder / ".metadata").read_bytes()
         try:
             metadata = _AllowListUnpickler(io.BytesIO(content)).load()
-            _check_metadata(Path(self.path), metadata)
+            _check_metadata(self.folder, metadata)
+        except UrlError:
+            raise
         except ValueError as error:
             raise ValueError(f"checkpoint: {self.path}/.metadata {error}, use another") from None
         except Exception as error:  # what bytes that are no pickle raise has no bound
@@ -110,7 +131,7 @@ def _check_key(key: object) -> None:
         raise ValueError(f"has a key of type {type(key).__name__}")
 
 
-def _check_metadata(folder: Path, metadata: object) -> None:
+def _check_metadata(folder: Location, metadata: object) -> None:
     """Refuse what is not metadata of tensors that lie within the files of `folder`."""
     if not isinstance(metadata, Metadata):
         raise ValueError("is not DCP metadata")
@@ -136,11 +157,11 @@ def _check_metadata(folder: Path, metadata: object) -> None:
             raise ValueError(f"names no file that holds all of {name}")
 
 
-def _check_storage(folder: Path, storage: object) -> None:
+def _check_storage(folder: Location, storage: object) -> None:
     """Refuse entries that are not parts of plain files in `folder`."""
     if not isinstance(storage, dict):
         raise ValueError("names no files")
-    sizes: dict[str, int] = {}
+    sizes = folder.files() if isinstance(folder, Url) and folder.lists else {}
     for key, entry in storage.items():
         name, offset, length = (
             getattr(entry, field, None) for field in ("relative_path", "offset", "length")
@@ -150,14 +171,20 @@ def _check_storage(folder: Path, storage: object) -> None:
         if not is_plain(name):
             raise ValueError(f"points to {name!r}, which is outside the folder")
         if name not in sizes:
-            path = folder / name
-            sizes[name] = path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+            sizes[name] = _size(folder / name)
         if not (isinstance(offset, int) and isinstance(length, int)):
             raise ValueError("names no files")
         if min(offset, length) < 0 or offset + length > sizes[name]:
             raise ValueError(f"points beyond the end of {name}")
         if getattr(entry, "transform_descriptors", None):
             raise ValueError(f"names a transformation of {name}")
+
+
+def _size(path: Location) -> int:
+    """Return the bytes of a plain file; 0 where there is none."""
+    if isinstance(path, Url):
+        return path.size()
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else 0
 
 
 def _check_chunk(name: str, chunk: object, size: torch.Size) -> None:
@@ -170,6 +197,21 @@ def _check_chunk(name: str, chunk: object, size: torch.Size) -> None:
         for start, count, whole in zip(*shapes, size, strict=True)
     ):
         raise ValueError(f"has a part that lies outside {name}")
+
+
+def holds_average(checkpoint: Location) -> bool:
+    """Whether a checkpoint holds a moving average of its weights."""
+    names = TensorReader(checkpoint).read_metadata().state_dict_metadata
+    return any(name.startswith("ema.") for name in names)
+
+
+def refuse_without_average(checkpoint: Location, weights: Weights) -> None:
+    """Raise a ValueError if the average is asked for and there is none."""
+    if weights == "ema" and not holds_average(checkpoint):
+        raise ValueError(
+            f"weights: ema, but {checkpoint} holds no average, leave it out, or train with "
+            "--optim.ema_decay"
+        )
 
 
 def check_tensors(
@@ -204,12 +246,12 @@ def load_tensors(reader: TensorReader, state: dict[str, Any]) -> None:
     Raises:
         ValueError: They cannot be read.
     """
-    with _without_process_group(), _damage_explained(Path(reader.path)):
+    with _without_process_group(), _damage_explained(reader.folder):
         load(state, storage_reader=reader, no_dist=True)
 
 
 @contextmanager
-def _damage_explained(folder: Path) -> Iterator[None]:
+def _damage_explained(folder: Location) -> Iterator[None]:
     """Turn what DCP and torch.load raise for damaged files, which is anything, into one line."""
     try:
         yield

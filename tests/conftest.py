@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.tokenizer import train_tokenizer
 from tests.documents import make_documents
 from tests.forked_jobs import Launcher

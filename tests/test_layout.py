@@ -20,11 +20,16 @@ ALLOWED = {
 }
 # The command that converts a model converts its tokenizer with it.
 ALSO_ALLOWED = {
-    "models/convert.py": {"data.command_line", "data.hugging_face", "data.tokenizer"},
+    "models/convert.py": {"data.chats", "data.command_line", "data.hugging_face", "data.tokenizer"},
 }
-CHECKPOINT_FILES = {"models/tensor_reader.py", "models/conversion/plain_checkpoint.py"}
-# Reads JSON for every room, and imports none.
-EVERYWHERE = {"data.foreign_json"}
+CHECKPOINT_FILES = {
+    "models/tensor_reader.py",
+    "models/url_streams.py",
+    "models/conversion/plain_checkpoint.py",
+}
+# They read JSON and URLs for every room, and import none of ours but each other's.
+EVERYWHERE = {"data.foreign_json", "data.urls", "data.url_cache"}
+LOWEST = {"data/foreign_json.py", "data/urls.py"}
 ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
@@ -88,7 +93,7 @@ def test_imports_follow_the_arrows(path):
         if module in EVERYWHERE:
             continue
         if top in ROOMS and module not in ALSO_ALLOWED.get(name_of(path), ()):
-            assert name_of(path) != "data/foreign_json.py", f"{path} imports {name}"
+            assert name_of(path) not in LOWEST, f"{path} imports {name}"
             assert top == room or top in ALLOWED[room], f"{path} imports {name}"
         if room not in ("train", "launch"):  # launch runs torchrun
             assert top not in ONLY_IN_TRAIN, f"{path} imports {name}"
@@ -202,6 +207,7 @@ def test_environment_is_read_in_one_file():
     # torchrun.py names its process to the ranks, where launcher.py reads it before torch is there.
     allowed = {"train/parallel/runtime.py", "inference/generate.py", "data/command_line.py"}
     allowed |= {"launch/torchrun.py", "train/monitoring/launcher.py"}
+    allowed |= {"data/urls.py"}  # the folder of copies, which every room has
     assert readers <= allowed
     assert (ROOT / "inference" / "generate.py").read_text().count("os.environ") == 1
 

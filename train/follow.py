@@ -29,12 +29,11 @@ class TrainingMonitor:
         self.anomaly: tuple[int, Anomaly] | None = None
         """First step of the anomaly to roll back from, and that anomaly; None: go on."""
         self._job, self._metrics = job, metrics
-        self._rows = state.step_rows(start, job.config.data.global_batch_size)
+        self._rows = state.step_rows(start, job.config.data.batch)
         job.sections.read()  # leaves out the time before these steps
         config = job.config
         self._report = StepReport(
             config.model.n_layers,
-            config.data.tokens_per_step,
             Throughput(
                 config.model,
                 config.data.seq_len,
@@ -56,16 +55,15 @@ class TrainingMonitor:
         config, monitored_layer = self._job.config.recovery, self._job.layerskip.monitored_layer
         data = self._job.config.data
         for step in steps:
-            self._report.add(step, self._job.layerskip.at(step.t))
+            rows = data.batch.at(step.t)
+            self._report.add(step, self._job.layerskip.at(step.t), tokens=rows * data.seq_len)
             self.done_steps = step.t + 1
             self.stop = self.stop or step.stop
             if not step.updated:
                 self._record_skipped(step)
             before = self.state.loss_history
             history = before.after(step, monitored_layer, config)
-            self.state = self.state.after_step(
-                history, rows=data.global_batch_size, seq_len=data.seq_len
-            )
+            self.state = self.state.after_step(history, rows=rows, seq_len=data.seq_len)
             if anomaly := history.anomaly(before, config):
                 self._record("anomaly", step.t, anomaly.reason)
                 if anomaly.rollback and self.anomaly is None:
@@ -113,11 +111,17 @@ class TrainingMonitor:
         )
         for source, epochs in enumerate(job.loader.mixture.epochs(self._rows.first(t))):
             values[f"progress/epoch_of_{source}" if source else "progress/epoch"] = epochs
+        values["progress/batch_size"] = float(config.data.batch.at(t))
         values |= job.lifetime(self.state)
         self._metrics.log(values, done)
         logger.info(
             "%s",
-            step_line(values, done, T=config.steps, tokens_per_step=config.data.tokens_per_step),
+            step_line(
+                values,
+                done,
+                T=config.steps,
+                tokens_left=config.data.tokens_of(config.steps) - config.data.tokens_of(done),
+            ),
         )
 
     def _record_skipped(self, step: StepMetrics) -> None:

@@ -24,14 +24,13 @@ from train.monitoring.interruption import Interruption
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
 from train.opened_data import open_data
-from train.optimizer.optim import build_optimizer
+from train.optimizer.optim import Optimizers, build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
-from train.parallel.titan import OptimizersContainer
 from train.record import record_hang, record_start
 from train.resumed_rows import open_rows
 from train.run_folder.events import EventLog, goodput, starts
-from train.run_folder.preflight import check_run_folder, check_space
+from train.run_folder.preflight import check_checkpoint_folder, check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
 from train.run_folder.status import RunStatus
 from train.run_folder.weights_and_biases import WeightsAndBiases, open_wandb
@@ -55,7 +54,7 @@ class Job:
     held_out: HeldOut
     layerskip: LayerSkipSchedule
     model: Llama
-    optimizer: OptimizersContainer
+    optimizer: Optimizers
     adam_monitor: AdamMonitor
     replica_check: ReplicaCheck
     identity: RunIdentity
@@ -66,15 +65,10 @@ class Job:
     state: RunState
     """The state to go on from: the checkpoint's, and the rows skipped by rollbacks since."""
 
-    @property
-    def checkpoint_folder(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.config.run_dir / "checkpoints"
-
     def batches(self, start: int, state: RunState) -> Iterator[tuple[int, list[Microbatch]]]:
         """Yield (t, this rank's microbatches) from step `start` to the last."""
         return self.loader.batches(
-            state.step_rows(start, self.config.data.global_batch_size),
+            state.step_rows(start, self.config.data.batch),
             self.config.steps,
             pin_memory=self.runtime.device.type == "cuda",
         )
@@ -95,6 +89,7 @@ class Job:
         """
         self.runtime.on_every_rank(self.lock.check)
         self.checkpoints.save(done, state.as_dict(), required=required)
+        self.status.note_saved(self.checkpoints.saved_step)
         self.status.write("running", done)
 
     def lifetime(self, state: RunState) -> dict[str, float]:
@@ -148,7 +143,7 @@ def open_job(
         SystemExit: On the other ranks then.
     """
     run_dir, sections = config.run_dir, Sections()
-    status = RunStatus(run_dir, config.runtime.status_file, runtime)
+    status = RunStatus(run_dir, config.checkpoint_folder, config.runtime.status_file, runtime)
     with ExitStack() as stack:
         with status.record_end(sections):
             made = check_run_folder(
@@ -194,7 +189,7 @@ def _build(
     corpus, held_out = open_data(config, runtime, interruption)
     model, optimizer = _build_model(config, runtime)
     identity = _identify(config, corpus)
-    folder, settings = config.run_dir / "checkpoints", config.checkpoint
+    folder, settings = config.checkpoint_folder, config.checkpoint
     resumed = resume(
         folder, model, optimizer, config=settings, identity=identity, runtime=runtime, given=given
     )
@@ -202,6 +197,8 @@ def _build(
     writer = CheckpointWriter(
         folder, model, optimizer, config=settings, identity=identity, runtime=runtime
     )
+    writer.saved_step = 0 if resumed.branched_from else resumed.t
+    status.note_saved(writer.saved_step)
     rotates = config.curriculum.C == "rot"
     return Job(
         config=config,
@@ -249,10 +246,14 @@ def _open_wandb(config: TrainConfig, runtime: Runtime, stack: ExitStack) -> Weig
     return wandb
 
 
-def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, OptimizersContainer]:
+def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimizers]:
     """Build the model and its optimizer, and check that a checkpoint of them fits on the disk."""
     model = build_model(
         config.model, config.parallel, runtime, config.seed, trains=config.optim.trains
     )
-    check_space(config.run_dir, checkpoint_bytes(model, config.optim), runtime)
+    size = checkpoint_bytes(model, config.optim)
+    if config.checkpoint.folder:
+        check_checkpoint_folder(config.checkpoint_folder, size, runtime)
+    else:
+        check_space(config.run_dir, size, runtime)
     return model, build_optimizer(model, config.optim)

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from data.urls import is_url
 from train.config.command_line import parse
 from train.config.config import TrainConfig
 from train.config.settled import settle
@@ -122,7 +123,17 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
 
 
 def report_validation(job: Job, done_steps: int, metrics: Metrics) -> None:
-    """Measure and log the held-out loss of every exit."""
+    """Measure and log the held-out loss of every exit, and that of the averaged weights."""
+    measure_validation(job, done_steps, metrics, "validation", "held-out loss")
+    if job.optimizer.average is not None:
+        with job.optimizer.average.in_place():
+            measure_validation(
+                job, done_steps, metrics, "validation_ema", "held-out loss of the EMA"
+            )
+
+
+def measure_validation(job: Job, done_steps: int, metrics: Metrics, split: str, title: str) -> None:
+    """Measure and log the held-out loss of every exit of the weights as they are."""
     config = job.config
     losses = validate(
         job.model,
@@ -134,10 +145,10 @@ def report_validation(job: Job, done_steps: int, metrics: Metrics) -> None:
         token_depth=config.token_depth,
     )
     if not losses:
-        logger.info("held-out loss at step %d: none, for no token has a label", done_steps)
+        logger.info("%s at step %d: none, for no token has a label", title, done_steps)
         return
-    metrics.log(exit_metrics("validation", dict(enumerate(losses)), len(losses)), done_steps)
-    logger.info("%s", validation_line(losses, done_steps))
+    metrics.log(exit_metrics(split, dict(enumerate(losses)), len(losses)), done_steps)
+    logger.info("%s", validation_line(losses, done_steps, title))
 
 
 def due(interval_steps: int, done_steps: int, steps: int) -> bool:
@@ -208,7 +219,7 @@ def check(config: TrainConfig) -> None:
     """
     refuse_early(config.run_dir, Path(config.output_dir))
     refuse_held(config.run_dir, launched_job())
-    if Path(config.data.path).exists():
+    if not is_url(config.data.path) and Path(config.data.path).exists():
         open_corpus(config.data, config.model.vocab_size)
 
 

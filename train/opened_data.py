@@ -25,7 +25,7 @@ def open_data(
         ValueError: If a dataset cannot be opened, or is not of the tokens of the weights.
     """
     data, start = config.data, config.checkpoint
-    runtime.on_every_rank(lambda: check_start(config.run_dir / "checkpoints", start))
+    runtime.on_every_rank(lambda: check_start(config.checkpoint_folder, start))
     prepared = partial(open_corpus, data, config.model.vocab_size)
     _until_stopped(lambda: prepared() if runtime.is_main else None, runtime, interruption)
     corpus = runtime.main_first(prepared)
@@ -36,8 +36,8 @@ def open_data(
             _until_stopped(verify, runtime, interruption)
     _check_tokenizer(config, corpus, runtime)
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
-    bos_id = corpus.bos_id if data.mask_documents else None
-    return corpus, HeldOut(windows, data.seq_len, bos_id, corpus.ends[1])
+    boundaries = corpus.boundaries(corpus.datasets[0]) if data.mask_documents else None
+    return corpus, HeldOut(windows, data.seq_len, boundaries)
 
 
 def _until_stopped(
@@ -61,10 +61,11 @@ def _until_stopped(
 def _check_tokenizer(config: TrainConfig, corpus: Corpus, runtime: Runtime) -> None:
     """Refuse to start from weights of another tokenizer."""
     settings, dataset = config.checkpoint, corpus.datasets[0]
-    starts_new = not checkpoint_steps(config.run_dir / "checkpoints")
 
     def check() -> None:
-        if runtime.is_main and starts_new and settings.init_from:
+        if not (runtime.is_main and settings.init_from):
+            return
+        if not checkpoint_steps(config.checkpoint_folder):
             check_tokenizer(
                 settings.init_from, dataset.tokenizer_path, dataset.tokenizer_fingerprint
             )

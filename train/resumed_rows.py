@@ -14,7 +14,8 @@ from data.reading import Reading, SourceRead, begin, count, reading_from_dict
 from data.window_order import Stretch
 from train.checkpoints.resume import Resumed
 from train.config.config import TrainConfig
-from train.loop.corpus import Corpus, DataConfig, train_loader
+from train.loop.corpus import Corpus, train_loader
+from train.loop.data_config import DataConfig
 from train.loop.run_state import RunState, run_state_from_dict
 from train.parallel.runtime import Runtime
 from train.run_folder.events import Event, EventLog
@@ -46,7 +47,7 @@ def open_rows(
             seed,
             reading=state.reading,
             next_row=state.next_row,
-            steps=config.steps - resumed.t,
+            rows=data.batch.before(config.steps) - data.batch.before(resumed.t),
         )
         return state, loader
 

@@ -36,7 +36,7 @@ def roll_back(
     job.sections.enter("checkpoint", t)
     job.checkpoints.wait()
     resumed = load_earlier(
-        job.checkpoint_folder,
+        job.config.checkpoint_folder,
         job.model,
         job.optimizer,
         last_step=_choose_checkpoint(job, anomaly_start, anomaly, t),
@@ -45,7 +45,7 @@ def roll_back(
     )
     before = state.back_at(checkpoint_state(resumed))
     skipped = skip_after_rollback(
-        before.next_row, state.last_row, job.config.data.global_batch_size, config
+        before.next_row, state.last_row, job.config.data.batch.at(t), config
     )
     # Recorded only now: a job that dies before this meets the same anomaly and rolls back again.
     reading = state.as_dict()["reading"]
@@ -83,7 +83,9 @@ def _choose_checkpoint(job: Job, anomaly_start: int, anomaly: Anomaly, t: int) -
                 f"recovery.max_rollbacks: {config.max_rollbacks} are used up, and again "
                 f"{anomaly.reason} at step {t}; lower optim.lr and start from an earlier checkpoint"
             )
-        step = rollback_step(list(checkpoint_steps(job.checkpoint_folder)), anomaly_start, config)
+        step = rollback_step(
+            list(checkpoint_steps(job.config.checkpoint_folder)), anomaly_start, config
+        )
         if step is None:
             raise ValueError(
                 f"recovery: {anomaly.reason} at step {t}, and no checkpoint from before step "

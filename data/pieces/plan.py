@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from data.faults import Faults
+from data.sources.compression import SUFFIXES
 from data.sources.lines import MAX_DOCUMENT_BYTES
 from data.sources.listing import TEXT_SUFFIXES, list_sources
 from data.sources.parquet import row_group_sizes
@@ -17,7 +18,7 @@ MOST_PIECE_BYTES = 2**26
 _PIECES = 256
 """So many where neither bound is met: for tens of processes, each with several."""
 
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_COMPRESSED = tuple(SUFFIXES)
 _COMPRESSION = 4
 """Text in a compressed file, about, as a multiple of its size."""
 

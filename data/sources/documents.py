@@ -1,4 +1,4 @@
-"""Reading documents out of files: text, source code, JSON lines, Parquet, saved datasets.
+"""Reading documents out of files: text, pages, rows of JSON, tables, Parquet, saved datasets.
 
 Yields documents one by one in a fixed order. What cannot be used is skipped, counted by reason
 and reported with its file and line. Independent of tokens.
@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 from data.faults import Faults
 from data.row_layout import Document, RowLayout
+from data.sources.html import read_html
 from data.sources.json_lines import read_json_lines
-from data.sources.listing import TEXT_SUFFIXES, list_sources
+from data.sources.json_rows import read_json
+from data.sources.listing import TEXT_SUFFIXES, kind_of, list_sources
 from data.sources.parquet import read_parquet
 from data.sources.saved_datasets import PREFIX, read_saved_dataset
 from data.sources.source import Source
+from data.sources.tables import read_table
 from data.sources.text import read_text
 
 Reader = Callable[[Source, RowLayout, Faults], Iterator[Document | None]]
@@ -20,8 +23,10 @@ Reader = Callable[[Source, RowLayout, Faults], Iterator[Document | None]]
 
 _READERS: dict[str, Reader] = {
     **dict.fromkeys(TEXT_SUFFIXES, read_text),
-    ".jsonl": read_json_lines,
-    ".jsonl.gz": read_json_lines,
+    **dict.fromkeys((".html", ".htm"), read_html),
+    **dict.fromkeys((".jsonl", ".ndjson"), read_json_lines),
+    ".json": read_json,
+    **dict.fromkeys((".csv", ".tsv"), read_table),
     ".parquet": read_parquet,
 }
 
@@ -32,9 +37,9 @@ def read_documents(inputs: Iterable[str], faults: Faults, layout: RowLayout) -> 
     Args:
         inputs: files, folders (recursive, without hidden entries), globs, `embedded`, or a
             Hugging Face dataset, see `data.sources.saved_datasets`.
-            .txt .md .rst .py hold one document per file, .jsonl .jsonl.gz one per line,
-            .parquet one per row. A text file above MAX_DOCUMENT_BYTES is cut at line ends into
-            documents of 16 MB.
+            .txt .md .rst .py .html hold one document per file, .jsonl one per line, .json .csv
+            .tsv .parquet one per row, all but .parquet also compressed (.gz .zst .bz2 .xz). A text
+            file above MAX_DOCUMENT_BYTES is cut at line ends into documents of 16 MB.
         faults: counts what is skipped.
         layout: the JSON fields or Parquet columns that hold the text.
 
@@ -56,6 +61,7 @@ def read_sources(
 
 
 def _reader(source: Source) -> Reader:
-    if source.name.startswith(PREFIX):
+    kind = kind_of(source.name)
+    if kind is None or source.name.startswith(PREFIX) or source.path.is_dir():
         return read_saved_dataset
-    return next(reader for suffix, reader in _READERS.items() if source.path.name.endswith(suffix))
+    return _READERS[kind]

@@ -1,12 +1,12 @@
 """Lines of a file, plain or compressed, of bounded length."""
 
 import codecs
-import gzip
-import zlib
 from collections.abc import Iterator
 from io import BufferedIOBase
+from pathlib import PurePath
 
 from data.faults import Faults
+from data.sources.compression import SUFFIXES, Content, open_content
 from data.sources.source import Source
 
 MAX_DOCUMENT_BYTES = 2**28
@@ -28,31 +28,38 @@ def read_line(file: BufferedIOBase) -> bytes | None:
 
 
 def read_lines(source: Source, faults: Faults) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbered lines of a plain or gzipped file; a torn gzip file ends at its last.
+    """Yield the numbered lines of a file; a torn compressed file ends at its last whole line.
 
     Of a part of a plain file those that begin in it, numbered from its start; `faults.lines_read`
     is their number at the end.
     """
-    path, name, number = source.path, source.name, 0
+    name, number = source.name, 0
     start, end = source.part or (0, None)
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            if start:
-                file.seek(start - 1)
-                _skip_line(file)
-            position = file.tell() if end is not None else 0
-            while (end is None or position < end) and (line := read_line(file)) != b"":
-                number += 1
-                if end is not None:
-                    position = file.tell()
-                if line is None:
-                    faults.add(TOO_LONG, f"{name}:{number}")
-                else:
-                    is_first = number == 1 and start == 0
-                    yield number, line.removeprefix(codecs.BOM_UTF8) if is_first else line
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        faults.add("torn or damaged gzip file, the rest of it", f"{name}:{number + 1}")
+    with open_content(source) as file:
+        if start:
+            file.seek(start - 1)
+            _skip_line(file)
+        position = file.tell() if end is not None else 0
+        while (end is None or position < end) and (line := read_line(file)) != b"":
+            if file.is_torn and line is not None and not line.endswith(b"\n"):
+                break
+            number += 1
+            if end is not None:
+                position = file.tell()
+            if line is None:
+                faults.add(TOO_LONG, f"{name}:{number}")
+            else:
+                is_first = number == 1 and start == 0
+                yield number, line.removeprefix(codecs.BOM_UTF8) if is_first else line
+        count_tear(file, source, faults, f":{number + 1}")
     faults.lines_read = number
+
+
+def count_tear(file: Content, source: Source, faults: Faults, where: str = "") -> None:
+    """Count the fault of a file whose end was reached too early."""
+    if file.is_torn:
+        kind = SUFFIXES[PurePath(source.name).suffix]
+        faults.add(f"torn or damaged {kind} file, the rest of it", source.name + where)
 
 
 def _skip_line(file: BufferedIOBase) -> None:

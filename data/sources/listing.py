@@ -1,6 +1,6 @@
 """The files of an input: a file, a folder, a glob, or the sources of Python and torch.
 
-Lists names in a fixed order; reads no file.
+Lists names in a fixed order; reads no document.
 """
 
 import glob
@@ -11,16 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.faults import UNKNOWN_KIND, Faults
-from data.sources.saved_datasets import PREFIX
+from data.sources.compression import SUFFIXES as COMPRESSIONS
+from data.sources.saved_datasets import PREFIX, is_saved_dataset
 from data.sources.source import Source
 
 EMBEDDED = "embedded"
 """The input on every machine: the sources of the running Python and of torch."""
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (*TEXT_SUFFIXES, ".html", ".htm", *ROW_SUFFIXES)
+"""Of files that may be compressed; Parquet compresses by itself."""
 
 _NOT_EMBEDDED = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
+
+
+def kind_of(name: str) -> str | None:
+    """Return the suffix of a file's name that names its kind, without that of its compression."""
+    if name.endswith(".parquet"):
+        return ".parquet"
+    stem, dot, last = name.rpartition(".")
+    plain = stem if dot + last in COMPRESSIONS else name
+    return next((suffix for suffix in SUFFIXES if plain.endswith(suffix)), None)
 
 
 def list_sources(source: str, faults: Faults) -> Iterator[Source]:
@@ -37,8 +49,9 @@ def list_sources(source: str, faults: Faults) -> Iterator[Source]:
         return
     path = Path(source)
     if path.is_file():
-        if not source.endswith(SUFFIXES):
-            raise ValueError(f"input {source} is of an unknown kind, give {' '.join(SUFFIXES)}")
+        if kind_of(source) is None:
+            kinds = f"{' '.join(SUFFIXES)}, also with {' '.join(COMPRESSIONS)}, or .parquet"
+            raise ValueError(f"input {source} is of an unknown kind, give {kinds}")
         yield Source(path, source)
         return
     found = [path] if path.is_dir() else sorted(map(Path, glob.glob(source, recursive=True)))
@@ -46,16 +59,24 @@ def list_sources(source: str, faults: Faults) -> Iterator[Source]:
         raise ValueError(f"input {source} does not exist, give a file, a folder or a glob")
     for entry in found:
         for file in _walk(entry) if entry.is_dir() else [entry]:
-            if not file.is_file():  # Reading a pipe would block.
+            if is_saved_dataset(file):
+                yield Source(file, str(file))
+            elif not file.is_file():  # Reading a pipe would block.
                 faults.add("neither a file nor a folder, or a link to a folder", str(file))
-            elif file.name.endswith(SUFFIXES):
+            elif kind_of(file.name):
                 yield Source(file, str(file))
             else:
                 faults.add(UNKNOWN_KIND, str(file))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order, without hidden files and folders."""
+    """Yield the files below a folder in sorted order, without hidden files and folders.
+
+    A folder that `save_to_disk` wrote is one of them.
+    """
+    if is_saved_dataset(folder):
+        yield folder
+        return
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue

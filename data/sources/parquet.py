@@ -43,7 +43,7 @@ def row_group_sizes(path: Path) -> list[int]:
         return []  # What is wrong is raised where it is read.
 
 
-def _rows(source: Source, layout: RowLayout) -> Iterator[tuple[int, dict[str, bytes | None]]]:
+def _rows(source: Source, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of each row, from 1, and some columns of it, as bytes."""
     import pyarrow
     import pyarrow.parquet
@@ -67,6 +67,9 @@ def _rows(source: Source, layout: RowLayout) -> Iterator[tuple[int, dict[str, by
         values = []
         for field in fields:
             column = batch.column(field)
+            if layout.messages and not _is_text(column.type):
+                values.append(column)
+                continue
             try:
                 # As bytes, so that one row of invalid UTF-8 does not fail its whole batch.
                 values.append(column.cast(pyarrow.large_binary()))
@@ -95,12 +98,15 @@ def _is_text(kind: Any) -> bool:
 
 
 def _row_document(
-    values: dict[str, bytes | None], origin: str, layout: RowLayout, faults: Faults
+    values: dict[str, Any], origin: str, layout: RowLayout, faults: Faults
 ) -> Document | None:
     """Return the document of one row, if it is sound."""
-    texts = {}
+    texts: dict[str, Any] = {}
     for field, value in values.items():
         if value is None:
+            continue
+        if not isinstance(value, bytes):  # of a chat
+            texts[field] = value
             continue
         if len(value) > MAX_DOCUMENT_BYTES:
             faults.add(TOO_LONG, origin)

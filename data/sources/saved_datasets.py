@@ -1,6 +1,7 @@
 """Rows of a Hugging Face dataset, streamed: a folder `save_to_disk` wrote, or a name on the hub.
 
-An input is written hf:NAME[:SPLIT[:CONFIG]], such as hf:books or hf:wikitext:train:wikitext-2-v1.
+An input is written hf:NAME[:SPLIT[:CONFIG]], such as hf:books or hf:wikitext:train:wikitext-2-v1,
+or as the path of a saved folder.
 """
 
 import logging
@@ -15,6 +16,8 @@ from data.row_layout import Document, RowLayout
 from data.sources.source import Source
 
 PREFIX = "hf:"
+MARKERS = ("dataset_dict.json", "state.json")
+"""One of these is in every folder of `save_to_disk`."""
 DEFAULT_SPLIT = "train"
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -36,15 +39,15 @@ def _rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]
     every pass.
 
     Args:
-        source: hf:NAME[:SPLIT[:CONFIG]]; the split is "train" if not given. Folders saved with
-            one split have no other, "train" if it has no name, and no CONFIG.
+        source: a folder, or hf:NAME[:SPLIT[:CONFIG]]; the split is "train" if not given. Folders
+            saved with one split have no other, "train" if it has no name, and no CONFIG.
         layout: names the columns to read.
 
     Raises:
         ValueError: there is no such dataset, split, configuration or column, or it cannot be
             read to its end.
     """
-    rows = _open(source)
+    rows = open_dataset_rows(source)
     columns = rows.column_names
     if columns is not None:
         check_columns(source, columns, _texts(rows.features, columns), layout)
@@ -59,6 +62,13 @@ def _rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]
         ) from error
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of the `datasets` library wrote this folder."""
+    return (folder / MARKERS[0]).is_file() or (
+        (folder / MARKERS[1]).is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
 def check_columns(
     source: str, columns: Sequence[str], texts: Sequence[str], layout: RowLayout
 ) -> None:
@@ -66,10 +76,13 @@ def check_columns(
     for field in layout.fields:
         if field in columns:
             continue
+        if hint := layout.chats_hint(columns):
+            raise ValueError(f"{layout.naming(field)} is no column of {source}{hint}")
+        texts = columns if layout.messages else texts
         if not texts:
             raise ValueError(
                 f"{layout.naming(field)} is no column of {source}, which has no column of text"
-                f" ({', '.join(columns)}), give the text itself: token ids are not read"
+                f" ({', '.join(columns)}), name its token ids as tokens_field"
             )
         raise ValueError(
             f"{layout.naming(field)} is no column of {source}, give one of: {', '.join(texts)}"
@@ -84,8 +97,15 @@ def _texts(features: Any, columns: Sequence[str]) -> list[str]:
     return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
 
 
-def _open(source: str) -> Any:
-    name, split, config = (source.removeprefix(PREFIX).split(":", 2) + ["", ""])[:3]
+def open_dataset_rows(source: str) -> Any:
+    """Open a dataset, which yields its rows.
+
+    Raises:
+        ValueError: there is no such dataset, split or configuration.
+    """
+    name, split, config = source, "", ""  # the path of a folder
+    if source.startswith(PREFIX):
+        name, split, config = (source.removeprefix(PREFIX).split(":", 2) + ["", ""])[:3]
     if not name:
         raise ValueError(f"input {source} names no dataset, give hf:NAME[:SPLIT[:CONFIG]]")
     try:
@@ -109,7 +129,10 @@ def _open(source: str) -> Any:
         raise ValueError(f"input {source} is a folder, which has no CONFIG, leave it out")
     if isinstance(found, datasets.DatasetDict):
         if (split or DEFAULT_SPLIT) not in found:
-            raise ValueError(f"input {source} has no such split, give one of: {', '.join(found)}")
+            raise ValueError(
+                f"input {source} has no split {split or DEFAULT_SPLIT}, give"
+                f" {PREFIX}{name}:SPLIT, one of: {', '.join(found)}"
+            )
         return found[split or DEFAULT_SPLIT]
     own = str(found.split or DEFAULT_SPLIT)
     if split and split != own:

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data.option_values import read_as, read_path
+from data.option_values import read_as, read_location, read_path
+from data.urls import Location
 from inference.engine.sampling import Sampling
 from inference.loading.quantized import Bits
 from inference.loading.run import Run, load_run
+from models.tensor_reader import Weights
 
 _PICTURES = (".jpg", ".pdf", ".png", ".svg")
 _LAST_SEED = 2**64 - 1
@@ -90,7 +92,7 @@ def _joined(values: tuple[object, ...]) -> str:
     return ",".join(map(str, values))
 
 
-Folder = Annotated[Path, read_as("DIR", read_path)]
+Folder = Annotated[Location, read_as("DIR|URL", read_location)]
 OutputFile = Annotated[Path, read_as("PATH", output_file)]
 PictureFile = Annotated[Path, read_as("PATH", picture_file)]
 Seed = Annotated[int, read_as("N", _seed)]
@@ -113,6 +115,8 @@ class RunOptions:
     """auto (CUDA if there is one), cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and KV cache; float32 on a CPU, bfloat16 on CUDA if not given."""
+    weights: Weights = "model"
+    """model: those of the last step; ema: their moving average, see optim.ema_decay."""
     quantize: Bits | None = None
     """Hold the layers' matrices in so few bits (torchao), but not those of a draft model."""
     json: OutputFile | None = None
@@ -120,7 +124,13 @@ class RunOptions:
 
     def open_run(self) -> Run:
         """Load the run."""
-        return load_run(self.run, device=self.device, dtype=self.dtype, quantize=self.quantize)
+        return load_run(
+            self.run,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            weights=self.weights,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +147,7 @@ class DecodingOptions(RunOptions):
             device=self.device,
             dtype=self.dtype,
             quantize=self.quantize,
+            weights=self.weights,
             compiled=self.compile,
         )
 

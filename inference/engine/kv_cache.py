@@ -36,7 +36,7 @@ class StaticKVCache:
         dtype: torch.dtype,
         window_step: int = 1,
     ) -> None:
-        shape = (batch, config.n_kv_heads, slots, config.head_dim)
+        shape = (batch, config.n_kv_heads, slots, config.head_width)
         # Zeros, not empty: a masked slot has weight 0, but 0 times a NaN left in memory is NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
@@ -47,6 +47,7 @@ class StaticKVCache:
         in the batch. Set by `set_window`, so that the cost of a pass follows the length of the
         text, not of the buffers. Rows of a ragged batch have unwritten slots inside the window,
         masked."""
+        self._sliding_window = config.sliding_window
         self._slot_index = torch.arange(slots, device=device)
 
     def set_window(self, slots: int) -> None:
@@ -65,10 +66,13 @@ class StaticKVCache:
         """Open the cache for tokens at `positions`: (batch, seq) int64, all below `window`.
 
         Returns:
-            The mask slot <= position, (batch, 1, seq, window) bool, and a function from layer
-            index l to that layer's storage.
+            The mask slot <= position, (batch, 1, seq, window) bool, without slots behind the
+            model's sliding window, and a function from layer index l to that layer's storage.
         """
-        mask = self._slot_index[: self.window] <= positions[:, None, :, None]
+        slots, query = self._slot_index[: self.window], positions[:, None, :, None]
+        mask = slots <= query
+        if self._sliding_window is not None and self._sliding_window < self.window:
+            mask &= slots > query - self._sliding_window
         batch, kv_heads = self.keys[0].shape[:2]
         rows = torch.arange(batch, device=positions.device)[:, None, None]
         heads = torch.arange(kv_heads, device=positions.device)[:, None]

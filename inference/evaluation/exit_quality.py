@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.boundaries import Boundaries
 from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
 from data.windows import Ids, Windows, spread
@@ -19,7 +20,7 @@ from inference.evaluation.calibration import (
     calibration_error,
     mean_confidence,
 )
-from models.document_mask import document_mask
+from models.attention_mask import document_mask
 from models.layer_masks import LayerMasks
 from models.llama import Llama
 
@@ -56,8 +57,7 @@ def evaluate_exits(
     *,
     bytes_per_token: float,
     max_tokens: int,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
+    boundaries: Boundaries | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> tuple[list[ExitQuality], int]:
     """Measure every exit on windows spread evenly over all.
@@ -69,8 +69,7 @@ def evaluate_exits(
         windows: Held-out sequences.
         bytes_per_token: Of the text behind them, for bits per byte.
         max_tokens: Tokens to read, rounded down to whole windows, at least one.
-        bos_id: Keep attention within the documents that begin with this token; None does not.
-        eos_id: The token that ends them; None: another.
+        boundaries: Keep attention within these documents; None does not.
         decode: Returns the text of tokens. Where some have no loss, as in the prompts of pairs, the
             bytes are those of the others, and not by `bytes_per_token`.
 
@@ -89,7 +88,7 @@ def evaluate_exits(
     for first in with_progress(range(0, len(rows), _BATCH), "evaluating"):
         read = [windows.read(i) for i in rows[first : first + _BATCH]]
         tokens, labels = map(np.stack, zip(*read, strict=True))
-        batch = microbatch(tokens, labels, np.arange(len(read)), bos_id, eos_id)
+        batch = microbatch(tokens, labels, np.arange(len(read)), boundaries)
         more_sums, more_bins = _sums(model, batch.to(model.head_weight.device))
         sums += more_sums.cpu()
         bins += more_bins.cpu()
@@ -162,7 +161,8 @@ def _sums(model: Llama, batch: Microbatch) -> tuple[Tensor, Tensor]:
         (n_layers, 3) fp64, and (n_layers, BINS, 3) fp64 of `bin_confidence`.
     """
     n_layers, device = model.config.n_layers, batch.labels.device
-    documents = None if batch.documents is None else document_mask(batch.documents)
+    window = model.config.sliding_window
+    documents = None if batch.documents is None else document_mask(batch.documents, window)
     masks, h = LayerMasks(documents=documents), model.embed(batch.tokens)
     _, exits = model.run_layers(h, 0, n_layers, masks=masks, exit_layers=range(n_layers))
     sums = torch.zeros(n_layers, 3, dtype=torch.float64, device=device)

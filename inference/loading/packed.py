@@ -19,16 +19,18 @@ PACKED_ONLY_ELEMENTS = 2**20
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T with W also, or only, in oneDNN's layout.
+    """y = x W^T + b with W also, or only, in oneDNN's layout.
 
     Args:
         weight: (out, in), float32 or bfloat16, on a CPU.
+        bias: b, (out,); None: 0.
         keep: Keep `weight` itself in any case.
     """
 
-    def __init__(self, weight: Tensor, *, keep: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, keep: bool = False) -> None:
         super().__init__()
         weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
         self.width = len(weight)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 4)
         small = weight.numel() < PACKED_ONLY_ELEMENTS
@@ -36,28 +38,28 @@ class PackedLinear(nn.Module):
         self.weight = weight if keep or self.plain_for_one else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T, (..., out), for x: (..., in)."""
+        """Return x W^T + b, (..., out), for x: (..., in)."""
         if self.plain_for_one and x.numel() == x.shape[-1]:
             assert self.weight is not None
-            return F.linear(x, self.weight)
+            return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
-            return _product(x, self.packed, self.width)
-        return _packed_product(x, self.packed)
+            return _product(x, self.packed, self.bias, self.width)
+        return _packed_product(x, self.packed, self.bias)
 
 
-def _packed_product(x: Tensor, packed: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return out
 
 
 @torch.library.custom_op("skipstone::packed_linear", mutates_args=())
-def _product(x: Tensor, packed: Tensor, width: int) -> Tensor:
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
     """Wrap the product as one call: torch 2.13's compiler takes no weight in oneDNN's layout."""
-    return _packed_product(x, packed)
+    return _packed_product(x, packed, bias)
 
 
 @_product.register_fake
-def _(x: Tensor, packed: Tensor, width: int) -> Tensor:
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
 
 
@@ -80,6 +82,6 @@ def pack(model: Llama) -> None:
             if not isinstance(linear, nn.Linear) or is_quantized(linear):
                 continue
             if linear.weight.numel() >= PACKED_ELEMENTS:
-                setattr(part, name, PackedLinear(linear.weight))
+                setattr(part, name, PackedLinear(linear.weight, linear.bias))
     if model.head_weight.numel() >= PACKED_ELEMENTS:
         model.lm_head = PackedLinear(model.head_weight, keep=True)

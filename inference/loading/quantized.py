@@ -32,7 +32,11 @@ def quantize_layers(model: Llama, bits: Bits) -> None:
         raise ValueError("quantize: torchao is not installed, pip install -e .[quantize]")
     from torchao.quantization import quantize_
 
-    widths = {model.config.dim, model.config.ffn_dim, model.config.n_heads * model.config.head_dim}
+    widths = {
+        model.config.dim,
+        model.config.ffn_dim,
+        model.config.n_heads * model.config.head_width,
+    }
     if bits == "int4" and any(width % INT4_GROUP for width in widths):
         raise ValueError(
             f"quantize: int4 needs widths that {INT4_GROUP} divides, this model has "

@@ -5,22 +5,25 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset
 from data.tokenizer import Tokenizer
+from data.url_dataset import dataset_at
+from data.urls import Location, location
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import RoundGraphs, round_graphs
 from inference.loading.packed import can_pack, pack
 from inference.loading.quantized import BITS, Bits, quantize_layers
 from inference.loading.vocabulary import mask_missing
+from models.checkpoint_copy import local_checkpoint
 from models.checkpoint_format import (
     TOKENIZER,
     Manifest,
     file_entry,
-    find_checkpoint,
     load_model,
     read_manifest,
 )
 from models.llama import Llama
+from models.tensor_reader import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -43,7 +46,7 @@ class Run:
         context = self.model.config.max_seq_len
         return min(self.manifest.setting("data.seq_len", int, 2048), context)
 
-    def open_data(self, path: Path | None) -> Dataset:
+    def open_data(self, path: Location | None) -> Dataset:
         """Open the dataset at `path`, or the one the run was trained on.
 
         Raises:
@@ -52,8 +55,8 @@ class Run:
         known = self.manifest.setting("data.path", str, None)
         if path is None and known is None:
             raise ValueError(f"data: {self.checkpoint} names none, give --data")
-        folder = Path(known) if path is None else path
-        dataset = open_dataset(folder)
+        folder = location(known) if path is None else path
+        dataset = dataset_at(folder)
         if dataset.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise ValueError(
                 f"data: {folder} was made with tokenizer {dataset.tokenizer_fingerprint[:12]} but "
@@ -64,21 +67,23 @@ class Run:
 
 
 def load_run(
-    path: Path,
+    path: Location,
     *,
     device: str = "auto",
     dtype: str | None = None,
     quantize: Bits | None = None,
+    weights: Weights = "model",
     packed: bool = True,
     compiled: bool = False,
 ) -> Run:
     """Load the newest checkpoint of a run folder, or the checkpoint folder `path`.
 
     Args:
-        path: A run folder or a checkpoint folder.
+        path: A run folder or a checkpoint folder, or its URL.
         device: "auto" (CUDA if there is a device, else CPU) or a name of torch's.
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
         quantize: Bits of the matrices of layers, and of exits of their own; None: plain.
+        weights: Those of the last step, or their moving average.
         packed: Pack the weights for decoding, where the machine can.
         compiled: Compile the layers, and keep rounds as graphs on a device that has them.
 
@@ -87,13 +92,13 @@ def load_run(
             an option is none of its values.
     """
     _check_names(dtype, quantize)
-    checkpoint = find_checkpoint(path)
+    checkpoint = local_checkpoint(path)
     manifest = read_manifest(checkpoint)
     tokenizer = _open_tokenizer(checkpoint / TOKENIZER, manifest)
     target = choose_device(device)
     if dtype is None:
         dtype = "bfloat16" if target.type == "cuda" else "float32"
-    model = load_model(checkpoint, device=target, dtype=DTYPES[dtype])
+    model = load_model(checkpoint, device=target, dtype=DTYPES[dtype], weights=weights)
     if quantize is not None:
         quantize_layers(model, quantize)
     if packed and can_pack(model):

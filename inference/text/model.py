@@ -13,6 +13,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
+from data.chat_template import ChatTemplate
+from data.chats import open_template
+from data.urls import location
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.loading.quantized import Bits
@@ -43,6 +46,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     seed: int
     batch_size: int | None
+    chat: bool | str
 
 
 class Model:
@@ -78,7 +82,7 @@ class Model:
             prompts: A text, or several.
             num_samples: Continuations of each text.
             options: As in `stream`: strategy, max_new_tokens, temperature, top_k, top_p, seed,
-                batch_size.
+                batch_size, chat.
 
         Returns:
             For one text a `Continuation`; for a list of texts, and for num_samples above 1, a list
@@ -103,6 +107,7 @@ class Model:
         seed: int = 0,
         num_samples: int = 1,
         batch_size: int | None = None,
+        chat: bool | str = False,
     ) -> TextStream:
         """Continue texts, up to EOS; iterate over what is returned for the pieces as they come.
 
@@ -118,13 +123,13 @@ class Model:
             seed: Of every random draw, at least 0 and less than 2^64.
             num_samples: Continuations of each text, side by side.
             batch_size: Texts decoded at once; None: 8 at most.
+            chat: Read texts as a user's turns, by the checkpoint's chat template, or this file.
 
         Raises:
             ValueError: A text or an option is not valid; the message names field, value and remedy.
         """
         numbers = (max_new_tokens, temperature, top_k, top_p, seed, num_samples, batch_size)
         _check(prompts, strategy, dict(zip(_NUMBERS, numbers, strict=True)))
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         given = [prompts] if isinstance(prompts, str) else prompts
         texts = [text for text in given for _ in range(num_samples)]
         rows = max(1, min(batch_size or BATCH_SIZE, len(texts)))
@@ -135,10 +140,16 @@ class Model:
             texts,
             chosen,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
             seed=seed,
             batch_size=rows,
+            chat=self._template(chat),
         )
+
+    def _template(self, chat: bool | str) -> ChatTemplate | None:
+        if not chat:
+            return None
+        return open_template(self.run.tokenizer, None if chat is True else chat)
 
 
 def load(
@@ -152,7 +163,8 @@ def load(
     """Load a checkpoint for decoding.
 
     Args:
-        path: A run folder, whose newest checkpoint is taken, or one checkpoint folder.
+        path: A run folder, whose newest checkpoint is taken, or one checkpoint folder; or its
+            URL, such as s3://bucket/runs/demo.
         device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
         dtype: Of weights and KV cache: float32, bfloat16 or float16, by name or torch's; None:
             bfloat16 on CUDA and float32 on a CPU.
@@ -166,7 +178,9 @@ def load(
     if not isinstance(path, str | Path) or not str(path):
         raise ValueError(f"path: {path!r}, give the folder of a run or a checkpoint")
     name = str(dtype).removeprefix("torch.") if dtype is not None else None
-    run = load_run(Path(path), device=str(device), dtype=name, quantize=quantize, compiled=compile)
+    run = load_run(
+        location(str(path)), device=str(device), dtype=name, quantize=quantize, compiled=compile
+    )
     return Model(run)
 
 

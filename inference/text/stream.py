@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from data.chat_template import ChatTemplate
+from data.encoding import encode_chat
 from inference.engine.counters import Counters
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
@@ -24,6 +26,7 @@ class TextStream:
         sampling: How tokens are drawn.
         seed: Of every random draw.
         batch_size: Texts decoded at once; the next takes the row of the first that ends.
+        chat: Reads each text as a user's turn, and begins the answer; None: reads it as it is.
 
     Raises:
         ValueError: A prompt is not valid Unicode or too long, or an option does not fit the model.
@@ -39,12 +42,13 @@ class TextStream:
         sampling: Sampling,
         seed: int,
         batch_size: int,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.prompts, self.strategy = list(prompts), strategy
         self._tokenizer = run.tokenizer
         self._generation = Generation(
             run.model,
-            [_encode(run, text) for text in prompts],
+            [_encode(run, text, chat) for text in prompts],
             strategy,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -115,7 +119,7 @@ class TextStream:
         )
 
 
-def _encode(run: Run, text: str) -> list[int]:
+def _encode(run: Run, text: str, chat: ChatTemplate | None) -> list[int]:
     """Return the ids of a prompt, BOS first.
 
     Raises:
@@ -125,4 +129,6 @@ def _encode(run: Run, text: str) -> list[int]:
         raise ValueError(f"prompts: one is of type {type(text).__name__}, give texts")
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise ValueError(f"prompt: {text[:40]!a} is not valid UTF-8, give text")
+    if chat is not None:
+        return encode_chat(run.tokenizer, chat, [{"role": "user", "content": text}])
     return [run.tokenizer.bos_id, *run.tokenizer.encode(text)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from data.foreign_json import parse_object
 from models.config import LlamaConfig
+from models.conversion.families import Family, family_of
 from models.flops import total_params
 
 _SECTIONS = ("layer_dropout", "curriculum", "early_exit", "optim")
@@ -33,15 +34,15 @@ def write_model_card(
             None: no table.
         note: How the model was changed after training; may be empty.
     """
-    name = training.get("name", "model")
+    name, family = training.get("name", "model"), family_of(config)
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags: [llama, early-exit, self-speculative-decoding]\n---",
+        f"tags: [{family.model_type}, early-exit, self-speculative-decoding]\n---",
         f"# {name}",
-        f"A plain Llama of {total_params(config):,} parameters: {config.n_layers} layers, width "
-        f"{config.dim}, {config.n_heads} heads ({config.n_kv_heads} for keys and values), "
+        f"A plain {family.name} of {total_params(config):,} parameters: {config.n_layers} layers, "
+        f"width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} for keys and values), "
         f"{config.vocab_size} tokens, context {config.max_seq_len}. {note}".rstrip(),
-        _usage(config.n_layers),
+        _usage(config.n_layers, family),
     ]
     if losses := {} if checkpoint is None else exit_losses(checkpoint, step):
         parts.append(_table(losses))
@@ -50,14 +51,14 @@ def write_model_card(
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _usage(n_layers: int) -> str:
+def _usage(n_layers: int, family: Family) -> str:
     return f"""## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {family.tokenizer_class}
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = {family.tokenizer_class}.from_pretrained("PATH")
 inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
 out = model.generate(**inputs, max_new_tokens=50, do_sample=False, assistant_early_exit=E)
 print(tokenizer.decode(out[0], skip_special_tokens=True))
@@ -66,7 +67,7 @@ print(tokenizer.decode(out[0], skip_special_tokens=True))
 Every layer's output can be read through the one final norm and LM head. With
 `assistant_early_exit=E` the first E layers draft and all {n_layers} verify: the tokens are those
 of plain greedy decoding. E is 1 to {n_layers - 1}, and the batch must be 1. Without it, this is a
-Llama like any other. The tokenizer puts BOS first, as training did."""
+{family.name} like any other. The tokenizer puts BOS first, as training did."""
 
 
 def exit_losses(checkpoint: Path, step: int) -> dict[int, float]:

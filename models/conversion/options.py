@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data.urls import Location
+from models.tensor_reader import Weights
+
 Format = Literal["hf", "skipstone"]
 """A Hugging Face folder, or a run folder or checkpoint of ours."""
 
@@ -32,13 +35,15 @@ class Options:
     """Format of INPUT."""
     target: Annotated[Format, tyro.conf.arg(name="to")]
     """Format of OUTPUT."""
-    input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
+    input: Annotated[tyro.conf.Positional[Location], tyro.conf.arg(metavar="INPUT")]
     """Hugging Face folder with safetensors, or run folder (its newest checkpoint is read) or
-    checkpoint folder."""
+    checkpoint folder, or the URL of such a run or checkpoint."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
     """Folder to make; must not exist or be empty."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Round the weights to this; None leaves them as they are."""
+    weights: Weights = "model"
+    """model: the weights of the last step; ema: their moving average, see optim.ema_decay."""
     max_shard_bytes: int = 5_000_000_000
     """Most bytes of one safetensors file."""
     max_seq_len: int | None = None
@@ -63,6 +68,8 @@ class Options:
         found = []
         if self.max_shard_bytes < 1:
             found.append(f"max_shard_bytes: {self.max_shard_bytes}, give at least 1")
+        if self.weights != "model" and self.source == "hf":
+            found.append(f"weights: {self.weights}, but a Hugging Face folder has one kind alone")
         if self.layers is not None and self.first_layers is not None:
             found.append(
                 f"layers: {self.layers}, but first_layers is given too, leave one of them out"

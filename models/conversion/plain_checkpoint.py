@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.checkpoint_format import (
+    CHAT_TEMPLATE,
     TOKENIZER,
     Manifest,
     file_entry,
@@ -23,12 +24,18 @@ from models.checkpoint_format import (
 )
 from models.config import LlamaConfig
 from models.llama import Llama
-from models.tensor_reader import TensorReader, check_tensors, load_tensors
+from models.tensor_reader import (
+    TensorReader,
+    Weights,
+    check_tensors,
+    load_tensors,
+    refuse_without_average,
+)
 
-_PREFIX = "model."
 
-
-def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
+def read_checkpoint(
+    checkpoint: Path, weights: Weights = "model"
+) -> tuple[Manifest, dict[str, Tensor]]:
     """Return a checkpoint's manifest and its parameters, in the dtypes they are stored in.
 
     Raises:
@@ -38,12 +45,13 @@ def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
     with torch.device("meta"):
         expected = Llama(manifest.model).state_dict()
     reader = TensorReader(checkpoint)
-    stored = check_tensors(reader, _PREFIX, expected)
+    refuse_without_average(checkpoint, weights)
+    stored = check_tensors(reader, f"{weights}.", expected)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
     }
-    load_tensors(reader, {"model": state})
+    load_tensors(reader, {weights: state})
     return manifest, {name: state[name] for name in expected}
 
 
@@ -56,6 +64,7 @@ def write_checkpoint(
     tokenizer: bytes,
     config: dict[str, Any],
     data_fingerprint: str,
+    chat_template: str | None = None,
 ) -> None:
     """Write a checkpoint into an empty folder, the manifest last.
 
@@ -67,11 +76,14 @@ def write_checkpoint(
         tokenizer: Content of the tokenizer's file.
         config: The configuration the weights were trained with; {} if unknown.
         data_fingerprint: Of the data they were trained on; empty if unknown.
+        chat_template: That of the tokenizer, if it has one.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is intended here
         save({"model": state}, storage_writer=FileSystemWriter(checkpoint), no_dist=True)
     (checkpoint / TOKENIZER).write_bytes(tokenizer)
+    if chat_template is not None:
+        (checkpoint / CHAT_TEMPLATE).write_bytes(chat_template.encode())
     files = {path.name: file_entry(path) for path in sorted(checkpoint.iterdir())}
     Manifest(
         step=step,

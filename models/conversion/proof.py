@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.foreign_json import read_object
 from models.config import LlamaConfig
-from models.conversion.safetensors_folder import shape_fields
+from models.conversion.hugging_face import shape_fields
+from models.conversion.safetensors_folder import CONFIG
 from models.llama import Llama
 
 TOLERANCE = 1e-5
@@ -116,9 +118,11 @@ def transformers_logits(
 
         transformers.utils.logging.disable_progress_bar()
         try:
-            model = transformers.LlamaForCausalLM.from_pretrained(
+            fields = shape_fields(read_object(folder / CONFIG))
+            theirs = transformers.AutoConfig.for_model(**fields)
+            model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)].from_pretrained(
                 folder,
-                config=transformers.LlamaConfig(**shape_fields(folder)),
+                config=theirs,
                 dtype=dtype or torch.float32,
                 local_files_only=True,
             )

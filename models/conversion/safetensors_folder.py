@@ -1,4 +1,4 @@
-"""The weights and the configuration of a Hugging Face Llama folder, read and written.
+"""The weights and the configuration of a Hugging Face folder, read and written.
 
 Safetensors files alone are read: a .bin file is a pickle and may run code.
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 from data.foreign_json import read_object, take, typed
 from models.config import LlamaConfig
 from models.conversion.hugging_face import (
-    SHAPE_FIELDS,
     config_json,
     hugging_face_name,
+    hugging_face_state,
     llama_config,
 )
 from models.llama import Llama
@@ -45,14 +45,6 @@ def read_config(folder: Path) -> LlamaConfig:
         raise ValueError(
             f"input: {folder} is not a Llama in Hugging Face's format ({reason}), name one that is"
         ) from None
-
-
-def shape_fields(folder: Path) -> dict[str, Any]:
-    """Return the fields of config.json that decide a Llama's logits.
-
-    Others, such as pad_token_id or num_labels, may hold what no other program can read.
-    """
-    return {name: x for name, x in read_object(folder / CONFIG).items() if name in SHAPE_FIELDS}
 
 
 def read_eos_ids(folder: Path) -> set[int]:
@@ -83,7 +75,7 @@ def read_weights(folder: Path, config: LlamaConfig) -> dict[str, Tensor]:
     """
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in Llama(config).state_dict().items()}
-    theirs = {hugging_face_name(name): name for name in shapes}
+    theirs = {hugging_face_name(name, config): name for name in shapes}
     expected = {name: shapes[ours] for name, ours in theirs.items()}
     if config.tie_embeddings:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
@@ -202,7 +194,7 @@ def write_model(
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     _write_json(folder / CONFIG, config_json(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
     _write_json(folder / GENERATION_CONFIG, ids)
-    shards = _split(state, max_shard_bytes)
+    shards = _split(hugging_face_state(state, config), max_shard_bytes)
     shard_of: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -223,7 +215,7 @@ def _split(state: dict[str, Tensor], max_shard_bytes: int) -> list[dict[str, Ten
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][hugging_face_name(name)] = tensor.contiguous()
+        shards[-1][name] = tensor.contiguous()
         size += tensor.nbytes
     return shards
 

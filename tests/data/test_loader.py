@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.batch_ramp import BatchRamp
 from data.loader import Microbatch, TokenLoader
 from data.mixture import Mixture
 from data.shards import ShardHeader, TokenStream, open_shard, write_shard
@@ -14,7 +15,7 @@ from data.step_rows import StepRows, row_numbers
 from data.windows import StreamWindows
 from tests.batches import batch_at
 
-FROM_0 = StepRows(0, 0, 8)
+FROM_0 = StepRows(0, 0, BatchRamp(8))
 
 
 def make_stream(count: int, parts: int = 3) -> TokenStream:
@@ -142,10 +143,10 @@ def test_dropped_tokens_are_those_no_window_reads() -> None:
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_prefetched_batches_equal_direct_ones(depth: int) -> None:
     loader = make_loader(make_stream(500))
-    ahead = list(loader.batches(StepRows(3, 24, 8), 17, depth=depth))
+    ahead = list(loader.batches(StepRows(3, 24, BatchRamp(8)), 17, depth=depth))
     assert [t for t, _ in ahead] == list(range(3, 17))
     assert all(equal(batch, batch_at(loader, t)) for t, batch in ahead)
-    assert list(loader.batches(StepRows(4, 32, 8), 4, depth=depth)) == []
+    assert list(loader.batches(StepRows(4, 32, BatchRamp(8)), 4, depth=depth)) == []
 
 
 def test_row_number_is_the_t_th_that_no_range_holds() -> None:
@@ -161,7 +162,7 @@ def test_row_number_is_the_t_th_that_no_range_holds() -> None:
 def test_skipped_batches_are_never_dealt_and_shift_the_later_ones(depth: int) -> None:
     loader = make_loader(make_stream(500))
     skipped = ((40, 56), (16, 32), (24, 32))
-    dealt = list(loader.batches(StepRows(1, 8, 8, skipped), 7, depth=depth))
+    dealt = list(loader.batches(StepRows(1, 8, BatchRamp(8), skipped), 7, depth=depth))
     assert [t for t, _ in dealt] == [1, 2, 3, 4, 5, 6]
     for (_, batch), number in zip(dealt, [1, 4, 7, 8, 9, 10], strict=True):
         assert equal(batch, batch_at(loader, number))
@@ -193,7 +194,7 @@ def test_prefetch_reads_no_further_than_its_depth() -> None:
 
     mixture = Mixture([StreamWindows(make_stream(500), 8)], seed=0)
     loader = Counting(mixture, global_batch_size=2, microbatch_size=2)
-    for t, _ in loader.batches(StepRows(0, 0, 2), 20, depth=3):
+    for t, _ in loader.batches(StepRows(0, 0, BatchRamp(2)), 20, depth=3):
         assert t < loader.read <= min(t + 4, 20)
 
 
@@ -219,7 +220,7 @@ def test_pinning_without_cuda_changes_nothing() -> None:
         ({"seq_len": 100}, "seq_len 100 needs 101 tokens but the data has 100, give"),
         ({"microbatch_size": 3}, "global_batch_size 8 is not a multiple of world_size 1"),
         ({"world_size": 8}, "global_batch_size 8 .* world_size 8 . microbatch_size 2, change"),
-        ({"microbatch_size": 0}, "microbatch_size 0 must be at least 1"),
+        ({"microbatch_size": -1}, "microbatch_size -1 at least 0"),
         ({"rank": 2, "world_size": 2}, "rank 2 is not in"),
     ],
 )

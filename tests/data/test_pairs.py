@@ -8,7 +8,8 @@ import pytest
 
 from data import prepare as command
 from data.dataset import verify_shards
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from data.shards import NO_LOSS
 from data.tokenizer import Tokenizer

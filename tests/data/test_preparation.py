@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from data.dataset import Dataset
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.stages import Preparation
 from data.tokenizer import Tokenizer
 

@@ -90,7 +90,7 @@ def test_help_names_every_option_and_default() -> None:
     done = run("--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.replace("│", " ").split())
-    for word in ("embedded", ".jsonl.gz", "default: 0.01", "4096", "--overwrite", r"\nA:'"):
+    for word in ("embedded", ".csv", "default: 0.01", "4096", "--overwrite", r"\nA:'"):
         assert word in text
 
 
@@ -128,5 +128,9 @@ def test_rows_of_token_ids_are_said_to_be_such(tmp_path: Path, tokenizer_path: P
     done = run("--input", source, "--output", tmp_path / "out", "--tokenizer", tokenizer_path)
     assert done.returncode == 2
     assert "give one of" not in done.stderr
-    wanted = "token ids are not read" if kind == "parquet" else "no field 'text', nor any text"
+    wanted = (
+        "name its token ids as tokens_field"
+        if kind == "parquet"
+        else "no field 'text', nor any text"
+    )
     assert wanted in done.stderr

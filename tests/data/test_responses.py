@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data import responses
+from data.boundaries import Boundaries
 from data.responses import Responses, measure_responses
 from data.shards import TokenStream
 
@@ -39,7 +40,7 @@ def test_lost_and_cut_responses_are_counted_in_blocks_of_any_size(monkeypatch, s
         stream = TokenStream([np.array(stored, np.int32)])
         for seq_len in (1, 2, 5, 20):
             expected = by_hand(documents, seq_len)
-            found = measure_responses(stream, BOS, eos, seq_len)
+            found = measure_responses(stream, Boundaries(BOS, eos), seq_len)
             assert found.longest == max(expected.longest, 1)
             assert (found.pairs, found.lost, found.cut) == (
                 expected.pairs,

@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from data.faults import Faults
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from data.sources.documents import read_documents
 from tests.documents import make_documents
@@ -37,6 +38,31 @@ def test_rows_come_in_their_order(saved, name):
     assert [document.text for document in documents] == TEXTS
     assert documents[4].origin == f"hf:{saved / name}:5"
     assert not faults.counts
+
+
+def test_a_saved_folder_is_found_by_its_path_alone_and_below_a_folder(saved, tmp_path):
+    for given in ("one", "dict", "dict/train", "o*e", "named"):
+        documents, faults = read(str(saved / given))
+        assert [document.text for document in documents] == TEXTS
+        assert not faults.counts
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "b.txt").write_text("last")
+    (saved / "one").rename(tmp_path / "in" / "a" / "one")
+    documents, faults = read(str(tmp_path / "in"))
+    (tmp_path / "in" / "a" / "one").rename(saved / "one")
+    assert [document.text for document in documents] == [*TEXTS, "last"]
+    assert documents[0].origin == f"{tmp_path}/in/a/one:1"
+    assert not faults.counts
+    (saved / "dict").rename(saved / "splits")
+    (saved / "splits" / "train").rename(saved / "splits" / "gone")
+    description = saved / "splits" / "dataset_dict.json"
+    whole = description.read_text()
+    description.write_text('{"splits": ["odd"]}')
+    with pytest.raises(ValueError, match=r"splits has no split train, give hf:.*:SPLIT, one of: o"):
+        read(str(saved / "splits"))
+    description.write_text(whole)
+    (saved / "splits" / "gone").rename(saved / "splits" / "train")
+    (saved / "splits").rename(saved / "dict")
 
 
 def test_a_name_of_the_hub_is_streamed(saved, monkeypatch):
@@ -71,7 +97,7 @@ def test_a_dataset_is_prepared_from_it(saved, tmp_path):
     ("source", "field", "reason"),
     [
         ("hf:", "text", "names no dataset, give hf:NAME"),
-        ("hf:{}/dict:absent", "text", "no such split, give one of: train, odd"),
+        ("hf:{}/dict:absent", "text", "no split absent, give hf:.*:SPLIT, one of: train, odd"),
         ("hf:{}/one:absent", "text", "saved as one split, train, give that or none"),
         ("hf:{}/named:train", "text", "saved as one split, odd, give that or none"),
         ("hf:{}/one::small", "text", "which has no CONFIG"),

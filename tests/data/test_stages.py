@@ -20,7 +20,8 @@ import data.pieces.plan
 import data.pieces.surveying
 import data.preparation
 import data.stages
-from data.preparation import PrepareConfig, prepare, prepare_stage
+from data.preparation import prepare, prepare_stage
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from tests.data.test_preparation import files, read_back
 

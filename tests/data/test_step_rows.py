@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.batch_ramp import BatchRamp
 from data.loader import TokenLoader
 from data.mixture import PERIOD, Mixture
 from data.reading import Reading, Source, begin, open_mixture, reading_from_dict
@@ -37,7 +38,7 @@ def test_any_batch_sizes_and_ranks_read_every_row_once_in_the_order_of_the_permu
     ranges = tuple((first, first + 3) for first in skipped)
     step, read, found = 0, 0, []
     for steps, rows_per_rank, ranks in segments:
-        rows = StepRows(step, read, rows_per_rank * ranks, ranges)
+        rows = StepRows(step, read, BatchRamp(rows_per_rank * ranks), ranges)
         for t in range(step, step + steps):
             batch = {}
             for rank in range(ranks):

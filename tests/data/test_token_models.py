@@ -9,7 +9,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import data.tokenizer
 from data.hugging_face import prove_same_ids, write_tokenizer
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.tokenizer import Tokenizer
 from tests.documents import make_documents
 

@@ -3,17 +3,18 @@ import logging
 import numpy as np
 import pytest
 
+from data.boundaries import Boundaries
 from data.shards import NO_LOSS, TokenStream
 from data.windows import (
     DocumentWindows,
     StreamWindows,
-    document_numbers,
+    find_documents,
     open_windows,
     spread,
 )
 
 BOS, EOS = 1, 2
-ENDS = {"bos_id": BOS, "eos_id": EOS}
+APART, SHARED = Boundaries(BOS, EOS), Boundaries(BOS, BOS)
 
 
 def documents_of(lengths: list[int]) -> list[list[int]]:
@@ -30,12 +31,12 @@ def stream_of(documents: list[list[int]], parts: int = 2) -> TokenStream:
 def test_documents_stay_whole_and_in_order() -> None:
     lengths = np.random.default_rng(0).integers(3, 12, 50).tolist()
     documents = documents_of(lengths)
-    windows = DocumentWindows(stream_of(documents, parts=7), 16, BOS)
+    windows = DocumentWindows(stream_of(documents, parts=7), 16, APART)
     read = []
     for i in range(len(windows)):
         tokens, labels = windows.read(i)
         assert tokens.shape == labels.shape == (16,)
-        numbers = document_numbers(tokens, BOS)
+        numbers = APART.document_numbers(tokens)
         rows = [tokens[numbers == n].tolist() for n in range(1, numbers[-1] + 1)]
         whole = [row for row in rows if row != [BOS]]  # The rest is padding.
         assert rows == whole + [[BOS]] * (len(rows) - len(whole))
@@ -56,7 +57,7 @@ def test_a_document_longer_than_a_window_is_cut_and_counted(
 ) -> None:
     documents = documents_of([5, 11, 4, 8])
     with caplog.at_level(logging.WARNING):
-        windows = DocumentWindows(stream_of(documents), 8, BOS)
+        windows = DocumentWindows(stream_of(documents), 8, APART)
     assert "1 of 4 documents are longer than seq_len 8: 3 tokens" in caplog.text
     assert windows.dropped_tokens == 3
     tokens = [windows.read(i)[0].tolist() for i in range(len(windows))]
@@ -74,7 +75,7 @@ def test_what_is_not_to_be_learnt_is_read_and_has_no_label(packing) -> None:
     stored = np.array([~BOS, ~5, ~6, 7, 8, EOS, ~BOS, ~9, 10, EOS], dtype=np.int32)
     stream = TokenStream([stored[:4], stored[4:]])
     assert stream.read(0, 10).tolist() == [BOS, 5, 6, 7, 8, EOS, BOS, 9, 10, EOS]
-    tokens, labels = open_windows(stream, packing, seq_len=9, **ENDS).read(0)
+    tokens, labels = open_windows(stream, packing, seq_len=9, boundaries=APART).read(0)
     if packing == "stream":
         assert tokens.tolist() == [BOS, 5, 6, 7, 8, EOS, BOS, 9, 10]
         assert labels.tolist() == [NO_LOSS, NO_LOSS, 7, 8, EOS, NO_LOSS, NO_LOSS, 10, EOS]
@@ -92,21 +93,17 @@ def test_spread_windows_reach_from_the_first_to_near_the_last() -> None:
 
 def test_documents_are_numbered_from_what_a_row_begins_with() -> None:
     tokens = np.array([[7, 8, BOS, 9, BOS], [BOS, 3, 4, 5, 6]])
-    assert document_numbers(tokens, BOS).tolist() == [[0, 0, 1, 1, 2], [1, 1, 1, 1, 1]]
+    assert APART.document_numbers(tokens).tolist() == [[0, 0, 1, 1, 2], [1, 1, 1, 1, 1]]
 
 
 def test_too_little_is_refused() -> None:
     with pytest.raises(ValueError, match="data: 1 tokens, prepare a larger dataset"):
-        open_windows(
-            TokenStream([np.ones(1, np.uint16)]), "stream", seq_len=1, bos_id=BOS, eos_id=EOS
-        )
+        open_windows(TokenStream([np.ones(1, np.uint16)]), "stream", seq_len=1, boundaries=APART)
     with pytest.raises(ValueError, match="seq_len 9 needs 10 tokens but the data has 5"):
-        open_windows(
-            TokenStream([np.ones(5, np.uint16)]), "stream", seq_len=9, bos_id=BOS, eos_id=EOS
-        )
+        open_windows(TokenStream([np.ones(5, np.uint16)]), "stream", seq_len=9, boundaries=APART)
     with pytest.raises(ValueError, match="data of 5 tokens has no document"):
         open_windows(
-            TokenStream([np.zeros(5, np.uint16)]), "documents", seq_len=9, bos_id=BOS, eos_id=EOS
+            TokenStream([np.zeros(5, np.uint16)]), "documents", seq_len=9, boundaries=APART
         )
     with pytest.raises(ValueError, match="seq_len 0 must be at least 1"):
         StreamWindows(TokenStream([np.ones(5, np.uint16)]), 0)
@@ -118,8 +115,8 @@ def test_one_token_may_begin_and_end_a_document(monkeypatch, seq_len: int) -> No
     lengths = np.random.default_rng(0).integers(3, seq_len, 60).tolist()
     documents = documents_of(lengths)
     shared = [[BOS, *document[1:-1], BOS] for document in documents]
-    apart = DocumentWindows(stream_of(documents, parts=7), seq_len, BOS, EOS)
-    windows = DocumentWindows(stream_of(shared, parts=7), seq_len, BOS, BOS)
+    apart = DocumentWindows(stream_of(documents, parts=7), seq_len, APART)
+    windows = DocumentWindows(stream_of(shared, parts=7), seq_len, SHARED)
     assert len(windows) == len(apart)
     ends = 0
     for i in range(len(windows)):
@@ -127,8 +124,8 @@ def test_one_token_may_begin_and_end_a_document(monkeypatch, seq_len: int) -> No
         assert tokens.tolist() == np.where(their_tokens == EOS, BOS, their_tokens).tolist()
         assert labels.tolist() == np.where(their_labels == EOS, BOS, their_labels).tolist()
         ends += int((their_labels == EOS).sum())
-        numbers = document_numbers(tokens[None], BOS, BOS)[0]
-        assert numbers.tolist() == document_numbers(their_tokens[None], BOS, EOS)[0].tolist()
+        numbers = SHARED.document_numbers(tokens[None])[0]
+        assert numbers.tolist() == APART.document_numbers(their_tokens[None])[0].tolist()
     assert ends == len(documents), "each end is learnt once"
 
 
@@ -136,6 +133,29 @@ def test_rows_that_begin_anywhere_part_at_the_same_tokens_with_one_end_token() -
     stream = [token for document in documents_of([4, 3, 6, 5, 3]) for token in document]
     for start in range(len(stream) - 9):
         row = np.array(stream[start : start + 9])
-        apart = np.diff(document_numbers(row, BOS, EOS))
-        shared = np.diff(document_numbers(np.where(row == EOS, BOS, row), BOS, BOS))
+        apart = np.diff(APART.document_numbers(row))
+        shared = np.diff(SHARED.document_numbers(np.where(row == EOS, BOS, row)))
         assert apart.tolist() == shared.tolist()
+
+
+@pytest.mark.parametrize("marks", ["first", "last"])
+@pytest.mark.parametrize("one_token", [False, True])
+def test_documents_may_be_marked_at_one_end_alone(monkeypatch, marks, one_token: bool) -> None:
+    monkeypatch.setattr("data.windows._SCAN", 5)  # documents begin at every position of a scan
+    lengths = np.random.default_rng(1).integers(3, 12, 60).tolist()
+    own, fresh = (slice(0, -1), 1) if marks == "first" else (slice(1, None), 0)
+    documents = [document[own] for document in documents_of(lengths)]
+    boundaries = Boundaries(EOS if one_token and marks == "last" else BOS, EOS, marks)
+    stream = stream_of(documents, parts=7)
+    starts = find_documents(stream, boundaries).tolist()
+    assert starts == np.cumsum([0, *map(len, documents)])[:-1].tolist()
+    windows = DocumentWindows(stream, 16, boundaries)
+    read = []
+    for tokens, labels in map(windows.read, range(len(windows))):
+        used = np.flatnonzero(labels != NO_LOSS)[-1] + 2
+        read += tokens[:used].tolist()
+        parts = np.flatnonzero(np.diff(boundaries.document_numbers(tokens[:used]))) + 1
+        assert [part.tolist() for part in np.split(tokens[:used], parts)] == [
+            document for document in documents if document[fresh] in tokens[:used]
+        ]
+    assert read == [token for document in documents for token in document]

@@ -21,7 +21,7 @@ SMALLER_FILES = {
 }
 # What is written differently in commands, one after another; options at the end count most.
 SMALLER_COMMANDS = (
-    (r"--steps \d+", "--steps 40"),
+    (r"--steps \d{3,}", "--steps 40"),
     (r"--repeats \d+", "--repeats 1"),
     (r"--prompts \d+", "--prompts 4"),
     (r"--max_new_tokens \d+", "--max_new_tokens 16"),

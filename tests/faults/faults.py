@@ -17,6 +17,7 @@ import torch.distributed.checkpoint.filesystem as torch_files
 
 import data.stages
 import train.checkpoints.checkpointer
+import train.checkpoints.local_folder
 import train.job
 import train.loop.corpus
 import train.loop.step
@@ -209,8 +210,8 @@ def kill_in_checkpoint(on_rank, rank, step, point):
         write = Manifest.write
         Manifest.write = lambda self, folder: die_if(self.step == step) or write(self, folder)
     else:
-        publish = train.checkpoints.checkpointer.publish
-        train.checkpoints.checkpointer.publish = lambda aside, path: (
+        publish = train.checkpoints.local_folder.publish
+        train.checkpoints.local_folder.publish = lambda aside, path: (
             die_if(path.name == name) or publish(aside, path)
         )
 

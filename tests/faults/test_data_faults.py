@@ -20,7 +20,8 @@ import pytest
 
 import data.sources.lines
 from data.dataset import Dataset, open_dataset
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.tokenizer import Tokenizer
 from tests.documents import make_documents
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.batch_ramp import BatchRamp
 from data.dataset import Dataset, open_dataset, verify_shards, write_description
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.shards import HEADER_BYTES
 from data.step_rows import StepRows
 from tests.data.test_loader import make_loader
@@ -122,7 +124,7 @@ def test_shard_cut_short_under_a_running_job_stops_it_with_its_name(
     sizes = {"seq_len": 8, "global_batch_size": 64, "microbatch_size": 64, "seed": 0}
     loader = make_loader(dataset.stream("train"), **sizes)
     path = dataset.path / dataset.splits["train"].shards[0].name
-    batches = loader.batches(StepRows(0, 0, 64), 1000, depth=1)
+    batches = loader.batches(StepRows(0, 0, BatchRamp(64)), 1000, depth=1)
     next(batches)
     os.truncate(path, HEADER_BYTES)
     with pytest.raises(ValueError, match=f"shard {path} was cut short while it was in use"):
@@ -171,7 +173,7 @@ def test_fewer_documents_than_ranks_and_windows_than_a_batch_still_give_every_ra
             16 // windows,
             32 // windows,
         ]
-        for t, batch in loader.batches(StepRows(0, 0, 16), 3):
+        for t, batch in loader.batches(StepRows(0, 0, BatchRamp(16)), 3):
             for rows in batch:
                 tokens, labels = rows.tokens[0].tolist(), rows.labels[0].tolist()
                 seen[16 * t + int(rows.samples[0])] = (*tokens, labels[-1])

@@ -1,12 +1,15 @@
 """Every reader of a file, on hostile files: one line or success, in bounded time and memory."""
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import pickle
 import random
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +19,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.chat_template import ChatTemplate
+from data.chats import find_template, read_template
 from data.dataset import DESCRIPTION_NAME, TRAIN, VALIDATION, open_dataset, verify_shards
 from data.faults import Faults
-from data.hugging_face import has_chat_template
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
 from data.shards import HEADER_BYTES, MAGIC, open_shard
 from data.sources.documents import read_documents
@@ -33,6 +38,7 @@ from inference.strategies.jump_maps import JumpMap, load_jump, save_jump
 from inference.strategies.reduced_head import check_counts, load_reduced_head
 from models.checkpoint_format import MANIFEST, load_model, read_manifest, verify
 from models.config import LlamaConfig
+from models.conversion.hugging_face import config_json
 from models.conversion.plain_checkpoint import read_checkpoint, write_checkpoint
 from models.conversion.safetensors_folder import (
     read_config,
@@ -42,8 +48,10 @@ from models.conversion.safetensors_folder import (
 )
 from models.llama import Llama
 from models.tensor_reader import TensorReader
+from tests.data.chat_templates import TEMPLATES
 from tests.data.test_token_models import write_llama3_tokenizer
 from tests.hostile.forgery import FEW, MANY, check, damaged, forged
+from tests.models.families import SHAPES
 from train.config.config_file import read_config as read_run_config
 from train.config.presets import PRESETS
 
@@ -275,7 +283,7 @@ def test_tokenizers(tokenizer_json):
         for path, content in [*files.items(), change]:
             path.write_bytes(content)
         check(lambda: Tokenizer(tokenizer_json).encode("cat sat"), "tokenizer")
-        check(lambda: has_chat_template(tokenizer_json.parent), "tokenizer")
+        check(lambda: find_template(tokenizer_json), "tokenizer")
 
     holds()
     for path, content in files.items():
@@ -299,6 +307,10 @@ def test_hugging_face_folders(folder, model):
         for p, content in files.items()
     ]
     changes += [st.tuples(st.just(p), damaged(content)) for p, content in shards.items()]
+    for family in SHAPES.values():
+        fields = config_json(replace(SHAPE, **family), dtype="float32", bos_id=1, eos_id=2)
+        fields["layer_types"] = ["sliding_attention", "full_attention"]
+        changes.append(st.tuples(st.just(path / "config.json"), forged(fields)))
 
     @MANY
     @given(st.one_of(changes))
@@ -369,31 +381,71 @@ def test_json_files(folder, model, kind):
     holds()
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".tsv", ".parquet"])
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".zst": lambda content: pa.compress(content, codec="zstd", asbytes=True),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+ROWS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".json", ".csv", ".tsv"]
+
+
+@pytest.mark.parametrize("suffix", [*ROWS, ".parquet", ".html"])
 def test_rows(folder, suffix):
     rows = [{"utterance": f"u {i}", "semantic_parse": "[x]", "text": "t"} for i in range(9)]
     valid = "\n".join(map(json.dumps, rows)).encode()
     if suffix == ".tsv":
         valid = b"utterance\tsemantic_parse\nu\t[x]\nv\t[y]\n"
+    if suffix == ".csv":
+        valid = b'id,text\n1,"a, ""b"""\n2,"two\nlines"\n3,c\n'
+    if suffix == ".json":
+        valid = json.dumps({"data": rows}).encode()
+    if suffix == ".html":
+        valid = b"<meta charset=latin1><ul><li>one<li><b>two</ul><table><tr><td>&eacute;</table>"
     path = folder / f"rows{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
         valid = path.read_bytes()
     changed = damaged(valid)
-    if suffix == ".jsonl":
-        changed |= forged(rows[0])
-    if suffix == ".jsonl.gz":
-        changed = damaged(gzip.compress(valid)) | damaged(valid).map(gzip.compress)
+    if suffix in (".jsonl", ".json"):
+        changed |= forged(rows[0]) | forged(rows)
+    if compress := COMPRESS.get(suffix.removeprefix(".jsonl")):
+        changed = damaged(compress(valid)) | damaged(valid).map(compress)
 
     @MANY
     @given(changed)
     def holds(content):
         path.write_bytes(content)
-        check(lambda: [*read_examples(TASKS["topv2"], path)], path.name)
-        if suffix != ".tsv":
-            check(lambda: [*read_documents([str(path)], Faults(), RowLayout())], path.name)
+        if suffix in (".jsonl", ".jsonl.gz", ".tsv", ".parquet"):
+            check(lambda: [*read_examples(TASKS["topv2"], path)], path.name)
+        check(lambda: [*read_documents([str(path)], Faults(), RowLayout())], path.name)
         if suffix == ".jsonl":
             check(lambda: read_prompt_file(path), path.name)
+
+    holds()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates(folder, name):
+    path = folder / "chat_template.jinja"
+    messages = [{"role": role, "content": f"</s>{role}"} for role in ("user", "assistant")]
+    source, bos, eos, _ = TEMPLATES[name]
+    rows = folder / "chats.jsonl"
+
+    def read():
+        template = ChatTemplate(str(path), read_template(path), bos or "", eos, (eos, "<s>"))
+        layout = RowLayout(messages="messages", template=template)
+        return [*read_documents([str(rows)], Faults(), layout)]
+
+    @FEW
+    @given(damaged(source.encode()), forged({"messages": messages}))
+    def holds(content, chats):
+        path.write_bytes(source.encode())
+        rows.write_bytes(chats)
+        check(read, "chat")
+        path.write_bytes(content)
+        rows.write_bytes(json.dumps({"messages": messages}).encode())
+        check(read, "chat")
 
     holds()
 

@@ -9,7 +9,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from data.dataset import open_dataset
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from inference.strategies.dynamic import Dynamic
 from models.checkpoint_format import MANIFEST, TOKENIZER, Manifest, file_entry
 from tests.models.test_llama import build, small

@@ -12,6 +12,9 @@ from inference.loading.run import load_run
 from inference.strategies.registry import parse_strategy
 from models.conversion.options import Options
 from models.convert import convert
+from tests.inference.every_strategy import PROMPTS, decode
+from tests.models.conversion.test_hugging_face import twin_of
+from tests.models.families import SHAPES, build_random, shape
 
 transformers = pytest.importorskip("transformers")
 
@@ -110,3 +113,25 @@ def test_what_came_in_decodes_drafts_and_is_evaluated(run_folder, export, tmp_pa
     monkeypatch.setattr("sys.argv", words)
     evaluate()
     assert [row["E"] for row in json.loads(out.read_text())["exits"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_family_decodes_as_in_transformers_beyond_its_window(name):
+    model = build_random(shape(n_layers=4, **SHAPES[name])).eval().requires_grad_(False)
+
+    def ours(strategy, prompts=PROMPTS):
+        return decode(model, prompts, parse_strategy(strategy).with_defaults(4)).tokens
+
+    plain = ours("autoregressive")
+    assert len({token for tokens in plain for token in tokens}) > 3, "tokens were to differ"
+    assert ours("autoregressive", PROMPTS[2:3]) == plain[2:3]
+    for strategy in ("self_speculative:E=1:d=3", "self_speculative:E=3:d=5:ngram=2", "skip_draft"):
+        assert ours(strategy) == plain
+    twin, settings = twin_of(model), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    for prompt, tokens, E in zip(PROMPTS, plain, (1, 2, 3, None), strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        theirs = twin.generate(
+            ids, attention_mask=mask, eos_token_id=None, assistant_early_exit=E, **settings
+        )
+        assert theirs[0].tolist() == prompt + tokens

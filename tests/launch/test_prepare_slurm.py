@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from tests.data.test_preparation import files
 from tests.launch.conftest import ROOT
 from tests.launch.test_slurm import process_of

@@ -25,15 +25,40 @@ from train.parallel.runtime import RuntimeConfig, start_runtime
 transformers = pytest.importorskip("transformers")
 
 
-def make_folder(path, *, dtype, shard_size, **changes):
-    """Write a seeded random Llama as transformers does."""
+def make_folder(path, *, dtype, shard_size, model_type="llama", **changes):
+    """Write a seeded random model as transformers does."""
     fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     fields |= {"num_attention_heads": 4, "max_position_embeddings": 96}
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**(fields | changes))
-    model = transformers.LlamaForCausalLM(config).to(dtype)
+    config = transformers.AutoConfig.for_model(model_type, **(fields | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(path, max_shard_size=shard_size)
     return path
+
+
+FAMILIES = {
+    "mistral": {"head_dim": 12, "sliding_window": 5},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 12, "use_sliding_window": True, "max_window_layers": 0},
+    "olmo2": {"attention_bias": True, "pad_token_id": None},
+    "llama": {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory, tokenizer_path):
+    """Return {model_type: folder}, each with two heads for keys and values."""
+    found = {}
+    for name, changes in FAMILIES.items():
+        path = found[name] = tmp_path_factory.mktemp("families") / name
+        heads = {"num_key_value_heads": 2, "vocab_size": 320}
+        kind = {"model_type": name, "dtype": torch.bfloat16, "shard_size": "20KB"}
+        make_folder(path, **kind, **(heads | changes))
+        shutil.copy(tokenizer_path, path / "tokenizer.model")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +107,10 @@ def same_bits(a, b):
     )
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", *FAMILIES])
 def test_a_folder_of_transformers_goes_round_bit_for_bit(request, tmp_path, capsys, name):
-    folder = request.getfixturevalue(name)
+    found = request.getfixturevalue("families" if name in FAMILIES else name)
+    folder = found[name] if name in FAMILIES else found
     run("hf", "skipstone", folder, tmp_path / "ours")
     assert "logits equal transformers' of the input" in capsys.readouterr().out
     run("skipstone", "hf", tmp_path / "ours", tmp_path / "hf", "--max_shard_bytes", 30_000)
@@ -96,6 +122,7 @@ def test_a_folder_of_transformers_goes_round_bit_for_bit(request, tmp_path, caps
         for path in (folder, tmp_path / "hf")
     )
     tokens = {"bos_token_id", "eos_token_id", "_name_or_path", "torch_dtype"}
+    tokens |= {"max_window_layers"} if not before.get("use_sliding_window") else set()
     assert {k: v for k, v in before.items() if k not in tokens} == {
         k: after[k] for k in before if k not in tokens
     }
@@ -141,7 +168,7 @@ def lines_left_out(capsys):
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", None])
 @pytest.mark.parametrize("target", ["skipstone", "hf"])
-def test_a_chat_template_is_reported_as_left_out(llama3, tmp_path, capsys, name, target):
+def test_a_chat_template_is_kept(llama3, tmp_path, capsys, name, target):
     folder = tmp_path / "input"
     shutil.copytree(llama3, folder)
     if name == "tokenizer_config.json":
@@ -150,8 +177,17 @@ def test_a_chat_template_is_reported_as_left_out(llama3, tmp_path, capsys, name,
     elif name:
         (folder / name).write_text("{{ messages }}")
     run("hf", target, folder, tmp_path / "output")
-    found = [line for line in lines_left_out(capsys) if "eos_token_id" not in line]
-    assert found == ["chat_template: format a chat by it before encoding"] * bool(name)
+    assert not any("chat_template" in line for line in lines_left_out(capsys))
+    kept = tmp_path / "output" / "chat_template.jinja"
+    assert kept.is_file() == bool(name)
+    if not name:
+        return
+    assert kept.read_text() == "{{ messages }}"
+    if target == "skipstone":
+        run("skipstone", "hf", tmp_path / "output", tmp_path / "again")
+        kept = tmp_path / "again" / "chat_template.jinja"
+    theirs = transformers.AutoTokenizer.from_pretrained(kept.parent)
+    assert theirs.apply_chat_template([{"role": "user"}], tokenize=False) == "[{'role': 'user'}]"
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
@@ -254,11 +290,33 @@ def without_a_tensor(folder):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (edit_config(model_type="mistral"), "model_type 'mistral' is not llama"),
-        (edit_config(attention_bias=True), "its attention has biases"),
+        (edit_config(model_type="gemma"), "model_type 'gemma' is none of llama, mistral, qwen2"),
+        (edit_config(model_type=["qwen2"]), "model_type ['qwen2'] is none of llama"),
+        (edit_config(model_type="qwen3"), "it lacks [('model.layers.0.self_attn.k_norm.weight'"),
+        (edit_config(attention_bias=True), "it lacks [('model.layers.0.self_attn.k_proj.bias'"),
+        (edit_config(attention_bias="no"), "attention_bias: 'no', give true or false"),
         (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
         (edit_config(rope_scaling={"rope_type": "yarn", "factor": 4}), "rope_type is 'yarn'"),
-        (edit_config(head_dim=16), "head_dim is 16"),
+        (edit_config(head_dim=16), "it lacks"),
+        (edit_config(head_dim=-8), "model.head_dim: -8, must be 2 to 4096"),
+        (edit_config(head_dim=7), "model.head_dim: 7, must be even"),
+        (edit_config(model_type="mistral", sliding_window=0), "model.sliding_window: 0, must be"),
+        (
+            edit_config(model_type="qwen2", use_sliding_window=True, max_window_layers=1),
+            "sliding_window: 2 of 3 layers have one, here all have or none",
+        ),
+        (
+            edit_config(model_type="qwen3", layer_types=["full_attention", "linear", 3]),
+            "layer_types[2]: 3, give text",
+        ),
+        (
+            edit_config(model_type="qwen3", layer_types=["full_attention", "linear"]),
+            "give full_attention or sliding_attention for each layer",
+        ),
+        (
+            edit_config(model_type="qwen3", layer_types=["sliding_attention"] * 3),
+            "layer_types: sliding_attention, but there is no sliding_window",
+        ),
         (edit_config(hidden_size="32"), "is not a Llama in Hugging Face's format"),
         (edit_config(num_hidden_layers=4), "it lacks"),
         (lambda folder: (folder / CONFIG).unlink(), "no config.json"),
@@ -382,4 +440,4 @@ def test_training_starts_from_what_came_in(llama3, tmp_path):
     theirs = tensors(llama3)  # bf16, and the model to train fp32
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, theirs[hugging_face_name(name)].float())
+        assert torch.equal(tensor, theirs[hugging_face_name(name, model.config)].float())

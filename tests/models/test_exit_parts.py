@@ -45,16 +45,18 @@ def slow_reading(model, x, E):
     part = {name.removeprefix(f"own_exits.{E}."): p for name, p in own.items()}
     if "feed_forward.w1.weight" in part:
         w1, w2, w3 = (part[f"feed_forward.w{n}.weight"] for n in (1, 2, 3))
-        normed = slow_norm(x, part["ffn_norm.weight"])
-        gate = normed @ w1.T
-        x = x + (gate * torch.sigmoid(gate) * (normed @ w3.T)) @ w2.T
+        post, norm = model.config.norm_position == "post", part["ffn_norm.weight"]
+        before = x if post else slow_norm(x, norm)
+        gate = before @ w1.T
+        out = (gate * torch.sigmoid(gate) * (before @ w3.T)) @ w2.T
+        x = x + (slow_norm(out, norm) if post else out)
     return slow_norm(x, part["norm.weight"])
 
 
-@pytest.mark.parametrize("mlp", [False, True])
+@pytest.mark.parametrize(("mlp", "position"), [(False, "pre"), (True, "pre"), (True, "post")])
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_exit_reads_what_the_slow_form_says(mlp, tied):
-    model = with_own_exits(mlp=mlp, tie_embeddings=tied)
+def test_every_exit_reads_what_the_slow_form_says(mlp, position, tied):
+    model = with_own_exits(mlp=mlp, tie_embeddings=tied, norm_position=position)
     tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     exits = model(tokens, exit_layers=range(L)).exits
     _, states = model.run_layers(model.embed(tokens), 0, L, exit_layers=range(L))

@@ -78,7 +78,7 @@ def test_a_hugging_face_folder_is_the_rest_and_its_card_states_it(model, run_fol
     found = load_file(tmp_path / "hf" / "model.safetensors")
     for name, value in model.state_dict().items():
         if not name.startswith("own_exits."):
-            assert torch.equal(found.pop(hugging_face_name(name)), value), name
+            assert torch.equal(found.pop(hugging_face_name(name, model.config)), value), name
     assert not found
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "Its exits after 1, 3 layers had parts of their own, which are left out here." in card

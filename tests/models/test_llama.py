@@ -1,5 +1,7 @@
 """Our Llama is transformers' Llama, is causal, and does not depend on how it was built."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -138,7 +140,8 @@ def test_initial_weights_depend_on_seed_and_name_alone():
 
 
 def test_initial_weights_have_the_documented_spread():
-    model = build(small(dim=256, ffn_dim=512, n_layers=2, vocab_size=500))
+    other = {"attention_bias": "qkvo", "ffn_bias": True, "qk_norm": "head"}
+    model = build(small(dim=256, ffn_dim=512, n_layers=2, vocab_size=500, **other))
     state = model.state_dict()
     cut = 0.98658  # the standard deviation of a unit normal cut at 3
     for name, std in {
@@ -149,7 +152,9 @@ def test_initial_weights_have_the_documented_spread():
         "layers.1.feed_forward.w2.weight": 512**-0.5 / 2,
     }.items():
         assert state[name].std().item() == pytest.approx(std * cut, rel=0.02)
-    assert torch.equal(state["norm.weight"], torch.ones(256))
+    for name, value in state.items():
+        if value.ndim == 1:
+            assert torch.equal(value, torch.full_like(value, float(name.endswith("norm.weight"))))
 
 
 def test_problems_name_field_value_and_remedy():
@@ -158,3 +163,21 @@ def test_problems_name_field_value_and_remedy():
     assert "model.n_heads: 5 does not divide model.dim 32" in problem
     assert "n_kv_heads" in small(n_kv_heads=3).problems()[0]
     assert "max_seq_len" in small(max_seq_len=1).problems()[0]
+    for fields, line in (
+        ({"head_dim": 7}, "model.head_dim: 7, must be even"),
+        (
+            {"head_dim": 4096, "n_heads": 64, "n_kv_heads": 64},
+            "64 heads together at most 131072 wide",
+        ),
+        ({"sliding_window": 0}, "model.sliding_window: 0, must be 1 to 4194304"),
+    ):
+        [problem] = small(**fields).problems()
+        assert line in problem
+    assert small(dim=34, head_dim=8).problems() == [], "heads need not divide the width then"
+
+
+def test_a_head_width_follows_the_heads_unless_it_is_given():
+    assert replace(small(), n_heads=2).head_width == 16
+    assert replace(small(head_dim=12), n_heads=2).head_width == 12
+    assert small(head_dim=8).has_weights_of(small(max_seq_len=48))
+    assert not small(head_dim=12).has_weights_of(small())

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from models.attention_mask import attend, document_mask, query_mask
 from models.config import config_from_dict
 from models.conversion.hugging_face import hugging_face_config
 from models.conversion.pruning import prune
-from models.document_mask import attend, document_mask, query_mask
 from models.layer_dropout import draw_kept_rows
 from models.layer_masks import LayerMasks
 from models.llama import Llama
 from models.router import RouterConfig, Routing, most_probable, route
+from tests.models.families import ALL, build_random, shape
 from tests.models.test_llama import build, small
 from tests.models.token_by_token import token_by_token
 
@@ -37,7 +38,7 @@ def scramble(model, write=torch.Tensor.copy_, seed=0, names=("routers",)):
 
 
 def make_model(router="linear", **changes):
-    model = build(small(n_layers=L, n_kv_heads=2, router=router, **changes))
+    model = build_random(shape(n_layers=L, router=router, **changes))
     scramble(model)
     return model
 
@@ -68,7 +69,8 @@ def straight_through(model, l, states, capacity):
 def run(model, tokens, capacity, documents, kept_rows=None):
     """Return {l: x_{l+1}} and {l: p} of one training pass."""
     routing = Routing(capacity)
-    documents = None if documents is None else document_mask(documents)
+    window = model.config.sliding_window
+    documents = None if documents is None else document_mask(documents, window)
     masks = LayerMasks(kept_rows=kept_rows, documents=documents, routing=routing)
     h = model.embed(tokens)
     _, states = model.run_layers(h, 0, L, masks=masks, exit_layers=range(L))
@@ -76,10 +78,14 @@ def run(model, tokens, capacity, documents, kept_rows=None):
 
 
 @pytest.mark.parametrize("router", ["linear", "mlp"])
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one text", "documents"])
+@pytest.mark.parametrize(
+    ("documents", "changes"),
+    [(None, {}), (DOCUMENTS, {}), (DOCUMENTS, ALL)],
+    ids=["one text", "documents", "no Llama"],
+)
 @pytest.mark.parametrize("capacity", [1.0, 0.5])
-def test_states_and_gradients_equal_the_slow_form(router, documents, capacity):
-    model, tokens = make_model(router), tokens_of()
+def test_states_and_gradients_equal_the_slow_form(router, documents, capacity, changes):
+    model, tokens = make_model(router, **changes), tokens_of()
     states, gates = run(model, tokens, capacity, documents)
     fast = torch.stack([states[l] for l in range(L)])
     assert list(gates) == list(range(L))
@@ -153,9 +159,9 @@ def test_queries_and_feed_forward_of_the_others_are_not_computed():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("capacity", [1.0, 0.5])
-def test_stochastic_depth_composes_and_dropped_rows_cost_nothing(capacity):
-    model, tokens = make_model(), tokens_of(6)
+@pytest.mark.parametrize(("capacity", "changes"), [(1.0, ALL), (0.5, {})])
+def test_stochastic_depth_composes_and_dropped_rows_cost_nothing(capacity, changes):
+    model, tokens = make_model(**changes), tokens_of(6)
     kept = draw_kept_rows(
         [0.5] * L, seed=1, t=0, keys=np.arange(6), scale_kept=True, device=tokens.device
     )

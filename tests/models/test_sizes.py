@@ -8,6 +8,7 @@ import torch
 from models.flops import block_params, total_params, train_flops_per_token
 from models.llama import Llama
 from models.sizes import SIZES
+from tests.models.families import ALL, SHAPES, shape
 
 PUBLISHED = {
     "llama1_7b": 6_738_415_616,
@@ -16,7 +17,13 @@ PUBLISHED = {
     "llama2_70b": 68_976_648_192,
     "llama3_8b": 8_030_261_248,
     "llama3.2_1b": 1_235_814_400,
+    "mistral_7b": 7_241_732_096,
+    "qwen2.5_1.5b": 1_543_714_304,
+    "qwen3_0.6b": 596_049_920,
+    "olmo2_1b": 1_484_916_736,
+    "smollm2_1.7b": 1_711_376_384,
 }
+BOTH = {"qk_norm": "full", "head_dim": 12}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -45,6 +52,25 @@ def test_flops_equal_numbers_worked_by_hand():
     head = 6 * 32 * 64
     flops = train_flops_per_token(config, 10, mean_layers=3.5, mean_exits=2)
     assert flops == pytest.approx(3.5 * per_layer + 2 * head)
+
+
+def test_flops_of_a_sliding_window_count_the_keys_it_reaches():
+    config, keys = replace(SIZES["tiny"], sliding_window=4), 0
+    for query in range(400):
+        keys += min(query + 1, 4)
+    with_window, without = (
+        train_flops_per_token(each, 400, mean_layers=1, mean_exits=0)
+        for each in (config, SIZES["tiny"])
+    )
+    # 12 for each head, dimension and key; of the whole triangle a query reaches 200 on average.
+    assert without - with_window == pytest.approx(12 * 32 * (200 - keys / 400), rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [*SHAPES.values(), ALL, BOTH], ids=str)
+def test_the_parameters_of_every_family_are_counted(changes):
+    with torch.device("meta"):
+        model = Llama(shape(**changes, own_exits=(1,), own_exit_mlp=True, router="mlp"))
+    assert total_params(model.config) == sum(p.numel() for p in model.parameters())
 
 
 def test_flops_of_exits_of_their_own_and_of_a_frozen_backbone_worked_by_hand():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.document_mask import document_mask
+from models.attention_mask import document_mask
 from models.layer_dropout import draw_kept_rows, uniform
 from models.layer_masks import LayerMasks
 from models.token_depth import (
@@ -14,6 +14,7 @@ from models.token_depth import (
     new_tokens,
     token_layers,
 )
+from tests.models.families import ALL, build_random, shape
 from tests.models.test_llama import build, small
 from tests.models.token_by_token import token_by_token
 
@@ -106,12 +107,17 @@ def make_layers(config, documents):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one text", "documents"])
-def test_states_and_gradients_equal_the_slow_form(config, documents):
-    model = build(small(n_layers=L, n_kv_heads=2))
+@pytest.mark.parametrize(
+    ("documents", "changes"),
+    [(None, {}), (DOCUMENTS, {}), (None, ALL)],
+    ids=["one text", "documents", "no Llama"],
+)
+def test_states_and_gradients_equal_the_slow_form(config, documents, changes):
+    model = build_random(shape(n_layers=L, **changes))
     tokens = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     layers = make_layers(config, documents)
-    mask = None if documents is None else document_mask(documents)
+    window = model.config.sliding_window
+    mask = None if documents is None else document_mask(documents, window)
     masks, h = LayerMasks(documents=mask, token_layers=layers), model.embed(tokens)
     _, states = model.run_layers(h, 0, L, masks=masks, exit_layers=range(L))
     fast = torch.stack([states[l] for l in range(L)])

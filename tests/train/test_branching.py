@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data.mixture import Mixture
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from models.checkpoint_format import Manifest, read_manifest
 from tests.conftest import ROOT
 from tests.faults.state import fingerprint, records
@@ -18,7 +19,8 @@ from tests.train import tiny
 from tests.training import Training
 from train import main as command
 from train.checkpoints.resume import Resumed
-from train.loop.corpus import DataConfig, open_corpus
+from train.loop.corpus import open_corpus
+from train.loop.data_config import DataConfig
 from train.loop.recovery import RecoveryConfig, skip_after_rollback
 from train.loop.run_state import RunState
 from train.main import main

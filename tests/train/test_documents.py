@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from data.boundaries import Boundaries
 from data.loader import microbatch
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.shards import NO_LOSS
 from loss.cross_entropy import IGNORE_INDEX
 from models.layer_dropout import LayerDropoutConfig
@@ -15,7 +17,8 @@ from tests.batches import batch_at
 from tests.distributed import run_distributed
 from tests.train.loop.test_step import STEP, make_config, plan_of
 from train.job import open_job
-from train.loop.corpus import DataConfig, open_corpus, train_loader
+from train.loop.corpus import open_corpus, train_loader
+from train.loop.data_config import DataConfig
 from train.loop.step import accumulate_gradients
 from train.loop.validate import ValidateConfig, validate
 from train.monitoring.interruption import Interruption
@@ -45,8 +48,8 @@ def packed_and_alone():
             labels_alone[-1][:length] = labels[row, begin : begin + length]
     alone = np.stack(tokens_alone), np.stack(labels_alone), np.arange(len(tokens_alone))
     return (
-        microbatch(packed, labels, np.arange(len(LENGTHS)), BOS),
-        microbatch(*alone, bos_id=None),
+        microbatch(packed, labels, np.arange(len(LENGTHS)), Boundaries(BOS)),
+        microbatch(*alone, boundaries=None),
     )
 
 
@@ -92,12 +95,12 @@ def test_training_rows_number_their_documents_where_configured(short_documents, 
         config = dataclasses.replace(data_config(short_documents, mask=mask), packing=packing)
         corpus = open_corpus(config, 300)
         [batch] = batch_at(
-            train_loader(corpus, config, runtime, 0, reading=corpus.unread(config), steps=1), 0
+            train_loader(corpus, config, runtime, 0, reading=corpus.unread(config), rows=1), 0
         )
         if not mask:
             assert batch.documents is None
             continue
-        begins = batch.tokens == corpus.bos_id
+        begins = batch.tokens == corpus.boundaries(corpus.datasets[0]).bos_id
         assert begins[:, 1:].any(), "rows were to hold several documents"
         new = batch.documents.diff(dim=1)
         assert torch.equal(new, begins[:, 1:].long())
@@ -112,8 +115,9 @@ def check_job(runtime, root, path):
         data = data_config(path, mask=mask)
         config = dataclasses.replace(base, model=model, data=data)
         with Interruption() as interruption, open_job(config, runtime, interruption) as job:
-            bos_id = open_corpus(data, 300).bos_id
-            assert job.held_out.bos_id == (bos_id if mask else None)
+            corpus = open_corpus(data, 300)
+            own = corpus.boundaries(corpus.datasets[0])
+            assert job.held_out.boundaries == (own if mask else None)
             assert (next(job.batches(0, job.state))[1][0].documents is not None) == mask
             losses[mask] = validate(
                 job.model, job.held_out, ValidateConfig(), runtime,

@@ -14,10 +14,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.dataset import open_dataset
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.windows import StreamWindows
 from inference.evaluation.exit_quality import evaluate_exits
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_model
+from models.conversion.plain_checkpoint import read_checkpoint
 from train import main as command
 from train.main import RUN_HELD, due, main
 from train.run_folder.run_lock import acquire
@@ -46,6 +48,8 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     # Written at once: the checkpoint of step 3 is there when step 4 is logged. Kills while one is
     # written in the background are tests/faults/test_checkpoints.py's.
     often = {"ranks": 2, "metrics__interval_steps": 1, "checkpoint__asynchronous": False}
+    often |= {"data__ramp_start": 4, "data__ramp_increment": 4, "data__ramp_steps": 6}
+    often |= {"optim__ema_decay": 0.9, "checkpoint__final_model": "float32"}
     job = launch(**often, name="straight")
     assert job.wait() == [0, 0], job.output
     assert "step-00000008" in job.output
@@ -57,6 +61,11 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     assert "step 3" in output
     straight, resumed = training.output / "straight", training.output / "killed"
     assert fingerprint(resumed) == fingerprint(straight)
+    averages = [read_checkpoint(find_checkpoint(run), "ema")[1] for run in (straight, resumed)]
+    exported = read_checkpoint(straight / "model")[1]
+    for name, average in averages[0].items():
+        assert torch.equal(average, averages[1][name]), name
+        assert torch.equal(average.to(exported[name].dtype), exported[name]), name
     # Nothing is logged twice, and what is logged is the same, but for timings.
     for a, b in zip(records(resumed), records(straight), strict=True):
         timed = ("perf/", "progress/goodput", "progress/restarts")
@@ -65,7 +74,7 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     events = EventAccumulator(str(resumed / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
     # The same command once more has nothing left to do.
-    job = launch(name="killed")
+    job = launch(**often, name="killed")
     assert job.wait() == [0, 0], job.output
     assert "has done all its 8 steps" in job.output
 

@@ -14,6 +14,7 @@ from models.layer_dropout import LayerDropoutConfig, uniform
 from models.llama import Llama
 from models.router import RouterConfig
 from tests.distributed import run_distributed
+from tests.models.families import ALL
 from tests.models.test_router import scramble, straight_through
 from tests.models.token_by_token import token_by_token
 from tests.train.loop.test_step import STEP, make_config, plan_of
@@ -30,9 +31,9 @@ from train.planning.memory import measure
 HALF = LayerDropoutConfig(p_max=0.5, S="constant", scale_kept=True)
 
 
-def make(router="linear", capacity=1.0, layer_dropout=HALF, **parallel):
+def make(router="linear", capacity=1.0, layer_dropout=HALF, shape=None, **parallel):
     return make_config(
-        model=dataclasses.replace(make_config().model, router=router),
+        model=dataclasses.replace(make_config().model, router=router, **(shape or {})),
         router=RouterConfig(capacity=capacity),
         density=DensityConfig(weight=3.0, target=0.2),
         layer_dropout=layer_dropout,
@@ -110,7 +111,8 @@ def test_gradients_on_two_ranks_equal_the_slow_form():
 
 
 def test_gradients_of_compiled_blocks_equal_the_slow_form():
-    cases = [make(capacity=0.4, compile=True), make(compile=True, activation_checkpointing="full")]
+    full = {"compile": True, "activation_checkpointing": "full"}
+    cases = [make(capacity=0.4, compile=True), make(shape=ALL, **full)]
     run_distributed(check_gradients, 2, cases, "aot_eager")
 
 
@@ -149,8 +151,8 @@ def check_metric(runtime):
     slow_J, running, _ = slow_gradients(config)
     assert pytest.approx(slow_J.item(), abs=1e-5) == metrics.J
     for routed in (True, False):
-        report = StepReport(4, 96, NoThroughput(), routed=routed)
-        report.add(metrics, plan_of(config))
+        report = StepReport(4, NoThroughput(), routed=routed)
+        report.add(metrics, plan_of(config), tokens=96)
         read = report.read(STEP + 1, lr=0.1, seconds=1.0)
         assert read.get("train/router_density") == (
             pytest.approx(running, abs=1e-6) if routed else None

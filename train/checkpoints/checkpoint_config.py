@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from data.urls import location
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are written, how many are kept, and what a new run starts from."""
 
+    folder: str = ""
+    """Folder of the checkpoints of all runs, on another disk or by URL, such as s3://bucket/runs;
+    those of this run are in folder/name. Empty: `checkpoints` in the run folder."""
     interval_steps: int = 500
     """Steps between checkpoints; the last step always writes one. 0: only the last."""
     asynchronous: bool = True
@@ -26,8 +31,9 @@ class CheckpointConfig:
     """Resume also where fields of the configuration that affect the result have changed. Steps,
     batch size, sequence length, packing, weights and sources need only be given."""
     init_from: str = ""
-    """Run or checkpoint folder whose weights a new run starts from (continual training,
-    finetuning). Empty: random weights. A run with checkpoints of its own resumes from them."""
+    """Run or checkpoint folder, or its URL, whose weights a new run starts from (continual
+    training, finetuning). Empty: random weights. A run with checkpoints of its own resumes from
+    them."""
     allow_other_tokenizer: bool = False
     """Start from the weights of init_from also where they learnt other tokens than the dataset's,
     so that an id stands for another text than the weights learnt it for."""
@@ -52,6 +58,10 @@ class CheckpointConfig:
                 f"checkpoint.step: {self.step} without checkpoint.resume_from, name the run to "
                 "branch off"
             )
+        try:
+            location(self.folder)
+        except ValueError as error:
+            found.append(f"checkpoint.folder: {error}")
         return found
 
     @property

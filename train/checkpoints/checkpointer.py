@@ -1,4 +1,4 @@
-"""Write checkpoints in the background: into a temporary folder, hashed, then renamed.
+"""Write checkpoints in the background: aside, hashed, then published whole.
 
 A checkpoint holds t, the weights, the optimizer's moments and a little JSON: the data order is a
 pure function of the rows read, curriculum, layer dropout and learning rate are of t. It is loaded
@@ -7,11 +7,9 @@ in `train/checkpoints/resume.py`.
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from models.checkpoint_format import TOKENIZER, Manifest, file_entry
+from data.urls import Location
+from models.checkpoint_format import CHAT_TEMPLATE, TOKENIZER, Manifest
 from models.llama import Llama
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import (
@@ -33,19 +31,13 @@ from train.checkpoints.content import (
     refuse_non_finite,
     training_tensors,
 )
-from train.checkpoints.folder import (
-    amount,
-    begin_folder,
-    explain,
-    prune,
-    publish,
-    write_synced,
-)
+from train.checkpoints.folder import CheckpointFolder, amount
+from train.checkpoints.folders import folder_at
+from train.checkpoints.local_folder import LocalFolder
+from train.optimizer.optim import Optimizers
 from train.parallel.runtime import Runtime
-from train.parallel.titan import OptimizersContainer
 
 T = TypeVar("T")
-FileEntry = dict[str, int | str]
 logger = logging.getLogger(__name__)
 
 # Beyond the watchdog's limit, whose message names the rank that hangs.
@@ -62,19 +54,19 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         model: Llama,
-        optimizer: OptimizersContainer,
+        optimizer: Optimizers,
         *,
         config: CheckpointConfig,
         identity: RunIdentity,
         runtime: Runtime,
     ) -> None:
         """Start the thread; `folder` holds the checkpoints of the run."""
-        self._folder, self._model, self._optimizer = folder, model, optimizer
+        self._folder, self._model, self._optimizer = folder_at(folder), model, optimizer
         self._config, self._identity, self._runtime = config, identity, runtime
         # Read once: the file may change during the run.
-        self._tokenizer = identity.tokenizer_path.read_bytes() if runtime.is_main else b""
+        self._texts = _tokenizer_files(identity.tokenizer_path) if runtime.is_main else {}
         # The thread's collectives run concurrently with those of training, so in another group.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._on_gpu = runtime.device.type == "cuda"
@@ -84,6 +76,8 @@ class CheckpointWriter:
         self._stager = StateDictStager(pin_memory=self._on_gpu)
         self._in_flight: Future[str] | None = None
         self._failures = 0
+        self.saved_step = 0
+        """The step of the last checkpoint that was written; 0: none since the start."""
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -118,8 +112,9 @@ class CheckpointWriter:
         if not at_once:
             tensors = self._stage(tensors)
         manifest = self._identity.manifest(t, json.loads(json.dumps(state)), self._runtime)
-        path = self._folder / f"step-{t:08d}"
-        self._in_flight = self._thread.submit(self._write, path, tensors, manifest, not required)
+        self._in_flight = self._thread.submit(
+            self._write, self._folder, f"step-{t:08d}", tensors, manifest, not required
+        )
         if at_once:
             self.wait(required=required)
 
@@ -140,10 +135,12 @@ class CheckpointWriter:
         if not self._runtime.is_main:
             raise SystemExit(2)
         count = f" ({self._failures} in a row have failed)" if self._failures > 1 else ""
-        raise OSError(f"checkpoint: {problem}{count}, make room there and start the run again")
+        raise OSError(f"checkpoint: {problem}{count}, {self._folder.remedy}")
 
     def write_model(self, path: Path, t: int) -> None:
-        """Write the weights alone, in the dtype of `config.final_model`; "none" writes nothing.
+        """Write the weights alone, or their average, in the dtype of `config.final_model`.
+
+        "none" writes nothing.
 
         Raises:
             OSError: On rank 0, if they could not be written.
@@ -154,10 +151,12 @@ class CheckpointWriter:
             return
         refuse_non_finite(self._model, t, self._gather)
         dtype = _DTYPES[self._config.final_model]
-        weights = {name: value.to(dtype) for name, value in self._model.state_dict().items()}
+        average = self._optimizer.average
+        state = self._model.state_dict() if average is None else average.tensors
+        weights = {name: value.to(dtype) for name, value in state.items()}
         manifest = self._identity.manifest(t, {}, self._runtime)
         self._in_flight = self._thread.submit(
-            self._write, path, {"model": weights}, manifest, False
+            self._write, LocalFolder(path.parent), path.name, {"model": weights}, manifest, False
         )
         self.wait(required=True)
 
@@ -173,11 +172,19 @@ class CheckpointWriter:
         if self._on_gpu:
             torch.cuda.set_device(self._runtime.device)
 
-    def _write(self, path: Path, tensors: Tensors, manifest: Manifest, tolerated: bool) -> str:
+    def _write(
+        self,
+        folder: CheckpointFolder,
+        name: str,
+        tensors: Tensors,
+        manifest: Manifest,
+        tolerated: bool,
+    ) -> str:
         """Write and commit a checkpoint, in the writer's thread.
 
         Args:
-            path: The folder of the checkpoint.
+            folder: The folder of the checkpoint.
+            name: Its name there.
             tensors: Its tensors.
             manifest: Its manifest, but for the files.
             tolerated: Whether training continues if it fails.
@@ -185,24 +192,19 @@ class CheckpointWriter:
         Returns:
             The error, on every rank if on any; empty if there is none.
         """
-        aside = path.with_name(path.name + ".tmp")
         num_bytes = sum(v.numel() * v.element_size() for d in tensors.values() for v in d.values())
         begin = time.monotonic()
         try:
-            self._on_main(lambda: begin_folder(aside))
-            save(
-                tensors,
-                storage_writer=FileSystemWriter(aside, sync_files=True),
-                process_group=self._group,
-            )
-            own = f"__{self._runtime.rank}_*.distcp"
-            entries = self._agree(lambda: {p.name: file_entry(p) for p in aside.glob(own)})
-            self._on_main(lambda: self._commit(aside, path, manifest, entries))
+            self._on_main(lambda: folder.begin(name))
+            save(tensors, storage_writer=folder.writer(name), process_group=self._group)
+            entries = self._agree(lambda: folder.written(name, self._runtime.rank))
+            files = {name: entry for rank in entries for name, entry in rank.items()}
+            self._on_main(lambda: folder.commit(name, manifest, self._texts, files))
         except (CheckpointException, OSError) as error:  # the same on every rank
             if not self._runtime.is_main:
                 return "failed"
-            shutil.rmtree(aside, ignore_errors=True)
-            problem = f"could not write {path.name}, {explain(error, path.parent, num_bytes)}"
+            folder.discard(name)
+            problem = f"could not write {name}, {folder.explain(error, num_bytes)}"
             if tolerated:
                 logger.warning(
                     "checkpoint: %s; training continues (%d of at most %d failures in a row)",
@@ -213,19 +215,12 @@ class CheckpointWriter:
             return problem
         if self._runtime.is_main:
             seconds = time.monotonic() - begin
-            logger.info("checkpoint: wrote %s, %s in %.1f s", path, amount(num_bytes), seconds)
-            prune(self._folder, self._config.keep_latest, self._config.keep_every_steps)
+            logger.info(
+                "checkpoint: wrote %s, %s in %.1f s", folder.path / name, amount(num_bytes), seconds
+            )
+            self.saved_step = manifest.step
+            self._folder.prune(self._config.keep_latest, self._config.keep_every_steps)
         return ""
-
-    def _commit(
-        self, aside: Path, path: Path, manifest: Manifest, entries: list[dict[str, FileEntry]]
-    ) -> None:
-        """Complete the files that all ranks have written to a checkpoint; for rank 0 alone."""
-        write_synced(aside / TOKENIZER, self._tokenizer)
-        files = {name: entry for rank in entries for name, entry in rank.items()}
-        files |= {name: file_entry(aside / name) for name in (".metadata", TOKENIZER)}
-        replace(manifest, files=files).write(aside)
-        publish(aside, path)
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Run `action` on rank 0; the other ranks wait for it."""
@@ -249,3 +244,10 @@ class CheckpointWriter:
         values: list[T] = [value] * self._runtime.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _tokenizer_files(tokenizer: Path) -> dict[str, bytes]:
+    """Return the tokenizer and the chat template beside it, if there is one, by their names."""
+    template = tokenizer.with_name(CHAT_TEMPLATE)
+    kept = {CHAT_TEMPLATE: template.read_bytes()} if template.is_file() else {}
+    return {TOKENIZER: tokenizer.read_bytes()} | kept

@@ -3,13 +3,13 @@
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from os.path import normpath
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from data.batch_ramp import BatchRamp
+from data.urls import Location
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
 from models.tensor_reader import TensorReader
@@ -30,7 +30,16 @@ _HARMLESS_SECTIONS = (
 # An everyday wish: may differ where the user has given it, so that an option that was forgotten on
 # resuming is no change.
 _PLAIN = (
-    *("steps", "data.weights", "data.global_batch_size", "data.seq_len", "data.packing"),
+    *(
+        "steps",
+        "data.weights",
+        "data.global_batch_size",
+        "data.ramp_start",
+        "data.ramp_increment",
+        "data.ramp_steps",
+        "data.seq_len",
+        "data.packing",
+    ),
     *("data.mask_documents", "model.max_seq_len"),
 )
 _SOURCES = {"data.path", "data.also"}
@@ -76,7 +85,7 @@ def is_harmless(field: str) -> bool:
 
 
 def check_config(
-    path: Path,
+    path: Location,
     manifest: Manifest,
     identity: RunIdentity,
     *,
@@ -139,22 +148,28 @@ def check_steps(
     """
     done, steps = manifest.step, config["steps"]
     if "tokens" in given:
-        per_step = _tokens_per_step(config)
-        read = manifest.state.get("tokens", done * _tokens_per_step(manifest.config))
-        right = done + max(math.ceil((steps * per_step - read) / per_step), 0)
+        batch, seq_len = _batch(config), config["data"]["seq_len"]
+        before = _batch(manifest.config).before(done) * manifest.config["data"]["seq_len"]
+        read = manifest.state.get("tokens", before)
+        rows = math.ceil((batch.before(steps) * seq_len - read) / seq_len)
+        right = max(batch.steps_for(batch.before(done) + rows), done)
         if right != steps:
             raise ValueError(
                 f"tokens: {read:,} were read in {done} steps, of another size than the "
-                f"{per_step:,} now, give --steps {right} in place of --tokens"
+                f"{batch.at(done) * seq_len:,} now, give --steps {right} in place of --tokens"
             )
     if steps < done + more:
         least = "more" if more else "at least as many"
         raise ValueError(f"steps: {steps}, but {done} are done, give {least}")
 
 
-def _tokens_per_step(config: dict[str, Any]) -> int:
-    size: int = config["data"]["global_batch_size"] * config["data"]["seq_len"]
-    return size
+def _batch(config: dict[str, Any]) -> BatchRamp:
+    data = config["data"]
+    if not data.get("ramp_start"):
+        return BatchRamp(data["global_batch_size"])
+    return BatchRamp(
+        data["global_batch_size"], data["ramp_start"], data["ramp_increment"], data["ramp_steps"]
+    )
 
 
 def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:
@@ -167,14 +182,13 @@ def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:
     return f"is of another model, with {', '.join(differing)}"
 
 
-def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> None:
+def check_identity(path: Location, manifest: Manifest, identity: RunIdentity) -> None:
     """Refuse a checkpoint of another model or tokenizer.
 
     Raises:
         ValueError: Naming the difference.
     """
-    # No weight depends on the context; the rotary table is computed.
-    if replace(manifest.model, max_seq_len=identity.model.max_seq_len) != identity.model:
+    if not identity.model.has_weights_of(manifest.model):
         raise ValueError(
             f"name: {path} {other_model(manifest.model, identity.model)}; "
             "choose another --name or the configuration it was trained with"
@@ -183,18 +197,18 @@ def check_identity(path: Path, manifest: Manifest, identity: RunIdentity) -> Non
         raise ValueError(_other_data(path, "tokenizer_fingerprint", manifest, identity))
 
 
-def _other_data(path: Path, kind: str, manifest: Manifest, identity: RunIdentity) -> str:
+def _other_data(path: Location, kind: str, manifest: Manifest, identity: RunIdentity) -> str:
     return (
         f"name: {path} was trained on other data ({kind} {getattr(manifest, kind)[:12]}, "
         f"now {getattr(identity, kind)[:12]}), choose another --name or restore that data"
     )
 
 
-def check_origin(run: Path, manifest: Manifest, config: CheckpointConfig) -> None:
+def check_origin(folder: Location, manifest: Manifest, config: CheckpointConfig) -> None:
     """Refuse a run that did not branch off `config.resume_from`, where that is set.
 
     Args:
-        run: The run's folder.
+        folder: The run's checkpoints.
         manifest: Of its own checkpoint.
         config: What the run is said to have branched off.
 
@@ -207,6 +221,7 @@ def check_origin(run: Path, manifest: Manifest, config: CheckpointConfig) -> Non
     origin = manifest.state.get("origin")
     if origin and normpath(origin[0]) == normpath(resume_from) and step in (0, origin[1]):
         return
+    run = folder.parent if folder.name == "checkpoints" else folder
     began = f"off step {origin[1]} of {origin[0]}" if origin else "at step 0"
     raise ValueError(
         f"checkpoint.resume_from: {resume_from}, but {run} began {began} and has done "
@@ -214,7 +229,7 @@ def check_origin(run: Path, manifest: Manifest, config: CheckpointConfig) -> Non
     )
 
 
-def check_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_optimizer(path: Location, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint with the moments of another optimizer.
 
     Args:

@@ -14,9 +14,8 @@ from torch.distributed.tensor import DTensor
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
 from models.llama import Llama
-from train.optimizer.optim import OptimConfig, num_moments
+from train.optimizer.optim import OptimConfig, Optimizers, num_moments
 from train.parallel.runtime import Runtime
-from train.parallel.titan import OptimizersContainer
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -47,10 +46,12 @@ class RunIdentity:
         )
 
 
-def training_tensors(model: Llama, optimizer: OptimizersContainer) -> Tensors:
+def training_tensors(model: Llama, optimizer: Optimizers) -> Tensors:
     """Return all state that is saved: tensors alone, so that loading unpickles nothing."""
     moments = {k: v for k, v in optimizer.state_dict().items() if isinstance(v, Tensor)}
-    return {"model": model.state_dict(), "optimizer": moments}
+    tensors = {"model": model.state_dict(), "optimizer": moments}
+    average = optimizer.average
+    return tensors if average is None else tensors | {"ema": average.tensors}
 
 
 def tensor_bytes(model: Llama, optim: OptimConfig) -> int:
@@ -59,7 +60,7 @@ def tensor_bytes(model: Llama, optim: OptimConfig) -> int:
     The model may be on the meta device, or sharded. Frozen weights have no moments.
     """
     return sum(
-        4 * p.numel() * (1 + (num_moments(name, optim) if p.requires_grad else 0))
+        4 * p.numel() * (1 + bool(optim.ema_decay) + num_moments(name, optim) * p.requires_grad)
         for name, p in model.named_parameters()
     )
 

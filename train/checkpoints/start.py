@@ -2,8 +2,8 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
+from data.urls import Location, location
 from models.checkpoint_format import (
     Manifest,
     checkpoint_steps,
@@ -24,7 +24,7 @@ Prefixes = tuple[str, ...]
 OWN_EXITS, ROUTERS = "own_exits.", "routers."
 
 
-def check_start(folder: Path, config: CheckpointConfig) -> None:
+def check_start(folder: Location, config: CheckpointConfig) -> None:
     """Refuse what a new run cannot start from because it is not there, before anything is built.
 
     Args:
@@ -36,18 +36,18 @@ def check_start(folder: Path, config: CheckpointConfig) -> None:
     """
     if not checkpoint_steps(folder):
         if config.resume_from:
-            _find_step(Path(config.resume_from), config.step)
+            _find_step(location(config.resume_from), config.step)
         elif config.init_from:
-            find_checkpoint(Path(config.init_from), "checkpoint.init_from")
+            find_checkpoint(location(config.init_from), "checkpoint.init_from")
 
 
-def branching_point(config: CheckpointConfig, runtime: Runtime) -> tuple[Path, Manifest]:
+def branching_point(config: CheckpointConfig, runtime: Runtime) -> tuple[Location, Manifest]:
     """Return the checkpoint of another run that this one branches off, verified."""
-    path = runtime.on_every_rank(lambda: _find_step(Path(config.resume_from), config.step))
+    path = runtime.on_every_rank(lambda: _find_step(location(config.resume_from), config.step))
     path = runtime.gather(path)[0]
     found = verify_together(path, runtime)
 
-    def check() -> tuple[Path, Manifest]:
+    def check() -> tuple[Location, Manifest]:
         if isinstance(found, str):
             raise ValueError(found)
         if config.step and found.step != config.step:
@@ -60,7 +60,7 @@ def branching_point(config: CheckpointConfig, runtime: Runtime) -> tuple[Path, M
     return runtime.on_every_rank(check)
 
 
-def _find_step(run: Path, step: int) -> Path:
+def _find_step(run: Location, step: int) -> Location:
     """Return the checkpoint of a step in a run folder, or `run` itself if it is a checkpoint.
 
     Args:
@@ -70,7 +70,7 @@ def _find_step(run: Path, step: int) -> Path:
     Raises:
         ValueError: If there is none; the message names those there are.
     """
-    steps = checkpoint_steps(run / "checkpoints")
+    steps = checkpoint_steps(run / "checkpoints") or checkpoint_steps(run)
     if not step or not steps:
         return find_checkpoint(run, "checkpoint.resume_from")
     if step not in steps:
@@ -90,7 +90,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
         ValueError: On rank 0, if there is no intact checkpoint, or its model has another shape.
         SystemExit: On the other ranks then.
     """
-    path = runtime.on_every_rank(lambda: find_checkpoint(Path(source), "checkpoint.init_from"))
+    path = runtime.on_every_rank(lambda: find_checkpoint(location(source), "checkpoint.init_from"))
     path = runtime.gather(path)[0]
     found = verify_together(path, runtime)
     state, shape, new = model.state_dict(), model.config, Prefixes()
@@ -101,8 +101,7 @@ def load_initial_weights(source: str, model: Llama, *, runtime: Runtime) -> None
     def check() -> None:
         if isinstance(found, str):
             raise ValueError(found)
-        # No weight depends on the context; the rotary table is computed.
-        if replace(found.model, max_seq_len=shape.max_seq_len) != shape:
+        if not shape.has_weights_of(found.model):
             raise ValueError(
                 f"checkpoint.init_from: {path} {other_model(found.model, shape)}; "
                 "configure that model or name another run"

@@ -4,11 +4,11 @@ Where there are some and none verifies, training stops instead of silently start
 """
 
 import logging
-from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from data.urls import Location, MissingUrlError, UrlError
 from models.checkpoint_format import (
     Manifest,
     check_content,
@@ -17,15 +17,16 @@ from models.checkpoint_format import (
 )
 from models.tensor_reader import TensorReader
 from train.checkpoints.content import Tensors
-from train.checkpoints.folder import DAMAGED, first_failure, set_aside
+from train.checkpoints.folder import DAMAGED, first_failure
+from train.checkpoints.folders import folder_at
 from train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 
 def newest_intact(
-    folder: Path, runtime: Runtime, *, last_step: int | None = None
-) -> tuple[Path, Manifest] | None:
+    folder: Location, runtime: Runtime, *, last_step: int | None = None
+) -> tuple[Location, Manifest] | None:
     """Return the newest checkpoint that verifies, or None where there is none at all.
 
     Newer ones, all damaged, are set aside as step-*.damaged, so that they neither count as kept
@@ -40,13 +41,14 @@ def newest_intact(
         ValueError: On rank 0, if there are checkpoints and every one is damaged.
         SystemExit: On the other ranks then.
     """
-    steps = runtime.gather(checkpoint_steps(folder) if runtime.is_main else {})[0]
+    listed = runtime.on_every_rank(lambda: checkpoint_steps(folder) if runtime.is_main else {})
+    steps = runtime.gather(listed)[0]
     eligible = [step for step in steps if last_step is None or step <= last_step]
-    damaged: list[Path] = []
+    damaged: list[Location] = []
 
     def put_aside() -> None:
         for bad in damaged if runtime.is_main else ():
-            set_aside(bad, DAMAGED)
+            folder_at(folder).set_aside(bad.name, DAMAGED)
 
     for step in reversed(eligible):
         path = steps[step]
@@ -71,16 +73,24 @@ def newest_intact(
     return None
 
 
-def verify_together(path: Path, runtime: Runtime) -> Manifest | str:
+def verify_together(path: Location, runtime: Runtime) -> Manifest | str:
     """Compare a checkpoint with its manifest, each rank reading a share of the files.
 
     Returns:
         The manifest as rank 0 reads it, or the first problem, the same on every rank.
+
+    Raises:
+        ValueError: On rank 0, if a store cannot be read, which is no damage.
+        SystemExit: On the other ranks then.
     """
 
     def listing() -> Manifest | str:
         try:
             return check_listing(path)
+        except MissingUrlError as error:
+            return str(error)
+        except UrlError:
+            raise
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -88,18 +98,24 @@ def verify_together(path: Path, runtime: Runtime) -> Manifest | str:
         share = sorted(manifest.files)[runtime.rank :: runtime.world_size]
         try:
             check_content(path, manifest, share)
+        except MissingUrlError as error:
+            return str(error)
+        except UrlError:
+            raise
         except (ValueError, OSError) as error:
             return str(error)
         return ""
 
-    found = runtime.gather(listing() if runtime.is_main else "")[0]
+    found = runtime.on_every_rank(lambda: listing() if runtime.is_main else "")
+    found = runtime.gather(found)[0]
     if isinstance(found, str):
         return found
-    problems = [text for text in runtime.gather(content(found)) if text]
-    return problems[0] if problems else found
+    manifest = found
+    problems = runtime.gather(runtime.on_every_rank(lambda: content(manifest)))
+    return next(filter(None, problems), found)
 
 
-def load_tensors(path: Path, tensors: Tensors, runtime: Runtime) -> None:
+def load_tensors(path: Location, tensors: Tensors, runtime: Runtime) -> None:
     """Load a checkpoint into these tensors, which the model and the optimizer share."""
 
     def read() -> None:

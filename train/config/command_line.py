@@ -143,7 +143,7 @@ def _steps(tokens: float, config: TrainConfig, given: Container[str]) -> int:
     if not 0 < tokens < math.inf:
         raise ValueError(f"tokens: {tokens:g}, must be positive")
     # Where there is no token in a step, the configuration is refused for that.
-    return math.ceil(tokens / max(config.data.tokens_per_step, 1))
+    return config.data.batch.steps_for(math.ceil(tokens / max(config.data.seq_len, 1)))
 
 
 def _one_start(config: CheckpointConfig, given: Container[str]) -> CheckpointConfig:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.urls import Location, location
 from loss.curriculum import CurriculumConfig, active_layers, period
 from loss.density import DensityConfig
 from loss.early_exit import EarlyExitConfig, exit_weights
@@ -16,7 +17,7 @@ from models.layer_dropout import LayerDropoutConfig
 from models.router import RouterConfig
 from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
-from train.loop.corpus import DataConfig
+from train.loop.data_config import DataConfig
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.recovery import RecoveryConfig
 from train.loop.step import StepConfig
@@ -67,6 +68,12 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def checkpoint_folder(self) -> Location:
+        """The folder of the run's checkpoints."""
+        folder = self.checkpoint.folder
+        return location(folder) / self.name if folder else self.run_dir / "checkpoints"
 
     @property
     def step_config(self) -> StepConfig:

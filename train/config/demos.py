@@ -14,7 +14,7 @@ from models.sizes import SIZES
 from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.config import TrainConfig
-from train.loop.corpus import DataConfig
+from train.loop.data_config import DataConfig
 from train.loop.validate import ValidateConfig
 from train.optimizer.optim import OptimConfig
 from train.run_folder.metrics import MetricsConfig

@@ -18,7 +18,7 @@ from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.config import TrainConfig
 from train.config.demos import DEMOS, demo
-from train.loop.corpus import DataConfig
+from train.loop.data_config import DataConfig
 from train.optimizer.optim import OptimConfig
 from train.parallel.parallelize import ParallelConfig
 
@@ -72,6 +72,32 @@ def continual_llama2_70b() -> TrainConfig:
     """
     parallel = ParallelConfig(reduce_every_microbatch=True, activation_checkpointing="full")
     return _paper("continual_llama2_70b", init_from="outputs/llama2_70b", parallel=parallel)
+
+
+def continual_mistral_7b() -> TrainConfig:
+    """Continual pretraining of Mistral 7B: 52B tokens, settings of Llama-2 7B."""
+    parallel = ParallelConfig(activation_checkpointing="selective")
+    return _paper("continual_mistral_7b", init_from="outputs/mistral_7b", parallel=parallel)
+
+
+def continual_qwen2_5_1_5b() -> TrainConfig:
+    """Continual pretraining of Qwen2.5 1.5B: 52B tokens, settings of Llama-3.2 1B."""
+    return _paper("continual_qwen2_5_1_5b", init_from="outputs/qwen2.5_1.5b", microbatch_size=4)
+
+
+def continual_qwen3_0_6b() -> TrainConfig:
+    """Continual pretraining of Qwen3 0.6B: 52B tokens, settings of Llama-3.2 1B."""
+    return _paper("continual_qwen3_0_6b", init_from="outputs/qwen3_0.6b", microbatch_size=4)
+
+
+def continual_olmo2_1b() -> TrainConfig:
+    """Continual pretraining of OLMo 2 1B: 52B tokens, settings of Llama-3.2 1B."""
+    return _paper("continual_olmo2_1b", init_from="outputs/olmo2_1b", microbatch_size=4)
+
+
+def continual_smollm2_1_7b() -> TrainConfig:
+    """Continual pretraining of SmolLM2 1.7B: 52B tokens, settings of Llama-3.2 1B."""
+    return _paper("continual_smollm2_1_7b", init_from="outputs/smollm2_1.7b", microbatch_size=4)
 
 
 def finetune_code() -> TrainConfig:
@@ -189,6 +215,11 @@ _PAPER = {
     "continual_llama2_70b":  _Row("llama2_70b",     0.1, 0.1, "rot", 79, 1.5e-5, 50_000, 256, 4096),
     "continual_llama3_8b":   _Row("llama3_8b",      0.1, 0.1, "rot",  8, 3e-5, 50_000, 1024, 8192),
     "continual_llama3_2_1b": _Row("llama3.2_1b",    0.1, 0.1, "rot",  8, 3e-5, 50_000, 2048, 8192),
+    "continual_mistral_7b":  _Row("mistral_7b",     0.1, 0.2, "rot",  8, 3e-5, 50_000, 128, 8192),
+    "continual_qwen2_5_1_5b": _Row("qwen2.5_1.5b",  0.1, 0.1, "rot",  8, 3e-5, 50_000, 256, 4096),
+    "continual_qwen3_0_6b":  _Row("qwen3_0.6b",     0.1, 0.1, "rot",  8, 3e-5, 50_000, 256, 4096),
+    "continual_olmo2_1b":    _Row("olmo2_1b",       0.1, 0.1, "rot",  8, 3e-5, 50_000, 256, 4096),
+    "continual_smollm2_1_7b": _Row("smollm2_1.7b",  0.1, 0.1, "rot",  8, 3e-5, 50_000, 256, 4096),
     "finetune_code":         _Row("llama1_7b",      0.1, 1.0, "rot", 16, 1e-4, 10_000, 128, 4096),
     "finetune_topv2":        _Row("layerskip_1.5b", 0.2, 1.0, "grad", 8, 1e-4,  5_800, 256,  512),
 }
@@ -238,6 +269,11 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
         continual_llama2_70b,
         continual_llama3_8b,
         continual_llama3_2_1b,
+        continual_mistral_7b,
+        continual_qwen2_5_1_5b,
+        continual_qwen3_0_6b,
+        continual_olmo2_1b,
+        continual_smollm2_1_7b,
         finetune_code,
         finetune_topv2,
         continual_demo,

@@ -8,11 +8,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset
+from data.url_dataset import dataset_at
+from data.urls import is_url, location
 from models.checkpoint_format import checkpoint_steps, find_checkpoint, read_manifest
 from train.config.command_line import Command
 from train.config.config import TrainConfig
-from train.loop.corpus import DataConfig, prepared_path
+from train.loop.corpus import prepared_path
+from train.loop.data_config import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def settle(command: Command) -> TrainConfig:
 
 def _open(path: str, field: str) -> Dataset:
     try:
-        return open_dataset(Path(path))
+        return dataset_at(location(path), shards=False)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
 
@@ -70,7 +73,7 @@ def _settle_path(data: DataConfig, given: frozenset[str], vocab_size: int) -> Da
         return replace(data, path=str(own))
     if own is None or Path(data.path) == own:
         return data
-    if "data.input" in given and not Path(data.path).exists():
+    if "data.input" in given and not (is_url(data.path) or Path(data.path).exists()):
         texts = " ".join(data.input)
         raise ValueError(
             f"data.path: {data.path} does not exist, and nothing is prepared at a path that is "
@@ -83,11 +86,11 @@ def _settle_path(data: DataConfig, given: frozenset[str], vocab_size: int) -> Da
 def _vocabulary(config: TrainConfig, dataset: Dataset) -> tuple[int, str]:
     """Return the vocabulary of the weights a run starts from, else of its dataset, and whose."""
     start = config.checkpoint.starts_from
-    if own := checkpoint_steps(config.run_dir / "checkpoints"):
+    if own := checkpoint_steps(config.checkpoint_folder):
         path = own[max(own)]
     elif start:
         field = "resume_from" if config.checkpoint.resume_from else "init_from"
-        path = find_checkpoint(Path(start), f"checkpoint.{field}")
+        path = find_checkpoint(location(start), f"checkpoint.{field}")
     else:
         multiple = config.data.vocab_multiple
         return -(-dataset.vocab_size // multiple) * multiple, str(dataset.path)

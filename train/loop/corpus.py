@@ -8,95 +8,31 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from data.dataset import TRAIN, Dataset, open_dataset
+from data.boundaries import Boundaries, Marks
+from data.dataset import TRAIN, Dataset
 from data.loader import TokenLoader
-from data.mixture import PERIOD, Mixture, shares
-from data.preparation import PrepareConfig, prepare
+from data.mixture import PERIOD, Mixture
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.reading import Reading, Source, begin, open_mixture
 from data.responses import measure_responses
 from data.tokenizer import Tokenizer
+from data.url_dataset import dataset_at
+from data.urls import location
 from data.windows import Packing, Windows, open_windows
+from train.loop.data_config import DataConfig
 from train.parallel.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
+_MARKED: dict[Marks, str] = {
+    "both": "BOS begins and EOS ends",
+    "first": "BOS begins",
+    "last": "EOS ends",
+}
+
 PREPARED = Path("outputs/data")
 """Folder of the datasets that runs prepare for themselves."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Datasets, sequences and batch sizes."""
-
-    path: str = ""
-    """Folder of token shards, made by `python -m data.prepare`; nothing is ever prepared here.
-    Empty: prepared from `input`, once, in outputs/data."""
-    input: tuple[str, ...] = ()
-    """Text for a run without a `path`: files or folders, or "embedded" for the sources of Python
-    and torch on this machine."""
-    vocab_multiple: int = 1
-    """Where model.vocab_size is not given, it is the dataset's, rounded up to a multiple of this.
-    The ids beyond the dataset's are never learnt."""
-    also: tuple[str, ...] = ()
-    """More folders of shards, of the same tokenizer, to mix in. Validation reads `path` alone."""
-    weights: tuple[float, ...] = ()
-    """Relative weights of `path` and each of `also`: its share of every 4096 rows. A source is
-    shuffled and read to its end before any of it repeats. Empty: by the number of rows."""
-    packing: Packing = "stream"
-    """stream: documents one after the other, cut every seq_len tokens. documents: as many whole
-    ones as fit, the rest of a row padding; one longer than seq_len is truncated. For pairs."""
-    mask_documents: bool = False
-    """Keep attention within documents: FlexAttention on GPUs, a mask on CPUs. Rotary positions are
-    relative and need no reset."""
-    seq_len: int = 2048
-    """Tokens per sequence."""
-    global_batch_size: int = 256
-    """Sequences per optimizer step, over all ranks."""
-    microbatch_size: int = 0
-    """Sequences per rank and forward pass; gradients of global_batch_size / (ranks *
-    microbatch_size) of them accumulate to one step. 0: no accumulation."""
-    verify_shards: bool = True
-    """Before step 1, read all shards, each rank a part, and compare them with the checksums of
-    their preparation. False: compare their sizes alone."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens in one global batch."""
-        return self.global_batch_size * self.seq_len
-
-    def rows_at_once(self, world_size: int) -> int:
-        """Return the sequences of one microbatch on one of `world_size` ranks."""
-        return self.microbatch_size or self.global_batch_size // world_size
-
-    def problems(self, world_size: int) -> list[str]:
-        """Return what is wrong with the fields, one line each; empty when nothing is."""
-        found = [
-            f"data.{name}: {getattr(self, name)}, must be at least {least}"
-            for name, least in (
-                ("seq_len", 1),
-                ("global_batch_size", 1),
-                ("microbatch_size", 0),
-                ("vocab_multiple", 1),
-            )
-            if getattr(self, name) < least
-        ]
-        if not found and self.global_batch_size % (world_size * max(self.microbatch_size, 1)):
-            rows = f" * data.microbatch_size {self.microbatch_size}" if self.microbatch_size else ""
-            found.append(
-                f"data.global_batch_size: {self.global_batch_size} is not a multiple of "
-                f"{world_size} ranks{rows}, change one of them"
-            )
-        if self.weights and len(self.weights) != 1 + len(self.also):
-            found.append(
-                f"data.weights: {self.weights}, give one for path and each of also, "
-                f"{1 + len(self.also)} in all"
-            )
-        elif self.weights:
-            try:
-                shares(self.weights)
-            except ValueError as error:
-                found.append(f"data.{error}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -114,15 +50,13 @@ class Corpus:
         return hashlib.sha256("".join(prints).encode()).hexdigest()
 
     @cached_property
-    def ends(self) -> tuple[int, int]:
-        """The ids of the first and of the last token of every document."""
+    def _ends(self) -> tuple[int, int]:
         tokenizer = Tokenizer(self.datasets[0].tokenizer_path)
         return tokenizer.bos_id, tokenizer.eos_id
 
-    @property
-    def bos_id(self) -> int:
-        """The id of the first token of every document."""
-        return self.ends[0]
+    def boundaries(self, dataset: Dataset) -> Boundaries:
+        """Return where the documents of a dataset begin."""
+        return Boundaries(*self._ends, dataset.marks)
 
     def windows(self, dataset: Dataset, split: str, config: DataConfig) -> Windows:
         """Return the sequences of one split.
@@ -151,8 +85,8 @@ class Corpus:
     def _open(self, dataset: Dataset, split: str, packing: Packing, seq_len: int) -> Windows:
         stream = dataset.stream(split)
         try:
-            bos_id, eos_id = self.ends
-            return open_windows(stream, packing, seq_len=seq_len, bos_id=bos_id, eos_id=eos_id)
+            boundaries = self.boundaries(dataset)
+            return open_windows(stream, packing, seq_len=seq_len, boundaries=boundaries)
         except ValueError as error:
             raise ValueError(f"data: {split} of {dataset.path}: {error}") from error
 
@@ -164,7 +98,7 @@ class Corpus:
         """
         if not dataset.holds_pairs or config.packing != "documents":
             return
-        found = measure_responses(dataset.stream(split), *self.ends, config.seq_len)
+        found = measure_responses(dataset.stream(split), self.boundaries(dataset), config.seq_len)
         whose = f"of the {found.pairs} pairs in {split} of {dataset.path}"
         if found.lost == found.pairs:
             raise ValueError(
@@ -209,7 +143,7 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
             vocab_size,
         )
         prepare(PrepareConfig(input=config.input, vocab_size=vocab_size), path)
-    first, *others = datasets = [open_dataset(Path(each)) for each in (config.path, *config.also)]
+    first, *others = datasets = [dataset_at(location(each)) for each in (config.path, *config.also)]
     if first.vocab_size > vocab_size:
         raise ValueError(
             f"model.vocab_size: {vocab_size} is smaller than the {first.vocab_size} ids of "
@@ -228,6 +162,11 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
                 f"data.also: {other.path} was made with another tokenizer than {path}, prepare it "
                 f"again with --tokenizer {first.tokenizer_path}"
             )
+        if config.mask_documents and other.marks != first.marks:
+            raise ValueError(
+                f"data.also: in {other.path} {_MARKED[other.marks]} every document, in {path} "
+                f"{_MARKED[first.marks]}, give --data.mask_documents False or one kind alone"
+            )
     return Corpus(tuple(datasets))
 
 
@@ -239,7 +178,7 @@ def train_loader(
     *,
     reading: Reading,
     next_row: int = 0,
-    steps: int,
+    rows: int,
 ) -> TokenLoader:
     """Return the loader of this rank's training rows; log how much of each source is read.
 
@@ -250,7 +189,7 @@ def train_loader(
         seed: Of the order.
         reading: How far the sources were read before.
         next_row: The row that is read next.
-        steps: Steps from there to the end.
+        rows: Rows from there to the end.
 
     Raises:
         ValueError: If a source has no row, or, on rank 0, no response within seq_len.
@@ -258,23 +197,22 @@ def train_loader(
     for dataset in corpus.datasets if runtime.is_main else ():
         corpus.check_responses(dataset, TRAIN, config)
     mixture = open_mixture(reading, corpus.sources, seed=seed)
-    _log_what_is_read(corpus, config, mixture, next_row, steps)
+    _log_what_is_read(corpus, config, mixture, next_row, rows)
     return TokenLoader(
         mixture,
         global_batch_size=config.global_batch_size,
-        microbatch_size=config.rows_at_once(runtime.world_size),
+        microbatch_size=config.microbatch_size,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        bos_id=corpus.bos_id if config.mask_documents else None,
-        eos_id=corpus.ends[1],
+        boundaries=corpus.boundaries(corpus.datasets[0]) if config.mask_documents else None,
     )
 
 
 def _log_what_is_read(
-    corpus: Corpus, config: DataConfig, mixture: Mixture, next_row: int, steps: int
+    corpus: Corpus, config: DataConfig, mixture: Mixture, next_row: int, rows: int
 ) -> None:
-    tokens = steps * config.tokens_per_step
-    epochs = mixture.epochs(next_row + steps * config.global_batch_size)
+    tokens = rows * config.seq_len
+    epochs = mixture.epochs(next_row + rows)
     for i, (dataset, source) in enumerate(zip(corpus.datasets, mixture.sources, strict=True)):
         share = mixture.rows_per_period[i] / PERIOD
         logger.info(

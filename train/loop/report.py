@@ -11,19 +11,17 @@ from train.loop.throughput import Throughput
 class StepReport:
     """Accumulates the metrics of steps until a log line is due."""
 
-    def __init__(
-        self, L: int, tokens_per_step: int, throughput: Throughput, *, routed: bool
-    ) -> None:
+    def __init__(self, L: int, throughput: Throughput, *, routed: bool) -> None:
         """Report on a model of L layers, with its router density if it is `routed`."""
-        self._L, self._tokens_per_step, self._throughput = L, tokens_per_step, throughput
+        self._L, self._throughput = L, throughput
         self._routed = routed
         self._steps: list[StepMetrics] = []
 
-    def add(self, step: StepMetrics, plan: StepPlan) -> None:
-        """Add one step and its plan."""
+    def add(self, step: StepMetrics, plan: StepPlan, *, tokens: int) -> None:
+        """Add one step of so many tokens, and its plan."""
         self._steps.append(step)
         self._plan = plan
-        self._throughput.add(self._tokens_per_step, plan)
+        self._throughput.add(tokens, plan)
 
     def read(self, tokens: int, *, lr: float, seconds: float) -> dict[str, float]:
         """Return the means since the last reading, over the steps that updated the weights.
@@ -72,9 +70,7 @@ def exit_metrics(split: str, losses: Mapping[int, float], L: int) -> dict[str, f
     return {f"{split}/loss": losses[L - 1], **metrics} if L - 1 in losses else metrics
 
 
-def step_line(
-    metrics: Mapping[str, float], done_steps: int, *, T: int, tokens_per_step: int
-) -> str:
+def step_line(metrics: Mapping[str, float], done_steps: int, *, T: int, tokens_left: int) -> str:
     """Return the log line of a step: the losses of the first, middle and last exit, the speed."""
     parts = [f"step {done_steps}/{T}"]
     if "train/J" in metrics:
@@ -99,15 +95,15 @@ def step_line(
         f"{tokens_per_second:,.0f} tok/s",
         speed,
         f"{metrics['perf/peak_memory_gib']:.2f} GiB",
-        f"ETA {_clock((T - done_steps) * tokens_per_step / tokens_per_second)}",
+        f"ETA {_clock(tokens_left / tokens_per_second)}",
     ]
     return " | ".join(parts)
 
 
-def validation_line(losses: Sequence[float], done_steps: int) -> str:
+def validation_line(losses: Sequence[float], done_steps: int, title: str) -> str:
     """Return the log line of a validation: the loss of every exit, E = 1, ..., L."""
     exits = " ".join(f"E={E} {loss:.3f}" for E, loss in enumerate(losses, 1))
-    return f"held-out loss at step {done_steps}, by exit: {exits}"
+    return f"{title} at step {done_steps}, by exit: {exits}"
 
 
 def _exit_of(name: str) -> str:

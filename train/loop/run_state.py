@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from data.batch_ramp import BatchRamp
 from data.reading import Reading, count, reading_from_dict
 from data.step_rows import Ranges, StepRows
 from train.loop.recovery import LossHistory
@@ -34,16 +35,16 @@ class RunState:
     @property
     def next_row(self) -> int:
         """The row that is read next."""
-        return StepRows(0, self.rows, 1, self.skipped_rows).first(0)
+        return StepRows(0, self.rows, BatchRamp(1), self.skipped_rows).first(0)
 
     @property
     def last_row(self) -> int:
         """The row that was read last."""
-        return StepRows(0, self.rows - 1, 1, self.skipped_rows).first(0)
+        return StepRows(0, self.rows - 1, BatchRamp(1), self.skipped_rows).first(0)
 
-    def step_rows(self, step: int, global_batch_size: int) -> StepRows:
+    def step_rows(self, step: int, batch: BatchRamp) -> StepRows:
         """Return the rows of the steps that follow the first `step`."""
-        return StepRows(step, self.rows, global_batch_size, self.skipped_rows)
+        return StepRows(step, self.rows, batch, self.skipped_rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON would hold it."""

@@ -20,10 +20,10 @@ from train.loop.exit_tokens import draw_tokens
 from train.loop.layerskip import StepPlan
 from train.loop.step_metrics import StepResult, StepTotals
 from train.monitoring.adam_monitor import AdamMonitor
-from train.optimizer.optim import OptimConfig, lr, set_lr, update_unless
+from train.optimizer.optim import OptimConfig, Optimizers, lr, set_lr, update_unless
 from train.parallel.parallelize import set_gradient_sync
 from train.parallel.runtime import Runtime
-from train.parallel.titan import OptimizersContainer, clip_grad_norm_
+from train.parallel.titan import clip_grad_norm_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class StepConfig:
 
 def train_step(
     model: Llama,
-    optimizer: OptimizersContainer,
+    optimizer: Optimizers,
     microbatches: Sequence[Microbatch],
     plan: StepPlan,
     t: int,
@@ -74,7 +74,7 @@ def train_step(
     totals = StepTotals(runtime.sum_over_ranks(local.packed.clone()))
     set_lr(optimizer, lr(config.optim, t, config.T))
     useless = ~totals.packed.isfinite().all() | (totals.exit_tokens.sum() == 0)
-    update_unless(useless, optimizer)
+    update_unless(useless, optimizer, t)
     return StepResult(totals, local)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.boundaries import Boundaries
 from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
 from data.windows import Windows, spread
@@ -40,10 +41,8 @@ class HeldOut:
     windows: Windows
     seq_len: int
     """Tokens per sequence."""
-    bos_id: int | None = None
-    """Attention stays within the documents that begin with this token; None: it does not."""
-    eos_id: int | None = None
-    """The token that ends them; None: another."""
+    boundaries: Boundaries | None = None
+    """Of the documents that attention stays within; None: it does not."""
 
 
 @torch.no_grad()
@@ -115,4 +114,4 @@ def _read(held_out: HeldOut, numbers: list[int], rows: int) -> Microbatch:
     labels = np.full_like(tokens, NO_LOSS)
     for row, i in enumerate(numbers):
         tokens[row], labels[row] = held_out.windows.read(i)
-    return microbatch(tokens, labels, np.arange(rows), held_out.bos_id, held_out.eos_id)
+    return microbatch(tokens, labels, np.arange(rows), held_out.boundaries)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from models.llama import Llama
 from train.optimizer.muon import Muon
+from train.optimizer.weight_average import WeightAverage
 from train.parallel.parallelize import Trains
 from train.parallel.titan import OptimizersContainer, ParamGroupConfig
 
@@ -55,6 +56,9 @@ class OptimConfig:
     """Share of all steps that wsd decays over, 0 to 1."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a share of the peak."""
+    ema_decay: float = 0.0
+    """Average the weights with this decay, as 0.9999: validation measures the average too, and
+    RUN/model and `models.convert --weights ema` export it. 4 more bytes per weight. 0: none."""
     trains: Trains = "all"
     """all: every weight learns. exits: only the own parts of the exits in model.own_exits, the rest
     is frozen as in checkpoint.init_from (EE-Tuning, arXiv 2402.00518): only those parts have
@@ -77,6 +81,7 @@ class OptimConfig:
             ("max_grad_norm", self.max_grad_norm > 0, "must be positive"),
             ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
             ("decay_fraction", 0 <= self.decay_fraction <= 1, "must lie in [0, 1]"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "must lie in [0, 1)"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in [0, 1]"),
         ]
         return [
@@ -112,7 +117,10 @@ def lr(config: OptimConfig, t: int, T: int) -> float:
 
 
 class Optimizers(OptimizersContainer):  # type: ignore[misc]
-    """torchtitan's container, with this Muon added."""
+    """torchtitan's container, with this Muon added, and an average of the weights it updates."""
+
+    average: WeightAverage | None = None
+    """None: there is none."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
@@ -122,7 +130,7 @@ class Optimizers(OptimizersContainer):  # type: ignore[misc]
         return factory
 
 
-def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
+def build_optimizer(model: Llama, config: OptimConfig) -> Optimizers:
     """Return fused AdamW over all that learns; or over all but the blocks' matrices, and Muon."""
     adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     muon = {"lr": config.lr, "momentum": config.muon_momentum}
@@ -141,7 +149,10 @@ def build_optimizer(model: Llama, config: OptimConfig) -> OptimizersContainer:
         )
         if pattern in learn
     ]
-    return Optimizers(Optimizers.Config(param_groups=groups), model_parts=[model])
+    optimizer = Optimizers(Optimizers.Config(param_groups=groups), model_parts=[model])
+    if config.ema_decay:
+        optimizer.average = WeightAverage(model, config.ema_decay)
+    return optimizer
 
 
 def num_moments(name: str, config: OptimConfig) -> int:
@@ -160,17 +171,20 @@ def set_lr(optimizer: OptimizersContainer, value: float) -> None:
             group["lr"] = value
 
 
-def update_unless(bad: Tensor, optimizer: OptimizersContainer) -> None:
-    """Update the weights unless `bad` holds, and clear the gradients in any case.
+def update_unless(bad: Tensor, optimizer: Optimizers, t: int) -> None:
+    """Update the weights and their average unless `bad` holds; clear the gradients in any case.
 
     Args:
         bad: Scalar bool on the device; the host does not wait for it.
         optimizer: Fused AdamW, whose kernel reads `found_inf` as torch.amp.GradScaler sets it and
             then leaves weights, moments and its step count unchanged; and Muon, which does the
             same.
+        t: The step.
     """
     for inner in optimizer:
         inner.found_inf = bad.to(inner.param_groups[0]["params"][0].device, torch.float32)
         inner.grad_scale = None
         inner.step()
         inner.zero_grad()
+    if optimizer.average is not None:
+        optimizer.average.update_unless(bad, t)

@@ -21,8 +21,11 @@ def float8_problems(model: LlamaConfig) -> list[str]:
     widths = {
         "dim": model.dim,
         "ffn_dim": model.ffn_dim,
-        "n_kv_heads * head_dim": model.n_kv_heads * model.head_dim,
+        "n_heads * head_dim": model.n_heads * model.head_width,
+        "n_kv_heads * head_dim": model.n_kv_heads * model.head_width,
     }
+    if model.head_dim is None:
+        del widths["n_heads * head_dim"]  # dim
     return [
         f"model.{name}: {width}, parallel.float8 needs a multiple of 16"
         for name, width in widths.items()

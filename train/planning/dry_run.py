@@ -32,6 +32,7 @@ RESERVE = 0.05
 LABELS = {
     "parameters": "parameters (fp32)",
     "moments": "moments (fp32)",
+    "average": "average of weights (fp32)",
     "gradients": "gradients, reduced",
     "unreduced gradients": "gradients, not yet reduced",
     "gathered weights": "gathered weights and buffers",
@@ -42,7 +43,7 @@ LABELS = {
     "other": "other",
 }
 """{part: its label in the plan}, in the plan's order."""
-STATE = ("parameters", "moments", "gradients")
+STATE = ("parameters", "moments", "average", "gradients")
 STATE_LABEL = "parameters, gradients and moments"
 
 
@@ -108,7 +109,13 @@ def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
         f"{data.tokens_per_step:,} tokens: {data.global_batch_size} sequences of {data.seq_len}, "
         f"{work.microbatches} x {work.rows} on each GPU (microbatches x sequences)",
     )
-    yield "run", f"{config.steps:,} steps, {config.steps * data.tokens_per_step:,} tokens"
+    if data.ramp_start:
+        yield (
+            "batch",
+            f"from {data.ramp_start} sequences, {data.ramp_increment} more at a time, to "
+            f"{data.global_batch_size} at step {data.ramp_steps}",
+        )
+    yield "run", f"{config.steps:,} steps, {data.tokens_of(config.steps):,} tokens"
     with torch.device("meta"):
         whole = Llama(model)
     freeze(whole, config.optim.trains)

@@ -23,11 +23,10 @@ from models.config import LlamaConfig
 from models.llama import Llama
 from train.loop.layerskip import StepPlan
 from train.loop.step import StepConfig, train_step
-from train.optimizer.optim import build_optimizer
+from train.optimizer.optim import Optimizers, build_optimizer
 from train.parallel.blocks import checkpoint_blocks
 from train.parallel.parallelize import ParallelConfig, freeze, shard
 from train.parallel.runtime import Runtime
-from train.parallel.titan import OptimizersContainer
 from train.planning.allocations import AllocationTracker, Peak, find_peak
 from train.planning.gpu_kernels import gpu_kernels
 
@@ -35,6 +34,7 @@ PARTS = {
     "torch.distributed.fsdp": "gathered weights",
     "torch.optim": "update",
     "torch.autograd.graph": "backward",
+    "train.optimizer.weight_average": "average",
     "loss": "loss and head",
     "models": "activations",
     # DTensor computes here the shapes of an operator on whole tensors.
@@ -86,7 +86,9 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
     tracker = AllocationTracker(PARTS)
     with _fake_ranks(work.ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = _build(work, parallel, _mesh(parallel, work.ranks))
+        # There FlexAttention's blocks stand for the mask of a window, which is a tensor on CPUs.
+        shape = replace(work.model, sliding_window=None) if on_gpu else work.model
+        model = _build(work, shape, parallel, _mesh(parallel, work.ranks))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, tracker, gpu_kernels() if on_gpu else nullcontext():
             tracker.only_part = "parameters"
@@ -124,10 +126,10 @@ def _mesh(parallel: ParallelConfig, ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp"))
 
 
-def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
+def _build(work: Work, shape: LlamaConfig, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
     """Build the model as `build_model` does, up to the allocation of weights."""
     with torch.device("meta"):
-        model = Llama(work.model)
+        model = Llama(shape)
     freeze(model, work.step.optim.trains)
     if parallel.activation_checkpointing != "none":
         checkpoint_blocks(model, parallel.activation_checkpointing)
@@ -136,7 +138,7 @@ def _build(work: Work, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
 
 
 def _track_gradients(
-    tracker: AllocationTracker, model: Llama, optimizer: OptimizersContainer
+    tracker: AllocationTracker, model: Llama, optimizer: Optimizers
 ) -> list[Counter[str]]:
     """Reassign what a backward pass leaves live to the gradients.
 
@@ -181,7 +183,7 @@ def _need(
         if allocation.part == "update" and allocation.end is None:
             # Allocated in the first step's update and live ever since.
             allocation.part, allocation.begin = "moments", built
-    host = {"parameters", "gradients", "moments"} if cpu_offload else set()
+    host = {"parameters", "gradients", "moments", "average"} if cpu_offload else set()
     on_host = [a for a in tracker.allocations if a.part in host]
     on_device = [a for a in tracker.allocations if a.part not in host]
     return Need(find_peak(on_device, built), find_peak(on_host, built).total, collectives)

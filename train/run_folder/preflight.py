@@ -5,9 +5,11 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from data.urls import Location, Url
 from train.parallel.runtime import Runtime
 
 SPARE = 1.2
@@ -61,6 +63,48 @@ def check_run_folder(
         with suppress(OSError):  # it may never have been written
             probes[runtime.rank].unlink()
     return made
+
+
+def check_checkpoint_folder(folder: Location, needed_bytes: int, runtime: Runtime) -> None:
+    """Check that every rank can write the folder of the checkpoints, and that all ranks share it.
+
+    Every rank calls this.
+
+    Args:
+        folder: The folder, which is made if it is a path.
+        needed_bytes: Bytes of one checkpoint, for which a file system must have space.
+        runtime: This rank.
+
+    Raises:
+        ValueError: On rank 0, if a check fails.
+    """
+    token = runtime.gather(uuid.uuid4().hex)[0]
+    probes = [folder / f".probe-{token}-{rank}" for rank in range(runtime.world_size)]
+    own = probes[runtime.rank]
+
+    def write() -> None:
+        if isinstance(own, Url):
+            own.write_bytes(own.name.encode())
+            return
+        with suppress(OSError):  # found by the write
+            own.parent.mkdir(parents=True, exist_ok=True)
+        _write(own, "checkpoint.folder")
+
+    def remove() -> None:
+        own.remove() if isinstance(own, Url) else own.unlink(missing_ok=True)
+
+    try:
+        runtime.on_every_rank(write)
+        seen = probes if runtime.is_main else probes[:1]
+        runtime.on_every_rank(lambda: _wait_for(seen, "checkpoint.folder"))
+        runtime.on_every_rank(lambda: None)  # all have seen them
+    except (ValueError, SystemExit):
+        with suppress(OSError):
+            remove()
+        raise
+    runtime.on_every_rank(remove)
+    if not isinstance(folder, Url):
+        check_space(folder, needed_bytes, runtime)
 
 
 def remove_made(folders: tuple[Path, ...]) -> None:
@@ -139,7 +183,7 @@ def _refuse_outside(run_dir: Path, output_dir: Path) -> None:
         )
 
 
-def _write(probe: Path) -> None:
+def _write(probe: Path, field: str = "output_dir") -> None:
     """Write a file and sync it to the disk."""
     try:
         with probe.open("x") as file:
@@ -148,27 +192,27 @@ def _write(probe: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise ValueError(
-            f"output_dir: {probe.parent} cannot be written, {error}, choose a folder you may write"
+            f"{field}: {probe.parent} cannot be written, {error}, choose a folder you may write"
         ) from error
 
 
-def _wait_for(probes: list[Path]) -> None:
+def _wait_for(probes: Sequence[Location], field: str = "output_dir") -> None:
     """Read the files that other ranks have written."""
     deadline = time.monotonic() + SHARED_WITHIN_SECONDS
     for probe in probes:
         while not _is_whole(probe):
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"output_dir: {probe.parent} is not the same folder on all hosts, the file of "
+                    f"{field}: {probe.parent} is not the same folder on all hosts, the file of "
                     f"rank {probe.name.rpartition('-')[2]} is missing, choose a folder that all "
                     "hosts share"
                 )
             time.sleep(0.1)
 
 
-def _is_whole(probe: Path) -> bool:
+def _is_whole(probe: Location) -> bool:
     try:
-        return probe.read_text() == probe.name
+        return probe.read_bytes() == probe.name.encode()
     except OSError:
         return False
 

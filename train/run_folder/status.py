@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data.urls import Location
 from models.checkpoint_format import checkpoint_steps
 from train.monitoring.interruption import StopRequestError
 from train.monitoring.sections import Sections
@@ -22,8 +23,11 @@ from train.run_folder.run_lock import RunLock
 class RunStatus:
     """Writes status.json in the run folder, and the job script's copy of it."""
 
-    def __init__(self, run_dir: Path, status_file: str, runtime: Runtime) -> None:
+    def __init__(
+        self, run_dir: Path, checkpoints: Location, status_file: str, runtime: Runtime
+    ) -> None:
         """Write the copy alone, until the run folder is held."""
+        self._checkpoints, self._saved = checkpoints, 0
         self._run_dir, self._is_main = run_dir, runtime.is_main
         self._copies = [Path(status_file)] if status_file else []
         self._lock: RunLock | None = None
@@ -42,8 +46,17 @@ class RunStatus:
 
     @property
     def saved(self) -> int:
-        """Steps of the newest checkpoint on the disk; a restart goes on from there."""
-        return max(checkpoint_steps(self._run_dir / "checkpoints"), default=0)
+        """Steps of the newest checkpoint; a restart goes on from there.
+
+        Of a folder by URL, as last noted: a store that is away must not hold up the run.
+        """
+        if isinstance(self._checkpoints, Path):
+            self._saved = max(checkpoint_steps(self._checkpoints), default=0)
+        return self._saved
+
+    def note_saved(self, step: int) -> None:
+        """Take the step of the newest checkpoint as of now."""
+        self._saved = step
 
     def write(self, state: State, step: int, reason: str = "") -> None:
         """Write the status; on the other ranks this is a no-op.

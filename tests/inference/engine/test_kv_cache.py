@@ -1,8 +1,10 @@
 """Slots are written at their positions, and only written ones are read."""
 
+import pytest
 import torch
 
 from inference.engine.kv_cache import StaticKVCache
+from tests.models.families import ALL, build_random, shape
 from tests.models.test_llama import small
 
 
@@ -53,3 +55,18 @@ def test_a_position_written_again_is_overwritten():
         _, layer = cache.at(torch.tensor([[3]]))
         keys, _ = layer(0).update(torch.full((1, 1, 1, 4), value), torch.zeros(1, 1, 1, 4))
     assert keys[0, 0, :, 0].tolist() == [0, 0, 0, 2, 0, 0]
+
+
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["Llama", "no Llama"])
+def test_keys_and_values_of_a_token_that_skips_are_those_of_one_that_runs(changes):
+    model = build_random(shape(**changes))
+    h, positions = torch.randn(2, 3, 32), torch.tensor([[4, 5, 6], [0, 1, 2]])
+    ran, skipped = (
+        StaticKVCache(model.config, 2, 8, device=h.device, dtype=h.dtype) for _ in range(2)
+    )
+    with torch.no_grad():
+        model.run_layers(h, 1, 2, positions=positions, cache=ran)
+        model.write_keys_and_values(h, 1, 2, positions=positions, cache=skipped)
+    assert ran.keys[1].any()
+    assert torch.equal(ran.keys[1], skipped.keys[1])
+    assert torch.equal(ran.values[1], skipped.values[1])

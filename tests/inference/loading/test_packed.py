@@ -1,6 +1,7 @@
 """Packed products are the plain ones, and several rows of one cost about as much as one."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from inference.loading.packed import PackedLinear, can_pack, pack
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.self_speculative import SelfSpeculative
 from tests.inference.every_strategy import decode
-from tests.models.test_llama import build, small
+from tests.models.families import build_random
+from tests.models.test_llama import small
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
+
+BIASES = {"attention_bias": "qkvo", "ffn_bias": True}
 
 
 @pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (40,)])
@@ -29,17 +33,19 @@ def test_products_are_as_exact_as_plain_ones(monkeypatch, rows, elements, dtype,
     weight = torch.randn(96, 320, generator=draw).to(dtype)
     x = torch.randn(*rows, 320, generator=draw).to(dtype)
     exact = x.double() @ weight.double().T
-    found = PackedLinear(weight)(x)
-    assert found.shape == exact.shape
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), exact, atol=error * 320**0.5, rtol=error)
+    for bias in (None, torch.randn(96, generator=draw).to(dtype)):
+        found = PackedLinear(weight, bias)(x)
+        assert found.shape == exact.shape
+        assert found.dtype == dtype
+        expected = exact if bias is None else exact + bias.double()
+        torch.testing.assert_close(found.double(), expected, atol=error * 320**0.5, rtol=error)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_packed_model_decodes_the_same_tokens(monkeypatch, tied):
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, BIASES], ids=str)
+def test_a_packed_model_decodes_the_same_tokens(monkeypatch, changes):
     monkeypatch.setattr(packed, "PACKED_ELEMENTS", 1000)
     monkeypatch.setattr(packed, "PACKED_ONLY_ELEMENTS", 1500)
-    model = build(small(n_layers=4, n_kv_heads=2, tie_embeddings=tied)).eval().requires_grad_(False)
+    model = build_random(small(n_layers=4, n_kv_heads=2, **changes)).eval().requires_grad_(False)
     prompts = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
     plain = Generation(model, prompts, Autoregressive(), max_new_tokens=20).finish().tokens
     head = model.head_weight.clone()
@@ -67,7 +73,7 @@ def test_one_small_row_takes_the_plain_weight():
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for CPUs with c++")
 def test_compiled_layers_with_packed_weights_give_the_same_tokens():
     config = small(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=61)
-    model = build(config).eval().requires_grad_(False)
+    model = build_random(replace(config, **BIASES)).eval().requires_grad_(False)
     strategy, options = SelfSpeculative(E=1, d=1), {"max_new_tokens": 6}
     plain = decode(model, [[3, 4, 5]], strategy, **options).tokens
     pack(model)

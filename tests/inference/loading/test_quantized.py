@@ -10,20 +10,26 @@ from inference.strategies import speculative
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.self_speculative import SelfSpeculative
 from inference.strategies.speculative import Speculative
-from tests.models.test_llama import build, small
+from tests.models.families import build_random
+from tests.models.test_llama import small
 
 pytest.importorskip("torchao")
+
+OTHER = {"attention_bias": "qkvo", "ffn_bias": True, "qk_norm": "full", "norm_position": "post"}
+"""What is no Llama's, and has parts besides the matrices."""
 
 
 def model(**changes):
     wide = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96, "n_layers": 3}
     wide |= {"vocab_size": 50} | changes
-    return build(small(**wide), seed=1).eval().requires_grad_(False)
+    return build_random(small(**wide), seed=1).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize(("bits", "off"), [("int8", 0.02), ("int4", 0.3)])
-def test_weights_are_rounded_to_so_many_steps_and_the_model_stays_near(bits, off):
-    plain, rounded = model(), model()
+@pytest.mark.parametrize(
+    ("bits", "off", "changes"), [("int8", 0.02, {}), ("int4", 0.3, {}), ("int8", 0.02, OTHER)]
+)
+def test_weights_are_rounded_to_so_many_steps_and_the_model_stays_near(bits, off, changes):
+    plain, rounded = model(**changes), model(**changes)
     quantize_layers(rounded, bits)
     weight = rounded.block(0).feed_forward.w1.weight.dequantize()
     exact = plain.block(0).feed_forward.w1.weight
@@ -38,9 +44,9 @@ def test_weights_are_rounded_to_so_many_steps_and_the_model_stays_near(bits, off
     assert 0 < (h - k).norm() / h.norm() < 2 * off
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_self_speculation_keeps_to_the_quantised_model(bits):
-    rounded = model()
+@pytest.mark.parametrize(("bits", "changes"), [("int8", {}), ("int4", {}), ("int4", OTHER)])
+def test_self_speculation_keeps_to_the_quantised_model(bits, changes):
+    rounded = model(**changes)
     quantize_layers(rounded, bits)
     prompts = [[1, 2, 3], [4, 5]]
     plain = Generation(rounded, prompts, Autoregressive(), max_new_tokens=20).finish()

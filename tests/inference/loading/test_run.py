@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from data.preparation import PrepareConfig, prepare
+from data.preparation import prepare
+from data.prepare_config import PrepareConfig
 from data.tokenizer import train_tokenizer
 from inference.loading import packed
 from inference.loading.packed import PackedLinear

@@ -40,7 +40,7 @@ def slow_form(model, prompt, count, exiting):
                 continue
             k = torch.cat(keys[l], 2).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
             v = torch.cat(values[l], 2).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
-            weights = (q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)).softmax(-1)
+            weights = (q @ k.transpose(-1, -2) / math.sqrt(config.head_width)).softmax(-1)
             h = h + block.attention.wo((weights @ v).transpose(1, 2).flatten(2))
             h = h + block.feed_forward(block.ffn_norm(h))
             outputs.append(model.exit_logits(h, l + 1)[0, 0])

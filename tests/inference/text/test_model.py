@@ -1,6 +1,7 @@
 """The API: three lines to a text; texts, batches, samples and streams; mistakes name a remedy."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from inference.engine.generation import Generation
 from inference.loading.tuned import Tuned, conditions_of, write_tuned
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.calm import Calm
+from models.checkpoint_format import file_entry, read_manifest
 
 PROMPT = "the cat sat"
 PROMPTS = [PROMPT, "a quiet hill", "caf\u00e9", "", "the moon rise on a mat"]
@@ -36,6 +38,32 @@ def test_three_lines_continue_a_text(run_folder):
     assert found.counters.tokens == len(tokens)
     assert found.counters.layers_per_token == 4
     assert found.counters.tokens_per_second > 0
+
+
+def test_a_chat_begins_an_answer_by_the_template_of_the_checkpoint(run_folder, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(run_folder / "checkpoints" / "step-00000007", checkpoint)
+    with pytest.raises(ValueError, match=r"^chat_template: .* has none, give --chat_template"):
+        inference.load(checkpoint).generate(PROMPT, chat=True)
+    template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n"
+    template += "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    kept = checkpoint / "chat_template.jinja"
+    kept.write_text(template)
+    manifest = read_manifest(checkpoint)
+    replace(manifest, files=manifest.files | {kept.name: file_entry(kept)}).write(checkpoint)
+    model = inference.load(checkpoint)
+    found = model.generate(PROMPT, chat=True, max_new_tokens=9)
+    plain = model.generate(f"[user] {PROMPT}\n[assistant]", max_new_tokens=9)
+    assert found.tokens == plain.tokens
+    assert found.prompt == PROMPT
+    assert model.generate(PROMPT, max_new_tokens=9).tokens != found.tokens
+    named = model.run.tokenizer.special.keys()
+    assert named == {"<s>", "</s>"}
+    given = model.generate(PROMPT, chat="chatml", max_new_tokens=9)
+    prompt = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    assert given.tokens == model.generate(prompt, max_new_tokens=9).tokens
+    spoilt = model.generate("</s>", chat=True, max_new_tokens=9)
+    assert spoilt.tokens == model.generate("[user] </s>\n[assistant]", max_new_tokens=9).tokens
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])

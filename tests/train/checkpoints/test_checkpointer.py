@@ -15,7 +15,7 @@ from models.checkpoint_format import checkpoint_steps, load_model, verify
 from models.tensor_reader import TensorReader
 from tests.distributed import run_distributed
 from tests.train import tiny
-from train.checkpoints import checkpointer
+from train.checkpoints import checkpointer, local_folder
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.content import checkpoint_bytes
 from train.optimizer.optim import OptimConfig
@@ -87,10 +87,14 @@ def test_what_is_saved_is_the_step_it_says(runtime, trained, tmp_path, asynchron
 
 
 def test_a_required_checkpoint_is_written_when_save_returns(runtime, trained, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with tiny.writer(tmp_path, *trained, runtime, asynchronous=True) as writer:
         writer.save(2, {})
         writer.save(3, {}, required=True)
         assert list(checkpoint_steps(tmp_path / "checkpoints")) == [2, 3]
+    kept = tmp_path / "checkpoints" / "step-00000003"
+    assert "chat_template.jinja" in verify(kept).files
+    assert (kept / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_leaving_waits_for_the_checkpoint_in_flight(runtime, trained, tmp_path):
@@ -227,7 +231,7 @@ def fail_on_one_rank(runtime, root):
         writer.save(1, {})
         writer.wait()
         if runtime.is_main:  # it alone commits
-            with mock.patch.object(checkpointer, "publish", side_effect=OSError("gone")):
+            with mock.patch.object(local_folder, "publish", side_effect=OSError("gone")):
                 writer.save(2, {})
                 with pytest.raises(OSError, match="gone"):
                     writer.wait()

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from models.checkpoint_format import MANIFEST, checkpoint_steps
-from train.checkpoints.folder import amount, clean_up, explain, prune
+from train.checkpoints.folder import amount
+from train.checkpoints.local_folder import LocalFolder
 
 
 def names(folder):
@@ -34,7 +35,7 @@ def folder(tmp_path):
     ],
 )
 def test_the_latest_and_every_nth_are_kept(folder, latest, every, kept):
-    prune(folder, latest, every)
+    LocalFolder(folder).prune(latest, every)
     assert list(checkpoint_steps(folder)) == kept
 
 
@@ -42,7 +43,7 @@ def test_of_those_set_aside_the_newest_of_each_kind_stays(folder):
     aside = ["5.damaged", "6.abandoned", "7.damaged", "8.abandoned"]
     for name in aside:
         (folder / f"step-0000000{name}").mkdir()
-    prune(folder, 1, 0)
+    LocalFolder(folder).prune(1, 0)
     assert names(folder) == ["step-00000007.damaged", "step-00000008.abandoned", "step-00000400"]
 
 
@@ -50,7 +51,7 @@ def test_what_a_kill_left_is_put_right(folder):
     for name in ("500.tmp", "300.old", "600.old"):
         (folder / f"step-00000{name}").mkdir()
     (folder / "step-00000600.old" / MANIFEST).touch()
-    clean_up(folder)
+    LocalFolder(folder).clean_up()
     # 600 was killed between losing its name and its successor's getting it.
     assert list(checkpoint_steps(folder)) == [100, 200, 250, 300, 400, 600]
     assert len(names(folder)) == 6
@@ -59,20 +60,22 @@ def test_what_a_kill_left_is_put_right(folder):
 def test_a_folder_that_may_not_be_changed_is_one_line(folder):
     (folder / "step-00000500.tmp").write_text("no folder")
     with pytest.raises(ValueError, match="Not a directory.*make it writable"):
-        clean_up(folder)
+        LocalFolder(folder).clean_up()
 
 
 def test_a_failure_is_described_by_its_cause(tmp_path):
     gone = tmp_path / "not" / "there"
     free = shutil.disk_usage(tmp_path).free
     short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
-    assert explain(OSError(errno.ENOSPC, "x"), gone, 3 * 2**30).startswith(
-        "disk full: needs 3.0 GiB, "
+    assert (
+        LocalFolder(gone)
+        .explain(OSError(errno.ENOSPC, "x"), 3 * 2**30)
+        .startswith("disk full: needs 3.0 GiB, ")
     )
-    assert explain(short, gone, 2 * free).startswith("disk full: needs ")
-    assert explain(short, gone, 10).startswith("a write was cut short")
-    assert "quota" in explain(OSError(errno.EDQUOT, "x"), gone, 10)
-    assert explain(OSError(errno.EACCES, "Permission denied", "/f"), gone, 10) == (
+    assert LocalFolder(gone).explain(short, 2 * free).startswith("disk full: needs ")
+    assert LocalFolder(gone).explain(short, 10).startswith("a write was cut short")
+    assert "quota" in LocalFolder(gone).explain(OSError(errno.EDQUOT, "x"), 10)
+    assert LocalFolder(gone).explain(OSError(errno.EACCES, "Permission denied", "/f"), 10) == (
         "[Errno 13] Permission denied: '/f'"
     )
 

@@ -5,7 +5,8 @@ import re
 
 import torch
 
-from train.loop.corpus import DataConfig, open_corpus, train_loader
+from train.loop.corpus import open_corpus, train_loader
+from train.loop.data_config import DataConfig
 from train.parallel.runtime import Runtime
 
 
@@ -17,7 +18,9 @@ def test_tokens_and_epochs_of_each_source_are_logged(corpus, caplog):
     opened = open_corpus(config, 400)
     with caplog.at_level(logging.INFO, "train.loop.corpus"):
         reading = opened.unread(config)
-        loader = train_loader(opened, config, runtime, seed=0, reading=reading, steps=1024)
+        loader = train_loader(
+            opened, config, runtime, seed=0, reading=reading, rows=1024 * config.global_batch_size
+        )
     windows = len(loader.mixture.sources[0])
     # 8192 rows of 16 tokens, three quarters and one of them.
     for text, rows, percent in zip(caplog.messages, (6144, 2048), ("75.0", "25.0"), strict=True):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from data.batch_ramp import BatchRamp
 from data.reading import Reading, SourceRead
 from data.window_order import Stretch
 from train.loop.recovery import (
@@ -200,11 +201,11 @@ def test_every_row_from_the_checkpoint_to_the_anomaly_is_skipped():
     assert skip_after_rollback(800, 5607, 8, config) == (800, 5608)
     # Once more, from rows that begin after a range already skipped.
     state = RunState(rows=1200, skipped_rows=((800, 3200),))
-    first, last = state.next_row, int(state.step_rows(150, 8).at(210)[-1])
+    first, last = state.next_row, int(state.step_rows(150, BatchRamp(8)).at(210)[-1])
     again = skip_after_rollback(first, last, 8, config)
     assert again == (3600, 6000)
     for t in range(150, 211):
-        rows = state.skipping([again]).step_rows(150, 8).at(t)
+        rows = state.skipping([again]).step_rows(150, BatchRamp(8)).at(t)
         assert (rows >= 6000).all()
 
 

@@ -21,7 +21,7 @@ from models.llama import Llama
 from tests.batches import batch_at
 from tests.distributed import run_distributed
 from train.config.config import TrainConfig
-from train.loop.corpus import DataConfig
+from train.loop.data_config import DataConfig
 from train.loop.exit_tokens import DRAW
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.step import accumulate_gradients, dropout_keys, train_step

@@ -57,11 +57,20 @@ def groups(config, **shape):
 ATTENTION = [f"layers.0.attention.w{x}.weight" for x in "qkvo"]
 MATRICES = [*ATTENTION, *(f"layers.0.feed_forward.w{i}.weight" for i in (1, 2, 3))]
 NORMS = ["layers.0.attention_norm.weight", "layers.0.ffn_norm.weight", "norm.weight"]
+OTHER = {"attention_bias": "qkvo", "ffn_bias": True, "qk_norm": "head"}
+OTHER_NORMS = [
+    *(f"layers.0.attention.{x}_norm.weight" for x in "qk"),
+    *(name.replace("weight", "bias") for name in MATRICES),
+]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("tie", [False, True])
-def test_every_parameter_has_the_optimizer_and_weight_decay_of_its_group(name, tie):
+@pytest.mark.parametrize(("shape", "other_norms"), [({}, []), (OTHER, OTHER_NORMS)])
+def test_every_parameter_has_the_optimizer_and_weight_decay_of_its_group(
+    name, tie, shape, other_norms
+):
+    shape = shape | {"tie_embeddings": tie}
     embeddings = ["tok_embeddings.weight"] if tie else ["tok_embeddings.weight", "lm_head.weight"]
     blocks = "Muon" if name == "muon" else "AdamW"
     config = OptimConfig(lr=1.0, name=name, weight_decay=0.3)
@@ -70,13 +79,13 @@ def test_every_parameter_has_the_optimizer_and_weight_decay_of_its_group(name, t
         return (
             dict.fromkeys(MATRICES, (blocks, matrices))
             | dict.fromkeys(embeddings, ("AdamW", rest))
-            | dict.fromkeys(NORMS, ("AdamW", norms))
+            | dict.fromkeys([*NORMS, *other_norms], ("AdamW", norms))
         )
 
-    assert groups(config, tie_embeddings=tie) == expected(0.3, 0.3, 0.0)
+    assert groups(config, **shape) == expected(0.3, 0.3, 0.0)
     own = replace(config, embedding_weight_decay=0.0, norm_weight_decay=0.2)
-    assert groups(own, tie_embeddings=tie) == expected(0.3, 0.0, 0.2)
-    moments = {n: num_moments(n, config) for n in groups(config, tie_embeddings=tie)}
+    assert groups(own, **shape) == expected(0.3, 0.0, 0.2)
+    moments = {n: num_moments(n, config) for n in groups(config, **shape)}
     assert {n for n, count in moments.items() if count == 1} == (
         set(MATRICES) if name == "muon" else set()
     )

@@ -15,7 +15,7 @@ from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.command_line import DryRun
 from train.config.config import TrainConfig
 from train.config.presets import PRESETS
-from train.loop.corpus import DataConfig
+from train.loop.data_config import DataConfig
 from train.optimizer.optim import OptimConfig
 from train.parallel.parallelize import ParallelConfig
 from train.planning.dry_run import plan_run

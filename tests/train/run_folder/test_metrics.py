@@ -38,12 +38,12 @@ def test_console_line_shows_first_middle_and_last_exit():
         "perf/gflops_per_second": 12.3,
         "perf/peak_memory_gib": 0.5,
     }
-    line = step_line(metrics, 240, T=500, tokens_per_step=config.data.tokens_per_step)
+    line = step_line(metrics, 240, T=500, tokens_left=260 * config.data.tokens_per_step)
     assert "exit loss E=1 5.000, E=4 3.500, E=8 2.000" in line
     assert "12.3 GFLOP/s" in line
     assert "ETA 2:10" in line
 
 
 def test_validation_line_counts_the_layers_run():
-    line = validation_line([5.25, 4.5], 250)
+    line = validation_line([5.25, 4.5], 250, "held-out loss")
     assert line == "held-out loss at step 250, by exit: E=1 5.250 E=2 4.500"

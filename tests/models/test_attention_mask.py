@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.document_mask import attend, document_mask
+from models.attention_mask import attend, document_mask, query_mask, window_mask
 from models.layer_dropout import draw_kept_rows
 from tests.models.test_llama import build, small  # noqa: F401
 
@@ -40,6 +40,31 @@ def test_some_rows_of_a_mask_are_the_mask_of_these_rows(blocks):
     torch.testing.assert_close(
         attend(q, k, v, part, grouped=False), attend(q, k, v, whole, grouped=False)
     )
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_window_ends_with_the_query_and_stays_in_its_document(blocks):
+    q, k, v = torch.randn(3, 3, 2, 8, 16, generator=torch.Generator().manual_seed(0))
+    rows, positions = torch.tensor([2, 0]), torch.tensor([[0, 3, 7], [2, 4, 6], [1, 5, 7]])
+    one = torch.zeros(3, 8, dtype=torch.int64)
+    for window in (3,) if blocks else (1, 3, 8):
+        for documents, mask in (
+            (DOCUMENTS, document_mask(DOCUMENTS, window, blocks=blocks)),
+            (one, window_mask(window, 8, DOCUMENTS.device, blocks=blocks)),
+        ):
+            seen = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
+            for b, i, j in torch.cartesian_prod(*map(torch.arange, (3, 8, 8))).tolist():
+                same = documents[b, i] == documents[b, j]
+                seen[b, 0, i, j] = same and i - window < j <= i
+            expected = attend(q, k, v, seen, grouped=False)
+            found = attend(q, k, v, mask.mask, grouped=False)
+            torch.testing.assert_close(found, expected)
+            some = attend(q[rows], k[rows], v[rows], mask.rows(rows), grouped=False)
+            torch.testing.assert_close(some, expected[rows])
+            own = query_mask(positions, 8, mask.documents, window, blocks=blocks).mask
+            at = positions[:, None, :, None].expand(-1, 2, -1, 16)
+            found = attend(q.gather(2, at), k, v, own, grouped=False)
+            torch.testing.assert_close(found, expected.gather(2, at))
 
 
 @pytest.mark.parametrize("dropped", [False, True])

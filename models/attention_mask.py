@@ -1,4 +1,4 @@
-"""Attention that stays within documents: a token attends to those before it in its own document.
+"""Attention that stays within documents, and within a sliding window of the tokens before.
 
 On GPUs the mask is FlexAttention's, which skips the blocks between documents (torch.compile makes
 its kernel once); elsewhere it is a tensor.
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DocumentMask:
+class AttentionMask:
     """Which tokens each query of some rows attends to."""
 
     documents: Tensor | None
     """(batch, seq) int64, the number of each token's document; None: a row is one."""
     mask: "Tensor | BlockMask"
-    """(batch, 1, seq or n, seq) bool, True where a query attends; or its blocks."""
+    """(batch or 1, 1, seq or n, seq) bool, True where a query attends; or its blocks."""
     queries: Tensor | None = None
     """(batch, n) int64, token positions of the queries; None: all."""
+    window: int | None = None
+    """Tokens that a query attends to at most; None: all before it."""
 
     def arguments(self, rows: Tensor | None) -> tuple[Any, ...]:
         """Return a block's arguments after cos and sin, for some rows: (kept,) int64; None: all."""
@@ -37,6 +39,8 @@ class DocumentMask:
 
     def rows(self, rows: Tensor) -> "Tensor | BlockMask":
         """Return `mask` of some rows: (kept,) int64."""
+        if self.documents is None and self.queries is None:
+            return self.mask  # the same in every row
         if isinstance(self.mask, Tensor):
             return self.mask.index_select(0, rows)
         from torch.nn.attention.flex_attention import BlockMask
@@ -50,53 +54,74 @@ class DocumentMask:
             mask.full_kv_num_blocks.index_select(0, rows),
             mask.full_kv_indices.index_select(0, rows),
             BLOCK_SIZE=mask.BLOCK_SIZE,
-            mask_mod=_mask_mod(_pick(self.documents, rows), _pick(self.queries, rows)),
+            mask_mod=_mask_mod(_pick(self.documents, rows), _pick(self.queries, rows), self.window),
             seq_lengths=mask.seq_lengths,
         )
 
 
-def document_mask(documents: Tensor, *, blocks: bool | None = None) -> DocumentMask:
+def document_mask(
+    documents: Tensor, window: int | None = None, *, blocks: bool | None = None
+) -> AttentionMask:
     """Return the mask of documents: (batch, seq) int64, the number of each token's document.
 
     Args:
         documents: On the device of the attention.
+        window: Tokens that a query attends to at most, itself the last; None: all before it.
         blocks: Whether to make blocks; None: on CUDA.
     """
-    if blocks is None:
-        blocks = documents.is_cuda
-    if not blocks:
-        same = documents[:, :, None] == documents[:, None, :]
-        return DocumentMask(documents, same.tril().unsqueeze(1))
     batch, seq = documents.shape
-    make = _flex("create_block_mask", compiled=documents.is_cuda)
-    device = str(documents.device)
-    mask = make(_mask_mod(documents, None), batch, None, seq, seq, device=device)
-    return DocumentMask(documents, mask)
+    mask = _make(_mask_mod(documents, None, window), batch, seq, seq, documents.device, blocks)
+    return AttentionMask(documents, mask, window=window)
+
+
+def window_mask(
+    window: int, seq: int, device: torch.device, *, blocks: bool | None = None
+) -> AttentionMask:
+    """Return the mask of a sliding window over `seq` tokens of any rows, see `document_mask`."""
+    mask = _make(_mask_mod(None, None, window), 1, seq, seq, device, blocks)
+    return AttentionMask(None, mask, window=window)
 
 
 def query_mask(
-    queries: Tensor, seq: int, documents: Tensor | None, *, blocks: bool | None = None
-) -> DocumentMask:
+    queries: Tensor,
+    seq: int,
+    documents: Tensor | None,
+    window: int | None = None,
+    *,
+    blocks: bool | None = None,
+) -> AttentionMask:
     """Return the mask of some queries that attend to every token before them.
 
     Args:
         queries: (batch, n) int64, their token positions.
         seq: Tokens of a row.
         documents: (batch, seq) int64, see `document_mask`; None: a row is one document.
+        window: See `document_mask`.
         blocks: Whether to make blocks; None: on CUDA.
     """
-    if blocks is None:
-        blocks = queries.is_cuda
     batch, n = queries.shape
-    mask_mod = _mask_mod(documents, queries)
-    if not blocks:
-        rows, numbers = (torch.arange(count, device=queries.device) for count in (batch, n))
-        keys = torch.arange(seq, device=queries.device)
-        mask = mask_mod(rows[:, None, None], None, numbers[:, None], keys)
-        return DocumentMask(documents, mask.unsqueeze(1), queries)
-    make = _flex("create_block_mask", compiled=queries.is_cuda)
-    mask = make(mask_mod, batch, None, n, seq, device=str(queries.device))
-    return DocumentMask(documents, mask, queries)
+    mask_mod = _mask_mod(documents, queries, window)
+    mask = _make(mask_mod, batch, n, seq, queries.device, blocks)
+    return AttentionMask(documents, mask, queries, window)
+
+
+def _make(
+    mask_mod: Callable[..., Tensor],
+    batch: int,
+    queries: int,
+    seq: int,
+    device: torch.device,
+    blocks: bool | None,
+) -> "Tensor | BlockMask":
+    """Return the mask of a rule, as blocks or as (batch, 1, queries, seq) bool."""
+    on_gpu = device.type == "cuda"
+    if blocks or (blocks is None and on_gpu):
+        make = _flex("create_block_mask", compiled=on_gpu)
+        blocked: BlockMask = make(mask_mod, batch, None, queries, seq, device=str(device))
+        return blocked
+    rows, numbers, keys = (torch.arange(count, device=device) for count in (batch, queries, seq))
+    dense = mask_mod(rows[:, None, None], None, numbers[:, None], keys)
+    return dense.expand(batch, queries, seq).unsqueeze(1)
 
 
 def attend(
@@ -108,7 +133,7 @@ def attend(
         q: (batch, heads, seq, head_dim).
         k: (batch, kv_heads, slots, head_dim).
         v: As k.
-        mask: (batch, 1, seq, slots) bool, or blocks.
+        mask: (batch or 1, 1, seq, slots) bool, or blocks.
         grouped: Whether heads share keys and values.
     """
     if mask is None or isinstance(mask, Tensor):
@@ -125,12 +150,17 @@ def _pick(values: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values is None else values.index_select(0, rows)
 
 
-def _mask_mod(documents: Tensor | None, queries: Tensor | None) -> Callable[..., Tensor]:
+def _mask_mod(
+    documents: Tensor | None, queries: Tensor | None, window: int | None
+) -> Callable[..., Tensor]:
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         position = query if queries is None else queries[b, query]
+        attends = position >= key
+        if window is not None:
+            attends = attends & (position - key < window)
         if documents is None:
-            return position >= key
-        return (position >= key) & (documents[b, position] == documents[b, key])
+            return attends
+        return attends & (documents[b, position] == documents[b, key])
 
     return mask_mod
 
