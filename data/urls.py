@@ -125,6 +125,12 @@ class Url:
         """Return the names of the folders in the folder, sorted; empty where there are none."""
         return sorted(_last_part(entry) for entry in self._list() if entry["type"] == "directory")
 
+    def glob(self) -> list["Url"]:
+        """Return the files and folders whose URLs match this one, sorted."""
+        with explained(self):
+            names = sorted(_connect(self).glob(self.text))
+        return [Url(f"{self.text.partition('://')[0]}://{name.lstrip('/')}") for name in names]
+
     def download(self, target: Path) -> None:
         """Copy the file to a path of this machine."""
         with explained(self):
@@ -210,7 +216,9 @@ def explained(url: Url) -> Iterator[None]:
         yield
     except UrlError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if _is_unreachable(error):  # which fsspec's file system of the web does not tell apart
+            raise UnreachableError(f"{url}: {_reason(url, error)}") from None
         raise MissingUrlError(f"{url} does not exist, check bucket and name") from None
     except Exception as error:  # clients raise anything: botocore's, aiohttp's, Google's
         kind = UnreachableError if _is_unreachable(error) else UrlError
