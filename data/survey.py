@@ -92,11 +92,7 @@ def combine(
     Raises:
         ValueError: there is nothing to split.
     """
-    documents, fingerprint = 0, hashlib.sha256()
-    for unit in units:
-        table = map_array(unit.path(folder, "documents"), DOCUMENT)
-        documents += len(table)
-        fingerprint.update(table["digest"].tobytes())
+    documents, fingerprint = _count_documents(units, folder)
     if not documents:
         raise ValueError("input holds no documents, give files with text in them")
     keys = KeyRanges(units, folder, drop_duplicates=drop_duplicates)
@@ -110,14 +106,12 @@ def combine(
     elif layout.is_learnt_in_part:
         raise ValueError("input holds 1 different pair, give one more to hold out")
     else:
-        first = _first_text(units, folder, layout)
-        cut = _cut(first, validation_fraction)
-        held_out = HeldOut(text_key(text_digest(first[cut:])), cut=cut)
+        held_out = _end_of(_first_text(units, folder, layout), validation_fraction)
     return Survey(
         documents=documents,
         duplicates=documents - totals.texts,
         text_bytes=totals.text_bytes,
-        fingerprint=fingerprint.hexdigest(),
+        fingerprint=fingerprint,
         held_out=held_out,
     )
 
@@ -148,6 +142,16 @@ def gather_sample(
         kept = kept_keys(units, folder, {chunk.key for chunk in chunks})
         chunks = [chunk for chunk in chunks if chunk.key in kept]
     return [chunk.text for chunk in chunks]
+
+
+def _count_documents(units: Sequence[Unit], folder: Path) -> tuple[int, str]:
+    """Return the number of documents, and the sha256 over the sha256 of each."""
+    count, fingerprint = 0, hashlib.sha256()
+    for unit in units:
+        table = map_array(unit.path(folder, "documents"), DOCUMENT)
+        count += len(table)
+        fingerprint.update(table["digest"].tobytes())
+    return count, fingerprint.hexdigest()
 
 
 def _first_text(units: Sequence[Unit], folder: Path, layout: RowLayout) -> str:
@@ -208,8 +212,8 @@ def _limit(keys: KeyRanges, totals: _Totals, validation_fraction: float) -> Held
     return HeldOut(last, largest)
 
 
-def _cut(text: str, validation_fraction: float) -> int:
-    """Return the number of characters of the only document that are trained on."""
+def _end_of(text: str, validation_fraction: float) -> HeldOut:
+    """Return that the end of the only text is held out."""
     end = len(text) - max(round(len(text) * validation_fraction), 1)
     cut = text.rfind("\n", max(2 * end - len(text), 0), end) + 1 or end
     if text[:cut] in ("", text[cut:]):
@@ -217,4 +221,4 @@ def _cut(text: str, validation_fraction: float) -> int:
             "input holds 1 different document, too short to be split into training and validation,"
             " give more text"
         )
-    return cut
+    return HeldOut(text_key(text_digest(text[cut:])), cut=cut)

@@ -14,7 +14,8 @@ import data.sources.parquet
 import data.sources.text
 from data.faults import Faults
 from data.row_layout import Document, RowLayout
-from data.sources.documents import read_documents
+from data.sources.documents import read_documents, read_sources
+from data.sources.source import Source
 
 
 def read(*inputs: str | Path, text_field: str = "text") -> tuple[list[Document], Faults]:
@@ -49,6 +50,23 @@ def test_json_lines_are_one_document_each_plain_or_gzipped(tmp_path: Path) -> No
         assert [d.text for d in documents] == ["one\ntwo", "caf\u00e9"]
         assert [d.origin for d in documents] == [f"{tmp_path / name}:{n}" for n in (1, 3)]
         assert not faults.counts
+
+
+def test_parts_of_json_lines_hold_each_line_once_wherever_the_file_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    content = '\ufeff{"text": "one"}\n\n{"text": "caf\u00e9"}\r\n{\n{"text": "four"}'.encode()
+    path.write_bytes(content)
+    for cut in range(1, len(content)):
+        parts = [Source(path, "a", (0, cut)), Source(path, "a", (cut, None))]
+        faults = [Faults(), Faults()]
+        found = [
+            document.text
+            for part, fault in zip(parts, faults, strict=True)
+            for document in read_sources([part], fault, RowLayout())
+        ]
+        assert found == ["one", "caf\u00e9", "four"], cut
+        assert sum(fault.lines_read for fault in faults) == 5
+        assert sum(fault.counts["malformed JSON"] for fault in faults) == 1
 
 
 def test_text_field_names_the_json_field_and_the_parquet_column(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def parse_command(words):
         parse_verb(rest[0], rest[1:])
     elif program == "pip":
         parse_install(rest)
+    elif program == "bash" and rest[0] == "launch/prepare.slurm":
+        parse_module("data.prepare", rest[1:])
     elif program in ("bash", "pytest"):
         check_paths(rest)
     else:

@@ -25,15 +25,22 @@ def submit(slurm, *arguments, **environment):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_array_over_two_nodes_gives_the_bytes_of_one_process_though_a_task_is_killed(
-    slurm, tmp_path
+    slurm, tmp_path, tokenizer_path
 ):
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for n in range(9):
         words = " ".join(str(n * i) for i in range(200_000))
         (source / f"{n}.txt").write_text(words)
-    config = PrepareConfig(input=(str(source),), vocab_size=266)
-    arguments = ("--input", str(source), "--output", str(output), "--vocab_size", "266")
+    config = PrepareConfig(input=(str(source),), tokenizer=tokenizer_path)
+    arguments = (
+        "--input",
+        str(source),
+        "--output",
+        str(output),
+        "--tokenizer",
+        str(tokenizer_path),
+    )
     options = f"--cpus-per-task=2 --output={tmp_path}/%x-%A_%a.log"
     jobs = submit(slurm, *arguments, TASKS="3", SBATCH=options)
     killed = f"{jobs['encode']}_1"
