@@ -129,12 +129,6 @@ class Url:
         """Return the names of the folders in the folder, sorted; empty where there are none."""
         return sorted(_last_part(entry) for entry in self._list() if entry["type"] == "directory")
 
-    def glob(self) -> list["Url"]:
-        """Return the files and folders whose URLs match this one, sorted."""
-        with explained(self):
-            names = sorted(_connect(self).glob(self.text))
-        return [Url(f"{self.text.partition('://')[0]}://{name.lstrip('/')}") for name in names]
-
     def download(self, target: Path) -> None:
         """Copy the file to a path of this machine."""
         with explained(self):

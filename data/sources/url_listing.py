@@ -7,7 +7,7 @@ from data.faults import UNKNOWN_KIND, Faults
 from data.sources.kinds import check_kind, kind_of
 from data.sources.saved_datasets import has_markers
 from data.sources.source import Source
-from data.urls import Url, location
+from data.urls import Url, _connect, explained, location
 
 _GLOB = set("*?[")
 
@@ -25,7 +25,7 @@ def list_urls(source: str, faults: Faults) -> Iterator[Source]:
         check_kind(source, found.file_name)
         yield found
         return
-    entries = url.glob() if _GLOB & {*source} else [url]
+    entries = _matches(url) if _GLOB & {*source} else [url]
     is_there = False
     for entry in entries:
         for file, is_saved in [(entry, False)] if entry.is_file() else _walk(entry):
@@ -54,3 +54,11 @@ def _walk(folder: Url) -> Iterator[tuple[Url, bool]]:
             yield folder / name, False
         else:
             yield from _walk(folder / name)
+
+
+def _matches(pattern: Url) -> list[Url]:
+    """Return the files and folders whose URLs match a pattern, sorted."""
+    with explained(pattern):
+        names = sorted(_connect(pattern).glob(pattern.text))
+    scheme = pattern.text.partition("://")[0]
+    return [Url(f"{scheme}://{name.lstrip('/')}") for name in names]

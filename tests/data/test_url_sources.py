@@ -81,6 +81,27 @@ def test_a_dataset_by_url_has_the_bytes_of_the_same_files(folder, tmp_path):
     assert there.skipped == here.skipped
 
 
+def test_an_object_store_has_the_same_files(folder, s3):
+    """Over the network: listings, globs, ranges of Parquet, and what is compressed."""
+    import s3fs
+
+    s3fs.S3FileSystem().put(str(folder) + "/", f"{s3}/corpus/", recursive=True)
+    for name in ("", "b/*.jsonl.*", "z.parquet"):
+        here, there = read(folder / name), read(f"{s3}/corpus/{name}")
+        assert [d.text for d in there[0]] == [d.text for d in here[0]]
+        origins = moved([d.origin for d in here[0]], folder, f"{s3}/corpus")
+        assert [d.origin for d in there[0]] == origins
+        assert moved(here[1].lines(), folder, f"{s3}/corpus") == there[1].lines()
+    with pytest.raises(ValueError, match=r"input s3://.*/absent does not exist"):
+        read(f"{s3}/absent")
+    config = {"vocab_size": 300, "validation_fraction": 0.2}
+    made = [
+        prepare(PrepareConfig(input=(str(source),), **config), folder.parent / name, workers=2)
+        for source, name in ((folder, "here"), (f"{s3}/corpus", "there"))
+    ]
+    assert made[0].fingerprint == made[1].fingerprint
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
