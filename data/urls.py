@@ -214,7 +214,9 @@ def explained(url: Url) -> Iterator[None]:
         yield
     except UrlError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if _is_unreachable(error):  # which fsspec's file system of the web does not tell apart
+            raise UnreachableError(f"{url}: {_reason(url, error)}") from None
         raise MissingUrlError(f"{url} does not exist, check bucket and name") from None
     except Exception as error:  # clients raise anything: botocore's, aiohttp's, Google's
         kind = UnreachableError if _is_unreachable(error) else UrlError
