@@ -1,6 +1,7 @@
 """The stages of a preparation: the same bytes for any pieces and tasks; what is missing is done."""
 
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -18,7 +19,6 @@ import pytest
 import data.pieces.key_ranges
 import data.pieces.plan
 import data.pieces.surveying
-import data.prepare_config
 import data.stages
 from data.preparation import prepare, prepare_stage
 from data.prepare_config import PrepareConfig
@@ -197,7 +197,7 @@ def test_near_duplicates_are_dropped_behind_the_first_whatever_the_pieces(
 
 
 def test_near_duplicates_without_the_library_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.prepare_config.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = PrepareConfig(input=("x",), vocab_size=300, duplicates="near", near_threshold=0)
     assert config.problems() == [
         "near_threshold 0 is not in (0, 1], try 0.8",
