@@ -229,9 +229,8 @@ def _compiled(source: str) -> "Template":
     def refuse(message: object) -> None:
         raise jinja2.TemplateError(str(message))
 
-    # Not optimized: that would compute what is constant while it compiles.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": refuse, "strftime_now": _DATE.strftime}

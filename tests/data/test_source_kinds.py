@@ -222,6 +222,9 @@ def test_an_array_larger_than_a_block_is_streamed(tmp_path, monkeypatch):
     rows = [{"text": f"{n}" * (n % 50 + 1), "more": [n, {"x": [1.5]}]} for n in range(200)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert [d.text for d in read(tmp_path / "a.json")[0]] == [row["text"] for row in rows]
+    (tmp_path / "b.json").write_text("[" + "1234567, " * 20 + '{"text": "a"}]')
+    documents, faults = read(tmp_path / "b.json")  # a number may be cut by a block
+    assert ([document.text for document in documents], faults.counts.total()) == (["a"], 20)
     monkeypatch.setattr(data.sources.json_rows, "MAX_DOCUMENT_BYTES", 300)
     (tmp_path / "a.json").write_text(json.dumps([*rows[:40], {"text": "x" * 700}, *rows[:9]]))
     documents, faults = read(tmp_path / "a.json")

@@ -412,7 +412,7 @@ def test_rows(folder, suffix):
     if compress := COMPRESS.get(suffix.removeprefix(".jsonl")):
         changed = damaged(compress(valid)) | damaged(valid).map(compress)
 
-    @MANY
+    @(MANY if suffix in (".jsonl", ".jsonl.gz", ".tsv", ".parquet") else FEW)
     @given(changed)
     def holds(content):
         path.write_bytes(content)
@@ -425,7 +425,7 @@ def test_rows(folder, suffix):
     holds()
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", ["llama3", "mistral", "blocks"])
 def test_chat_templates(folder, name):
     path = folder / "chat_template.jinja"
     messages = [{"role": role, "content": f"</s>{role}"} for role in ("user", "assistant")]
