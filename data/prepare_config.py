@@ -25,12 +25,12 @@ class PrepareConfig:
 
     input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]
     """Files (.txt .md .html .jsonl .json .csv .tsv .parquet, source code; all but Parquet also in
-    .gz .zst .bz2 .xz), folders (recursive, without hidden entries), globs, or the word embedded:
-    the sources of the running Python and of torch, about 58 MB that need no download, or
-    hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a folder that its save_to_disk wrote or a name
-    on the hub, streamed once (split train if not given). JSON, tables and Parquet hold a document
-    per row, other files one each. Or token files (.bin .npy .tokens) and rows of token ids, see
-    tokens_field."""
+    .gz .zst .bz2 .xz), folders (recursive, without hidden entries), globs, any of these by URL
+    (s3:// gs:// hf:// https://), or the word embedded: the sources of the running Python and of
+    torch, about 58 MB that need no download, or hf:NAME[:SPLIT[:CONFIG]]: a Hugging Face dataset, a
+    folder that its save_to_disk wrote or a name on the hub, streamed once (split train if not
+    given). JSON, tables and Parquet hold a document per row, other files one each. Or local token
+    files (.bin .npy .tokens) and rows of token ids, see tokens_field."""
     tokenizer: Path | None = None
     """A SentencePiece model, or a Hugging Face tokenizer.json with its tokenizer_config.json beside
     it, which names BOS and EOS; not beside vocab_size."""

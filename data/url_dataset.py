@@ -14,6 +14,7 @@ from data.progress import Progress
 from data.url_cache import fetch_folder
 from data.urls import Location, Url, cache_folder
 
+_PROBE = ".probe"
 logger = logging.getLogger(__name__)
 
 
@@ -81,6 +82,8 @@ def prepare_at(
         return there
     if not overwrite and output.files():
         raise ValueError(f"output {output} exists and is no dataset, give another --output")
+    (output / _PROBE).write_bytes(b"")  # what may not be written is not worth preparing
+    (output / _PROBE).remove()
     folder = cache_folder() / f"prepared-{uuid.uuid4().hex[:8]}"
     try:
         dataset = prepare(config, folder, workers=workers)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
@@ -111,7 +112,10 @@ class Url:
     def is_file(self) -> bool:
         """Whether there is such a file."""
         with explained(self):
-            return bool(_connect(self).isfile(self.text))
+            try:  # fsspec's own isfile takes any error for an absence
+                return bool(_connect(self).info(self.text)["type"] == "file")
+            except FileNotFoundError:
+                return False
 
     def files(self) -> dict[str, int]:
         """Return {name: bytes} of the files in the folder itself; empty where there is none."""
@@ -210,7 +214,9 @@ def explained(url: Url) -> Iterator[None]:
         yield
     except UrlError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if _is_unreachable(error):  # which fsspec's file system of the web does not tell apart
+            raise UnreachableError(f"{url}: {_reason(url, error)}") from None
         raise MissingUrlError(f"{url} does not exist, check bucket and name") from None
     except Exception as error:  # clients raise anything: botocore's, aiohttp's, Google's
         kind = UnreachableError if _is_unreachable(error) else UrlError
@@ -226,9 +232,27 @@ def _connect(url: Url) -> Any:
 
     for client in _CLIENTS:  # which log at INFO where they found the credentials
         logging.getLogger(client).setLevel(logging.WARNING)
-    system = url_to_fs(url.text)[0]
+    system = url_to_fs(url.text, **(_s3_options() if url.scheme in ("s3", "s3a") else {}))[0]
     system.invalidate_cache()
     return system
+
+
+@cache
+def _s3_options() -> dict[str, Any]:
+    """Return what bounds the time that a server may take that does not answer."""
+    try:
+        from aiobotocore.session import get_session
+        from botocore.handlers import add_expect_header
+    except ImportError:  # explained where s3fs is imported
+        return {}
+    session = get_session()
+    # Its answer is waited for without a limit.
+    session.unregister("before-call.s3", add_expect_header)
+    # s3fs tries five times by itself, and botocore as often in each.
+    return {
+        "session": session,
+        "config_kwargs": {"read_timeout": 20, "retries": {"max_attempts": 1}},
+    }
 
 
 def _last_part(entry: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
 
-from data.urls import Url, explained
+from data.urls import Url, UrlError, explained
 
 
 class UrlStreams(FileSystem):
@@ -30,9 +30,12 @@ class UrlStreams(FileSystem):
                 yield stream  # type: ignore[misc]
                 stream.close()
             except BaseException:
-                with suppress(Exception):
+                with suppress(Exception):  # some stores have no such thing
                     stream.discard()  # type: ignore[attr-defined]
-                stream.closed = True  # type: ignore[misc]
+                    stream.closed = True  # type: ignore[misc]
+                if mode == "wb":
+                    with suppress(UrlError):
+                        url.remove()
                 raise
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:

@@ -1,12 +1,15 @@
 """What all rooms test with: texts, a tokenizer, a tiny corpus, and training jobs on it."""
 
 import itertools
+import logging
+import uuid
 
 import pytest
 
 from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.tokenizer import train_tokenizer
+from data.urls import Url, _s3_options
 from tests.documents import make_documents
 from tests.forked_jobs import Launcher
 from tests.training import ROOT, Training
@@ -39,6 +42,46 @@ def corpus(tmp_path_factory):
 def training(corpus, tmp_path):
     """Return the command that trains into a fresh output folder, as a user runs it."""
     return Training(corpus, tmp_path / "outputs")
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Return the environment of a process that is to reach a server of S3 on this machine."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    yield {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path):
+    """Return the URL of an empty bucket, which this process and its children reach."""
+    import s3fs
+
+    for name, value in {**s3_server, "SKIPSTONE_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    _s3_options.cache_clear()
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    yield Url(f"s3://{bucket}")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def memory(monkeypatch, tmp_path):
+    """Return the URL of an empty folder in this process's memory."""
+    monkeypatch.setenv("SKIPSTONE_CACHE", str(tmp_path / "cache"))
+    return Url(f"memory://{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from data.faults import Faults
 from data.sources.compression import SUFFIXES
+from data.sources.kinds import TEXT_SUFFIXES
 from data.sources.lines import MAX_DOCUMENT_BYTES
-from data.sources.listing import TEXT_SUFFIXES, list_sources
+from data.sources.listing import list_sources
 from data.sources.parquet import row_group_sizes
 from data.sources.source import Source
 

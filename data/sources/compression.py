@@ -10,9 +10,11 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from data.sources.source import Source
+from data.urls import Url, UrlError, explained
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 """The kinds of compression by the suffix of a file."""
@@ -24,7 +26,7 @@ _XZ_MEMORY_BYTES = 2**28
 class Content(io.BufferedReader):
     """The content of a file; ends early where the compressed file is torn or damaged."""
 
-    def __init__(self, raw: "io.RawIOBase | _Decompressed") -> None:
+    def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(raw, 2**16)
 
     @property
@@ -39,9 +41,50 @@ def open_content(source: Source) -> Content:
     Raises:
         OSError: it cannot be opened.
     """
-    file = source.path.open("rb", buffering=0)
-    opener = _OPENERS.get(source.path.suffix)
+    file = open_stored(source)
+    opener = _OPENERS.get(PurePath(source.file_name).suffix)
     return Content(_Decompressed(file, opener) if opener else file)
+
+
+def open_stored(source: Source) -> io.RawIOBase:
+    """Open a file as it is stored, here or by URL, without a buffer.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return _Remote(source.url) if source.url else source.path.open("rb", buffering=0)
+
+
+class _Remote(io.RawIOBase):
+    """A file by URL."""
+
+    def __init__(self, url: Url) -> None:
+        self._url = url
+        self._file: Any = url.open()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.size is not None  # else its server sends it from the start alone
+
+    def readinto(self, buffer: Any) -> int:
+        with explained(self._url):
+            found = self._file.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with explained(self._url):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 class _Decompressed(io.RawIOBase):
@@ -64,7 +107,7 @@ class _Decompressed(io.RawIOBase):
             self.is_torn = True
             return 0
         except OSError as error:
-            if error.errno is not None:  # of the disk, not of the format
+            if error.errno is not None or isinstance(error, UrlError):  # not of the format
                 raise
             self.is_torn = True
             return 0
@@ -95,8 +138,8 @@ class _Zstd:
     def read1(self, size: int) -> bytes:
         try:
             found = bytes(self._stream.read(1 if self._byte_by_byte else size))
-        except OSError:
-            if self._byte_by_byte:
+        except OSError as error:
+            if self._byte_by_byte or isinstance(error, UrlError) or not self._file.seekable():
                 raise
             # The failed call has lost what it had decompressed before the damage.
             self._byte_by_byte, done = True, self._read

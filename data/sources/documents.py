@@ -11,9 +11,10 @@ from data.row_layout import Document, RowLayout
 from data.sources.html import read_html
 from data.sources.json_lines import read_json_lines
 from data.sources.json_rows import read_json
-from data.sources.listing import TEXT_SUFFIXES, kind_of, list_sources
+from data.sources.kinds import TEXT_SUFFIXES, kind_of
+from data.sources.listing import list_sources
 from data.sources.parquet import read_parquet
-from data.sources.saved_datasets import PREFIX, read_saved_dataset
+from data.sources.saved_datasets import read_saved_dataset
 from data.sources.source import Source
 from data.sources.tables import read_table
 from data.sources.text import read_text
@@ -61,7 +62,6 @@ def read_sources(
 
 
 def _reader(source: Source) -> Reader:
-    kind = kind_of(source.name)
-    if kind is None or source.name.startswith(PREFIX) or source.path.is_dir():
-        return read_saved_dataset
-    return _READERS[kind]
+    kind = kind_of(source.file_name)
+    is_file = source.url or source.path.is_file()
+    return _READERS[kind] if kind and is_file else read_saved_dataset

@@ -58,7 +58,7 @@ def read_lines(source: Source, faults: Faults) -> Iterator[tuple[int, bytes]]:
 def count_tear(file: Content, source: Source, faults: Faults, where: str = "") -> None:
     """Count the fault of a file whose end was reached too early."""
     if file.is_torn:
-        kind = SUFFIXES[PurePath(source.name).suffix]
+        kind = SUFFIXES[PurePath(source.file_name).suffix]
         faults.add(f"torn or damaged {kind} file, the rest of it", source.name + where)
 
 

@@ -11,28 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.faults import UNKNOWN_KIND, Faults
-from data.sources.compression import SUFFIXES as COMPRESSIONS
+from data.sources.kinds import check_kind, kind_of
 from data.sources.saved_datasets import PREFIX, is_saved_dataset
 from data.sources.source import Source
+from data.sources.url_listing import list_urls
+from data.urls import is_url, location
 
 EMBEDDED = "embedded"
 """The input on every machine: the sources of the running Python and of torch."""
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-SUFFIXES = (*TEXT_SUFFIXES, ".html", ".htm", *ROW_SUFFIXES)
-"""Of files that may be compressed; Parquet compresses by itself."""
-
 _NOT_EMBEDDED = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
-
-
-def kind_of(name: str) -> str | None:
-    """Return the suffix of a file's name that names its kind, without that of its compression."""
-    if name.endswith(".parquet"):
-        return ".parquet"
-    stem, dot, last = name.rpartition(".")
-    plain = stem if dot + last in COMPRESSIONS else name
-    return next((suffix for suffix in SUFFIXES if plain.endswith(suffix)), None)
 
 
 def list_sources(source: str, faults: Faults) -> Iterator[Source]:
@@ -44,14 +32,17 @@ def list_sources(source: str, faults: Faults) -> Iterator[Source]:
     if source == EMBEDDED:
         yield from _list_embedded()
         return
+    if is_url(source):
+        yield from list_urls(source, faults)
+        return
     if source.startswith(PREFIX):
         yield Source(Path(), source)
         return
-    path = Path(source)
+    path = location(source)
+    assert isinstance(path, Path)
+    source = str(path) if "://" in source else source  # file://
     if path.is_file():
-        if kind_of(source) is None:
-            kinds = f"{' '.join(SUFFIXES)}, also with {' '.join(COMPRESSIONS)}, or .parquet"
-            raise ValueError(f"input {source} is of an unknown kind, give {kinds}")
+        check_kind(source, path.name)
         yield Source(path, source)
         return
     found = [path] if path.is_dir() else sorted(map(Path, glob.glob(source, recursive=True)))

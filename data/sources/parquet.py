@@ -6,6 +6,7 @@ from typing import Any
 
 from data.faults import Faults
 from data.row_layout import Document, RowLayout
+from data.sources.compression import open_stored
 from data.sources.lines import MAX_DOCUMENT_BYTES, TOO_LONG
 from data.sources.saved_datasets import check_columns
 from data.sources.source import Source
@@ -50,7 +51,7 @@ def _rows(source: Source, layout: RowLayout) -> Iterator[tuple[int, dict[str, An
 
     name = source.name
     try:
-        file = pyarrow.parquet.ParquetFile(source.path)
+        file = pyarrow.parquet.ParquetFile(open_stored(source) if source.url else source.path)
         columns = file.schema_arrow.names
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"input {name} is not a Parquet file, remove or replace it") from error

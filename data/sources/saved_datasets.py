@@ -6,7 +6,7 @@ or as the path of a saved folder.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 from data.faults import Faults
 from data.row_layout import Document, RowLayout
 from data.sources.source import Source
+from data.urls import is_url
 
 PREFIX = "hf:"
-MARKERS = ("dataset_dict.json", "state.json")
-"""One of these is in every folder of `save_to_disk`."""
+_MARKERS = {"dataset_dict.json", "state.json", "dataset_info.json"}
 DEFAULT_SPLIT = "train"
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -64,9 +64,13 @@ def _rows(source: str, layout: RowLayout) -> Iterator[tuple[int, dict[str, Any]]
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` of the `datasets` library wrote this folder."""
-    return (folder / MARKERS[0]).is_file() or (
-        (folder / MARKERS[1]).is_file() and (folder / "dataset_info.json").is_file()
-    )
+    return has_markers(name for name in _MARKERS if (folder / name).is_file())
+
+
+def has_markers(names: Iterable[str]) -> bool:
+    """Whether `save_to_disk` wrote a folder with files of these names."""
+    found = _MARKERS.intersection(names)
+    return "dataset_dict.json" in found or found >= {"state.json", "dataset_info.json"}
 
 
 def check_columns(
@@ -104,7 +108,7 @@ def open_dataset_rows(source: str) -> Any:
         ValueError: there is no such dataset, split or configuration.
     """
     name, split, config = source, "", ""  # the path of a folder
-    if source.startswith(PREFIX):
+    if source.startswith(PREFIX) and not is_url(source):
         name, split, config = (source.removeprefix(PREFIX).split(":", 2) + ["", ""])[:3]
     if not name:
         raise ValueError(f"input {source} names no dataset, give hf:NAME[:SPLIT[:CONFIG]]")
@@ -112,7 +116,7 @@ def open_dataset_rows(source: str) -> Any:
         import datasets  # Imported here: a slow import that only this kind of input needs.
 
         datasets.disable_progress_bars()
-        if not Path(name).is_dir():
+        if not is_url(name) and not Path(name).is_dir():
             if not _HUB_NAME.fullmatch(name):
                 raise ValueError("there is no such folder")
             with _without_warnings("huggingface_hub"):  # Of every retry; the error repeats them.

@@ -40,7 +40,7 @@ def read_table(source: Source, layout: RowLayout, faults: Faults) -> Iterator[Do
 def _records(source: Source, faults: Faults) -> Iterator[tuple[int, list[str]]]:
     """Yield the first line of each record and its fields; blank lines are no fault."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # of the process; else 131072
-    delimiter = "\t" if ".tsv" in PurePath(source.name).suffixes else ","
+    delimiter = "\t" if ".tsv" in PurePath(source.file_name).suffixes else ","
     lines = _Lines(source, faults, delimiter)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:

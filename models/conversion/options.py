@@ -13,7 +13,7 @@ Format = Literal["hf", "skipstone"]
 """A Hugging Face folder, or a run folder or checkpoint of ours."""
 
 DESCRIPTION = """\
-Convert a Llama with its tokenizer. The output appears when it is proven: all tensors read back bit
+Convert a model with its tokenizer. The output appears when it is proven: all tensors read back bit
 for bit, the same logits (transformers' where it is installed) and the same token ids. Needs memory
 for the weights and one copy of them in fp32.
 

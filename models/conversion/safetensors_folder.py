@@ -36,14 +36,14 @@ def read_config(folder: Path) -> LlamaConfig:
     """Return the shape of the model in a folder.
 
     Raises:
-        ValueError: If it holds no Llama.
+        ValueError: If it holds none of a family that is read.
     """
     try:
         return llama_config(read_object(folder / CONFIG))
     except (OSError, ValueError) as error:
         reason = f"no {CONFIG}" if isinstance(error, FileNotFoundError) else error
         raise ValueError(
-            f"input: {folder} is not a Llama in Hugging Face's format ({reason}), name one that is"
+            f"input: {folder} holds no model that is read here ({reason}), name one that does"
         ) from None
 
 

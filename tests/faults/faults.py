@@ -207,8 +207,8 @@ def kill_in_checkpoint(on_rank, rank, step, point):
 
         torch_files._write_item = write_item
     elif point == "manifest":
-        write = Manifest.write
-        Manifest.write = lambda self, folder: die_if(self.step == step) or write(self, folder)
+        content = Manifest.content
+        Manifest.content = lambda self: die_if(self.step == step) or content(self)
     else:
         publish = train.checkpoints.local_folder.publish
         train.checkpoints.local_folder.publish = lambda aside, path: (

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from models.checkpoint_format import find_checkpoint
+from models.checkpoint_format import find_checkpoint, read_manifest
 from models.tensor_reader import TensorReader
 
 
@@ -30,7 +30,7 @@ def fingerprint(run):
     digest = hashlib.sha256()
     for name, value in sorted(tensors(checkpoint).items()):
         digest.update(name.encode() + value.numpy().tobytes())
-    return json.loads((checkpoint / "manifest.json").read_text())["step"], digest.hexdigest()
+    return read_manifest(checkpoint).step, digest.hexdigest()
 
 
 def records(run):

@@ -1,4 +1,4 @@
-"""A Llama comes in from Hugging Face's format and goes out again, bit for bit, or not at all."""
+"""A model comes in from Hugging Face's format and goes out again, bit for bit, or not at all."""
 
 import json
 import shutil
@@ -114,7 +114,11 @@ def test_a_folder_of_transformers_goes_round_bit_for_bit(request, tmp_path, caps
     run("hf", "skipstone", folder, tmp_path / "ours")
     assert "logits equal transformers' of the input" in capsys.readouterr().out
     run("skipstone", "hf", tmp_path / "ours", tmp_path / "hf", "--max_shard_bytes", 30_000)
-    assert "logits equal transformers'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "logits equal transformers'" in printed
+    reader = ("Auto", "PreTrained")[name == "qwen2"]  # by what the ids are those of the tokenizer
+    assert ("equal transformers' PreTrainedTokenizerFast;" in printed) == (name == "qwen2")
+    assert f"tokenizer = {reader}Tokenizer" in (tmp_path / "hf" / "README.md").read_text()
     assert (tmp_path / "hf" / INDEX).is_file()
     assert same_bits(tensors(folder), tensors(tmp_path / "hf"))
     before, after = (
@@ -317,10 +321,10 @@ def without_a_tensor(folder):
             edit_config(model_type="qwen3", layer_types=["sliding_attention"] * 3),
             "layer_types: sliding_attention, but there is no sliding_window",
         ),
-        (edit_config(hidden_size="32"), "is not a Llama in Hugging Face's format"),
+        (edit_config(hidden_size="32"), "holds no model that is read here"),
         (edit_config(num_hidden_layers=4), "it lacks"),
         (lambda folder: (folder / CONFIG).unlink(), "no config.json"),
-        (lambda folder: (folder / CONFIG).write_text("[]"), "is not a Llama"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "holds no model"),
         (lambda folder: (folder / "model.safetensors").unlink(), "save it as safetensors"),
         (lambda folder: (folder / "tokenizer.model").unlink(), "name one with --tokenizer"),
         (to_float8, "model.norm.weight in F8_E4M3, which is not read"),

@@ -65,10 +65,10 @@ def identity(folder, **config):
     )
 
 
-def writer(root, model, optimizer, runtime, **config):
-    """Return a writer of checkpoints into root/checkpoints."""
+def writer(root, model, optimizer, runtime, *, folder=None, **config):
+    """Return a writer of checkpoints into root/checkpoints, or another folder."""
     return CheckpointWriter(
-        root / "checkpoints",
+        folder or root / "checkpoints",
         model,
         optimizer,
         config=CheckpointConfig(**config),
@@ -77,10 +77,10 @@ def writer(root, model, optimizer, runtime, **config):
     )
 
 
-def load_newest(root, model, optimizer, runtime, *, allow=False, **config):
-    """Resume from the newest checkpoint in root/checkpoints."""
+def load_newest(root, model, optimizer, runtime, *, folder=None, allow=False, **config):
+    """Resume from the newest checkpoint in root/checkpoints, or another folder."""
     return resume(
-        root / "checkpoints",
+        folder or root / "checkpoints",
         model,
         optimizer,
         config=CheckpointConfig(allow_config_changes=allow),

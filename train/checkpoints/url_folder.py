@@ -137,7 +137,7 @@ class HashedStreams(UrlStreams):
             if mode != "wb":
                 yield raw
                 return
-            stream = _Hashed(raw)
+            stream = _Hashed(raw, str(path))
             yield stream
             stream.close()
         self.entries[os.path.basename(path)] = stream.entry
@@ -151,7 +151,8 @@ class HashedStreams(UrlStreams):
 class _Hashed(io.RawIOBase):
     """A stream to `raw` that hashes what passes."""
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: Any, name: str) -> None:
+        self.name = name
         self._raw, self._digest, self._bytes = raw, hashlib.sha256(), 0
 
     def writable(self) -> bool:

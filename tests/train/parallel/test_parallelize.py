@@ -367,6 +367,8 @@ def test_float8_refuses_widths_that_are_no_multiple_of_16():
     assert [problem.split(":")[0] for problem in float8_problems(odd)] == [
         "model.dim", "model.ffn_dim", "model.n_kv_heads * head_dim"
     ]  # fmt: skip
+    [problem, _] = float8_problems(dataclasses.replace(WIDE, head_dim=14))
+    assert problem.startswith("model.n_heads * head_dim: 56, parallel.float8 needs a multiple")
 
 
 def test_float8_refuses_a_device_without_it(monkeypatch):
