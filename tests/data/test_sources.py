@@ -57,7 +57,7 @@ def test_parts_of_json_lines_hold_each_line_once_wherever_the_file_is_cut(tmp_pa
     content = '\ufeff{"text": "one"}\n\n{"text": "caf\u00e9"}\r\n{\n{"text": "four"}'.encode()
     path.write_bytes(content)
     for cut in range(1, len(content)):
-        parts = [Source(path, "a", (0, cut)), Source(path, "a", (cut, None))]
+        parts = [Source(path, "a.jsonl", part) for part in ((0, cut), (cut, None))]
         faults = [Faults(), Faults()]
         found = [
             document.text
