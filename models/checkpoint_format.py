@@ -251,7 +251,19 @@ def find_checkpoint(run: Location, field: str = "run") -> Location:
             f"{field}: {run} is a Hugging Face folder, make a checkpoint of it: "
             f"python -m models.convert --from hf --to skipstone {run} OUTPUT"
         )
+    if elsewhere := _folder_in_config(run):
+        raise ValueError(f"{field}: {run} keeps its checkpoints in {elsewhere}, name that")
     raise ValueError(f"{field}: {run} holds no finished checkpoint, train first or name another")
+
+
+def _folder_in_config(run: Location) -> str:
+    """Return the folder of checkpoints that a run's configuration names; empty: none."""
+    try:
+        fields = read_object(run / "config.json") if isinstance(run, Path) else {}
+        folder = typed(fields["checkpoint"], dict[str, Any], "checkpoint")["folder"]
+        return f"{typed(folder, str, 'folder')}/{typed(fields['name'], str, 'name')}" * bool(folder)
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def load_model(

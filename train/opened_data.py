@@ -5,11 +5,13 @@ from contextlib import suppress
 from functools import partial
 
 from data.dataset import VALIDATION, verify_shards
+from data.url_dataset import dataset_at
+from data.urls import is_url, location
 from models.checkpoint_format import checkpoint_steps
 from train.checkpoints.start import check_start
 from train.checkpoints.tokenizers import check_tokenizer
 from train.config.config import TrainConfig
-from train.loop.corpus import Corpus, open_corpus
+from train.loop.corpus import Corpus, DataConfig, open_corpus
 from train.loop.validate import HeldOut
 from train.monitoring.interruption import Interruption, StopRequestError
 from train.parallel.runtime import Runtime
@@ -26,6 +28,7 @@ def open_data(
     """
     data, start = config.data, config.checkpoint
     runtime.on_every_rank(lambda: check_start(config.checkpoint_folder, start))
+    _until_stopped(partial(_copy, data), runtime, interruption)
     prepared = partial(open_corpus, data, config.model.vocab_size)
     _until_stopped(lambda: prepared() if runtime.is_main else None, runtime, interruption)
     corpus = runtime.main_first(prepared)
@@ -38,6 +41,17 @@ def open_data(
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     boundaries = corpus.boundaries(corpus.datasets[0]) if data.mask_documents else None
     return corpus, HeldOut(windows, data.seq_len, boundaries)
+
+
+def _copy(config: DataConfig) -> None:
+    """Copy the datasets by URL to this machine, which is done once for all its ranks.
+
+    Raises:
+        ValueError: If one cannot be copied.
+    """
+    for each in (config.path, *config.also):
+        if is_url(each):
+            dataset_at(location(each))
 
 
 def _until_stopped(

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from data.urls import Location
 from inference.engine.batch import Round
 from inference.engine.compiled import is_compiled
 from inference.engine.counters import Counters
@@ -35,7 +35,7 @@ class Speculative(Strategy):
     """Draft d tokens with a separate draft model, then verify them."""
 
     name: ClassVar[str] = "speculative"
-    draft: Location | None = None
+    draft: Path | None = None
     """Run or checkpoint folder of the draft model, which must have the same tokenizer."""
     d: int = 4
     """Tokens drafted in a round, at least 1; fewer where fewer are left to decode."""
@@ -78,7 +78,7 @@ class Speculative(Strategy):
 
 
 @lru_cache(maxsize=4)  # drafts that a benchmark measures in turn
-def _load(path: Location, device: str, dtype: str, bits: Bits | None, compiled: bool) -> Run:
+def _load(path: Path, device: str, dtype: str, bits: Bits | None, compiled: bool) -> Run:
     try:
         return load_run(path, device=device, dtype=dtype, quantize=bits, compiled=compiled)
     except ValueError as error:

@@ -181,3 +181,10 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(checkpoint):
     (folder / "step-00000011.damaged" / MANIFEST).touch()
     assert checkpoint_steps(folder) == {3: checkpoint}
     assert {find_checkpoint(path) for path in (folder, folder.parent, checkpoint)} == {checkpoint}
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_names_their_folder(tmp_path):
+    config = {"name": "far", "checkpoint": {"folder": "s3://bucket/runs"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"keeps its checkpoints in s3://bucket/runs/far, na"):
+        find_checkpoint(tmp_path)

@@ -135,7 +135,7 @@ class CheckpointWriter:
         if not self._runtime.is_main:
             raise SystemExit(2)
         count = f" ({self._failures} in a row have failed)" if self._failures > 1 else ""
-        raise OSError(f"checkpoint: {problem}{count}, {self._folder.remedy}")
+        raise OSError(self._folder.refusal(problem + count))
 
     def write_model(self, path: Path, t: int) -> None:
         """Write the weights alone, or their average, in the dtype of `config.final_model`.

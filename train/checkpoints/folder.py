@@ -24,8 +24,8 @@ class CheckpointFolder(Protocol):
     def path(self) -> Location:
         """Where it is."""
 
-    remedy: str
-    """What to do where checkpoints cannot be written."""
+    def refusal(self, problem: str) -> str:
+        """Return the message of a run that ends because checkpoints cannot be written."""
 
     def begin(self, name: str) -> None:
         """Make room for the files of a checkpoint, which is none before `commit`.

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 class LocalFolder:
     """A `CheckpointFolder` on a file system."""
 
-    remedy = "make room there and start the run again"
-
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -98,6 +96,10 @@ class LocalFolder:
                 shutil.rmtree(path)
             except OSError as error:
                 logger.warning("checkpoint: could not delete %s: %s", path, error)
+
+    def refusal(self, problem: str) -> str:
+        """Ask for room."""
+        return f"checkpoint: {problem}, make room there and start the run again"
 
     def explain(self, error: BaseException, needed_bytes: int) -> str:
         """Describe the error; of a full disk, with needed and free bytes."""

@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 class UrlFolder:
     """A `CheckpointFolder` in an object store."""
 
-    remedy = "then start the run again"
-
     def __init__(self, url: Url) -> None:
         self.path = url
         self._streams = HashedStreams()
@@ -103,6 +101,10 @@ class UrlFolder:
                 self.begin(name)
         except UrlError as error:
             logger.warning("checkpoint: could not delete an old one: %s", error)
+
+    def refusal(self, problem: str) -> str:
+        """Go on from the remedy in the problem itself."""
+        return f"checkpoint: {problem}, then start the run again"
 
     def explain(self, error: BaseException, needed_bytes: int) -> str:
         """Return the line of the error, which names the URL."""
