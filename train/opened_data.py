@@ -11,7 +11,8 @@ from models.checkpoint_format import checkpoint_steps
 from train.checkpoints.start import check_start
 from train.checkpoints.tokenizers import check_tokenizer
 from train.config.config import TrainConfig
-from train.loop.corpus import Corpus, DataConfig, open_corpus
+from train.loop.corpus import Corpus, open_corpus
+from train.loop.data_config import DataConfig
 from train.loop.validate import HeldOut
 from train.monitoring.interruption import Interruption, StopRequestError
 from train.parallel.runtime import Runtime
