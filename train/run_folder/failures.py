@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from data.urls import UnreachableError
 from train.monitoring.replica_check import ReplicasDifferError
 
 AGREED = (FloatingPointError, ReplicasDifferError)
@@ -47,7 +48,7 @@ _COMMUNICATION = re.compile(
 
 def is_final(error: BaseException) -> bool:
     """Whether the same command would fail in the same way again."""
-    if any(map(is_communication, _chain(error))):
+    if any(is_communication(each) or isinstance(each, UnreachableError) for each in _chain(error)):
         return False
     return isinstance(error, (*_FINAL, OSError))
 

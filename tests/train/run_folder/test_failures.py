@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.urls import UnreachableError, UrlError
 from train.config.command_line import parse
 from train.monitoring.replica_check import ReplicasDifferError
 from train.run_folder.failures import is_communication, is_final
@@ -126,3 +127,8 @@ def test_what_the_same_command_would_meet_again_is_final(action):
 )  # fmt: skip
 def test_numbers_and_disks_that_stay_bad_are_final(error):
     assert is_final(error)
+
+
+def test_a_store_that_is_away_is_not_final():
+    assert not is_final(UnreachableError("s3://bucket/runs: cannot be reached"))
+    assert is_final(UrlError("s3://bucket/runs: access denied"))
