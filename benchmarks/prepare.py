@@ -27,6 +27,7 @@ import sentencepiece
 
 from data.command_line import run_command
 from data.faults import Faults
+from data.pieces.plan import MOST_PIECE_BYTES, list_pieces
 from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.row_layout import RowLayout
@@ -141,6 +142,7 @@ def prepare_once(path: Path, tokenizer: Path, workers: int) -> dict[str, float]:
     megabytes = sum(shard["text_bytes"] for shard in shards) / 1e6
     return {
         "megabytes": megabytes,
+        "pieces": len(list_pieces([str(path)], Faults())),
         "seconds": seconds,
         "mb_per_second": megabytes / seconds,
         "largest_process_mib": largest / 2**20,
@@ -177,9 +179,10 @@ def report(options: Options, runs: dict[str, list[dict[str, float]]]) -> None:
         whole["mb_per_second"] / alone["mb_per_second"]
         for whole, alone in zip(runs["1"], runs["sentencepiece"], strict=True)
     ]
-    # What the parent does for each megabyte, beside its start, and how much 64 workers would give.
-    more = large["megabytes"] - small["megabytes"]
-    per_megabyte = (large["parent_cpu_seconds"] - small["parent_cpu_seconds"]) / more
+    # What the parent does for each piece, beside its start; 64 workers pay when pieces are largest.
+    more = large["pieces"] - small["pieces"]
+    per_piece = (large["parent_cpu_seconds"] - small["parent_cpu_seconds"]) / more
+    pieces_per_second = large["mb_per_second"] * 64 / options.workers / (MOST_PIECE_BYTES / 1e6)
     numbers = {
         "corpus": f"embedded, and {options.copies} times as much",
         "vocab_size": options.vocab_size,
@@ -193,10 +196,8 @@ def report(options: Options, runs: dict[str, list[dict[str, float]]]) -> None:
         "medians": medians,
         "speed_beside_sentencepiece": statistics.median(ratios),
         "parent_share_of_a_core": large["parent_cpu_seconds"] / large["seconds"],
-        "estimated_share_at_64_workers": per_megabyte
-        * large["mb_per_second"]
-        * 64
-        / options.workers,
+        "parent_seconds_per_piece": per_piece,
+        "estimated_share_at_64_workers_and_16_gb": per_piece * pieces_per_second,
         "runs": runs,
     }
     print(json.dumps(numbers, indent=1))
