@@ -64,6 +64,8 @@ def parse_command(words):
         parse_module(rest[1], rest[2:])
     elif program == "python" and rest[0] == "-c":
         compile(rest[1], "-c", "exec")
+    elif program == "python" and rest == ["-"]:
+        pass  # A program that the block itself writes out.
     elif program == "python":
         parse_script(rest[0], rest[1:])
     elif program == "skipstone":
