@@ -49,7 +49,7 @@ def list_sources(source: str, faults: Faults) -> Iterator[Source]:
     if not found:
         raise ValueError(f"input {source} does not exist, give a file, a folder or a glob")
     for entry in found:
-        for file in _walk(entry) if entry.is_dir() else [entry]:
+        for file in walk(entry) if entry.is_dir() else [entry]:
             if is_saved_dataset(file):
                 yield Source(file, str(file))
             elif not file.is_file():  # Reading a pipe would block.
@@ -60,7 +60,7 @@ def list_sources(source: str, faults: Faults) -> Iterator[Source]:
                 faults.add(UNKNOWN_KIND, str(file))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder in sorted order, without hidden files and folders.
 
     A folder that `save_to_disk` wrote is one of them.
@@ -72,7 +72,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            yield from _walk(entry)
+            yield from walk(entry)
         else:
             yield entry
 

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data.faults import EMPTY, Faults
+from data.sources.kinds import kind_of
 from data.sources.lines import read_lines
-from data.sources.saved_datasets import PREFIX, open_dataset_rows
+from data.sources.saved_datasets import PREFIX, is_saved_dataset, open_dataset_rows
 from data.sources.source import Source
 
 _BATCH_ROWS = 64
@@ -21,18 +22,18 @@ def read_token_rows(source: Source, field: str, faults: Faults) -> Iterator[Ids]
     """Yield the ids of each row, (seq,) int64, as they stand.
 
     Args:
-        source: .parquet, .jsonl, .jsonl.gz, or a dataset of the `datasets` library.
+        source: .parquet, .jsonl, compressed or not, or a dataset of the `datasets` library.
         field: the column.
         faults: counts the rows that hold no ids.
 
     Raises:
         ValueError: it is of another kind, cannot be read, or has no such column of integers.
     """
-    if source.name.startswith(PREFIX):
+    if source.name.startswith(PREFIX) or is_saved_dataset(source.path):
         rows = _dataset_rows(source, field)
     elif source.path.suffix == ".parquet":
         rows = _parquet_rows(source, field)
-    elif source.name.endswith((".jsonl", ".jsonl.gz")):
+    elif kind_of(source.name) == ".jsonl":
         rows = _json_rows(source, field, faults)
     else:
         raise ValueError(

@@ -16,6 +16,9 @@ from data.boundaries import Boundaries, Ids, Marks
 from data.dataset import DESCRIPTION_NAME, TRAIN, VALIDATION, Split, open_dataset
 from data.progress import Progress
 from data.shards import ShardRecord, TokenRange, TokenStream, token_dtype
+from data.sources.kinds import kind_of
+from data.sources.listing import walk
+from data.sources.saved_datasets import is_saved_dataset
 from data.token_ids.files import TokenDtype, TokenFile, is_token_file, open_token_file
 from data.token_ids.piece_lengths import piece_lengths
 from data.tokenizer import Tokenizer
@@ -59,6 +62,8 @@ class _Part:
 def list_token_files(inputs: Sequence[str]) -> list[Path] | None:
     """Return the token files that the inputs are; None where the first is text.
 
+    A folder with a file of text in it is text, unless it is one that `data.prepare` wrote.
+
     Raises:
         ValueError: some of them are text.
     """
@@ -66,7 +71,7 @@ def list_token_files(inputs: Sequence[str]) -> list[Path] | None:
     for given in inputs:
         path = Path(given)
         entries = [path] if path.exists() else sorted(map(Path, glob(given, recursive=True)))
-        files = [file for entry in entries for file in _walk(entry) if is_token_file(file)]
+        files = [file for entry in entries for file in _token_files(entry)]
         if files:
             found += files
         elif found:
@@ -76,10 +81,17 @@ def list_token_files(inputs: Sequence[str]) -> list[Path] | None:
     return found
 
 
-def _walk(entry: Path) -> list[Path]:
+def _token_files(entry: Path) -> list[Path]:
+    """Return the token files that a file or a folder is; none of a folder of text."""
     if not entry.is_dir():
-        return [entry]
-    return sorted(path for path in entry.rglob("*") if path.is_file())
+        return [entry] if is_token_file(entry) else []
+    is_own, found = (entry / DESCRIPTION_NAME).is_file(), []
+    for file in walk(entry):
+        if is_token_file(file):
+            found.append(file)
+        elif not is_own and (kind_of(file.name) or is_saved_dataset(file)):
+            return []
+    return found
 
 
 def split_token_files(

@@ -16,7 +16,7 @@ from data.dataset import TRAIN, VALIDATION, open_dataset, verify_shards
 from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.token_ids.piece_lengths import piece_lengths
-from data.token_ids.splitting import TokenOptions
+from data.token_ids.splitting import TokenOptions, list_token_files
 from data.tokenizer import Tokenizer
 from data.windows import find_documents
 
@@ -201,7 +201,7 @@ def test_rows_are_copied_between_one_bos_and_one_eos(tmp_path, tokenizer_path, i
         field, path = {}, tmp_path / "a.bin"
         write_megatron(path, [row[:-1] for row in rows] if ends == "both" else rows, 4, "<i4")
     given = PrepareConfig(
-        input=(f"hf:{path}" if kind == "saved" else str(path),),
+        input=(f"hf:{path}" if kind == "saved" and ends == "both" else str(path),),
         tokenizer=tokenizer_path,
         tokens=TokenOptions(**field),
         validation_fraction=0.1,
@@ -252,6 +252,14 @@ def test_what_cannot_be_read_is_one_line(tmp_path, tokenizer_path, ids, kind, ha
         prepared(path, tokenizer_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "dataset").exists()
+
+
+def test_a_folder_of_text_stays_text_beside_a_token_file(tmp_path, tokenizer_path, ids) -> None:
+    write(tmp_path, "nanogpt .bin", ids)
+    (tmp_path / "b.txt").write_text("a text")
+    assert list_token_files([str(tmp_path)]) is None
+    (tmp_path / "b.txt").unlink()
+    assert list_token_files([str(tmp_path)]) == [tmp_path / "a.bin"]
 
 
 def test_text_and_ids_are_not_mixed(tmp_path, tokenizer_path, ids) -> None:
