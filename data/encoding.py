@@ -150,7 +150,8 @@ class EncodeUnit:
                     rows.append((is_held_out, len(tokens), size))
             if bytes(digests) != surveyed["digest"].tobytes():
                 raise ValueError(
-                    "input changed while it was read, run again when nothing writes to it"
+                    "input changed while it was read, run again when nothing writes to it (of the"
+                    " stages, the survey first)"
                 )
         return np.array(rows, ENCODED)
 

@@ -18,8 +18,9 @@ class Faults:
     lines_read: int = 0
     """Of the file of lines that was read last."""
 
-    def add(self, reason: str, origin: str) -> None:
-        self.counts[reason] += 1
+    def add(self, reason: str, origin: str, count: int = 1) -> None:
+        """Count a fault, which loses so many documents."""
+        self.counts[reason] += count
         examples = self.examples.setdefault(reason, [])
         if len(examples) < self.max_examples:
             examples.append(origin)

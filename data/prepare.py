@@ -141,10 +141,10 @@ def _prepared(config: PrepareConfig, options: Options) -> Dataset | None:
 
 def next_command(dataset: Dataset, output: Location) -> str:
     """Return a command that trains on the dataset."""
-    preset = "parsing_demo" if dataset.holds_pairs else "demo"
+    whole = " --data.packing documents --data.mask_documents True" if dataset.holds_pairs else ""
     return (
-        f"torchrun --nproc_per_node=2 train/main.py {preset} --name my-run"
-        f" --data.path {shlex.quote(str(output))}"
+        "torchrun --nproc_per_node=2 train/main.py demo --name my-run"
+        f" --data.path {shlex.quote(str(output))}{whole}"
     )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 from dataclasses import dataclass, field, replace
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from data.shards import MAX_VOCAB_SIZE
 from data.token_ids.preparation import holds_tokens
 from data.token_ids.splitting import TokenOptions
 from data.tokenizer import Tokenizer
+from data.urls import is_url
 
 _LEAST_TOKENS = 260
 """unk, BOS, EOS, 256 bytes and one character."""
@@ -103,7 +105,8 @@ class PrepareConfig:
     def _token_problems(self) -> list[str]:
         if not self.reads_tokens:
             given = self.tokens.given()
-            return [f"{name}: for token files alone, but the input is text" for name in given]
+            kind = "text" if self._exists else "missing"
+            return [f"{name}: for token files alone, but the input is {kind}" for name in given]
         found = []
         if self.vocab_size is not None:
             found.append("vocab_size trains a tokenizer on text, of token ids name the tokenizer")
@@ -112,6 +115,10 @@ class PrepareConfig:
         if self.layout.is_learnt_in_part or self.duplicates != "keep":
             found.append("messages, response and duplicates: for text alone, not for token ids")
         return found
+
+    @property
+    def _exists(self) -> bool:
+        return is_url(self.input[0]) or bool(glob(self.input[0], recursive=True))
 
     @property
     def reads_tokens(self) -> bool:

@@ -87,6 +87,11 @@ def prepare_at(
     folder = cache_folder() / f"prepared-{uuid.uuid4().hex[:8]}"
     try:
         dataset = prepare(config, folder, workers=workers)
+        if any(shard.elsewhere for split in dataset.splits.values() for shard in split.shards):
+            raise ValueError(
+                f"output {output}: token files are read where they are, on this machine, give a "
+                "folder of it"
+            )
         _upload(dataset, output)
         return dataset_at(output, shards=False)
     finally:

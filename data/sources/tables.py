@@ -54,7 +54,8 @@ def _records(source: Source, faults: Faults) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error:
             rest = ", the rest of it" if lines.ended else ""  # a quote without its end
-            faults.add(f"malformed row{rest}", f"{source.name}:{lines.first}")
+            # Each line may have been a row.
+            faults.add(f"malformed row{rest}", f"{source.name}:{lines.first}", lines.count)
             continue
         if record:
             yield lines.first, record
@@ -74,7 +75,7 @@ class _Lines:
         self.begin_record()
 
     def begin_record(self) -> None:
-        self.first = self._bytes = self._fields = 0
+        self.first = self.count = self._bytes = self._fields = 0
 
     def __iter__(self) -> "_Lines":
         return self
@@ -86,6 +87,7 @@ class _Lines:
             self.ended = True
             raise
         self.first = self.first or number
+        self.count += 1
         self._bytes += len(line)
         self._fields += line.count(self._delimiter)
         if self._bytes > MAX_DOCUMENT_BYTES or self._fields > MAX_VALUES:

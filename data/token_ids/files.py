@@ -20,9 +20,10 @@ from data.shards import HEADER_BYTES, ID_DTYPES, ShardTokens, open_shard
 
 SUFFIXES = (".bin", ".npy", ".tokens")
 
-TokenDtype = Literal["auto", "uint16", "uint32"]
+TokenDtype = Literal["auto", "uint16", "uint32", "int32", "int64", "uint64"]
 
 # llm.c: int32 magic, version, tokens; https://github.com/karpathy/llm.c/blob/master/dev/data
+_LOOKED_AT = 4096
 _LLMC_HEADER_BYTES = 1024
 _LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 # Megatron-LM, megatron/core/datasets/indexed_dataset.py: magic, version, dtype code, counts.
@@ -89,6 +90,16 @@ def open_token_file(path: Path, dtype: str) -> TokenFile:
     if (kind := _LLMC.get((first[0], first[1]))) is not None:
         return _check_tokens(path, kind, _LLMC_HEADER_BYTES, first[2])
     return _raw(path, dtype)
+
+
+def refuse_wider_ids(file: TokenFile) -> None:
+    """Raise a ValueError for a file whose ids look as if each took more bytes than was assumed."""
+    first = file.read()[:_LOOKED_AT]
+    if len(first) > 1 and not first[1::2].any() and first[0::2].any():
+        raise ValueError(
+            f"input {file.path}: every second id is 0 as {file.dtype}, give the --token_dtype of "
+            "its ids"
+        )
 
 
 def _raw(path: Path, dtype: str) -> TokenFile:

@@ -62,6 +62,8 @@ def describe_tokens(
     else:
         splits, marks = split_token_files(inputs, tokenizer, options, validation_fraction)
         logger.info("token ids stay in the files of the input, which the dataset needs")
+        if marks == "first" and tokenizer.bos_id != tokenizer.eos_id:
+            logger.warning("no EOS ends the documents: what learns from them never ends a text")
     for line in faults.lines():
         logger.warning("%s", line)
     (folder / TOKENIZER_NAME).write_bytes(tokenizer.serialized)

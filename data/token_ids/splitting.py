@@ -19,7 +19,13 @@ from data.shards import ShardRecord, TokenRange, TokenStream, token_dtype
 from data.sources.kinds import kind_of
 from data.sources.listing import walk
 from data.sources.saved_datasets import is_saved_dataset
-from data.token_ids.files import TokenDtype, TokenFile, is_token_file, open_token_file
+from data.token_ids.files import (
+    TokenDtype,
+    TokenFile,
+    is_token_file,
+    open_token_file,
+    refuse_wider_ids,
+)
 from data.token_ids.piece_lengths import piece_lengths
 from data.tokenizer import Tokenizer
 
@@ -123,7 +129,10 @@ def split_token_files(
     splits = {}
     with Progress("checking", size) as progress:
         for name, parts in given.items():
-            records = [_record(part, boundaries, lengths, progress) for part in parts]
+            begins, records = True, []
+            for part in parts:
+                records.append(_record(part, boundaries, lengths, progress, begins=begins))
+                begins = part.file.read()[part.stop - 1 : part.stop][0] == boundaries.eos_id
             splits[name] = Split(shards=tuple(records))
     return splits, boundaries.marks
 
@@ -142,6 +151,8 @@ def _open(inputs: Sequence[str], tokenizer: Tokenizer, options: TokenOptions) ->
     found = []
     for path in list_token_files(inputs) or []:
         file = open_token_file(path, options.raw_dtype(tokenizer.vocab_size))
+        if options.token_dtype == "auto":
+            refuse_wider_ids(file)
         if file.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
             raise ValueError(
                 f"input {path} was made with tokenizer {file.tokenizer_fingerprint}, name that, "
@@ -211,12 +222,17 @@ def _bytes(part: _Part) -> int:
     return (part.stop - part.begin) * np.dtype(part.file.dtype).itemsize
 
 
-def _record(part: _Part, boundaries: Boundaries, lengths: Ids, progress: Progress) -> ShardRecord:
-    """Read some ids once: their range, their documents, their checksum."""
+def _record(
+    part: _Part, boundaries: Boundaries, lengths: Ids, progress: Progress, *, begins: bool
+) -> ShardRecord:
+    """Read some ids once: their range, their documents, their checksum.
+
+    With `begins`, no document of the part before goes on in it.
+    """
     file, ids = part.file, part.file.read()
     item = np.dtype(file.dtype).itemsize
     digest = hashlib.sha256()
-    documents = int(boundaries.marks == "last")  # No token comes before the first one.
+    documents = int(boundaries.marks == "last" and begins)
     text_bytes, before = 0, np.empty(0, np.int64)
     for begin in range(part.begin, part.stop, _BLOCK):
         stored = ids[begin : min(begin + _BLOCK, part.stop)]

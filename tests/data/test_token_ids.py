@@ -240,13 +240,18 @@ def _without(path: Path, count: int) -> None:
             lambda path: path.with_suffix(".idx").write_bytes(b"x" * 40),
             "no index of Megatron",
         ),
-        ("uint32 .bin", lambda path: None, "token .* is .* outside of the tokenizer's 320 ids"),
+        (
+            "ids beyond .bin",
+            lambda path: None,
+            "token 0 is 900, outside of the tokenizer's 320 ids",
+        ),
         ("nanogpt .bin", lambda path: path.write_bytes(b""), "holds no token files with ids"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, tokenizer_path, ids, kind, harm, reason) -> None:
-    documents = [[900, EOS]] if kind == "uint32 .bin" else ids
-    path = write(tmp_path, kind, documents)
+    if kind == "ids beyond .bin":
+        kind, ids = "nanogpt .bin", [[900, EOS]]
+    path = write(tmp_path, kind, ids)
     harm(path)
     with pytest.raises(ValueError, match=reason) as caught:
         prepared(path, tokenizer_path)
@@ -274,6 +279,31 @@ def test_text_and_ids_are_not_mixed(tmp_path, tokenizer_path, ids) -> None:
     given = config(tmp_path / "b.txt", tokenizer_path, validation_input=("val.bin",))
     with pytest.raises(ValueError, match="validation_input: for token files alone, but the input"):
         prepare(given, tmp_path / "dataset")
+    given = config(tmp_path / "c.bin", tokenizer_path, validation_input=("val.bin",))
+    with pytest.raises(ValueError, match="validation_input: .* the input is missing"):
+        prepare(given, tmp_path / "dataset")
+    hidden = tmp_path / "folder" / ".checkpoints"
+    hidden.mkdir(parents=True)
+    write(hidden, "nanogpt .bin", ids)
+    assert list_token_files([str(tmp_path / "folder")]) is None
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+def test_ids_that_are_wider_than_assumed_are_refused(tmp_path, tokenizer_path, ids, dtype) -> None:
+    path = tmp_path / "a.bin"
+    np.concatenate(ids).astype(dtype).tofile(path)
+    with pytest.raises(ValueError, match="every second id is 0 as <u2, give the --token_dtype"):
+        prepared(path, tokenizer_path)
+    dataset = prepared(path, tokenizer_path, token_dtype=np.dtype(dtype).name)
+    assert tokens_of(dataset) == np.concatenate(ids).tolist()
+
+
+def test_a_document_that_two_files_share_is_counted_once(tmp_path, tokenizer_path, ids) -> None:
+    flat = np.concatenate(ids).astype("<u2")
+    for i, part in enumerate(np.split(flat, [len(ids[0]) + 2])):
+        part.tofile(tmp_path / f"{i}.bin")
+    dataset = prepare(config(tmp_path / "*.bin", tokenizer_path), tmp_path / "dataset")
+    assert sum(split.documents for split in dataset.splits.values()) == len(ids)
 
 
 def test_lengths_of_byte_level_pieces_are_bytes(tmp_path) -> None:
