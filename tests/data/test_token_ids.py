@@ -243,7 +243,7 @@ def _without(path: Path, count: int) -> None:
         (
             "ids beyond .bin",
             lambda path: None,
-            "token 0 is 900, outside of the tokenizer's 320 ids",
+            "is 900, outside of the tokenizer's 320 ids",
         ),
         ("nanogpt .bin", lambda path: path.write_bytes(b""), "holds no token files with ids"),
     ],
