@@ -122,13 +122,13 @@ def train(runtime, parallel):
         set_lr(optimizer, rate(t))
         before = state_of(model, optimizer)
         give_gradients(model, t, float("nan"))
-        update_unless(torch.tensor(True), optimizer)
+        update_unless(torch.tensor(True), optimizer, 0)
         after = state_of(model, optimizer)
         assert len(after) == 21 + 14 + 3 * 7  # weights; of Muon; of AdamW on embeddings and norms
         assert all(torch.equal(value, after[name]) for name, value in before.items())
         give_gradients(model, t)
         with Watch() as watch:
-            update_unless(torch.tensor(False), optimizer)
+            update_unless(torch.tensor(False), optimizer, 0)
     return model, optimizer, watch.counts
 
 
