@@ -36,4 +36,4 @@ class BatchRamp:
 
     @property
     def _growths(self) -> int:
-        return (self.size - self.start) // self.increment
+        return (self.size - self.start) // max(self.increment, 1)  # 0 is refused elsewhere

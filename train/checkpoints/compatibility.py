@@ -165,11 +165,8 @@ def check_steps(
 
 def _batch(config: dict[str, Any]) -> BatchRamp:
     data = config["data"]
-    if not data.get("ramp_start"):
-        return BatchRamp(data["global_batch_size"])
-    return BatchRamp(
-        data["global_batch_size"], data["ramp_start"], data["ramp_increment"], data["ramp_steps"]
-    )
+    ramp = (data.get(f"ramp_{name}", 0) for name in ("start", "increment", "steps"))
+    return BatchRamp(data["global_batch_size"], *ramp)
 
 
 def other_model(stored: LlamaConfig, configured: LlamaConfig) -> str:

@@ -53,8 +53,6 @@ class DataConfig:
     @property
     def batch(self) -> BatchRamp:
         """Sequences of the global batch of each step t."""
-        if not self.ramp_start:
-            return BatchRamp(self.global_batch_size)
         return BatchRamp(
             self.global_batch_size, self.ramp_start, self.ramp_increment, self.ramp_steps
         )
