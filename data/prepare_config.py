@@ -110,8 +110,10 @@ class PrepareConfig:
         found = []
         if self.vocab_size is not None:
             found.append("vocab_size trains a tokenizer on text, of token ids name the tokenizer")
-        if self.tokens.tokens_field and self.tokens.validation_input:
-            found.append("validation_input: for token files alone, but tokens_field names rows")
+        if self.tokens.tokens_field:
+            names = self.tokens.given().keys() - {"tokens_field"}
+            kind = "for token files alone, but tokens_field names rows"
+            found += [f"{name}: {kind}" for name in sorted(names)]
         if self.layout.is_learnt_in_part or self.duplicates != "keep":
             found.append("messages, response and duplicates: for text alone, not for token ids")
         return found

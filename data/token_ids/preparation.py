@@ -88,9 +88,10 @@ def _to_copy(
     """Return what reads the documents that have to be copied; None where the files can stay."""
     if options.tokens_field:
         sources = [source for given in inputs for source in list_sources(given, Faults())]
+        counted = iter([faults])  # In the first pass alone.
 
-        def read_rows(counted: list[Faults] = [faults]) -> Iterator[Ids]:  # noqa: B006
-            found = counted.pop() if counted else Faults()  # Faults count in the first pass.
+        def read_rows() -> Iterator[Ids]:
+            found = next(counted, Faults())
             for source in sources:
                 yield from read_token_rows(source, options.tokens_field, found)
 

@@ -282,6 +282,10 @@ def test_text_and_ids_are_not_mixed(tmp_path, tokenizer_path, ids) -> None:
     given = config(tmp_path / "c.bin", tokenizer_path, validation_input=("val.bin",))
     with pytest.raises(ValueError, match="validation_input: .* the input is missing"):
         prepare(given, tmp_path / "dataset")
+    for option in ({"token_dtype": "uint32"}, {"validation_input": ("val.bin",)}):
+        given = config(tmp_path / "b.jsonl", tokenizer_path, tokens_field="input_ids", **option)
+        with pytest.raises(ValueError, match=f"{[*option][0]}: for token files alone, but tokens"):
+            prepare(given, tmp_path / "dataset")
     hidden = tmp_path / "folder" / ".checkpoints"
     hidden.mkdir(parents=True)
     write(hidden, "nanogpt .bin", ids)
