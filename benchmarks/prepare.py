@@ -4,7 +4,8 @@
 
 The corpus is `embedded` as JSON lines; the larger one holds every document eight times, its lines
 in another order each time. SentencePiece alone encodes the texts in memory, in as many processes, a
-document per call, and drops the ids; the whole command reads, splits, encodes, writes and merges.
+document per call, and drops the ids; the whole command starts its processes, reads, splits,
+encodes, writes and merges.
 """
 
 import json
@@ -64,12 +65,13 @@ def compare(options: Options) -> None:
         write_corpus(large, options.copies, options.documents)
         config = PrepareConfig(input=(str(small),), vocab_size=options.vocab_size)
         tokenizer = prepare(config, folder / "first", workers=options.workers).tokenizer_path
-        runs: dict[str, list[dict[str, float]]] = {"sentencepiece": [], "1": [], "large": []}
-        for _ in range(options.repeats):
-            runs["sentencepiece"].append(encode_alone(small, tokenizer, options.workers))
-            runs["1"].append(prepare_once(small, tokenizer, options.workers))
-        for _ in range(options.repeats):
-            runs["large"].append(prepare_once(large, tokenizer, options.workers))
+        runs = dict[str, list[dict[str, float]]]()
+        for name, corpus in (("small", small), ("large", large)):
+            alone = runs[f"sentencepiece_{name}"] = []
+            whole = runs[name] = []
+            for _ in range(options.repeats):
+                alone.append(encode_alone(corpus, tokenizer, options.workers))
+                whole.append(prepare_once(corpus, tokenizer, options.workers))
     finally:
         shutil.rmtree(folder)
     report(options, runs)
@@ -174,11 +176,14 @@ def report(options: Options, runs: dict[str, list[dict[str, float]]]) -> None:
         name: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for name, found in runs.items()
     }
-    small, large = medians["1"], medians["large"]
-    ratios = [
-        whole["mb_per_second"] / alone["mb_per_second"]
-        for whole, alone in zip(runs["1"], runs["sentencepiece"], strict=True)
-    ]
+    small, large = medians["small"], medians["large"]
+    beside = {
+        name: statistics.median(
+            whole["mb_per_second"] / alone["mb_per_second"]
+            for whole, alone in zip(runs[name], runs[f"sentencepiece_{name}"], strict=True)
+        )
+        for name in ("small", "large")
+    }
     # What the parent does for each piece, beside its start; 64 workers pay when pieces are largest.
     more = large["pieces"] - small["pieces"]
     per_piece = (large["parent_cpu_seconds"] - small["parent_cpu_seconds"]) / more
@@ -194,7 +199,7 @@ def report(options: Options, runs: dict[str, list[dict[str, float]]]) -> None:
         "load_average": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
         "medians": medians,
-        "speed_beside_sentencepiece": statistics.median(ratios),
+        "speed_beside_sentencepiece": beside,
         "parent_share_of_a_core": large["parent_cpu_seconds"] / large["seconds"],
         "parent_seconds_per_piece": per_piece,
         "estimated_share_at_64_workers_and_16_gb": per_piece * pieces_per_second,
