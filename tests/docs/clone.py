@@ -124,7 +124,9 @@ def install(folder):
     (site / "borrowed.pth").write_text("\n".join([str(folder), *borrowed]) + "\n")
     for script in bin_folder.iterdir():
         target = folder / ".venv" / "bin" / script.name
-        if target.exists() or script.name.startswith(("pip", "python", "activate")):
+        if not script.is_file() or target.exists():
+            continue
+        if script.name.startswith(("pip", "python", "activate")):
             continue
         lines = script.read_bytes().split(b"\n", 1)
         if lines[0].startswith(b"#!") and b"python" in lines[0]:
