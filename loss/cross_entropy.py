@@ -17,6 +17,9 @@ from loss.softmax import IGNORE_INDEX, token_losses
 
 __all__ = ["IGNORE_INDEX", "ExitTokens", "weighted_cross_entropy_sums"]
 
+_CACHE_ELEMENTS = 2**19
+"""Logits that a core's caches hold: 2 MiB in fp32."""
+
 
 class ExitTokens(NamedTuple):
     """The tokens that one exit has a loss on, and the exit's weight."""
@@ -118,8 +121,8 @@ def _sums_and_gradients(
     total = torch.zeros((), dtype=torch.float32, device=head_weight.device)
     sums = torch.zeros(len(exits), dtype=torch.float32, device=head_weight.device)
     grads, head_grad = [], None
-    most_rows = min(chunk_rows, max(e.labels.numel() for e in exits))
-    buffer = head_weight.new_empty(most_rows, len(head_weight))
+    chunk_rows = min(_rows_at_once(head_weight, chunk_rows), max(e.labels.numel() for e in exits))
+    buffer = head_weight.new_empty(chunk_rows, len(head_weight))
     for k, (hidden, labels, weight, by_confidence) in enumerate(exits):
         rows, trained = hidden.flatten(0, -2), gradients and weight != 0.0
         if gradients:
@@ -149,3 +152,16 @@ def _sums_and_gradients(
         head_grad = torch.zeros_like(head_weight)
     shaped = [g.view_as(e.hidden) for g, e in zip(grads, exits, strict=False)]
     return total, sums, shaped, None if head_grad is None else head_grad.to(head_weight.dtype)
+
+
+def _rows_at_once(head_weight: Tensor, chunk_rows: int) -> int:
+    """Return the tokens of a chunk: fewer on CPUs where their logits then stay in the cache.
+
+    Not where it would be less than twice the width of the head, which every chunk's products read
+    and write as a whole.
+    """
+    vocab_size, dim = head_weight.shape
+    in_cache = torch.get_num_threads() * _CACHE_ELEMENTS // vocab_size
+    if head_weight.device.type != "cpu" or head_weight.dtype != torch.float32:
+        return chunk_rows
+    return min(chunk_rows, in_cache) if in_cache >= 2 * dim else chunk_rows

@@ -139,3 +139,34 @@ def test_the_compiled_loss_moves_8_bytes_per_logit_once_for_all_chunks():
             for rows, z_loss in ((64, 0.0), (5, 0.3)):
                 logits, labels = chunk(rows, torch.bfloat16)
                 compiled(*_any_rows(logits, labels), torch.tensor(z_loss), True, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_every_option_equals_the_cpu_and_nothing_synchronises(dtype):
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(2, 64, 32, generator=g) for _ in range(3)]
+    values.append(torch.randn(VOCAB, 32, generator=g))
+    labels = torch.randint(VOCAB, (2, 64), generator=g)
+    labels[0, 5:9] = IGNORE_INDEX
+    config = EarlyExitConfig(
+        chunk_rows=48, z_loss=0.01, confidence_weights=True, distill=0.5, temperature=2.0
+    )
+
+    def step(device):
+        *hidden, head = (v.to(device, dtype).requires_grad_() for v in values)
+        targets = labels.to(device)
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" and warm else "default")
+        loss = early_exit_loss(
+            dict(enumerate(hidden)), head, targets, {0: 0.2, 1: 0.3, 2: 0.5}, config=config
+        )
+        loss.total.backward()
+        torch.cuda.set_sync_debug_mode("default")
+        return [each.detach().cpu() for each in (loss.total, head.grad, *(h.grad for h in hidden))]
+
+    warm = False
+    on_cpu, _ = step("cpu"), step("cuda")  # compiles
+    warm = True
+    for ours, cpu in zip(step("cuda"), on_cpu, strict=True):
+        error = (ours.double() - cpu.double()).norm() / cpu.double().norm()
+        assert error < {torch.float32: 1e-3, torch.bfloat16: 2e-2}[dtype]  # products may be TF32
