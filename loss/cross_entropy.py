@@ -11,10 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-IGNORE_INDEX = -100
-"""Label of a position that has no loss."""
+from loss.head_gradient import add_product
+from loss.softmax import IGNORE_INDEX, token_losses
+
+__all__ = ["IGNORE_INDEX", "ExitTokens", "weighted_cross_entropy_sums"]
+
+_CACHE_ELEMENTS = 2**19
+"""Logits that a core's caches hold: 2 MiB in fp32."""
 
 
 class ExitTokens(NamedTuple):
@@ -114,74 +118,50 @@ def _sums_and_gradients(
     head_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
     """Run every exit chunk by chunk, and compute gradients on the way where `gradients` is True."""
-    sums = torch.zeros(2, len(exits), dtype=torch.float32, device=head_weight.device)
-    grads = []
-    head_grad = torch.zeros_like(head_weight, dtype=torch.float32) if head_gradient else None
+    total = torch.zeros((), dtype=torch.float32, device=head_weight.device)
+    sums = torch.zeros(len(exits), dtype=torch.float32, device=head_weight.device)
+    grads, head_grad = [], None
+    chunk_rows = min(_rows_at_once(head_weight, chunk_rows), max(e.labels.numel() for e in exits))
+    buffer = head_weight.new_empty(chunk_rows, len(head_weight))
     for k, (hidden, labels, weight, by_confidence) in enumerate(exits):
-        rows, flat_labels = hidden.flatten(0, -2), labels.flatten()
-        row_grads = torch.zeros_like(rows) if gradients else None
-        for begin in range(0, rows.shape[0], chunk_rows):
+        rows, trained = hidden.flatten(0, -2), gradients and weight != 0.0
+        if gradients:
+            grads.append(torch.empty_like(rows) if trained else torch.zeros_like(rows))
+        for begin in range(0, len(rows), chunk_rows):
             chunk = slice(begin, begin + chunk_rows)
-            loss = _chunk_loss(rows[chunk], head_weight, flat_labels[chunk], by_confidence)
-            sums[0, k] += loss.objective_sum(z_loss)
-            sums[1, k] += loss.cross_entropy_sum()
-            if row_grads is not None and weight:
-                logits_grad = loss.to_logits_gradient(z_loss).mul_(weight).to(rows.dtype)
-                torch.mm(logits_grad, head_weight, out=row_grads[chunk])
-                if head_grad is not None:
-                    head_grad += logits_grad.t() @ rows[chunk]
-                del logits_grad
-            del loss
-        if row_grads is not None:
-            grads.append(row_grads.view_as(hidden))
-    weights = torch.tensor([e.weight for e in exits], dtype=torch.float32).to(sums.device)
-    total = (sums[0] * weights).sum()
-    return total, sums[1], grads, None if head_grad is None else head_grad.to(head_weight.dtype)
+            logits = buffer[: len(rows[chunk])]
+            torch.mm(rows[chunk], head_weight.t(), out=logits)
+            losses = token_losses(
+                logits,
+                labels.flatten()[chunk],
+                z_loss=z_loss,
+                by_confidence=by_confidence,
+                gradient=trained,
+            )
+            total.add_(losses.objective.sum(), alpha=weight)
+            sums[k] += losses.cross_entropy.sum()
+            if trained:
+                grad, taught = grads[k][chunk], rows[chunk]
+                torch.addmm(grad, logits, head_weight, beta=0, alpha=weight, out=grad)
+                if losses.scale is not None:
+                    grad.mul_(losses.scale)
+                    taught = taught * losses.scale
+                if head_gradient:
+                    head_grad = add_product(head_grad, logits, taught, alpha=weight)
+    if head_gradient and head_grad is None:
+        head_grad = torch.zeros_like(head_weight)
+    shaped = [g.view_as(e.hidden) for g, e in zip(grads, exits, strict=False)]
+    return total, sums, shaped, None if head_grad is None else head_grad.to(head_weight.dtype)
 
 
-class _ChunkLoss(NamedTuple):
-    """The loss of n tokens, from their logits."""
+def _rows_at_once(head_weight: Tensor, chunk_rows: int) -> int:
+    """Return the tokens of a chunk: fewer on CPUs where their logits then stay in the cache.
 
-    log_probs: Tensor
-    """(n, vocab) fp32."""
-    target: Tensor
-    """(n, 1) int64: the label; arbitrary where there is none."""
-    has_loss: Tensor
-    """(n,) bool."""
-    factor: Tensor
-    """(n,), a constant: `has_loss`, or that times the largest probability."""
-    cross_entropy: Tensor
-    """(n,) fp32, meaningless where there is no label."""
-    log_normaliser: Tensor
-    """(n,) fp32: log Z."""
-
-    def cross_entropy_sum(self) -> Tensor:
-        return torch.where(self.has_loss, self.cross_entropy, 0.0).sum()
-
-    def objective_sum(self, z_loss: float) -> Tensor:
-        losses = self.cross_entropy
-        if z_loss:
-            losses = losses + z_loss * self.log_normaliser**2
-        return torch.where(self.has_loss, losses * self.factor, 0.0).sum()
-
-    def to_logits_gradient(self, z_loss: float) -> Tensor:
-        """Turn log_probs in place into the gradient of `objective_sum` by the logits."""
-        grad = self.log_probs.exp_()  # softmax (1 + 2 z_loss log Z) - onehot
-        if z_loss:
-            grad.mul_((1.0 + 2.0 * z_loss * self.log_normaliser).unsqueeze(-1))
-        grad.scatter_add_(-1, self.target, torch.full_like(self.target, -1, dtype=grad.dtype))
-        return grad.mul_(self.factor.unsqueeze(-1))
-
-
-def _chunk_loss(
-    rows: Tensor, head_weight: Tensor, labels: Tensor, by_confidence: bool
-) -> _ChunkLoss:
-    """Compute the loss of rows: (n, dim), with labels: (n,)."""
-    logits = F.linear(rows, head_weight)
-    log_probs = F.log_softmax(logits, -1, dtype=torch.float32)
-    target = labels.clamp(min=0).unsqueeze(-1)
-    log_p = log_probs.gather(-1, target).squeeze(-1)
-    log_normaliser = logits.gather(-1, target).squeeze(-1).float() - log_p
-    has_loss = labels != IGNORE_INDEX
-    factor = has_loss * log_probs.amax(-1).exp() if by_confidence else has_loss
-    return _ChunkLoss(log_probs, target, has_loss, factor, -log_p, log_normaliser)
+    Not where it would be less than twice the width of the head, which every chunk's products read
+    and write as a whole.
+    """
+    vocab_size, dim = head_weight.shape
+    in_cache = torch.get_num_threads() * _CACHE_ELEMENTS // vocab_size
+    if head_weight.device.type != "cpu" or head_weight.dtype != torch.float32:
+        return chunk_rows
+    return min(chunk_rows, in_cache) if in_cache >= 2 * dim else chunk_rows

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from loss.cross_entropy import IGNORE_INDEX, scaled_gradients
+from loss.cross_entropy import scaled_gradients
+from loss.head_gradient import add_product
+from loss.softmax import IGNORE_INDEX, token_divergences
 
 
 def weighted_divergence_sum(
@@ -20,7 +21,7 @@ def weighted_divergence_sum(
     teacher: Tensor,
     head_weight: Tensor,
     labels: Tensor,
-    weights: Tensor,
+    weights: Sequence[float],
     *,
     temperature: float,
     chunk_rows: int,
@@ -32,7 +33,7 @@ def weighted_divergence_sum(
         teacher: (batch, seq, dim), same dtype; z are its logits. It gets no gradient.
         head_weight: (vocab, dim), same dtype.
         labels: (batch, seq) int64; a position of IGNORE_INDEX has no loss and no gradient.
-        weights: (K,) fp32 on the host, constants.
+        weights: K constants.
         temperature: T.
         chunk_rows: Tokens whose logits, (chunk_rows, vocab), are alive at once, twice.
 
@@ -56,34 +57,28 @@ class _Divergence(torch.autograd.Function):
         head_weight: Tensor,
         teacher: Tensor,
         labels: Tensor,
-        weights: Tensor,
+        weights: Sequence[float],
         temperature: float,
         chunk_rows: int,
         *students: Tensor,
     ) -> Tensor:
         has_loss = (labels != IGNORE_INDEX).flatten()
         taught, rows = teacher.flatten(0, -2), [h.flatten(0, -2) for h in students]
-        grads = [torch.zeros_like(h) for h in rows]
+        grads = [torch.empty_like(h) for h in rows]
         head_grad = None
-        if ctx.needs_input_grad[0]:
-            head_grad = torch.zeros_like(head_weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=head_weight.device)
+        buffers = head_weight.new_empty(2, min(chunk_rows, len(taught)), len(head_weight))
         for begin in range(0, len(taught), chunk_rows):
             chunk = slice(begin, begin + chunk_rows)
-            log_p = F.log_softmax(F.linear(taught[chunk], head_weight).float() / temperature, -1)
-            p = log_p.exp()
-            for h, grad, weight in zip(rows, grads, weights.tolist(), strict=True):
-                log_q = F.log_softmax(F.linear(h[chunk], head_weight).float() / temperature, -1)
-                kl = (p * (log_p - log_q)).sum(-1)
-                total += weight * temperature**2 * torch.where(has_loss[chunk], kl, 0.0).sum()
-                # d(T^2 KL) / dz_k = T (softmax(z_k / T) - softmax(z / T))
-                logits_grad = log_q.exp_().sub_(p)
-                logits_grad = logits_grad.mul_(has_loss[chunk, None] * (weight * temperature)).to(
-                    h.dtype
-                )
-                torch.mm(logits_grad, head_weight, out=grad[chunk])
-                if head_grad is not None:
-                    head_grad += logits_grad.t() @ h[chunk]
+            z, z_k = buffers[:, : len(taught[chunk])]
+            torch.mm(taught[chunk], head_weight.t(), out=z)
+            for h, grad, weight in zip(rows, grads, weights, strict=True):
+                torch.mm(h[chunk], head_weight.t(), out=z_k)
+                divergences = token_divergences(z, z_k, has_loss[chunk], temperature)
+                total.add_(divergences.sum(), alpha=weight)
+                torch.addmm(grad[chunk], z_k, head_weight, beta=0, alpha=weight, out=grad[chunk])
+                if ctx.needs_input_grad[0]:
+                    head_grad = add_product(head_grad, z_k, h[chunk], alpha=weight)
         head_grad = None if head_grad is None else head_grad.to(head_weight.dtype)
         shaped = [g.view_as(h) for g, h in zip(grads, students, strict=True)]
         ctx.grads = (head_grad, shaped)

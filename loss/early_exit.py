@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from loss.cross_entropy import ExitTokens, weighted_cross_entropy_sums
@@ -228,9 +227,9 @@ def early_exit_loss(
         dynamic = config.distill_states == "dynamic"
         distances = state_distance_sum(hidden, state_pairs, labels, dynamic=dynamic)
         total = total + config.distill_states_weight * distances
-    if tokens is not None:
-        sums = sums * torch.tensor([scale] * len(students) + [1.0]).to(sums.device)
-    return EarlyExitLoss(total, dict(zip((*shallower, deepest), sums.unbind(), strict=True)))
+    *estimates, exact = sums.unbind()
+    per_exit = {l: each * scale for l, each in zip(shallower, estimates, strict=True)}
+    return EarlyExitLoss(total, per_exit | {deepest: exact})
 
 
 def _distillation(
@@ -242,7 +241,7 @@ def _distillation(
         teacher,
         head_weight,
         students[0].labels,
-        torch.tensor([student.weight * config.distill for student in students]),
+        [student.weight * config.distill for student in students],
         temperature=config.temperature,
         chunk_rows=config.chunk_rows,
     )

@@ -37,6 +37,7 @@ SMALLER_COMMANDS = (
     (r"(benchmarks/against_transformers\.py .*)", r"\1 --prompts 1 --max_new_tokens 8"),
     (r"(benchmarks/prepare\.py .*)", r"\1 --documents 100 --copies 2 --repeats 1 --vocab_size 400"),
     (r"(benchmarks/training_step\.py .*)", r"\1 --size tiny --seq_len 32 --repeats 1"),
+    (r"(benchmarks/exit_loss\.py .*)", r"\1 --size tiny --repeats 1"),
     (r"(benchmarks/checkpoint\.py .*)", r"\1 --dim 64 --n_layers 2"),
     # The suite itself is run elsewhere.
     (r"(bash launch/test\.sh).*", r"\1 tests/test_layout.py"),
