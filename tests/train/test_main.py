@@ -1,5 +1,6 @@
 """The training command, as users run it: real processes, real kills, one-line errors."""
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,8 +81,10 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     assert "has done all its 8 steps" in job.output
 
 
-def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
-    status, output = training.run(name="alone", curriculum__C="all", checkpoint__keep_latest=1)
+def test_one_process_without_torchrun_trains_logs_every_exit_and_is_profiled(training):
+    profile = {"profile__start": 3, "profile__steps": 2}
+    more = {"curriculum__C": "all", "checkpoint__keep_latest": 1}
+    status, output = training.run(name="alone", **more, **profile)
     assert status == 0, output
     run = training.output / "alone"
     by_step = {}
@@ -96,6 +100,16 @@ def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000008"]
     assert "tok/s" in output
     assert "ETA" in output
+    assert "profile: steps 3 to 4 in" in output
+    [trace] = (run / "profile").iterdir()
+    assert trace.name == "steps-00000003-00000004-rank-0.pt.trace.json.gz"
+    with gzip.open(trace) as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("dur")]
+    counts = Counter(event["name"] for event in events if event["cat"] == "user_annotation")
+    assert [counts[f"ProfilerStep#{t}"] for t in range(2, 6)] == [0, 1, 1, 0]
+    # Two steps of four microbatches each.
+    assert [counts[name] for name in ("forward", "loss", "backward")] == [8, 8, 8]
+    assert counts["optimizer"] == 2
 
 
 @pytest.mark.parametrize(
