@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.dataset import open_dataset
+from data.loader import TokenLoader
 from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.windows import StreamWindows
@@ -24,6 +25,7 @@ from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_mod
 from models.conversion.plain_checkpoint import read_checkpoint
 from train import main as command
 from train.main import RUN_HELD, due, main
+from train.monitoring.sections import Sections
 from train.run_folder.run_lock import acquire
 
 
@@ -284,6 +286,29 @@ def test_a_loss_that_stays_not_finite_stops_the_run(training, capsys, quiet):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: recovery: 2 steps in a row were not finite")
     assert "no checkpoint from before step 1 to roll back to" in line
+
+
+def test_the_share_of_the_time_that_waits_for_data_is_logged(training, monkeypatch, quiet, caplog):
+    caplog.set_level("INFO")
+    now, batches, step = [0.0], TokenLoader.batches, command.train_step
+
+    def slow_batches(*rows, **how):
+        for batch in batches(*rows, **how):
+            now[0] += 3.0
+            yield batch
+
+    def slow_step(*parts, **how):
+        now[0] += 5.0
+        return step(*parts, **how)
+
+    monkeypatch.setattr("train.job.Sections", lambda: Sections(lambda: now[0]))
+    monkeypatch.setattr(TokenLoader, "batches", slow_batches)
+    monkeypatch.setattr(command, "train_step", slow_step)
+    assert main(training.arguments(name="slow", steps=4, validate__interval_steps=0)) == 0
+    logged = [r for r in records(training.output / "slow") if "perf/data_wait" in r]
+    assert [(r["step"], r["perf/data_wait"]) for r in logged] == [(2, 0.375), (4, 0.375)]
+    assert logged[0]["perf/tokens_per_second"] == 2 * 8 * 16 / 16.0
+    assert "| data wait 37.5% |" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_never_saved(training, quiet):
