@@ -174,7 +174,7 @@ def main(arguments: Sequence[str], interruption: Interruption | None = None) -> 
         config = settle(command)
         if command.dry_run:
             if is_main_process():
-                print(plan_run(config, command.dry_run))
+                print(plan_run(config, command.dry_run, by_tokens="tokens" in command.given))
             return 0
         config.check(launched_ranks())
         if command.check:
