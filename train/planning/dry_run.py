@@ -68,7 +68,7 @@ def plan_run(config: TrainConfig, machine: DryRun, *, by_tokens: bool = False) -
         machine = replace(machine, memory_gib=GPUS[machine.gpu].memory_gib)
     assert machine.memory_gib is not None
     steps = [config.layerskip.at(t) for t in range(config.steps)]
-    work = _worst_work(config, steps, machine.ranks)
+    work = worst_work(config, steps, machine.ranks)
     logger.info("plan: a training step is run without data, which takes up to a minute")
     need = measure(work, on_gpu=True)
     if need.device.total > machine.memory_gib * GIB * (1 - RESERVE):
@@ -84,7 +84,7 @@ def plan_run(config: TrainConfig, machine: DryRun, *, by_tokens: bool = False) -
     )
 
 
-def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> Work:
+def worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> Work:
     """Return the work of a rank in the step with the most exits, without layer dropout."""
     worst = max(steps, key=lambda step: len(step.exit_layers))
     rows = config.data.rows_at_once(ranks)
