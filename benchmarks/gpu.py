@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the results here, block by block")
     parser.add_argument("--only", nargs="*", help="names of blocks, or how they begin")
     options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or training takes the GPU
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: device: cuda, this machine has no CUDA device", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 Imports of `train` are inside the blocks, so that the others run where its wheels are missing.
 """
 
+import statistics
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -27,7 +28,7 @@ WARM, TIMED = 3, 5
 
 def correctness(session: Session) -> dict[str, object]:
     """Compare gradients on the device, fp32 and bf16, with those in float64 on the CPU."""
-    base = replace(SIZES["tiny"], n_layers=3)
+    base = replace(SIZES["tiny"], n_layers=3, n_heads=2, n_kv_heads=1)  # FlexAttention: 16 wide
     plain = EarlyExitConfig(e_scale=0.5, chunk_rows=37)
     cases: dict[str, tuple[LlamaConfig, EarlyExitConfig, dict[str, Any]]] = {
         "exits": (base, plain, {}),
@@ -154,13 +155,15 @@ class Trainer:
             config=self.config.step_config, runtime=self.session.runtime,
         )  # fmt: skip
 
-    def flops(self) -> float:
-        """Return the FLOPs of a step of the mean plan."""
-        plan, data = self.config.layerskip.at(self.t), self.config.data
+    def flops(self, steps: range) -> float:
+        """Return the FLOPs of one of these steps, on average."""
+        plans, data = [self.config.layerskip.at(t) for t in steps], self.config.data
         per_token = train_flops_per_token(
-            self.config.model, data.seq_len, mean_layers=plan.mean_layers,
-            mean_exits=plan.mean_exits,
-        )  # fmt: skip
+            self.config.model,
+            data.seq_len,
+            mean_layers=statistics.fmean(plan.mean_layers for plan in plans),
+            mean_exits=statistics.fmean(plan.mean_exits for plan in plans),
+        )
         return per_token * data.tokens_per_step
 
 
@@ -352,9 +355,9 @@ def mfu(session: Session, size: str) -> dict[str, object]:
         if session.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer = Trainer(session, size, mode, compiles=compiles)
-        flops = trainer.flops()
-        times = (1, 2) if session.tiny else (WARM, TIMED)
-        seconds = session.seconds(trainer.step, warm=times[0], times=times[1])
+        warm, timed = (1, 2) if session.tiny else (WARM, TIMED)
+        flops = trainer.flops(range(warm, warm + timed))
+        seconds = session.seconds(trainer.step, warm=warm, times=timed)
         tokens = trainer.config.data.tokens_per_step / seconds
         share = flops / seconds / peak if peak else None
         gib = session.runtime.peak_memory_bytes() / 2**30
