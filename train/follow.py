@@ -107,7 +107,10 @@ class TrainingMonitor:
         self.state = self.state.with_seconds(seconds)
         t = done - 1
         values = self._report.read(
-            self.state.tokens, lr=lr(config.optim, t, config.steps), seconds=seconds
+            self.state.tokens,
+            lr=lr(config.optim, t, config.steps),
+            seconds=seconds,
+            waited=spent["data"],
         )
         for source, epochs in enumerate(job.loader.mixture.epochs(self._rows.first(t))):
             values[f"progress/epoch_of_{source}" if source else "progress/epoch"] = epochs

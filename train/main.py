@@ -44,6 +44,7 @@ from train.rollback import roll_back
 from train.run_folder.failures import AGREED, is_communication, is_final
 from train.run_folder.metrics import Metrics, open_metrics
 from train.run_folder.preflight import refuse_early
+from train.run_folder.profiler import Profiler
 from train.run_folder.run_lock import RunHeldError, refuse_held
 
 RUN_HELD = 3
@@ -82,6 +83,8 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
     monitor = TrainingMonitor(job, start, state, metrics)
     reader = DeferredReader()
     collector = GarbageCollection(gc_freq=100)
+    profiler = Profiler(config.profile, config.steps, config.run_dir, runtime, sections)
+    profiler.enter(start)
     sections.enter("data", start)
     for t, microbatches in job.batches(start, state):
         sections.enter("step", t)
@@ -118,7 +121,9 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
         if monitor.stop:
             break
         collector.run(done)
+        profiler.enter(done)
         sections.enter("data", done)
+    profiler.close()
     return monitor
 
 
@@ -169,7 +174,7 @@ def main(arguments: Sequence[str], interruption: Interruption | None = None) -> 
         config = settle(command)
         if command.dry_run:
             if is_main_process():
-                print(plan_run(config, command.dry_run))
+                print(plan_run(config, command.dry_run, by_tokens="tokens" in command.given))
             return 0
         config.check(launched_ranks())
         if command.check:

@@ -1,5 +1,6 @@
 """The training command, as users run it: real processes, real kills, one-line errors."""
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.dataset import open_dataset
+from data.loader import TokenLoader
 from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.windows import StreamWindows
@@ -22,6 +25,7 @@ from models.checkpoint_format import checkpoint_steps, find_checkpoint, load_mod
 from models.conversion.plain_checkpoint import read_checkpoint
 from train import main as command
 from train.main import RUN_HELD, due, main
+from train.monitoring.sections import Sections
 from train.run_folder.run_lock import acquire
 
 
@@ -79,8 +83,10 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     assert "has done all its 8 steps" in job.output
 
 
-def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
-    status, output = training.run(name="alone", curriculum__C="all", checkpoint__keep_latest=1)
+def test_one_process_without_torchrun_trains_logs_every_exit_and_is_profiled(training):
+    profile = {"profile__start": 3, "profile__steps": 2}
+    more = {"curriculum__C": "all", "checkpoint__keep_latest": 1}
+    status, output = training.run(name="alone", **more, **profile)
     assert status == 0, output
     run = training.output / "alone"
     by_step = {}
@@ -96,6 +102,16 @@ def test_one_process_without_torchrun_trains_and_logs_every_exit(training):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000008"]
     assert "tok/s" in output
     assert "ETA" in output
+    assert "profile: steps 3 to 4 in" in output
+    [trace] = (run / "profile").iterdir()
+    assert trace.name == "steps-00000003-00000004-rank-0.pt.trace.json.gz"
+    with gzip.open(trace) as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("dur")]
+    counts = Counter(event["name"] for event in events if event["cat"] == "user_annotation")
+    assert [counts[f"ProfilerStep#{t}"] for t in range(2, 6)] == [0, 1, 1, 0]
+    # Two steps of four microbatches each.
+    assert [counts[name] for name in ("forward", "loss", "backward")] == [8, 8, 8]
+    assert counts["optimizer"] == 2
 
 
 @pytest.mark.parametrize(
@@ -270,6 +286,29 @@ def test_a_loss_that_stays_not_finite_stops_the_run(training, capsys, quiet):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: recovery: 2 steps in a row were not finite")
     assert "no checkpoint from before step 1 to roll back to" in line
+
+
+def test_the_share_of_the_time_that_waits_for_data_is_logged(training, monkeypatch, quiet, caplog):
+    caplog.set_level("INFO")
+    now, batches, step = [0.0], TokenLoader.batches, command.train_step
+
+    def slow_batches(*rows, **how):
+        for batch in batches(*rows, **how):
+            now[0] += 3.0
+            yield batch
+
+    def slow_step(*parts, **how):
+        now[0] += 5.0
+        return step(*parts, **how)
+
+    monkeypatch.setattr("train.job.Sections", lambda: Sections(lambda: now[0]))
+    monkeypatch.setattr(TokenLoader, "batches", slow_batches)
+    monkeypatch.setattr(command, "train_step", slow_step)
+    assert main(training.arguments(name="slow", steps=4, validate__interval_steps=0)) == 0
+    logged = [r for r in records(training.output / "slow") if "perf/data_wait" in r]
+    assert [(r["step"], r["perf/data_wait"]) for r in logged] == [(2, 0.375), (4, 0.375)]
+    assert logged[0]["perf/tokens_per_second"] == 2 * 8 * 16 / 16.0
+    assert "| data wait 37.5% |" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_never_saved(training, quiet):

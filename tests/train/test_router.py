@@ -153,7 +153,7 @@ def check_metric(runtime):
     for routed in (True, False):
         report = StepReport(4, NoThroughput(), routed=routed)
         report.add(metrics, plan_of(config), tokens=96)
-        read = report.read(STEP + 1, lr=0.1, seconds=1.0)
+        read = report.read(STEP + 1, lr=0.1, seconds=1.0, waited=0.0)
         assert read.get("train/router_density") == (
             pytest.approx(running, abs=1e-6) if routed else None
         )

@@ -25,7 +25,7 @@ _HARMLESS = (
 )
 _HARMLESS_SECTIONS = (
     *("metrics.", "validate.", "checkpoint.", "recovery.", "adam_monitor.", "replica_check."),
-    *("stragglers.", "runtime.", "parallel."),
+    *("stragglers.", "profile.", "runtime.", "parallel."),
 )
 # An everyday wish: may differ where the user has given it, so that an option that was forgotten on
 # resuming is no change.

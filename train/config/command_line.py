@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,16 +28,31 @@ class DryRun:
 
     ranks: int = 8
     """Number of GPUs that --dry_run plans for."""
-    memory_gib: float = 80.0
-    """Memory of each of those GPUs, in GiB."""
+    memory_gib: float | None = None
+    """Memory of each of those GPUs, in GiB; None: that of `gpu`."""
+    gpu: Literal["A100", "H100", "H200", "B200"] = "H100"
+    """Which GPUs: their peak in bfloat16 and their NVLink, of which --dry_run expects the speed."""
+    mfu: float = 0.4
+    """Share of that peak which computing is expected to reach; 0.3 to 0.5 is usual."""
+    gpus_per_node: int = 8
+    """GPUs that NVLink joins."""
+    network_gb: float = 50.0
+    """GB/s in each direction of the network adapter of each GPU; 50 is one of 400 Gb/s."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
-        found = []
-        if self.ranks < 1:
-            found.append(f"ranks: {self.ranks}, must be at least 1")
-        if not 0 < self.memory_gib < math.inf:
-            found.append(f"memory_gib: {self.memory_gib}, must be positive and finite")
+        found = [
+            f"{name}: {value}, must be at least 1"
+            for name, value in (("ranks", self.ranks), ("gpus_per_node", self.gpus_per_node))
+            if value < 1
+        ]
+        found += [
+            f"{name}: {value}, must be positive and finite"
+            for name, value in (("memory_gib", self.memory_gib), ("network_gb", self.network_gb))
+            if value is not None and not 0 < value < math.inf
+        ]
+        if not 0 < self.mfu <= 1:
+            found.append(f"mfu: {self.mfu}, must lie in (0, 1]")
         return found
 
 

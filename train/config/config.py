@@ -31,6 +31,7 @@ from train.parallel.parallelize import ParallelConfig
 from train.parallel.runtime import RuntimeConfig
 from train.run_folder.metrics import MetricsConfig
 from train.run_folder.preflight import name_problems
+from train.run_folder.profiler import ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class TrainConfig:
     adam_monitor: AdamMonitorConfig = field(default_factory=AdamMonitorConfig)
     replica_check: ReplicaCheckConfig = field(default_factory=ReplicaCheckConfig)
     stragglers: StragglerConfig = field(default_factory=StragglerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @property
@@ -124,6 +126,7 @@ class TrainConfig:
             *self.adam_monitor.problems(),
             *self.replica_check.problems(),
             *self.stragglers.problems(),
+            *self.profile.problems(self.steps),
             *self.runtime.problems(),
             *name_problems(self.name),
         ]

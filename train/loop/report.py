@@ -23,13 +23,14 @@ class StepReport:
         self._plan = plan
         self._throughput.add(tokens, plan)
 
-    def read(self, tokens: int, *, lr: float, seconds: float) -> dict[str, float]:
+    def read(self, tokens: int, *, lr: float, seconds: float, waited: float) -> dict[str, float]:
         """Return the means since the last reading, over the steps that updated the weights.
 
         Args:
             tokens: Tokens read by all steps so far.
             lr: Learning rate of the last step.
             seconds: Time since the last reading.
+            waited: The part of it that this rank waited for data.
         """
         updates = [step for step in self._steps if step.updated]
         metrics = {
@@ -40,6 +41,7 @@ class StepReport:
             "progress/tokens": float(tokens),
             "progress/skipped_updates": float(len(self._steps) - len(updates)),
             **self._throughput.read(seconds),
+            "perf/data_wait": waited / seconds,
         }
         if updates:
             by_exit = {
@@ -94,6 +96,7 @@ def step_line(metrics: Mapping[str, float], done_steps: int, *, T: int, tokens_l
         f"lr {metrics['optim/lr']:.2e}",
         f"{tokens_per_second:,.0f} tok/s",
         speed,
+        f"data wait {metrics['perf/data_wait']:.1%}",
         f"{metrics['perf/peak_memory_gib']:.2f} GiB",
         f"ETA {_clock(tokens_left / tokens_per_second)}",
     ]

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from data.loader import Microbatch
 from data.shards import NO_LOSS
@@ -74,7 +75,8 @@ def train_step(
     totals = StepTotals(runtime.sum_over_ranks(local.packed.clone()))
     set_lr(optimizer, lr(config.optim, t, config.T))
     useless = ~totals.packed.isfinite().all() | (totals.exit_tokens.sum() == 0)
-    update_unless(useless, optimizer, t)
+    with record_function("optimizer"):
+        update_unless(useless, optimizer, t)
     return StepResult(totals, local)
 
 
@@ -111,23 +113,25 @@ def accumulate_gradients(
             every_microbatch=config.reduce_every_microbatch,
         )
         batch = microbatch.to(device)
-        hidden = model(
-            batch.tokens,
-            exit_layers=plan.hidden_layers,
-            kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
-            documents=batch.documents,
-            token_layers=_token_layers(config, model.config.n_layers, batch, t),
-            capacity=config.capacity,
-        )
-        loss = early_exit_loss(
-            hidden.exits,
-            model.head_weight,
-            batch.labels,
-            plan.exit_weights,
-            config=config.early_exit,
-            tokens=_exit_tokens(plan, config, runtime, microbatch, t),
-            state_pairs=plan.state_pairs,
-        )
+        with record_function("forward"):
+            hidden = model(
+                batch.tokens,
+                exit_layers=plan.hidden_layers,
+                kept_rows=_kept_rows(plan, config, runtime, microbatch, t, m),
+                documents=batch.documents,
+                token_layers=_token_layers(config, model.config.n_layers, batch, t),
+                capacity=config.capacity,
+            )
+        with record_function("loss"):
+            loss = early_exit_loss(
+                hidden.exits,
+                model.head_weight,
+                batch.labels,
+                plan.exit_weights,
+                config=config.early_exit,
+                tokens=_exit_tokens(plan, config, runtime, microbatch, t),
+                state_pairs=plan.state_pairs,
+            )
         # FSDP averages gradients over ranks; J is a sum over them.
         objective = loss.total * (runtime.world_size / num_tokens)
         totals.J += loss.total.detach() / num_tokens
@@ -136,7 +140,8 @@ def accumulate_gradients(
             objective = objective + penalty * runtime.world_size
             totals.J += penalty.detach()
             totals.density += running_share_sum(hidden.gates) / num_rows
-        objective.backward()
+        with record_function("backward"):
+            objective.backward()
         for l, exit_sum in loss.per_exit.items():
             totals.exit_sums[l] += exit_sum
             exit_tokens[l] += num_labels[m]

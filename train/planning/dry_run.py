@@ -23,6 +23,8 @@ from train.config.config import TrainConfig
 from train.loop.layerskip import StepPlan
 from train.parallel.parallelize import freeze
 from train.planning.memory import Need, Work, measure
+from train.planning.speed import GPUS
+from train.planning.speed_rows import speed_rows
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,13 @@ STATE = ("parameters", "moments", "average", "gradients")
 STATE_LABEL = "parameters, gradients and moments"
 
 
-def plan_run(config: TrainConfig, machine: DryRun) -> str:
+def plan_run(config: TrainConfig, machine: DryRun, *, by_tokens: bool = False) -> str:
     """Return the plan of a run on a machine, to be printed.
+
+    Args:
+        config: The run.
+        machine: What it is planned for.
+        by_tokens: Whether --tokens has decided its steps.
 
     Raises:
         ValueError: If the configuration is invalid, does not divide among the ranks or does not
@@ -57,8 +64,11 @@ def plan_run(config: TrainConfig, machine: DryRun) -> str:
     if found := machine.problems():
         raise ValueError("\n".join(found))
     config.check(machine.ranks)
+    if machine.memory_gib is None:
+        machine = replace(machine, memory_gib=GPUS[machine.gpu].memory_gib)
+    assert machine.memory_gib is not None
     steps = [config.layerskip.at(t) for t in range(config.steps)]
-    work = _worst_work(config, steps, machine.ranks)
+    work = worst_work(config, steps, machine.ranks)
     logger.info("plan: a training step is run without data, which takes up to a minute")
     need = measure(work, on_gpu=True)
     if need.device.total > machine.memory_gib * GIB * (1 - RESERVE):
@@ -66,14 +76,15 @@ def plan_run(config: TrainConfig, machine: DryRun) -> str:
     return "\n".join(
         [
             f"{config.name} on {machine.ranks} GPUs",
-            *_rows(_sizes(config, work)),
+            *_rows(_sizes(config, work, by_tokens)),
             *_rows(_amounts(config, steps, work, need)),
+            *speed_rows(config, work, need.collective_bytes, machine, mean_flops(config, steps)[2]),
             *_memory(work, need, machine),
         ]
     )
 
 
-def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> Work:
+def worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> Work:
     """Return the work of a rank in the step with the most exits, without layer dropout."""
     worst = max(steps, key=lambda step: len(step.exit_layers))
     rows = config.data.rows_at_once(ranks)
@@ -89,7 +100,7 @@ def _worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> W
     )
 
 
-def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
+def _sizes(config: TrainConfig, work: Work, by_tokens: bool) -> Iterator[tuple[str, str]]:
     model, data = config.model, config.data
     total, own = total_params(model), own_exit_params(model)
     layer = block_params(model) + router_params(model)
@@ -115,7 +126,7 @@ def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
             f"from {data.ramp_start} sequences, {data.ramp_increment} more at a time, to "
             f"{data.global_batch_size} at step {data.ramp_steps}",
         )
-    yield "run", f"{config.steps:,} steps, {data.tokens_of(config.steps):,} tokens"
+    yield from _budget(config, by_tokens)
     with torch.device("meta"):
         whole = Llama(model)
     freeze(whole, config.optim.trains)
@@ -123,25 +134,48 @@ def _sizes(config: TrainConfig, work: Work) -> Iterator[tuple[str, str]]:
     yield "checkpoint", f"{_bytes(disk)} on disk (parameters and moments, fp32)"
 
 
+def _budget(config: TrainConfig, by_tokens: bool) -> Iterator[tuple[str, str]]:
+    """Yield steps and tokens of the run, and which of them another batch would change."""
+    data, tokens = config.data, config.data.tokens_of(config.steps)
+    batch = "" if data.ramp_start else f" x {data.tokens_per_step:,}"
+    yield "run", f"{config.steps:,} steps{batch} = {tokens:,} tokens"
+    fixed = "--tokens sets the steps: another batch or seq_len keeps the tokens"
+    free = f"another batch or seq_len changes the tokens; --tokens {tokens} keeps them"
+    yield "", fixed if by_tokens else free
+
+
+def mean_flops(config: TrainConfig, steps: Sequence[StepPlan]) -> tuple[float, float, float]:
+    """Return the FLOPs to train on a token: plainly, with exits, with layer dropout too."""
+    L, frozen = config.model.n_layers, config.optim.trains == "exits"
+    layers, exits = _means(steps)
+    own = sum(step.num_own_exits(config.model) for step in steps) / len(steps)
+
+    def flops(mean_layers: float, mean_exits: float, mean_own: float) -> float:
+        return train_flops_per_token(
+            config.model,
+            config.data.seq_len,
+            mean_layers=mean_layers,
+            mean_exits=mean_exits,
+            capacity=config.router.capacity,
+            mean_own_exits=mean_own,
+            frozen=frozen,
+        )
+
+    return flops(L, 1, 0), flops(L, exits, own), flops(layers, exits, own)
+
+
+def _means(steps: Sequence[StepPlan]) -> tuple[float, float]:
+    """Return the layers and exits of a step, on average."""
+    layers = sum(step.mean_layers for step in steps) / len(steps)
+    return layers, sum(step.mean_exits for step in steps) / len(steps)
+
+
 def _amounts(
     config: TrainConfig, steps: Sequence[StepPlan], work: Work, need: Need
 ) -> Iterator[tuple[str, str]]:
     L, frozen = config.model.n_layers, config.optim.trains == "exits"
-    layers = sum(step.mean_layers for step in steps) / len(steps)
-    exits = sum(step.mean_exits for step in steps) / len(steps)
-    own = sum(step.num_own_exits(config.model) for step in steps) / len(steps)
-    plain, with_exits, recipe = (
-        train_flops_per_token(
-            config.model,
-            config.data.seq_len,
-            mean_layers=a,
-            mean_exits=b,
-            capacity=config.router.capacity,
-            mean_own_exits=c,
-            frozen=frozen,
-        )
-        for a, b, c in ((L, 1, 0), (L, exits, own), (layers, exits, own))
-    )
+    layers, exits = _means(steps)
+    plain, with_exits, recipe = mean_flops(config, steps)
     yield (
         "FLOPs per token",
         f"{_flops(recipe)} on average: {layers:.2f} of {L} layers, {exits:.2f} exits",
@@ -168,6 +202,7 @@ def _sent_bytes(work: Work, need: Need) -> float:
 
 
 def _memory(work: Work, need: Need, machine: DryRun) -> Iterator[str]:
+    assert machine.memory_gib is not None
     exits = len(work.plan.exit_layers)
     yield f"memory of each GPU in the largest step, of {exits} exits and no layer dropped:"
     yield f"  {'':30s}{'at the peak':>14s}{'at most':>14s}"
@@ -204,6 +239,7 @@ def _too_large(config: TrainConfig, work: Work, need: Need, machine: DryRun) -> 
         STATE_LABEL: sum(need.device.parts[part] for part in STATE),
         **{LABELS[part]: need.device.parts[part] for part in LABELS if part not in STATE},
     }
+    assert machine.memory_gib is not None
     label, largest = max(parts.items(), key=lambda item: item[1])
     usable = machine.memory_gib * GIB * (1 - RESERVE)
     return (

@@ -54,7 +54,14 @@ def test_the_plan_states_sizes_and_work():
     assert f"{total:,}: 4 layers of {block:,}, embeddings and head {2 * 500 * 64 + 64:,}" in text
     assert "1 replicate x 4 shard" in text
     assert "512 tokens: 16 sequences of 32, 2 x 2 on each GPU" in text
-    assert "4 steps, 2,048 tokens" in text
+    assert "4 steps x 512 = 2,048 tokens" in text
+    assert "another batch or seq_len changes the tokens; --tokens 2048 keeps them" in text
+    # On 1 GPU the recipe's FLOPs at 40 % of 989 TFLOP/s; 8 GPUs take their microbatches of 2.
+    rows = re.findall(r"^ +(\d+) +([0-9.]+) s .*% +([0-9,]+) +([0-9.]+)% ", text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["1", "4", "8"]
+    recipe = 3 * (6 * block + 6 * 64 * 32) + 2.5 * 6 * 64 * 500
+    assert int(rows[0][2].replace(",", "")) == pytest.approx(0.4 * 989e12 / recipe, rel=1e-6)
+    assert rows[0][3] == "40.0"
     assert f"{12 * total / 2**20:.2f} MiB on disk" in text
     # p_max = 0.5 over layers 0, 1/3, 2/3, 1 drops one layer of four. Exits by step, t = 0, 1, 2, 3:
     # {0, 2, 3}, {1, 3}, {0, 2, 3}, {1, 3}, 2.5 on average.
@@ -126,6 +133,8 @@ def test_the_parts_add_up_to_the_whole(name):
     [
         ({}, {"ranks": 3}, "data.global_batch_size: 16 is not a multiple of 3 ranks"),
         ({}, {"ranks": 0}, "ranks: 0, must be at least 1"),
+        ({}, {"mfu": 1.5}, "mfu: 1.5, must lie in (0, 1]"),
+        ({}, {"network_gb": 0}, "network_gb: 0, must be positive and finite"),
         ({}, {"memory_gib": -1}, "memory_gib: -1, must be positive"),
         ({}, {"memory_gib": float("nan")}, "memory_gib: nan, must be positive and finite"),
         ({}, {"memory_gib": float("inf")}, "memory_gib: inf, must be positive and finite"),
@@ -212,6 +221,10 @@ def test_the_command_prints_the_plan_without_data_or_refuses_in_one_line(
     dry = ["demo", "--dry_run", "--ranks", "2", "--data.path", "no/such"]
     assert command.main(dry) == 0
     assert capsys.readouterr().out.startswith("demo on 2 GPUs\nparameters        2,001,024: ")
+    assert command.main([*dry, "--gpu", "H200", "--tokens", "1e6"]) == 0
+    printed = capsys.readouterr().out
+    assert "--tokens sets the steps: another batch or seq_len keeps the tokens" in printed
+    assert "  A GPU has 140 GiB;" in printed
     assert command.main([*dry, "--memory_gib", "0.01"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory_gib: 0.01 leave 9.73 MiB but each of 2 GPUs needs ")

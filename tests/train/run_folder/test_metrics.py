@@ -36,11 +36,12 @@ def test_console_line_shows_first_middle_and_last_exit():
         "optim/lr": 1e-3,
         "perf/tokens_per_second": config.data.tokens_per_step * 2.0,
         "perf/gflops_per_second": 12.3,
+        "perf/data_wait": 0.0125,
         "perf/peak_memory_gib": 0.5,
     }
     line = step_line(metrics, 240, T=500, tokens_left=260 * config.data.tokens_per_step)
     assert "exit loss E=1 5.000, E=4 3.500, E=8 2.000" in line
-    assert "12.3 GFLOP/s" in line
+    assert "12.3 GFLOP/s | data wait 1.2% | 0.50 GiB" in line
     assert "ETA 2:10" in line
 
 
