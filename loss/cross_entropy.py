@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loss import softmax
 from loss.head_gradient import add_product
-from loss.softmax import IGNORE_INDEX, token_losses
+from loss.softmax import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX", "ExitTokens", "weighted_cross_entropy_sums"]
 
@@ -131,7 +132,7 @@ def _sums_and_gradients(
             chunk = slice(begin, begin + chunk_rows)
             logits = buffer[: len(rows[chunk])]
             torch.mm(rows[chunk], head_weight.t(), out=logits)
-            losses = token_losses(
+            losses = softmax.token_losses(
                 logits,
                 labels.flatten()[chunk],
                 z_loss=z_loss,

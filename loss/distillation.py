@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loss import softmax
 from loss.cross_entropy import scaled_gradients
 from loss.head_gradient import add_product
-from loss.softmax import IGNORE_INDEX, token_divergences
+from loss.softmax import IGNORE_INDEX
 
 
 def weighted_divergence_sum(
@@ -74,7 +75,7 @@ class _Divergence(torch.autograd.Function):
             torch.mm(taught[chunk], head_weight.t(), out=z)
             for h, grad, weight in zip(rows, grads, weights, strict=True):
                 torch.mm(h[chunk], head_weight.t(), out=z_k)
-                divergences = token_divergences(z, z_k, has_loss[chunk], temperature)
+                divergences = softmax.token_divergences(z, z_k, has_loss[chunk], temperature)
                 total.add_(divergences.sum(), alpha=weight)
                 torch.addmm(grad[chunk], z_k, head_weight, beta=0, alpha=weight, out=grad[chunk])
                 if ctx.needs_input_grad[0]:

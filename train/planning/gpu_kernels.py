@@ -1,8 +1,8 @@
 """GPU kernels' memory for the backward pass, on CPU tensors without data.
 
 Two of torch's CPU kernels keep other tensors than its GPU kernels: the CPU computes RMSNorm in
-steps that each keep an fp32 copy, and has another flash attention. Only shapes matter here; nothing
-is computed.
+steps that each keep an fp32 copy, and has another flash attention. The loss, one kernel a chunk on
+a GPU, runs block by block on a CPU. Only shapes matter here; nothing is computed.
 """
 
 from collections.abc import Iterator
@@ -13,24 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loss import softmax
+from loss.softmax import TokenLosses
+
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Replace RMSNorm and bfloat16 attention by stand-ins of the same memory as on a GPU.
+    """Replace RMSNorm, bfloat16 attention and losses by stand-ins of the same memory as on a GPU.
 
     In torch.nn.functional itself: a TorchFunctionMode would not reach the blocks that activation
     checkpointing runs again, in the backward pass.
     """
     on_cpu = F.rms_norm, F.scaled_dot_product_attention
+    losses = softmax.token_losses, softmax.token_divergences
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
         return (_attention if q.dtype == torch.bfloat16 else on_cpu[1])(q, k, v, **how)
 
     F.rms_norm, F.scaled_dot_product_attention = _rms_norm, attention  # type: ignore[assignment]
+    softmax.token_losses = _token_losses
+    softmax.token_divergences = _token_divergences
     try:
         yield
     finally:
         F.rms_norm, F.scaled_dot_product_attention = on_cpu
+        softmax.token_losses, softmax.token_divergences = losses
 
 
 def _rms_norm(
@@ -43,6 +50,18 @@ def _rms_norm(
 def _attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
     return out
+
+
+def _token_losses(logits: Tensor, labels: Tensor, **how: Any) -> TokenLosses:
+    objective, found = (labels.new_empty(len(labels), dtype=torch.float32) for _ in range(2))
+    return TokenLosses(objective, found, None)
+
+
+def _token_divergences(
+    teacher: Tensor, student: Tensor, has_loss: Tensor, temperature: float
+) -> Tensor:
+    gradient = torch.empty_like(student)  # The kernel writes it aside, for a copy.
+    return gradient.new_empty(len(student), dtype=torch.float32)
 
 
 class _FusedRMSNorm(torch.autograd.Function):

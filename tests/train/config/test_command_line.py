@@ -216,7 +216,7 @@ def test_help_documents_the_plan_with_units_and_defaults(capsys):
     assert "--dry_run" in text
     assert "--ranks INT" in text
     assert "--tokens FLOAT" in text
-    assert "GiB. (default: 80.0)" in text
+    assert "usual. (default: 0.4)" in text
 
 
 @pytest.mark.parametrize(
