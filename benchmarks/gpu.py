@@ -19,10 +19,12 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
+from benchmarks.on_gpu.correctness import correctness
 from benchmarks.on_gpu.decoding import decode
+from benchmarks.on_gpu.loss_alone import loss_alone
 from benchmarks.on_gpu.machine import attention, ceilings
 from benchmarks.on_gpu.session import Block, Session, run_blocks
-from benchmarks.on_gpu.training import correctness, loss_alone, mfu, profile_step, saves, syncs
+from benchmarks.on_gpu.training import mfu, profile_step, saves, syncs
 
 
 def blocks() -> list[Block]:

@@ -8,7 +8,6 @@ chunks, the others' `F.cross_entropy` of fp32 logits, all with AdamW, fused, and
 
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
@@ -27,6 +25,8 @@ from torch.nn import functional as F
 
 from data.command_line import run_command
 from data.suggestion import suggest
+from inference.cli.arguments import Count, OutputFile
+from inference.loading.machine import machine
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.conversion.hugging_face import hugging_face_config, hugging_face_state
@@ -43,17 +43,17 @@ class Options:
 
     size: str = "demo"
     """Of the model; of Llama's own shape."""
-    rows: int = 8
+    rows: Count = 8
     """Sequences of a step."""
-    seq_len: int = 256
+    seq_len: Count = 256
     """Tokens of each."""
-    steps: int = 3
+    steps: Count = 3
     """Steps of a measurement; one more is run before."""
-    repeats: int = 7
+    repeats: Count = 7
     """Measurements of each, in turn."""
     threads: int = field(default_factory=torch.get_num_threads)
     """Threads of torch."""
-    json: Path | None = None
+    json: OutputFile | None = None
     """Also write the numbers to this file, beside those of other sizes."""
 
     def __post_init__(self) -> None:
@@ -196,15 +196,9 @@ def report(options: Options, seconds: dict[str, list[float]]) -> None:
     numbers = {
         "rows": options.rows,
         "seq_len": options.seq_len,
-        "threads": options.threads,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": machine(),
+        "transformers": transformers.__version__,
         "load_average": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
         "speed_beside": ratios,
         "seconds": seconds,
     }

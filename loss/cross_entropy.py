@@ -14,9 +14,6 @@ from torch import Tensor
 
 from loss import softmax
 from loss.head_gradient import add_product
-from loss.softmax import IGNORE_INDEX
-
-__all__ = ["IGNORE_INDEX", "ExitTokens", "weighted_cross_entropy_sums"]
 
 _CACHE_ELEMENTS = 2**19
 """Logits that a core's caches hold: 2 MiB in fp32."""

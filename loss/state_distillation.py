@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from loss.cross_entropy import IGNORE_INDEX, scaled_gradients
+from loss.cross_entropy import scaled_gradients
+from loss.softmax import IGNORE_INDEX
 
 StateMatching = Literal["none", "last", "uniform", "dynamic"]
 

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,10 @@ class Session:
     @cached_property
     def runtime(self) -> Any:
         """The process group of this one process."""
-        import torch.distributed as dist
-
-        from train.parallel.runtime import Runtime, RuntimeConfig, start_runtime
+        from train.parallel.runtime import RuntimeConfig, start_runtime
 
         started = self.stack.enter_context(start_runtime(RuntimeConfig(), seed=0))
-        assert dist.is_initialized()
-        return Runtime(0, 1, self.device, "") if not self.on_gpu else started
+        return started if self.on_gpu else replace(started, device=self.device)
 
     @cached_property
     def folder(self) -> Path:

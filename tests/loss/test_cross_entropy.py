@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss.cross_entropy import IGNORE_INDEX, ExitTokens, weighted_cross_entropy_sums
+from loss.cross_entropy import ExitTokens, weighted_cross_entropy_sums
+from loss.softmax import IGNORE_INDEX
 
 
 class LargestLive(TorchDispatchMode):

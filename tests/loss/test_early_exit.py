@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from loss.cross_entropy import IGNORE_INDEX
 from loss.early_exit import EarlyExitConfig, e, e_tilde, early_exit_loss, exit_weights
+from loss.softmax import IGNORE_INDEX
 
 
 def test_e_equals_the_table_worked_by_hand():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss.cross_entropy import IGNORE_INDEX
+from loss.softmax import IGNORE_INDEX
 from loss.state_distillation import (
     StatePair,
     closest_pairs,

@@ -11,7 +11,7 @@ from data.loader import microbatch
 from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.shards import NO_LOSS
-from loss.cross_entropy import IGNORE_INDEX
+from loss.softmax import IGNORE_INDEX
 from models.layer_dropout import LayerDropoutConfig
 from tests.batches import batch_at
 from tests.distributed import run_distributed

@@ -64,14 +64,11 @@ def plan_run(config: TrainConfig, machine: DryRun, *, by_tokens: bool = False) -
     if found := machine.problems():
         raise ValueError("\n".join(found))
     config.check(machine.ranks)
-    if machine.memory_gib is None:
-        machine = replace(machine, memory_gib=GPUS[machine.gpu].memory_gib)
-    assert machine.memory_gib is not None
     steps = [config.layerskip.at(t) for t in range(config.steps)]
     work = worst_work(config, steps, machine.ranks)
     logger.info("plan: a training step is run without data, which takes up to a minute")
     need = measure(work, on_gpu=True)
-    if need.device.total > machine.memory_gib * GIB * (1 - RESERVE):
+    if need.device.total > _memory_gib(machine) * GIB * (1 - RESERVE):
         raise ValueError(_too_large(config, work, need, machine))
     return "\n".join(
         [
@@ -201,8 +198,12 @@ def _sent_bytes(work: Work, need: Need) -> float:
     return sent
 
 
+def _memory_gib(machine: DryRun) -> float:
+    """Return the memory of each GPU: what is given, or that of its kind."""
+    return machine.memory_gib or GPUS[machine.gpu].memory_gib
+
+
 def _memory(work: Work, need: Need, machine: DryRun) -> Iterator[str]:
-    assert machine.memory_gib is not None
     exits = len(work.plan.exit_layers)
     yield f"memory of each GPU in the largest step, of {exits} exits and no layer dropped:"
     yield f"  {'':30s}{'at the peak':>14s}{'at most':>14s}"
@@ -213,7 +214,7 @@ def _memory(work: Work, need: Need, machine: DryRun) -> Iterator[str]:
     if need.host_bytes:
         yield f"  {'in host memory':30s}{_bytes(need.host_bytes):>14s}"
     yield (
-        f"  A GPU has {machine.memory_gib:g} GiB; {RESERVE:.0%} are reserved for CUDA, NCCL and "
+        f"  A GPU has {_memory_gib(machine):g} GiB; {RESERVE:.0%} are reserved for CUDA, NCCL and "
         "fragmentation. Without compile and float8."
     )
 
@@ -239,11 +240,10 @@ def _too_large(config: TrainConfig, work: Work, need: Need, machine: DryRun) -> 
         STATE_LABEL: sum(need.device.parts[part] for part in STATE),
         **{LABELS[part]: need.device.parts[part] for part in LABELS if part not in STATE},
     }
-    assert machine.memory_gib is not None
     label, largest = max(parts.items(), key=lambda item: item[1])
-    usable = machine.memory_gib * GIB * (1 - RESERVE)
+    usable = _memory_gib(machine) * GIB * (1 - RESERVE)
     return (
-        f"memory_gib: {machine.memory_gib:g} leave {_bytes(usable)} but each of {machine.ranks} "
+        f"memory_gib: {_memory_gib(machine):g} leave {_bytes(usable)} but each of {machine.ranks} "
         f"GPUs needs {_bytes(need.device.total)}, {_bytes(largest)} of it for {label}; "
         f"try {', '.join(_levers(config, work, label))}"
     )

@@ -12,9 +12,10 @@ from data.loader import TokenLoader
 from data.mixture import Mixture
 from data.shards import TokenStream
 from data.windows import StreamWindows
-from loss.cross_entropy import IGNORE_INDEX, ExitTokens, weighted_cross_entropy_sums
+from loss.cross_entropy import ExitTokens, weighted_cross_entropy_sums
 from loss.curriculum import CurriculumConfig
 from loss.early_exit import EarlyExitConfig
+from loss.softmax import IGNORE_INDEX
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig, uniform
 from models.llama import Llama
