@@ -19,3 +19,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # A new store for every attempt of torchrun: its restarts on several nodes would otherwise read the
 # addresses of ranks that are gone (pytorch#167288).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Stochastic depth changes the sizes of what a step allocates: memory that grows does not fragment.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}

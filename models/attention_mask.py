@@ -16,6 +16,9 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+GRAPHS = 64
+"""Most graphs of a compiled function: several for each shape of a batch but its rows."""
+
 
 @dataclass(frozen=True)
 class AttentionMask:
@@ -46,17 +49,22 @@ class AttentionMask:
         from torch.nn.attention.flex_attention import BlockMask
 
         mask = self.mask
-        assert mask.full_kv_num_blocks is not None
-        assert mask.full_kv_indices is not None
-        return BlockMask.from_kv_blocks(
-            mask.kv_num_blocks.index_select(0, rows),
-            mask.kv_indices.index_select(0, rows),
-            mask.full_kv_num_blocks.index_select(0, rows),
-            mask.full_kv_indices.index_select(0, rows),
+        # The blocks of each query and of each key; `from_kv_blocks` would work the latter out anew.
+        blocks = (getattr(mask, name).index_select(0, rows) for name in _BLOCKS)
+        return BlockMask(
+            **dict(zip(_BLOCKS, blocks, strict=True)),
+            seq_lengths=mask.seq_lengths,
             BLOCK_SIZE=mask.BLOCK_SIZE,
             mask_mod=_mask_mod(_pick(self.documents, rows), _pick(self.queries, rows), self.window),
-            seq_lengths=mask.seq_lengths,
         )
+
+
+_BLOCKS = tuple(
+    f"{part}{of}_{what}"
+    for part in ("", "full_")
+    for of in ("kv", "q")
+    for what in ("num_blocks", "indices")
+)
 
 
 def document_mask(
@@ -170,4 +178,9 @@ def _flex(name: str, *, compiled: bool) -> Any:
     from torch.nn.attention import flex_attention
 
     function = getattr(flex_attention, name)
-    return torch.compile(function, dynamic=False) if compiled else function
+    if not compiled:
+        return function
+    # Stochastic depth changes the number of rows: the second number makes a kernel for any. At the
+    # limit of recompilations torch would go on without a kernel, at the cost of whole scores.
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, dynamic=None if name == "flex_attention" else False)

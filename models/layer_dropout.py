@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.attention_mask import AttentionMask
+from models.kept_rows import on_no_row, on_rows
 
 DepthSchedule = Literal["exponential", "linear", "linear_from_first", "uniform"]
 TimeSchedule = Literal[
@@ -202,12 +203,11 @@ def run_kept_rows(
         arguments = (None,) if documents is None else documents.arguments(None)
         return _scaled(h, block(h, cos, sin, *arguments), choice.scale)
     if choice.rows.numel() == 0:
-        dummy = block(h[:1, :1], cos[..., :1, :], sin[..., :1, :])
-        return h + torch.where(torch.zeros_like(dummy, dtype=torch.bool), dummy, 0.0)
-    kept = h.index_select(0, choice.rows)
+        return on_no_row(lambda token: block(token, cos[..., :1, :], sin[..., :1, :]), h)
     arguments = (None,) if documents is None else documents.arguments(choice.rows)
-    out = _scaled(kept, block(kept, cos, sin, *arguments), choice.scale)
-    return h.index_copy(0, choice.rows, out)
+    return on_rows(
+        lambda kept: _scaled(kept, block(kept, cos, sin, *arguments), choice.scale), h, choice.rows
+    )
 
 
 def _scaled(x: Tensor, out: Tensor, scale: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import os
+import re
 import uuid
 
 import pytest
@@ -13,6 +15,12 @@ from data.urls import Url, _s3_options
 from tests.documents import make_documents
 from tests.forked_jobs import Launcher
 from tests.training import ROOT, Training
+
+
+def pytest_configure(config):
+    """Hide GPUs from this process and its children, unless tests of GPUs are chosen: -m gpu."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

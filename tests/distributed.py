@@ -19,13 +19,14 @@ def run_distributed(function, world_size, *arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Ranks are forked from one process that has imported what takes the seconds.
+    # Ranks are forked from one process that has imported what takes the seconds. Where that has
+    # seen a GPU, as torchtitan's import does, its forks may not use one.
     multiprocessing.set_forkserver_preload(["tests.distributed", *SLOW_TO_IMPORT])
     mp.start_processes(
         _rank,
         args=(function, world_size, port, arguments),
         nprocs=world_size,
-        start_method="forkserver",
+        start_method="spawn" if torch.cuda.is_available() else "forkserver",
     )
 
 

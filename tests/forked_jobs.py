@@ -18,6 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+WARM = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    # Imports ask for GPUs by the driver's library: after CUDA itself, no fork may use one.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
 KILL_AFTER_SECONDS = 10.0
 AGREED = 2
 """Exit status of an error that all ranks know of, and end with."""
@@ -73,7 +79,7 @@ class Launcher:
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=os.environ | WARM,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -11,7 +11,8 @@ LONGEST_PASS = 32
 """Most tokens of a row in a compiled pass; longer ones, such as prompts, come once and are not
 worth a graph each."""
 WINDOW_STEP = 128
-"""A compiled pass reads a multiple of so many KV slots, as each number of them is a graph."""
+"""Passes that are compiled, or on a GPU, read a multiple of so many KV slots: each number of them
+is a graph of the one, and of the other a plan that cuDNN's attention takes milliseconds to make."""
 GRAPHS = 256
 """Most graphs of a function; more mean that shapes are not fixed, which is an error and not a slow
 run."""
@@ -56,4 +57,4 @@ def is_compiled(model: Llama) -> bool:
 
 def window_step(model: Llama) -> int:
     """Return the number of KV slots that the windows of this model are multiples of."""
-    return WINDOW_STEP if is_compiled(model) else 1
+    return WINDOW_STEP if is_compiled(model) or model.norm.weight.is_cuda else 1

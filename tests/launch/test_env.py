@@ -31,3 +31,14 @@ def test_ranks_share_the_cores_of_the_job_and_not_of_the_machine(given, ranks, t
         cwd=ROOT, env=environment | given, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert printed.split() == [str(ranks), str(threads)]
+
+
+@pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])
+def test_memory_of_gpus_grows_unless_the_user_sets_it(given):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_ALLOC_CONF"}
+    environment |= {} if given is None else {"PYTORCH_ALLOC_CONF": given}
+    printed = subprocess.run(
+        ["bash", "-euc", ". launch/env.sh; echo $PYTORCH_ALLOC_CONF"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert printed.strip() == (given or "expandable_segments:True")

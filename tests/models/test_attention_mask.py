@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
+from models import attention_mask
 from models.attention_mask import attend, document_mask, query_mask, window_mask
 from models.layer_dropout import draw_kept_rows
 from tests.models.test_llama import build, small  # noqa: F401
@@ -40,6 +42,42 @@ def test_some_rows_of_a_mask_are_the_mask_of_these_rows(blocks):
     torch.testing.assert_close(
         attend(q, k, v, part, grouped=False), attend(q, k, v, whole, grouped=False)
     )
+
+
+def test_some_rows_have_the_blocks_that_torch_works_out_for_them():
+    documents = torch.arange(5)[:, None] * torch.arange(300) // 400
+    rows = torch.tensor([4, 1, 2])
+    found = document_mask(documents, blocks=True).rows(rows)
+    expected = document_mask(documents[rows], blocks=True).mask
+    assert found.seq_lengths == expected.seq_lengths
+    for name in ("q_num_blocks", "full_q_num_blocks", "kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert torch.equal(found.to_dense(), expected.to_dense())
+
+
+def test_any_number_of_rows_shares_a_few_graphs_of_blocks(monkeypatch):
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compile_function(f, backend=note, **o))
+    # Blocks have no gradients on a CPU, whose graphs are but counted.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
+    attention_mask._flex.cache_clear()
+    torch._dynamo.reset()
+    flex = attention_mask._flex("flex_attention", compiled=True)
+    mask = document_mask(torch.arange(40).expand(12, 40) // 9, blocks=True)
+    for grad in (False, True):
+        for n in range(12, 0, -1):
+            q, k, v = torch.randn(3, n, 2, 40, 16).requires_grad_(grad)
+            flex(q, k, v, block_mask=mask.rows(torch.arange(n)))
+    attention_mask._flex.cache_clear()
+    # Twelve rows, any number, one; without and with gradients.
+    assert 1 < len(graphs) <= 6
+    assert torch._dynamo.config.recompile_limit >= attention_mask.GRAPHS
 
 
 @pytest.mark.parametrize("blocks", [False, True])

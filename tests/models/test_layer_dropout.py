@@ -1,12 +1,24 @@
 """p(l, t), the draws, and the running of kept rows, against tables worked by hand."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.layer_dropout import D, LayerDropoutConfig, S, draw_kept_rows, p, uniform
+from models.kept_rows import on_rows
+from models.layer_dropout import (
+    D,
+    LayerChoice,
+    LayerDropoutConfig,
+    S,
+    draw_kept_rows,
+    p,
+    run_kept_rows,
+    uniform,
+)
 from models.layer_masks import LayerMasks
 from tests.models.test_llama import build, small
 
@@ -129,6 +141,53 @@ def test_kept_rows_equal_masking_in_value_and_gradient(scale_kept):
     for name, grad in slow_grads.items():  # fp32 sums of another order; gradients reach 100
         torch.testing.assert_close(fast_grads[name], grad, atol=1e-4, rtol=1e-3, msg=name)
     assert fast_grads["layers.3.attention.wq.weight"].abs().max() == 0  # zero, and not None
+
+
+class OfWholeBatches(TorchDispatchMode):
+    """Counts the operations whose result is as large as the batch."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.counts = elements, Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.elements and not function.is_view:
+            self.counts[str(function.overloadpacket).removeprefix("aten.")] += 1
+        return out
+
+
+@pytest.mark.parametrize("rows", [[4, 0, 1], [2], []])
+def test_a_layer_passes_over_the_whole_batch_once_forward_and_once_backward(rows):
+    h = torch.randn(5, 3, 4, requires_grad=True)
+    grad = torch.randn(5, 3, 4)
+    expected = {"index_copy": 1} if rows else {}
+    with OfWholeBatches(60) as forward:
+        out = run_kept_rows(
+            lambda x, *_: x * x, h, h[:1], h[:1], LayerChoice(torch.tensor(rows).long(), 1.0)
+        )
+    with OfWholeBatches(60) as backward:
+        (grad_h,) = torch.autograd.grad(out, h, grad)
+    assert forward.counts == expected
+    assert backward.counts == expected
+    kept = torch.zeros(5, 1, 1, dtype=torch.bool)
+    kept[rows] = True
+    assert torch.equal(out, torch.where(kept, h * h, h))
+    assert torch.equal(grad_h, torch.where(kept, 2 * h * grad, grad))
+
+
+def test_gradients_of_rows_are_those_of_differences():
+    generator = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(2, 6, 3, generator=generator, dtype=torch.double, requires_grad=True)
+    rows = torch.tensor([3, 0, 5])
+
+    def layers(h, weight):
+        for l in range(3):
+            h = on_rows(lambda kept: kept + (weight[:1] * kept).tanh(), h, rows[l:])
+        return h
+
+    assert torch.autograd.gradcheck(layers, (h, weight))
+    assert torch.autograd.gradcheck(lambda weight: layers(h.detach(), weight), weight)
 
 
 def test_probability_one_is_the_identity_block():

@@ -90,6 +90,7 @@ class TrainConfig:
             capacity=self.router.capacity,
             density=self.density,
             reduce_every_microbatch=self.parallel.reduce_every_microbatch,
+            reshard_after_forward=self.parallel.reshard_after_forward,
         )
 
     @property

@@ -43,6 +43,8 @@ class StepConfig:
     density: DensityConfig = field(default_factory=DensityConfig)
     reduce_every_microbatch: bool = False
     """See ParallelConfig."""
+    reshard_after_forward: bool = True
+    """See ParallelConfig."""
 
 
 def train_step(
@@ -111,6 +113,7 @@ def accumulate_gradients(
             plan.hidden_layers,
             m == len(microbatches) - 1,
             every_microbatch=config.reduce_every_microbatch,
+            reshard_after_forward=config.reshard_after_forward,
         )
         batch = microbatch.to(device)
         with record_function("forward"):

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from models.attention_mask import GRAPHS
 from models.block import TransformerBlock
 from models.config import LlamaConfig
 from models.llama import Llama
@@ -84,7 +85,9 @@ def compile_blocks(model: Llama) -> None:
     """Compile each block when it first runs; blocks of one shape share their graphs.
 
     Stochastic depth changes the number of rows: the second number compiles a graph for any. With
-    `fullgraph`, torch raises at its limit of recompilations, where it otherwise runs uncompiled.
+    `fullgraph`, torch raises at its limit of recompilations, where it otherwise runs uncompiled:
+    rows, gradients and masks make up to 8 graphs, which is torch's own limit.
     """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.layers.values():
         block.compile(fullgraph=True)

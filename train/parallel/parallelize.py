@@ -157,21 +157,30 @@ def shard(model: Llama, config: ParallelConfig, mesh: DeviceMesh) -> None:
 
 
 def set_gradient_sync(
-    model: Llama, exit_layers: Collection[int], is_last: bool, *, every_microbatch: bool = False
+    model: Llama,
+    exit_layers: Collection[int],
+    is_last: bool,
+    *,
+    every_microbatch: bool = False,
+    reshard_after_forward: bool = True,
 ) -> None:
     """Set whether the next backward reduces gradients over the ranks.
 
-    The sum over replicas of the sharded model (HSDP, DDP) follows the last microbatch alone.
+    The sum over replicas of the sharded model (HSDP, DDP) follows the last microbatch alone. Only
+    then are weights freed that are kept from forward to backward: a step gathers them once.
 
     Args:
         model: From `build_model`.
         exit_layers: Layers l of the exits of the step, the same on every rank.
         is_last: Whether it is the last microbatch of the step.
         every_microbatch: ParallelConfig.reduce_every_microbatch.
+        reshard_after_forward: ParallelConfig.reshard_after_forward.
     """
     model.set_requires_gradient_sync(is_last or every_microbatch)  # type: ignore[operator]
     model.set_requires_all_reduce(is_last)  # type: ignore[operator]
     model.set_is_last_backward(is_last)  # type: ignore[operator]
+    model.set_reshard_after_backward(is_last or reshard_after_forward)  # type: ignore[operator]
+    model.set_reshard_after_backward(is_last, recurse=False)  # type: ignore[operator]
     for unit in _unused_units(model, exit_layers):
         # FSDP2 raises where a unit that was never called is to keep its gradients.
         unit.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]

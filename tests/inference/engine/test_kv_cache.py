@@ -1,8 +1,11 @@
 """Slots are written at their positions, and only written ones are read."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from inference.engine.compiled import window_step
 from inference.engine.kv_cache import StaticKVCache
 from tests.models.families import ALL, build_random, shape
 from tests.models.test_llama import small
@@ -70,3 +73,10 @@ def test_keys_and_values_of_a_token_that_skips_are_those_of_one_that_runs(change
     assert ran.keys[1].any()
     assert torch.equal(ran.keys[1], skipped.keys[1])
     assert torch.equal(ran.values[1], skipped.values[1])
+
+
+@pytest.mark.parametrize(("on_gpu", "step"), [(False, 1), (True, 128)])
+def test_windows_on_a_gpu_have_few_sizes(on_gpu, step):
+    weight = SimpleNamespace(is_cuda=on_gpu)
+    model = SimpleNamespace(run_layers=None, norm=SimpleNamespace(weight=weight))
+    assert window_step(model) == step

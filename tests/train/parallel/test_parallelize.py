@@ -187,10 +187,12 @@ def test_training_compiled_by_inductor_equals_the_slow_form():
 
 def count_communication(runtime):
     for parallel, gathers, reduces, sums in (
-        # Two microbatches; 4 blocks, gathered for forward and backward, and the root, once.
+        # Two microbatches; 4 blocks, gathered for forward and backward; the root, once a step.
         # The tokens that have a loss are counted once.
-        (ParallelConfig(), 18, 5, 1),
-        (ParallelConfig(reduce_every_microbatch=True), 18, 10, 1),
+        (ParallelConfig(), 17, 5, 1),
+        (ParallelConfig(reduce_every_microbatch=True), 17, 10, 1),
+        # ZeRO-2 gathers once a step.
+        (ParallelConfig(reshard_after_forward=False), 5, 5, 1),
         # Whole on every rank: nothing is gathered, and the copies are summed once a step.
         (ParallelConfig(dp_replicate=2), 0, 0, 6),
         (ParallelConfig(dp_replicate=2, reduce_every_microbatch=True), 0, 0, 6),
