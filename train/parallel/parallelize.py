@@ -173,6 +173,13 @@ def build_model(
     return model
 
 
+def layout(model: Llama) -> str:
+    """Return what a built model is, in words for the log."""
+    if isinstance(model, FSDPModule):
+        return "blocks, each a unit of FSDP2"
+    return "none, every rank holds the whole model"
+
+
 def freeze(model: Llama, trains: Trains) -> None:
     """Turn off the gradients of weights that do not learn; for before the model is sharded."""
     model.requires_grad_(trains == "all")
