@@ -40,12 +40,13 @@ SPEED = "perf/tokens_per_second"
 EVERY = 5
 """Steps of a reading."""
 PARTS = {
-    "waiting for ranks": ("c10d::", "gloo:", "nccl:", "record_param_comms"),
+    "the one sum of gradients": ("average gradients",),
+    "other collectives": ("c10d::", "gloo:", "nccl:", "record_param_comms"),
     "attention": ("attention",),
     "optimizer": ("optimizer",),
     "loss and head": ("loss",),
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
-    "FSDP2's hooks": ("FSDP::",),
+    "FSDP2, its waiting too": ("FSDP::",),
 }
 """{part: what an event's name contains}; an event takes the part of the innermost that has one."""
 KINDS = ("cpu_op", "user_annotation")

@@ -148,7 +148,8 @@ def accumulate_gradients(
         for l, exit_sum in loss.per_exit.items():
             totals.exit_sums[l] += exit_sum
             exit_tokens[l] += num_labels[m]
-    average_gradients(model, runtime)
+    with record_function("average gradients"):
+        average_gradients(model, runtime)
     totals.exit_tokens.copy_(exit_tokens, non_blocking=True)
     return totals
 
