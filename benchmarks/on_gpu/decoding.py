@@ -1,6 +1,5 @@
 """Decoding speed as a share of the machine's bandwidth: eager, as graphs, compiled with graphs."""
 
-import statistics
 from dataclasses import replace
 from typing import Literal
 
@@ -9,8 +8,9 @@ import torch
 from benchmarks.on_gpu.session import Session
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
-from inference.engine.generation import Generation
+from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
+from inference.evaluation.measurement import ArmResult, Workload, measure
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.self_speculative import SelfSpeculative
 from models.config import LlamaConfig
@@ -24,7 +24,12 @@ EXITS = {"110m": 3, "layerskip_1.5b": 6}
 
 
 def decode(
-    session: Session, size: str, how: Literal["eager", "graphs", "compiled"]
+    session: Session,
+    size: str,
+    how: Literal["eager", "graphs", "compiled"],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    prompt: int = 64,
 ) -> dict[str, object]:
     """Decode plainly and self-speculatively, greedy, batch 1; weights are random.
 
@@ -35,44 +40,63 @@ def decode(
         return {"outcome": "needs CUDA"}
     config, E = SIZES[size], EXITS[size]
     if session.tiny:
-        config, E = replace(SIZES["tiny"], n_layers=2), 1
-    dtype = torch.float32 if session.tiny else torch.bfloat16
+        config, E, dtype = replace(SIZES["tiny"], n_layers=2), 1, torch.float32
     model = build(config, E, session.device, dtype)
     if how == "compiled":
         compile_layers(model)
-    prompt, new = (8, 12) if session.tiny else (64, 56)
-    prompts = torch.randint(
-        config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    graphs = None if how == "eager" else round_graphs(session.device)
+    prompt, new = (8, 12) if session.tiny else (prompt, 56)
+    draw = torch.Generator().manual_seed(0)
+    workload = Workload(
+        prompts=torch.randint(config.vocab_size, (1, prompt), generator=draw).tolist(),
+        max_new_tokens=new,
+        batch_size=1,
+        sampling=Sampling(),
+        seed=0,
+    )
     arms: list[Strategy] = [Autoregressive(), *(SelfSpeculative(E=E, d=d) for d in (2, 4))]
-    arms = arms[:2] if session.tiny else arms
-    found: dict[str, object] = {}
-    plain: list[list[int]] = []
-    for arm in arms:
-        speeds, done = [], None
-        for i in range(2 + (1 if session.tiny else 3)):  # two to compile and capture
-            done = Generation(model, prompts, arm, max_new_tokens=new, graphs=graphs).finish()
-            if i >= 2:
-                speeds.append(done.counters.tokens_per_second)
-        assert done is not None
-        plain = plain or done.tokens
-        speed, counters = statistics.median(speeds), done.counters
-        needed = bytes_per_token(
-            config, arm, counters.tokens_per_round, prompt + new / 2, dtype.itemsize
-        )
-        copy = session.results.get("ceilings", {}).get("copy_bytes_per_second")
-        name = f"decode {size} {how} {arm.name}" + (f" d={arm.d}" if hasattr(arm, "d") else "")
-        share = needed * speed / copy if copy else None
-        found[name] = {
-            "tokens_per_second": speed,
-            "share_of_copy_bandwidth": share,
-            "acceptance_rate": counters.acceptance_rate,
-            "same_tokens": done.tokens == plain,
-        }
-        text = f"{speed:.1f} tokens/s" + (f", {share:.1%} of bandwidth" if share else "")
-        session.row(name, text + ("" if done.tokens == plain else ", OTHER TOKENS"))
-    return found
+    results = measure(
+        model,
+        arms[:2] if session.tiny or prompt > 64 else arms,
+        workload,
+        repeats=1 if session.tiny else 3,
+        report=lambda line: None,
+        graphs=None if how == "eager" else round_graphs(session.device),
+        timings=1 if session.tiny else 6,
+    )
+    copy = session.results.get("ceilings", {}).get("copy_bytes_per_second")
+    kind = f"{size} {how} {str(dtype).removeprefix('torch.')} after {prompt}"
+    return {
+        result.settings: _report(session, f"decode {kind}", result, share)
+        for result in results
+        for share in [_share(config, result, prompt + new / 2, dtype.itemsize, copy)]
+    }
+
+
+def _share(
+    config: LlamaConfig, result: ArmResult, context: float, size: int, copy: float | None
+) -> float | None:
+    """Return the share of the bandwidth of copies, where that has been measured."""
+    if copy is None:
+        return None
+    E, d, per_round = result.E or 0, result.d or 0, result.tokens_per_verify or 1.0
+    return bytes_per_token(config, E, d, per_round, context, size) * result.tokens_per_second / copy
+
+
+def _report(
+    session: Session, name: str, result: ArmResult, share: float | None
+) -> dict[str, object]:
+    """Print one arm, and return what is kept of it."""
+    text = f"{result.tokens_per_second:.1f} tokens/s"
+    if share is not None:
+        text += f", {share:.1%} of bandwidth"
+    if result.draft_cost is not None:
+        text += f", c {result.draft_cost:.2f}, verify {result.verify_cost:.2f}"
+    if result.same_tokens is not None and result.same_tokens < 1:
+        text += f", {result.same_tokens:.0%} OF THE TOKENS"
+    session.row(f"{name} {result.settings}", text)
+    kept = ("tokens_per_second", "speedup", "acceptance_rate", "draft_cost", "verify_cost",
+            "bound", "same_tokens", "peak_bytes")  # fmt: skip
+    return {"share_of_copy_bandwidth": share} | {field: getattr(result, field) for field in kept}
 
 
 def build(config: LlamaConfig, E: int, device: torch.device, dtype: torch.dtype) -> Llama:
@@ -88,7 +112,7 @@ def build(config: LlamaConfig, E: int, device: torch.device, dtype: torch.dtype)
 
 
 def bytes_per_token(
-    config: LlamaConfig, arm: Strategy, tokens_per_round: float, context: float, element_size: int
+    config: LlamaConfig, E: int, d: int, tokens_per_round: float, context: float, element_size: int
 ) -> float:
     """Return what must be read for one new token: weights once a pass, and keys and values.
 
@@ -96,6 +120,5 @@ def bytes_per_token(
     """
     keys_and_values = 2 * config.n_kv_heads * config.head_width * context
     layer, head = block_params(config) + keys_and_values, config.vocab_size * config.dim
-    E, d = getattr(arm, "E", 0), getattr(arm, "d", 0)
     round_bytes = d * (E * layer + head) + config.n_layers * layer + head
     return element_size * round_bytes / max(tokens_per_round, 1.0)

@@ -181,7 +181,8 @@ def mfu(session: Session, size: str) -> dict[str, object]:
             "planned_gib": planned,
         }
         speed = f"MFU {share:.1%}" if share else f"{flops / seconds / 1e9:.2f} GFLOP/s"
-        memory = f"{gib:.2f} GiB" + (f" (--dry_run: {planned:.2f})" if planned else "")
+        memory = f"{1024 * gib:,.0f} MiB"
+        memory += f" (--dry_run: {1024 * planned:,.0f})" if planned else ""
         session.row(name, f"{tokens:,.0f} tokens/s, {speed}, {memory}")
         del trainer
         if session.on_gpu:

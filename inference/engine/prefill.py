@@ -14,8 +14,12 @@ from inference.engine.state import DecodeState
 from models.llama import Llama, SkippedParts
 
 
+@torch.inference_mode(False)
 def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int) -> DecodeState:
     """Allocate a batch of empty rows, with its KV cache.
+
+    A compiled pass is compiled for the kind of its tensors and for the size of the whole cache:
+    both are the same for a generation and for what is timed beside it.
 
     Args:
         model: On its device.
@@ -27,13 +31,14 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
     weight = model.norm.weight
     device = weight.device
     generator = torch.Generator(device=device).manual_seed(seed) if sampling.temperature else None
+    step = window_step(model)
     cache = StaticKVCache(
         model.config,
         rows,
-        slots,
+        -(-slots // step) * step,
         device=device,
         dtype=weight.dtype,
-        window_step=window_step(model),
+        window_step=step,
     )
     return DecodeState(
         model=model,

@@ -11,8 +11,6 @@ import torch
 from benchmarks import gpu
 from benchmarks.on_gpu.decoding import bytes_per_token
 from benchmarks.on_gpu.session import Block, Session, run_blocks
-from inference.strategies.autoregressive import Autoregressive
-from inference.strategies.self_speculative import SelfSpeculative
 from models.sizes import SIZES
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +73,7 @@ def test_a_block_that_fails_or_has_no_time_costs_no_other(tmp_path, capsys):
 def test_bytes_worked_by_hand():
     config = SIZES["tiny"]  # 32 wide, 4 layers, 4 heads of 8, 2 for keys, 64 inside, 64 tokens
     layer = 32 * 8 * (4 + 2 * 2 + 4) + 3 * 32 * 64 + 2 * 32 + 2 * 2 * 8 * 10
-    found = bytes_per_token(config, Autoregressive(), 1.0, 10, 2)
+    found = bytes_per_token(config, 0, 0, 1.0, 10, 2)
     assert found == pytest.approx(2 * (4 * layer + 64 * 32))
-    found = bytes_per_token(config, SelfSpeculative(E=1, d=2), 2.5, 10, 2)
+    found = bytes_per_token(config, 1, 2, 2.5, 10, 2)
     assert found == pytest.approx(2 * (6 * layer + 3 * 64 * 32) / 2.5)

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inference.engine.compiled import window_step
+from inference.engine.compiled import compile_layers, window_step
 from inference.engine.kv_cache import StaticKVCache
+from inference.engine.prefill import allocate
+from inference.engine.sampling import Sampling
 from tests.models.families import ALL, build_random, shape
 from tests.models.test_llama import small
 
@@ -80,3 +82,16 @@ def test_windows_on_a_gpu_have_few_sizes(on_gpu, step):
     weight = SimpleNamespace(is_cuda=on_gpu)
     model = SimpleNamespace(run_layers=None, norm=SimpleNamespace(weight=weight))
     assert window_step(model) == step
+
+
+def test_caches_of_compiled_models_are_of_few_sizes_and_one_kind():
+    model, slots = build_random(shape()), []
+    for compiled in (False, True):
+        if compiled:
+            compile_layers(model)  # which compiles nothing yet
+        for needed in (3, 100, 130):
+            with torch.inference_mode(needed == 3):
+                cache = allocate(model, 1, slots=needed, sampling=Sampling(), seed=0).cache
+            assert not cache.keys[0].is_inference()
+            slots.append(cache.slots)
+    assert slots == [3, 100, 130, 128, 128, 256]
