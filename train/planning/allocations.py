@@ -96,10 +96,10 @@ class AllocationTracker(TorchDispatchMode):
         super().__exit__(*exception)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
-    def move(self, sources: Collection[str], target: str) -> None:
-        """Reassign the live allocations of the parts `sources` to `target`."""
+    def move(self, sources: Collection[str], target: str, since: int = 0) -> None:
+        """Reassign the live allocations of the parts `sources`, made since a time, to `target`."""
         for allocation in self._live.values():
-            if allocation.part in sources:
+            if allocation.part in sources and allocation.begin >= since:
                 allocation.part = target
 
     def _record(self, storage: torch.UntypedStorage) -> None:

@@ -97,13 +97,14 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
             optimizer = build_optimizer(model, work.step.optim)
             before = _track_gradients(tracker, model, optimizer)
             batch = _microbatch(work, samples)
-            # The second microbatch stands for all that follow.
-            batches = [batch] * min(work.microbatches, 2)
+            # The second microbatch of three stands for all between the first and the last.
+            batches = [batch] * min(work.microbatches, 3)
             train_step(model, optimizer, batches, work.plan, 0, config=work.step, runtime=runtime)
             collectives = tracker.collective_bytes.copy()
             _validate(model, batch, work.step.early_exit.chunk_rows)
-    for name, moved in (before[1] - before[0]).items():
-        collectives[name] += (work.microbatches - len(batches)) * moved
+    if more := work.microbatches - len(batches):
+        for name, moved in (before[2] - before[1]).items():
+            collectives[name] += more * moved
     return _need(tracker, built, work.parallel.cpu_offload, collectives)
 
 
@@ -147,15 +148,21 @@ def _track_gradients(
     """
     backward = {"backward", "gathered weights", "loss and head", "unreduced gradients"}
     before: list[Counter[str]] = []
+    forward_ends = [0]
 
     def before_forward(*_: object) -> None:
-        tracker.move(backward, "unreduced gradients")
+        # Weights gathered for the forward pass before may be kept for this one.
+        tracker.move(backward, "unreduced gradients", since=forward_ends[-1])
         before.append(tracker.collective_bytes.copy())
+
+    def after_forward(*_: object) -> None:
+        forward_ends.append(tracker.now)
 
     def before_update(*_: object) -> None:
         tracker.move(backward, "gradients")
 
     model.register_forward_pre_hook(before_forward, prepend=True)
+    model.register_forward_hook(after_forward)
     for inner in optimizer:
         inner.register_step_pre_hook(before_update)
     return before

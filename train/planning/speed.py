@@ -69,18 +69,19 @@ class Cluster:
 class Traffic:
     """What one rank gathers and reduces, bytes of the larger side and number of collectives."""
 
+    root_gather: tuple[float, float]
+    """The root unit's all-gather, once a step, before there is anything to compute."""
     gathers: tuple[float, float]
-    """All-gathers of a microbatch."""
+    """The blocks' all-gathers for one pass."""
+    resharded: bool
+    """Whether the blocks are gathered for every pass, not for the first of a step alone."""
     reduces: tuple[float, float]
     """Reduce-scatters of a microbatch that reduces."""
     all_reduces: tuple[float, float]
     """All-reduces over the replicas, once a step."""
-    gathered_forward: float
-    """Share of the gathers that belongs to the forward pass: 1/2 where blocks are gathered again
-    for the backward, else 1."""
     root_share: float
-    """The root unit's share of the weights: its gather begins a microbatch and its reduction ends a
-    step, where there is nothing to compute meanwhile."""
+    """The root unit's share of the weights: its reduction ends a step, where there is nothing to
+    compute meanwhile."""
     reduces_all: bool
     """Whether every microbatch reduces, not the last alone."""
 
@@ -109,14 +110,14 @@ def traffic(
     resharded: bool,
     root_share: float,
 ) -> Traffic:
-    """Return the traffic per microbatch of a step's collectives; a layer and the root are units.
+    """Return the traffic of a step's collectives by pass; a layer and the root are units.
 
     Args:
         sent: {collective: bytes of the larger side} of one rank in a whole step.
         n_layers: Layers of the model.
         microbatches: Those of that step.
         reduces_all: See Traffic.
-        resharded: Whether blocks are gathered again for the backward.
+        resharded: See Traffic.
         root_share: See Traffic.
     """
 
@@ -124,11 +125,14 @@ def traffic(
         return sum(size for name, size in sent.items() if kind in name)
 
     units = n_layers + 1
+    passes = 2 * microbatches if resharded else 1
+    whole = of("allgather") / (passes * (1 - root_share) + root_share)
     return Traffic(
-        gathers=(of("allgather") / microbatches, units + n_layers * resharded),
+        root_gather=(whole * root_share, 1),
+        gathers=(whole * (1 - root_share), n_layers),
+        resharded=resharded,
         reduces=(of("reduce_scatter") / (microbatches if reduces_all else 1), units),
         all_reduces=(of("allreduce"), units),
-        gathered_forward=0.5 if resharded else 1.0,
         root_share=root_share,
         reduces_all=reduces_all,
     )
@@ -166,13 +170,16 @@ def step_time(
     reduce = cluster.ring_seconds(*sent.reduces, shard)
     # An all-reduce is a reduce-scatter and an all-gather.
     all_reduce = 2 * cluster.ring_seconds(*sent.all_reduces, replicate, stride=shard)
-    before, again = gather * sent.gathered_forward, gather * (1 - sent.gathered_forward)
+    again = gather if sent.resharded else 0.0
     reducing = microbatches if sent.reduces_all else 1
-    root_gather, root_reduce = before * sent.root_share, reduce * sent.root_share
-    exposed = microbatches * (root_gather + max(0.0, before - root_gather - forward))
+    root_gather = cluster.ring_seconds(*sent.root_gather, shard)
+    root_reduce = reduce * sent.root_share
+    exposed = root_gather + max(0.0, gather - forward)
+    exposed += (microbatches - 1) * max(0.0, again - forward)
     exposed += (microbatches - reducing) * max(0.0, again - backward)
     exposed += (reducing - 1) * max(0.0, again + reduce - backward)
     last = again + reduce - root_reduce + all_reduce
     exposed += root_reduce + max(0.0, last - backward)
-    communication = microbatches * gather + reducing * reduce + all_reduce
+    communication = root_gather + gather + (2 * microbatches - 1) * again
+    communication += reducing * reduce + all_reduce
     return StepTime(compute, communication, exposed)

@@ -72,8 +72,8 @@ def test_the_plan_states_sizes_and_work():
     assert f"{(3 * layer + 2.5 * head) * 512 / 4 / 1e6:.2f} M on each GPU" in text
     # The step planned for is t = 0.
     assert "the largest step, of 3 exits and no layer dropped" in text
-    # A ring of four: bfloat16 weights twice a microbatch (the root once), fp32 gradients once.
-    gathered = 2 * 2 * (2 * 4 * block + 2 * 500 * 64 + 64)
+    # A ring of four: bfloat16 weights, blocks twice a microbatch, the root and fp32 gradients once.
+    gathered = 2 * (2 * 2 * 4 * block + 2 * 500 * 64 + 64)
     sent = (gathered + 4 * total) * 3 / 4 / 2**20
     [stated] = re.findall(r"sent per step +([0-9.]+) MiB", text)
     assert float(stated) == pytest.approx(sent, rel=0.01)

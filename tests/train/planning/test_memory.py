@@ -40,6 +40,7 @@ def make_work(ranks=1, model=MODEL, *, microbatches=2, losses=None, optim="adamw
             optim=OptimConfig(lr=1e-3, name=optim),
             layer_dropout=LayerDropoutConfig(),
             early_exit=early_exit,
+            reshard_after_forward=parallel.get("reshard_after_forward", True),
         ),
         plan=StepPlan(
             (0.0,) * L,
@@ -234,10 +235,15 @@ def test_offload_moves_parameters_gradients_and_moments_to_the_host():
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 5])
-def test_weights_are_gathered_twice_a_microbatch_and_gradients_reduced_once_a_step(microbatches):
+def test_blocks_are_gathered_twice_a_microbatch_and_the_rest_once_a_step(microbatches):
     moved = measure(make_work(8, microbatches=microbatches), on_gpu=True).collective_bytes
     gathered = sum(v for k, v in moved.items() if "allgather" in k)
     reduced = sum(v for k, v in moved.items() if "reduce_scatter" in k)
     blocks = ALL_BYTES - ROOT_BYTES
-    assert gathered == pytest.approx(microbatches * (2 * blocks + ROOT_BYTES) / 2, rel=0.001)
+    assert gathered == pytest.approx((microbatches * 2 * blocks + ROOT_BYTES) / 2, rel=0.001)
     assert reduced == pytest.approx(ALL_BYTES, rel=0.001)
+    kept = measure(
+        make_work(8, microbatches=microbatches, reshard_after_forward=False), on_gpu=True
+    ).collective_bytes
+    gathered = sum(v for k, v in kept.items() if "allgather" in k)
+    assert gathered == pytest.approx(ALL_BYTES / 2, rel=0.001)
