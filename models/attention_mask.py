@@ -162,12 +162,13 @@ def _attend_by_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     With a mask, torch (2.11, 2.13) has no fast CUDA kernel for shared heads but cuDNN's, of
     bfloat16 on some GPUs; the rest would repeat keys and values and hold whole scores.
     """
-    batch, heads, seq, head_dim = q.shape
+    batch, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]
     together = q.reshape(batch, kv_heads, -1, head_dim)
-    masks = mask.repeat(1, 1, heads // kv_heads, 1)
+    # Of one query, as in decoding, a view.
+    masks = mask.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(2, 3)
     out = F.scaled_dot_product_attention(together, k, v, attn_mask=masks)
-    return out.reshape(batch, heads, seq, head_dim)
+    return out.reshape(q.shape)
 
 
 def _pick(values: Tensor | None, rows: Tensor) -> Tensor | None:
