@@ -7,11 +7,25 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.parallel.runtime import RuntimeConfig, start_runtime
 
 ROOT = Path(__file__).parent.parent
 SLOW_TO_IMPORT = ("train.parallel.parallelize", "train.checkpoints.resume", "torch._dynamo")
+
+
+def whole(tensor):
+    """Return all of a tensor that may be sharded; every rank calls this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(parameter, value):
+    """Return a tensor, the same on every rank, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def run_distributed(function, world_size, *arguments):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 TINY = {
     "steps": 8,
+    "parallel.shard": "blocks",
     "model.dim": 16,
     "model.n_layers": 4,
     "model.n_heads": 4,

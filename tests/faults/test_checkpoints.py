@@ -144,7 +144,11 @@ def test_a_disk_that_stays_full_stops_the_run(launch, undisturbed, steps, asynch
 
 
 def test_the_ranks_may_be_other_ones_after_every_kill(launch, undisturbed):
-    stages = [(4, 4, {"parallel__dp_replicate": 2}), (2, 7, {}), (1, None, {})]
+    stages = [
+        (4, 4, {"parallel__dp_replicate": 2}),
+        (2, 7, {"parallel__shard": "none"}),
+        (1, None, {}),
+    ]
     settings = {"checkpoint__asynchronous": False, "metrics__interval_steps": 1}
     for ranks, killed_at, mesh in stages:
         faults = [("kill", {"rank": 0, "t": killed_at})] if killed_at else []

@@ -15,7 +15,7 @@ from models.flops import own_exit_params
 from models.layer_dropout import LayerDropoutConfig
 from models.llama import Llama
 from tests.batches import batch_at
-from tests.distributed import run_distributed
+from tests.distributed import like, run_distributed, whole
 from tests.models.test_exit_parts import shake
 from tests.train import tiny
 from tests.train.loop.test_step import make_config, make_loader
@@ -49,7 +49,7 @@ def config_of(trains, *, mlp=True, curriculum="all", distill=0.0, parallel=None,
         early_exit=EarlyExitConfig(
             weights="fixed", exits=EXITS, exit_weights=WEIGHTS, chunk_rows=7, distill=distill
         ),
-        parallel=parallel or ParallelConfig(),
+        parallel=parallel or ParallelConfig(shard="blocks"),
         checkpoint=CheckpointConfig(init_from="somewhere"),
     )
 
@@ -62,11 +62,7 @@ def build(config, runtime):
     values = dict(slow_model(config).named_parameters())
     for name, parameter in model.named_parameters():
         if name.startswith("own_exits."):
-            full = values[name].detach()
-            piece = torch.distributed.tensor.distribute_tensor(
-                full, parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-            parameter.data.copy_(piece)
+            parameter.data.copy_(like(parameter, values[name].detach()))
     return model
 
 
@@ -122,7 +118,7 @@ def check_gradients(runtime, configs):
             if not ours.requires_grad or theirs.grad is None:
                 assert ours.grad is None, name
                 continue
-            grad = ours.grad.full_tensor()
+            grad = whole(ours.grad)
             assert grad.abs().max() > 0, name
             torch.testing.assert_close(grad, theirs.grad, atol=2e-6, rtol=1e-4, msg=name)
 
@@ -134,12 +130,13 @@ def test_gradients_equal_an_unsharded_reference_and_flow_where_they_should(ranks
         for trains in ("all", "exits")
         for mlp in (False, True)
         for parallel in (
-            ParallelConfig(activation_checkpointing="full"),
-            ParallelConfig(dp_replicate=ranks, reduce_every_microbatch=True),
+            ParallelConfig(shard="blocks", activation_checkpointing="full"),
+            ParallelConfig(shard="blocks", dp_replicate=ranks, reduce_every_microbatch=True),
         )
     ]
     configs += [
-        config_of("exits", parallel=ParallelConfig(reshard_after_forward=False)),
+        config_of("exits", parallel=ParallelConfig(shard="blocks", reshard_after_forward=False)),
+        config_of("exits", parallel=ParallelConfig(shard="none")),
         config_of("exits", distill=0.4),
         config_of("exits", curriculum="rot"),
         config_of("exits", tie=True, mlp=False),
@@ -149,7 +146,12 @@ def test_gradients_equal_an_unsharded_reference_and_flow_where_they_should(ranks
 
 def test_gradients_on_four_ranks_hybrid_equal_an_unsharded_reference():
     configs = [
-        config_of("exits", microbatch_size=1, parallel=ParallelConfig(dp_replicate=2), mlp=mlp)
+        config_of(
+            "exits",
+            microbatch_size=1,
+            parallel=ParallelConfig(shard="blocks", dp_replicate=2),
+            mlp=mlp,
+        )
         for mlp in (False, True)
     ]
     run_distributed(check_gradients, 4, configs)
@@ -203,9 +205,14 @@ def test_steps_with_exits_on_and_off_equal_a_plain_process_and_leave_the_rest_bi
     configs = [
         config_of(trains, mlp=mlp, curriculum="rot", microbatch_size=4 // ranks, parallel=parallel)
         for trains, parallel in (
-            ("exits", ParallelConfig()),
-            ("exits", ParallelConfig(dp_replicate=ranks, activation_checkpointing="selective")),
-            ("all", ParallelConfig()),
+            ("exits", ParallelConfig(shard="blocks")),
+            (
+                "exits",
+                ParallelConfig(
+                    shard="blocks", dp_replicate=ranks, activation_checkpointing="selective"
+                ),
+            ),
+            ("all", ParallelConfig(shard="blocks")),
         )
         for mlp in (False, True)
     ]
@@ -238,8 +245,8 @@ def check_half_precision(runtime, configs):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_units_that_are_not_called_work_in_half_precision(ranks):
-    half = ParallelConfig(param_dtype="bfloat16")
-    hybrid = ParallelConfig(param_dtype="bfloat16", dp_replicate=ranks)
+    half = ParallelConfig(shard="blocks", param_dtype="bfloat16")
+    hybrid = ParallelConfig(shard="blocks", param_dtype="bfloat16", dp_replicate=ranks)
     frozen = config_of("exits", curriculum="rot", microbatch_size=2, parallel=half)
     config = config_of("all", microbatch_size=2, parallel=hybrid)
     rotating = CurriculumConfig(C="rot", R=3, last_layer_always_on=False)
@@ -425,7 +432,7 @@ def test_a_plan_of_memory_holds_moments_and_gradients_of_what_learns_alone():
 def check_memory(runtime):
     """What is planned is what there is."""
     model_config = replace(MEMORY_MODEL, own_exits=(2, 3), own_exit_mlp=True)
-    model = build_model(model_config, ParallelConfig(), runtime, 0, trains="exits")
+    model = build_model(model_config, ParallelConfig(shard="blocks"), runtime, 0, trains="exits")
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3, trains="exits"))
     moments = [v for v in optimizer.state_dict().values() if isinstance(v, torch.Tensor)]
     assert local_bytes(moments) == pytest.approx(8 * own_exit_params(model_config), rel=0.001)

@@ -37,7 +37,7 @@ def make(router="linear", capacity=1.0, layer_dropout=HALF, shape=None, **parall
         router=RouterConfig(capacity=capacity),
         density=DensityConfig(weight=3.0, target=0.2),
         layer_dropout=layer_dropout,
-        parallel=ParallelConfig(**parallel),
+        parallel=ParallelConfig(shard="blocks", **parallel),
     )
 
 

@@ -7,9 +7,9 @@ import hashlib
 from dataclasses import replace
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.config import LlamaConfig
+from tests.distributed import like, whole
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, training_tensors
@@ -22,9 +22,9 @@ MODEL = LlamaConfig(
 )
 
 
-def build(runtime, *, dp_replicate=1, optim="adamw", **shape):
+def build(runtime, *, shard="blocks", dp_replicate=1, optim="adamw", **shape):
     """Return a sharded model and its optimizer."""
-    parallel = ParallelConfig(dp_replicate=dp_replicate)
+    parallel = ParallelConfig(shard=shard, dp_replicate=dp_replicate)
     model = build_model(replace(MODEL, **shape), parallel, runtime, 0)
     return model, build_optimizer(model, OptimConfig(lr=0.01, name=optim))
 
@@ -34,10 +34,7 @@ def train(model, optimizer, start, stop):
     for t in range(start, stop):
         generator = torch.Generator().manual_seed(t)
         for parameter in model.parameters():
-            full = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = distribute_tensor(
-                full, parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
+            parameter.grad = like(parameter, torch.randn(parameter.shape, generator=generator))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -47,8 +44,7 @@ def fingerprint(model, optimizer):
     digest = hashlib.sha256()
     for part in training_tensors(model, optimizer).values():
         for name, value in sorted(part.items()):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            digest.update(name.encode() + whole.detach().cpu().numpy().tobytes())
+            digest.update(name.encode() + whole(value).detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

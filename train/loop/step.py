@@ -23,7 +23,7 @@ from train.loop.layerskip import StepPlan
 from train.loop.step_metrics import StepResult, StepTotals
 from train.monitoring.adam_monitor import AdamMonitor
 from train.optimizer.optim import OptimConfig, Optimizers, lr, set_lr, update_unless
-from train.parallel.parallelize import set_gradient_sync
+from train.parallel.parallelize import average_gradients, set_gradient_sync
 from train.parallel.runtime import Runtime
 from train.parallel.titan import clip_grad_norm_
 
@@ -136,7 +136,7 @@ def accumulate_gradients(
                 tokens=_exit_tokens(plan, config, runtime, microbatch, t),
                 state_pairs=plan.state_pairs,
             )
-        # FSDP averages gradients over ranks; J is a sum over them.
+        # Gradients are averaged over ranks; J is a sum over them.
         objective = loss.total * (runtime.world_size / num_tokens)
         totals.J += loss.total.detach() / num_tokens
         if hidden.gates:
@@ -149,6 +149,8 @@ def accumulate_gradients(
         for l, exit_sum in loss.per_exit.items():
             totals.exit_sums[l] += exit_sum
             exit_tokens[l] += num_labels[m]
+    with record_function("average gradients"):
+        average_gradients(model, runtime)
     totals.exit_tokens.copy_(to_device(exit_tokens, device))
     return totals
 

@@ -127,8 +127,11 @@ class Axis:
 def _mesh_axes(p: Tensor) -> tuple[Axis, Axis]:
     """Return the axes over which a parameter is replicated, and over which its rows are sharded."""
     copies = shards = Axis()
-    for i, placement in enumerate(p.placements if isinstance(p, DTensor) else ()):
-        assert isinstance(p, DTensor)
+    if not isinstance(p, DTensor):
+        if not dist.is_initialized():
+            return copies, shards
+        return Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), shards
+    for i, placement in enumerate(p.placements):
         mesh = p.device_mesh
         axis = Axis(mesh.get_local_rank(i), mesh.size(i), mesh.get_group(i))
         if placement.is_replicate():

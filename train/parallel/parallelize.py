@@ -1,13 +1,15 @@
 """Parallelism, applied to the model from outside: device mesh, FSDP2, initial weights.
 
-Each block is one FSDP unit. Embedding, final norm and LM head stay in the root unit, which is
-gathered once and reduced once per microbatch however many exits a step has, tied or not. So do the
-norms of exits' own parts; where these have feed-forward layers too, each exit's parts are a unit,
-which a step without that exit calls on no rank, and whose gradients are then None.
+Under FSDP2 each block is one unit. Embedding, final norm and LM head stay in the root unit, which
+is gathered once a step however many exits it has, tied or not. So do the norms of exits' own parts;
+where these have feed-forward layers too, each exit's parts are a unit, which a step without that
+exit calls on no rank, and whose gradients are then None.
+
+A small model is not sharded: every rank holds plain weights, and a step sums their gradients once.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -24,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 
 from models.config import LlamaConfig
+from models.flops import total_params
 from models.llama import Llama
 from train.parallel.blocks import checkpoint_blocks, compile_blocks, convert_blocks_to_float8
 from train.parallel.runtime import Runtime
@@ -32,12 +36,19 @@ from train.parallel.titan import ParallelDims
 Trains = Literal["all", "exits"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WHOLE_BYTES = 2**31
+"""The most of weights, gradients and moments that every rank holds whole where it may choose."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is sharded, and what it trades memory for."""
 
+    shard: Literal["auto", "blocks", "none"] = "auto"
+    """blocks: FSDP2, each block a unit. none: every rank holds the whole model in float32 (DDP) and
+    sums gradients once a step, in one all-reduce. auto: none where the model's weights, gradients
+    and moments take at most 2 GiB, or every rank holds them whole in any case; blocks where another
+    setting needs FSDP2, as bfloat16 does. The log names the choice."""
     dp_replicate: int = 1
     """Replicas of the sharded model (HSDP); 1 is plain FSDP. Equal to the number of ranks: every
     rank holds the whole model (DDP)."""
@@ -73,9 +84,43 @@ class ParallelConfig:
                 f"parallel.dp_replicate: {self.dp_replicate} does not divide the {world_size} "
                 "ranks, choose a divisor"
             )
+        if self.shard == "none" and (needs := self._needs_fsdp(world_size)):
+            found.append(f"parallel.shard: none does not go with {needs}, set it to blocks")
         if self.float8 and find_spec("torchao") is None:
             found.append("parallel.float8: torchao is not installed, pip install -e .[float8]")
         return found
+
+    def settled(self, model: LlamaConfig, world_size: int, *, on_gpu: bool) -> "ParallelConfig":
+        """Return the configuration with what its `auto` come to, and dp_replicate with them.
+
+        Args:
+            model: The model to be sharded.
+            world_size: Number of ranks.
+            on_gpu: Whether they compute on GPUs.
+        """
+        fits = 16 * total_params(model) <= WHOLE_BYTES and self.dp_replicate == 1
+        whole = self.shard == "none" or (
+            self.shard == "auto"
+            and not self._needs_fsdp(world_size)
+            and not (on_gpu and self.param_dtype == "auto")
+            and (fits or self.dp_replicate == world_size)
+        )
+        if whole:
+            return replace(self, shard="none", param_dtype="float32", dp_replicate=world_size)
+        if self.param_dtype != "auto":
+            return replace(self, shard="blocks")
+        return replace(self, shard="blocks", param_dtype="bfloat16" if on_gpu else "float32")
+
+    def _needs_fsdp(self, world_size: int) -> str:
+        """Return the first setting that plain weights do not have; empty when there is none."""
+        needs = {
+            "parallel.param_dtype bfloat16": self.param_dtype == "bfloat16",
+            "parallel.reduce_dtype bfloat16": self.reduce_dtype == "bfloat16",
+            "parallel.cpu_offload": self.cpu_offload,
+            "parallel.float8": self.float8,
+            f"parallel.dp_replicate {self.dp_replicate}": 1 < self.dp_replicate < world_size,
+        }
+        return next((name for name, needed in needs.items() if needed), "")
 
 
 def build_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
@@ -109,6 +154,7 @@ def build_model(
     Raises:
         ValueError: If float8 is set and the device or the model's shape does not support it.
     """
+    config = config.settled(model_config, runtime.world_size, on_gpu=runtime.device.type == "cuda")
     with torch.device("meta"):
         model = Llama(model_config)
     freeze(model, trains)
@@ -118,12 +164,20 @@ def build_model(
         checkpoint_blocks(model, config.activation_checkpointing)
     if config.compile:
         compile_blocks(model)
-    shard(model, config, build_mesh(config, runtime))
+    if config.shard == "blocks":
+        shard(model, config, build_mesh(config, runtime))
     model.to_empty(device="cpu" if config.cpu_offload else runtime.device)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(runtime.device)
     model.init_weights(seed, write=_write_shard)
     return model
+
+
+def layout(model: Llama) -> str:
+    """Return what a built model is, in words for the log."""
+    if isinstance(model, FSDPModule):
+        return "blocks, each a unit of FSDP2"
+    return "none, every rank holds the whole model"
 
 
 def freeze(model: Llama, trains: Trains) -> None:
@@ -133,15 +187,18 @@ def freeze(model: Llama, trains: Trains) -> None:
 
 
 def shard(model: Llama, config: ParallelConfig, mesh: DeviceMesh) -> None:
-    """Make each block, and the rest as the root, a unit of FSDP2; modifies the model."""
-    on_gpu = mesh.device_type == "cuda"
-    param_dtype = config.param_dtype
-    if param_dtype == "auto":
-        param_dtype = "bfloat16" if on_gpu else "float32"
+    """Make each block, and the rest as the root, a unit of FSDP2; modifies the model.
+
+    Args:
+        model: On the meta device.
+        config: With its `auto` settled.
+        mesh: From `build_mesh`.
+    """
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
     )
-    offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
+    pinned = mesh.device_type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
     own = model.own_exits.values() if model.config.own_exit_mlp else ()
     for unit in (*model.layers.values(), *own):
         fully_shard(
@@ -164,7 +221,7 @@ def set_gradient_sync(
     every_microbatch: bool = False,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Set whether the next backward reduces gradients over the ranks.
+    """Set whether the next backward reduces gradients over the ranks; plain weights never do.
 
     The sum over replicas of the sharded model (HSDP, DDP) follows the last microbatch alone. Only
     then are weights freed that are kept from forward to backward: a step gathers them once.
@@ -176,14 +233,32 @@ def set_gradient_sync(
         every_microbatch: ParallelConfig.reduce_every_microbatch.
         reshard_after_forward: ParallelConfig.reshard_after_forward.
     """
-    model.set_requires_gradient_sync(is_last or every_microbatch)  # type: ignore[operator]
-    model.set_requires_all_reduce(is_last)  # type: ignore[operator]
-    model.set_is_last_backward(is_last)  # type: ignore[operator]
-    model.set_reshard_after_backward(is_last or reshard_after_forward)  # type: ignore[operator]
-    model.set_reshard_after_backward(is_last, recurse=False)  # type: ignore[operator]
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(is_last or every_microbatch)
+    model.set_requires_all_reduce(is_last)
+    model.set_is_last_backward(is_last)
+    model.set_reshard_after_backward(is_last or reshard_after_forward)
+    model.set_reshard_after_backward(is_last, recurse=False)
     for unit in _unused_units(model, exit_layers):
         # FSDP2 raises where a unit that was never called is to keep its gradients.
         unit.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def average_gradients(model: Llama, runtime: Runtime) -> None:
+    """Average the gradients of plain weights over the ranks, as FSDP2's backward does, in one sum.
+
+    The ranks have gradients of the same weights: which exits a step has is known to all.
+    """
+    if isinstance(model, FSDPModule) or runtime.world_size == 1:
+        return
+    learned = [p for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.reshape(-1) for p in learned if p.grad is not None])
+    runtime.sum_over_ranks(flat).div_(runtime.world_size)
+    sizes = [p.numel() for p in learned]
+    for p, part in zip(learned, flat.split(sizes), strict=True):
+        p.grad = part.view_as(p)
 
 
 def _unused_units(model: Llama, exit_layers: Collection[int]) -> list[Module]:
@@ -197,7 +272,7 @@ def _unused_units(model: Llama, exit_layers: Collection[int]) -> list[Module]:
 
 def _write_shard(parameter: Tensor, full: Tensor) -> None:
     """Copy this rank's part of `full`, which every rank has drawn alike."""
-    assert isinstance(parameter, DTensor)
-    parameter.copy_(
-        distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    )
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        full = distribute_tensor(full, mesh, placements, src_data_rank=None)
+    parameter.copy_(full)

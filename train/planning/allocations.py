@@ -96,8 +96,8 @@ class AllocationTracker(TorchDispatchMode):
         super().__exit__(*exception)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
-    def move(self, sources: Collection[str], target: str, since: int = 0) -> None:
-        """Reassign the live allocations of the parts `sources`, made since a time, to `target`."""
+    def move(self, sources: Collection[str], target: str, since: int) -> None:
+        """Reassign what is live of the parts `sources`, and was allocated from `since` on."""
         for allocation in self._live.values():
             if allocation.part in sources and allocation.begin >= since:
                 allocation.part = target

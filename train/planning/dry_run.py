@@ -87,7 +87,7 @@ def worst_work(config: TrainConfig, steps: Sequence[StepPlan], ranks: int) -> Wo
     rows = config.data.rows_at_once(ranks)
     return Work(
         model=config.model,
-        parallel=config.parallel,
+        parallel=config.parallel.settled(config.model, ranks, on_gpu=True),
         step=config.step_config,
         plan=replace(worst, drop_prob=(0.0,) * config.model.n_layers),
         rows=rows,
@@ -101,7 +101,7 @@ def _sizes(config: TrainConfig, work: Work, by_tokens: bool) -> Iterator[tuple[s
     model, data = config.model, config.data
     total, own = total_params(model), own_exit_params(model)
     layer = block_params(model) + router_params(model)
-    replicate = config.parallel.dp_replicate
+    replicate = work.parallel.dp_replicate
     yield (
         "parameters",
         f"{total:,}: {model.n_layers} layers of {layer:,}, "

@@ -35,6 +35,7 @@ PARTS = {
     "torch.optim": "update",
     "torch.autograd.graph": "backward",
     "train.optimizer.weight_average": "average",
+    "train.parallel": "backward",
     "loss": "loss and head",
     "models": "activations",
     # DTensor computes here the shapes of an operator on whole tensors.
@@ -78,9 +79,8 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
         work: The work of the rank.
         on_gpu: Plan for GPUs, their kernels and dtype; False: for CPUs.
     """
-    parallel = replace(work.parallel, compile=False, float8=False, cpu_offload=False)
-    if on_gpu and parallel.param_dtype == "auto":
-        parallel = replace(parallel, param_dtype="bfloat16")
+    parallel = work.parallel.settled(work.model, work.ranks, on_gpu=on_gpu)
+    parallel = replace(parallel, compile=False, float8=False, cpu_offload=False)
     runtime = Runtime(rank=0, world_size=work.ranks, device=torch.device("cpu"), job="")
     samples = torch.arange(work.rows)  # has data, for layer dropout draws on the host
     tracker = AllocationTracker(PARTS)
@@ -88,7 +88,7 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
         warnings.simplefilter("ignore")
         # There FlexAttention's blocks stand for the mask of a window, which is a tensor on CPUs.
         shape = replace(work.model, sliding_window=None) if on_gpu else work.model
-        model = _build(work, shape, parallel, _mesh(parallel, work.ranks))
+        model = _build(work, shape, parallel)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, tracker, gpu_kernels() if on_gpu else nullcontext():
             tracker.only_part = "parameters"
@@ -97,14 +97,14 @@ def measure(work: Work, *, on_gpu: bool) -> Need:
             optimizer = build_optimizer(model, work.step.optim)
             before = _track_gradients(tracker, model, optimizer)
             batch = _microbatch(work, samples)
-            # The second microbatch of three stands for all between the first and the last.
+            # The second microbatch stands for all between the first and the last.
             batches = [batch] * min(work.microbatches, 3)
             train_step(model, optimizer, batches, work.plan, 0, config=work.step, runtime=runtime)
             collectives = tracker.collective_bytes.copy()
             _validate(model, batch, work.step.early_exit.chunk_rows)
-    if more := work.microbatches - len(batches):
+    if further := work.microbatches - len(batches):
         for name, moved in (before[2] - before[1]).items():
-            collectives[name] += more * moved
+            collectives[name] += further * moved
     return _need(tracker, built, work.parallel.cpu_offload, collectives)
 
 
@@ -127,14 +127,15 @@ def _mesh(parallel: ParallelConfig, ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp"))
 
 
-def _build(work: Work, shape: LlamaConfig, parallel: ParallelConfig, mesh: DeviceMesh) -> Llama:
+def _build(work: Work, shape: LlamaConfig, parallel: ParallelConfig) -> Llama:
     """Build the model as `build_model` does, up to the allocation of weights."""
     with torch.device("meta"):
         model = Llama(shape)
     freeze(model, work.step.optim.trains)
     if parallel.activation_checkpointing != "none":
         checkpoint_blocks(model, parallel.activation_checkpointing)
-    shard(model, parallel, mesh)
+    if parallel.shard == "blocks":
+        shard(model, parallel, _mesh(parallel, work.ranks))
     return model
 
 
@@ -146,20 +147,21 @@ def _track_gradients(
     Returns:
         The bytes that collectives had moved before each forward pass, filled while those run.
     """
-    backward = {"backward", "gathered weights", "loss and head", "unreduced gradients"}
+    backward = {"backward", "gathered weights", "loss and head"}
     before: list[Counter[str]] = []
-    forward_ends = [0]
+    began = 0  # of the backward pass: weights that stay gathered over microbatches are older
 
     def before_forward(*_: object) -> None:
-        # Weights gathered for the forward pass before may be kept for this one.
-        tracker.move(backward, "unreduced gradients", since=forward_ends[-1])
+        tracker.move(backward, "unreduced gradients", began)
         before.append(tracker.collective_bytes.copy())
 
     def after_forward(*_: object) -> None:
-        forward_ends.append(tracker.now)
+        nonlocal began
+        began = tracker.now
 
     def before_update(*_: object) -> None:
-        tracker.move(backward, "gradients")
+        tracker.move(backward, "gradients", began)
+        tracker.move({"unreduced gradients"}, "gradients", 0)  # plain ones are accumulated in place
 
     model.register_forward_pre_hook(before_forward, prepend=True)
     model.register_forward_hook(after_forward)

@@ -69,19 +69,18 @@ class Cluster:
 class Traffic:
     """What one rank gathers and reduces, bytes of the larger side and number of collectives."""
 
-    root_gather: tuple[float, float]
-    """The root unit's all-gather, once a step, before there is anything to compute."""
     gathers: tuple[float, float]
-    """The blocks' all-gathers for one pass."""
-    resharded: bool
-    """Whether the blocks are gathered for every pass, not for the first of a step alone."""
+    """All-gathers of the blocks in one pass."""
+    root_gather: tuple[float, float]
+    """The root's all-gather, which begins a step."""
     reduces: tuple[float, float]
     """Reduce-scatters of a microbatch that reduces."""
     all_reduces: tuple[float, float]
     """All-reduces over the replicas, once a step."""
+    resharded: bool
+    """Whether blocks are gathered for every forward and backward pass, not once a step."""
     root_share: float
-    """The root unit's share of the weights: its reduction ends a step, where there is nothing to
-    compute meanwhile."""
+    """The root unit's share of the weights: its reduction ends a step."""
     reduces_all: bool
     """Whether every microbatch reduces, not the last alone."""
 
@@ -110,7 +109,7 @@ def traffic(
     resharded: bool,
     root_share: float,
 ) -> Traffic:
-    """Return the traffic of a step's collectives by pass; a layer and the root are units.
+    """Return the traffic of the passes of a step; a layer and the root are units.
 
     Args:
         sent: {collective: bytes of the larger side} of one rank in a whole step.
@@ -126,13 +125,13 @@ def traffic(
 
     units = n_layers + 1
     passes = 2 * microbatches if resharded else 1
-    whole = of("allgather") / (passes * (1 - root_share) + root_share)
+    weights = of("allgather") / (root_share + passes * (1 - root_share))
     return Traffic(
-        root_gather=(whole * root_share, 1),
-        gathers=(whole * (1 - root_share), n_layers),
-        resharded=resharded,
+        gathers=(weights * (1 - root_share), n_layers),
+        root_gather=(weights * root_share, 1),
         reduces=(of("reduce_scatter") / (microbatches if reduces_all else 1), units),
         all_reduces=(of("allreduce"), units),
+        resharded=resharded,
         root_share=root_share,
         reduces_all=reduces_all,
     )
@@ -151,8 +150,8 @@ def step_time(
     """Return the time of a step: in each pass, the longer of computing and communication.
 
     Forward takes 1/3 of a microbatch's computing and backward 2/3 (6 FLOPs per weight: 2 and 4).
-    What FSDP2 prefetches hides behind the pass it runs in; the root's gather before and its
-    reduction after hide behind nothing.
+    What FSDP2 prefetches hides behind the pass it runs in; the root's gather before the step and
+    its reduction after it hide behind nothing.
 
     Args:
         cluster: The machines.
@@ -166,20 +165,19 @@ def step_time(
     shard = ranks // replicate
     compute = flops / (mfu * cluster.gpu.peak)
     forward, backward = compute / microbatches / 3, compute / microbatches * 2 / 3
+    root_gather = cluster.ring_seconds(*sent.root_gather, shard)
     gather = cluster.ring_seconds(*sent.gathers, shard)
     reduce = cluster.ring_seconds(*sent.reduces, shard)
     # An all-reduce is a reduce-scatter and an all-gather.
     all_reduce = 2 * cluster.ring_seconds(*sent.all_reduces, replicate, stride=shard)
-    again = gather if sent.resharded else 0.0
+    gathering, again = (microbatches, gather) if sent.resharded else (1, 0.0)
     reducing = microbatches if sent.reduces_all else 1
-    root_gather = cluster.ring_seconds(*sent.root_gather, shard)
     root_reduce = reduce * sent.root_share
-    exposed = root_gather + max(0.0, gather - forward)
-    exposed += (microbatches - 1) * max(0.0, again - forward)
+    exposed = root_gather + gathering * max(0.0, gather - forward)
     exposed += (microbatches - reducing) * max(0.0, again - backward)
     exposed += (reducing - 1) * max(0.0, again + reduce - backward)
     last = again + reduce - root_reduce + all_reduce
     exposed += root_reduce + max(0.0, last - backward)
-    communication = root_gather + gather + (2 * microbatches - 1) * again
+    communication = root_gather + gathering * gather + microbatches * again
     communication += reducing * reduce + all_reduce
     return StepTime(compute, communication, exposed)

@@ -49,7 +49,7 @@ def speed_rows(
 
 def _others(config: TrainConfig, work: Work) -> set[int]:
     """Return numbers of GPUs, up to the most, that batch and replicas divide by."""
-    replicate, found = config.parallel.dp_replicate, set()
+    replicate, found = work.parallel.dp_replicate, set()
     for ranks in (1, 8, 32, 128, 512, MOST_GPUS):
         rows = config.data.microbatch_size or 1
         fits = config.data.global_batch_size % (ranks * rows) == 0

@@ -314,9 +314,9 @@ def take_two_more(runtime, root, expected, parallel, optim):
 
 @pytest.mark.parametrize(("optim", "atol"), [("adamw", 1e-7), ("muon", 1e-4)])
 def test_training_goes_on_at_another_world_size_and_mesh(tmp_path, runtime, optim, atol):
-    # HSDP 2 x 2, FSDP over 2, one alone, and 2 that each hold the whole model.
+    # HSDP 2 x 2, FSDP over 2, one alone and plain, and 2 that each hold plain weights.
     run_distributed(take_two_more, 4, tmp_path, None, {"dp_replicate": 2}, optim)
-    for ranks, parallel in ((2, {}), (1, {}), (2, {"dp_replicate": 2})):
+    for ranks, parallel in ((2, {}), (1, {"shard": "none"}), (2, {"shard": "none"})):
         expected = (tmp_path / "fingerprint").read_text()
         if ranks == 1:
             take_two_more(runtime, tmp_path, expected, parallel, optim)

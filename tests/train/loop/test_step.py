@@ -48,7 +48,7 @@ def make_config(tie=False, dp_replicate=1, microbatch_size=2, **changes) -> Trai
         layer_dropout=LayerDropoutConfig(p_max=0.9, S="constant", scale_kept=True),
         curriculum=CurriculumConfig(C="rot", R=2),
         early_exit=EarlyExitConfig(e_scale=0.5, chunk_rows=7),
-        parallel=ParallelConfig(dp_replicate=dp_replicate),
+        parallel=ParallelConfig(shard="blocks", dp_replicate=dp_replicate),
     )  # fmt: skip
     return TrainConfig(**(fields | changes))
 
@@ -130,7 +130,7 @@ def test_gradients_on_two_ranks_equal_the_slow_form():
         make_config(),
         make_config(tie=True, microbatch_size=1),
         make_config(microbatch_size=4),
-        make_config(parallel=ParallelConfig(reshard_after_forward=False)),
+        make_config(parallel=ParallelConfig(shard="blocks", reshard_after_forward=False)),
     ]
     run_distributed(check_gradients_of_all, 2, configs)
 

@@ -107,7 +107,7 @@ def assert_near(ours, theirs, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
 def test_gradients_are_those_of_the_cpu(runtime, dtype, tolerance):
-    config = make_config(model=MODEL, parallel=ParallelConfig(param_dtype=dtype))
+    config = make_config(model=MODEL, parallel=ParallelConfig(shard="blocks", param_dtype=dtype))
     batches = [batch(t) for t in range(2)]
     assert_near(trained(config, batches, runtime), on_cpu(config, batches), tolerance)
 
@@ -130,7 +130,7 @@ def test_any_number_of_kept_rows_has_the_gradients_of_the_cpu(
             "compile",
             lambda self, **options: compile_module(self, backend=note, **options),
         )
-    parallel = ParallelConfig(param_dtype="float32", compile=compiled)
+    parallel = ParallelConfig(shard="blocks", param_dtype="float32", compile=compiled)
     config = make_config(model=MODEL, parallel=parallel)
     batches = [batch(t, documents=documents) for t in range(8)]
     choices = [choice for t in range(8) for choice in kept_rows(config, t).choices]

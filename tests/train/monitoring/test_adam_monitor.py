@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 
 from data.dataset import open_dataset
 from loss.curriculum import CurriculumConfig
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.layer_dropout import LayerDropoutConfig, draw_kept_rows
-from tests.distributed import run_distributed
+from tests.distributed import like, run_distributed
 from train.loop.layerskip import LayerSkipSchedule
 from train.monitoring.adam_monitor import AdamMonitor, AdamMonitorConfig, alarms
 from train.optimizer.optim import OptimConfig, build_optimizer, lr, set_lr
@@ -165,8 +164,7 @@ def write_statistics(runtime, configs, folder):
         generator = torch.Generator().manual_seed(1)
         for t in range(12):
             for p in model.parameters():
-                full = torch.randn(p.shape, generator=generator) + 0.3
-                p.grad = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
+                p.grad = like(p, torch.randn(p.shape, generator=generator) + 0.3)
                 if t % 3 == 0 and p.ndim == 1:
                     p.grad = None
             monitor.observe()
@@ -179,8 +177,12 @@ def write_statistics(runtime, configs, folder):
 
 
 def test_statistics_do_not_depend_on_the_ranks(tmp_path):
-    run_distributed(write_statistics, 1, {"one": ParallelConfig()}, tmp_path)
-    two = {"sharded": ParallelConfig(), "replicated": ParallelConfig(dp_replicate=2)}
+    run_distributed(write_statistics, 1, {"one": ParallelConfig(shard="blocks")}, tmp_path)
+    two = {
+        "sharded": ParallelConfig(shard="blocks"),
+        "replicated": ParallelConfig(shard="blocks", dp_replicate=2),
+        "whole": ParallelConfig(shard="none"),
+    }
     run_distributed(write_statistics, 2, two, tmp_path)
     one, *others = (json.loads((tmp_path / name).read_text()) for name in ("one", *two))
     groups = {"tok_embeddings", "layers_00", "layers_01", "layers_02", "layers_03", "norm"}
@@ -197,7 +199,7 @@ def test_statistics_do_not_depend_on_the_ranks(tmp_path):
 
 
 def check_beside_muon(runtime):
-    model = build_model(MODEL, ParallelConfig(), runtime, seed=0)
+    model = build_model(MODEL, ParallelConfig(shard="blocks"), runtime, seed=0)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2, name="muon"))
     monitor = AdamMonitor(CONFIG, optimizer, runtime)
     for t in range(3):
@@ -225,7 +227,7 @@ def train(runtime, corpus, steps, *, frozen=0, interval_steps):
         (step, alarm) of every alarm.
     """
     L, optim = MODEL.n_layers, OptimConfig(lr=4e-3, warmup_steps=50)
-    model = build_model(MODEL, ParallelConfig(), runtime, seed=0)
+    model = build_model(MODEL, ParallelConfig(shard="blocks"), runtime, seed=0)
     optimizer = build_optimizer(model, optim)
     config = AdamMonitorConfig(interval_steps=interval_steps)
     monitor = AdamMonitor(config, optimizer, runtime, period=3)

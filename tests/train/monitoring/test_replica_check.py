@@ -24,7 +24,9 @@ WEIGHT = "layers.1.feed_forward.w2.weight"
 
 def trained(runtime, dp_replicate):
     """Return a model and optimizer after two steps on gradients that all ranks agree on."""
-    model = build_model(MODEL, ParallelConfig(dp_replicate=dp_replicate), runtime, seed=0)
+    model = build_model(
+        MODEL, ParallelConfig(shard="blocks", dp_replicate=dp_replicate), runtime, seed=0
+    )
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
     for t in range(2):
         for p in model.parameters():

@@ -115,7 +115,7 @@ class Trainer:
 
     def __init__(self, runtime, nap_in):
         self.runtime, self.nap_in, self.section = runtime, nap_in, "setup"
-        self.model = build_model(MODEL, ParallelConfig(), runtime, seed=0)
+        self.model = build_model(MODEL, ParallelConfig(shard="blocks"), runtime, seed=0)
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-3))
         inner = self.model.layers["1"].feed_forward
         inner.register_forward_pre_hook(lambda *_: self.nap("forward"))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.config import LlamaConfig
 from models.llama import Llama
-from tests.distributed import run_distributed
+from tests.distributed import like, run_distributed, whole
 from train.monitoring.replica_check import ReplicaCheck, ReplicaCheckConfig
 from train.optimizer.muon import Muon, newton_schulz
 from train.optimizer.optim import OptimConfig, build_optimizer, set_lr, update_unless
@@ -98,8 +98,7 @@ class Watch(TorchDispatchMode):
 
 def give_gradients(model, t, scale=1.0):
     for p in model.parameters():
-        full = gradient(t, p.shape) * scale
-        p.grad = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
+        p.grad = like(p, gradient(t, p.shape) * scale)
 
 
 def state_of(model, optimizer):
@@ -162,7 +161,7 @@ def check_layouts(runtime, cases):
         # Of the last two matrices in four, the second copy of a model has none.
         assert runtime.gather(counts)[0] == collectives
         for name, expected in torchs_own().items():
-            found = dict(model.named_parameters())[name].full_tensor().cpu()
+            found = whole(dict(model.named_parameters())[name]).detach().cpu()
             # The last elements of a part may round otherwise than in the whole, and the iteration
             # makes 480 times as much of what is small; orthogonal parts would be 0.01 away.
             torch.testing.assert_close(found, expected, atol=1e-3, rtol=0, msg=name)
@@ -172,23 +171,24 @@ def check_layouts(runtime, cases):
 
 # A model has 14 matrices, which n ranks take n at a time.
 def test_on_one_rank_it_is_torchs():
-    run_distributed(check_layouts, 1, [(ParallelConfig(), {})])
+    run_distributed(check_layouts, 1, [(ParallelConfig(shard="blocks"), {})])
 
 
 def test_sharded_and_copied_over_two_ranks_it_is_torchs():
     exchanged = {"alltoall_base_": 14}
     cases = [
-        (ParallelConfig(), exchanged),
-        (ParallelConfig(cpu_offload=True), exchanged),
-        (ParallelConfig(dp_replicate=2), {"allreduce_": 7}),
+        (ParallelConfig(shard="blocks"), exchanged),
+        (ParallelConfig(shard="blocks", cpu_offload=True), exchanged),
+        (ParallelConfig(shard="blocks", dp_replicate=2), {"allreduce_": 7}),
+        (ParallelConfig(shard="none"), {"allreduce_": 7}),
     ]
     run_distributed(check_layouts, 2, cases)
 
 
 def test_sharded_and_hybrid_over_four_ranks_it_is_torchs():
     cases = [
-        (ParallelConfig(), {"alltoall_base_": 8}),
-        (ParallelConfig(dp_replicate=2), {"alltoall_base_": 8, "allreduce_": 4}),
+        (ParallelConfig(shard="blocks"), {"alltoall_base_": 8}),
+        (ParallelConfig(shard="blocks", dp_replicate=2), {"alltoall_base_": 8, "allreduce_": 4}),
     ]
     run_distributed(check_layouts, 4, cases)
 
@@ -196,14 +196,14 @@ def test_sharded_and_hybrid_over_four_ranks_it_is_torchs():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_it_is_torchs():
-    run_distributed(check_layouts, 1, [(ParallelConfig(), {})])
+    run_distributed(check_layouts, 1, [(ParallelConfig(shard="blocks"), {})])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_sharded_and_copied_over_two_gpus_it_is_torchs():
     cases = [
-        (ParallelConfig(), {"alltoall_base_": 14}),
-        (ParallelConfig(dp_replicate=2), {"allreduce_": 7}),
+        (ParallelConfig(shard="blocks"), {"alltoall_base_": 14}),
+        (ParallelConfig(shard="blocks", dp_replicate=2), {"allreduce_": 7}),
     ]
     run_distributed(check_layouts, 2, cases)

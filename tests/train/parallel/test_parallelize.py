@@ -16,7 +16,7 @@ from models.config import LlamaConfig
 from models.layer_dropout import draw_kept_rows, uniform
 from models.llama import Llama
 from tests.batches import batch_at
-from tests.distributed import ROOT, run_distributed
+from tests.distributed import ROOT, run_distributed, whole
 from tests.train.loop.test_step import CollectiveCounter, make_config, make_loader
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.step import accumulate_gradients, train_step
@@ -50,11 +50,11 @@ def train_and_read(model, config, runtime):
     keywords = dict(config=config.step_config, runtime=runtime)
     first = STEPS[0]
     accumulate_gradients(model, batch_at(loader, first), plan(first), first, **keywords)
-    gradient = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    gradient = {name: whole(p.grad) for name, p in model.named_parameters()}
     optimizer.zero_grad()
     for t in STEPS:
         train_step(model, optimizer, batch_at(loader, t), plan(t), t, **keywords)
-    return gradient, {name: p.full_tensor() for name, p in model.named_parameters()}
+    return gradient, {name: whole(p) for name, p in model.named_parameters()}
 
 
 def slow_loss(model, config, t):
@@ -140,34 +140,47 @@ MODES = ("none", "full", "selective")
 
 def spread(dp_replicate, **fields):
     return [
-        ParallelConfig(dp_replicate=dp_replicate, activation_checkpointing=mode, **fields)
+        ParallelConfig(
+            shard="blocks", dp_replicate=dp_replicate, activation_checkpointing=mode, **fields
+        )
         for mode in MODES
     ]
 
 
 def test_training_on_one_rank_equals_the_slow_form():
-    run_distributed(check_training, 1, [*spread(1), ParallelConfig(cpu_offload=True)])
+    cases = [
+        *spread(1),
+        ParallelConfig(shard="blocks", cpu_offload=True),
+        ParallelConfig(),
+        ParallelConfig(activation_checkpointing="full"),
+    ]
+    run_distributed(check_training, 1, cases)
 
 
 def test_training_sharded_and_whole_on_two_ranks_equals_the_slow_form():
     cases = [
         *spread(1),
         *spread(2),
-        ParallelConfig(reduce_every_microbatch=True),
-        ParallelConfig(dp_replicate=2, reduce_every_microbatch=True),
-        ParallelConfig(cpu_offload=True, reduce_every_microbatch=True),
-        ParallelConfig(cpu_offload=True, activation_checkpointing="full"),
+        ParallelConfig(shard="blocks", reduce_every_microbatch=True),
+        ParallelConfig(shard="blocks", dp_replicate=2, reduce_every_microbatch=True),
+        ParallelConfig(shard="blocks", cpu_offload=True, reduce_every_microbatch=True),
+        ParallelConfig(shard="blocks", cpu_offload=True, activation_checkpointing="full"),
+        ParallelConfig(),
+        ParallelConfig(shard="none", activation_checkpointing="selective"),
     ]
     run_distributed(check_training, 2, cases)
 
 
 def test_training_hybrid_on_four_ranks_equals_the_slow_form():
-    cases = [*spread(2), ParallelConfig(dp_replicate=2, reduce_every_microbatch=True)]
+    cases = [
+        *spread(2),
+        ParallelConfig(shard="blocks", dp_replicate=2, reduce_every_microbatch=True),
+    ]
     run_distributed(check_training, 4, cases, 1)
 
 
 def test_training_compiled_on_two_ranks_equals_the_slow_form():
-    cases = [ParallelConfig(compile=True, activation_checkpointing="full")]
+    cases = [ParallelConfig(shard="blocks", compile=True, activation_checkpointing="full")]
     run_distributed(check_training, 2, cases, 2, "aot_eager")
 
 
@@ -182,20 +195,21 @@ def test_training_compiled_however_spread_equals_the_slow_form(ranks, dp_replica
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_training_compiled_by_inductor_equals_the_slow_form():
-    run_distributed(check_training, 2, [ParallelConfig(compile=True)])
+    run_distributed(check_training, 2, [ParallelConfig(shard="blocks", compile=True)])
 
 
 def count_communication(runtime):
     for parallel, gathers, reduces, sums in (
         # Two microbatches; 4 blocks, gathered for forward and backward; the root, once a step.
         # The tokens that have a loss are counted once.
-        (ParallelConfig(), 17, 5, 1),
-        (ParallelConfig(reduce_every_microbatch=True), 17, 10, 1),
+        (ParallelConfig(shard="blocks"), 17, 5, 1),
+        (ParallelConfig(shard="blocks", reduce_every_microbatch=True), 17, 10, 1),
         # ZeRO-2 gathers once a step.
-        (ParallelConfig(reshard_after_forward=False), 5, 5, 1),
-        # Whole on every rank: nothing is gathered, and the copies are summed once a step.
-        (ParallelConfig(dp_replicate=2), 0, 0, 6),
-        (ParallelConfig(dp_replicate=2, reduce_every_microbatch=True), 0, 0, 6),
+        (ParallelConfig(shard="blocks", reshard_after_forward=False), 5, 5, 1),
+        # Whole on every rank: nothing is gathered, and the gradients are summed once a step.
+        (ParallelConfig(), 0, 0, 2),
+        (ParallelConfig(shard="blocks", dp_replicate=2), 0, 0, 6),
+        (ParallelConfig(shard="blocks", dp_replicate=2, reduce_every_microbatch=True), 0, 0, 6),
     ):
         config = dataclasses.replace(CONFIG, parallel=parallel)
         model = build_model(config.model, parallel, runtime, config.seed)
@@ -225,14 +239,19 @@ def test_gradients_are_reduced_once_a_step_or_every_microbatch_as_configured():
 def check_names_and_weights(runtime):
     plain = Llama(TINY)
     plain.init_weights(seed=3)
-    for parallel in (*spread(1), ParallelConfig(compile=True), ParallelConfig(cpu_offload=True)):
+    for parallel in (
+        *spread(1),
+        ParallelConfig(),
+        ParallelConfig(shard="blocks", compile=True),
+        ParallelConfig(shard="blocks", cpu_offload=True),
+    ):
         model = build_model(TINY, parallel, runtime, seed=3)
         assert list(model.state_dict()) == list(plain.state_dict())
         for (name, ours), (other, theirs) in zip(
             model.named_parameters(), plain.named_parameters(), strict=True
         ):
             assert name == other
-            assert torch.equal(ours.full_tensor(), theirs), (name, parallel)
+            assert torch.equal(whole(ours), theirs), (name, parallel)
         assert torch.equal(model.rope_cos, plain.rope_cos)
 
 
@@ -307,7 +326,7 @@ def check_number_of_graphs(runtime):
     for mode in MODES:
         torch._dynamo.reset()
         backend.graphs = 0
-        parallel = ParallelConfig(compile=True, activation_checkpointing=mode)
+        parallel = ParallelConfig(shard="blocks", compile=True, activation_checkpointing=mode)
         model = build_model(TINY, parallel, runtime, seed=0)
         assert run_changing_rows(model, runtime, steps=12) == {0, 1, 2, 3, 4, 5, 6}
         # All rows; any number of rows; one row; the one token of a layer that keeps none;
@@ -321,7 +340,7 @@ def test_changing_rows_compile_at_most_five_graphs_for_all_layers():
 
 def check_recompile_limit(runtime):
     compile_with(Backend())
-    model = build_model(TINY, ParallelConfig(compile=True), runtime, seed=0)
+    model = build_model(TINY, ParallelConfig(shard="blocks", compile=True), runtime, seed=0)
     with (
         torch._dynamo.config.patch(recompile_limit=2),
         pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
@@ -346,9 +365,9 @@ def test_the_compiler_is_imported_only_when_used():
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused():
-    (problem,) = ParallelConfig(dp_replicate=3).problems(4)
+    (problem,) = ParallelConfig(shard="blocks", dp_replicate=3).problems(4)
     assert problem.startswith("parallel.dp_replicate: 3 does not divide the 4 ranks")
-    assert ParallelConfig(dp_replicate=4).problems(4) == []
+    assert ParallelConfig(shard="blocks", dp_replicate=4).problems(4) == []
 
 
 WIDE = LlamaConfig(
@@ -358,9 +377,9 @@ WIDE = LlamaConfig(
 
 def test_float8_without_torchao_is_refused(monkeypatch):
     monkeypatch.setattr("train.parallel.parallelize.find_spec", lambda name: None)
-    (problem,) = ParallelConfig(float8=True).problems(1)
+    (problem,) = ParallelConfig(shard="blocks", float8=True).problems(1)
     assert problem == "parallel.float8: torchao is not installed, pip install -e .[float8]"
-    assert ParallelConfig().problems(1) == []
+    assert ParallelConfig(shard="blocks").problems(1) == []
 
 
 def test_float8_refuses_widths_that_are_no_multiple_of_16():
@@ -404,7 +423,7 @@ def test_float8_takes_the_matrices_of_the_blocks_and_not_the_head(monkeypatch):
 def train_in_float8(runtime):
     losses = {}
     for float8 in (False, True):
-        config = make_config(model=WIDE, parallel=ParallelConfig(float8=float8))
+        config = make_config(model=WIDE, parallel=ParallelConfig(shard="blocks", float8=float8))
         model = build_model(WIDE, config.parallel, runtime, config.seed)
         batch = batch_at(make_loader(config), 5)
         plan = dataclasses.replace(schedule_of(config).at(5), exit_layers=(1,))
@@ -429,7 +448,7 @@ def test_training_in_float8_on_a_gpu_is_near_training_without():
 
 
 def train_offloaded(runtime):
-    parallel = ParallelConfig(cpu_offload=True, param_dtype="float32")
+    parallel = ParallelConfig(shard="blocks", cpu_offload=True, param_dtype="float32")
     config = dataclasses.replace(CONFIG, parallel=parallel)
     model = build_model(config.model, parallel, runtime, config.seed)
     assert {p.device.type for p in model.parameters()} == {"cpu"}

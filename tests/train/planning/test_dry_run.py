@@ -72,7 +72,7 @@ def test_the_plan_states_sizes_and_work():
     assert f"{(3 * layer + 2.5 * head) * 512 / 4 / 1e6:.2f} M on each GPU" in text
     # The step planned for is t = 0.
     assert "the largest step, of 3 exits and no layer dropped" in text
-    # A ring of four: bfloat16 weights, blocks twice a microbatch, the root and fp32 gradients once.
+    # A ring of four: bfloat16 blocks twice a microbatch, the root once, fp32 gradients once.
     gathered = 2 * (2 * 2 * 4 * block + 2 * 500 * 64 + 64)
     sent = (gathered + 4 * total) * 3 / 4 / 2**20
     [stated] = re.findall(r"sent per step +([0-9.]+) MiB", text)
@@ -138,7 +138,11 @@ def test_the_parts_add_up_to_the_whole(name):
         ({}, {"memory_gib": -1}, "memory_gib: -1, must be positive"),
         ({}, {"memory_gib": float("nan")}, "memory_gib: nan, must be positive and finite"),
         ({}, {"memory_gib": float("inf")}, "memory_gib: inf, must be positive and finite"),
-        ({"parallel": ParallelConfig(dp_replicate=3)}, {"ranks": 4}, "parallel.dp_replicate: 3"),
+        (
+            {"parallel": ParallelConfig(shard="blocks", dp_replicate=3)},
+            {"ranks": 4},
+            "parallel.dp_replicate: 3",
+        ),
     ],
 )
 def test_what_does_not_divide_is_refused(overrides, machine, message):

@@ -6,7 +6,6 @@ import pytest
 
 from train.planning.speed import REACHED, Cluster, Gpu, step_time, traffic
 
-PASS = 4.921875e-3
 CLUSTER = Cluster(Gpu(peak=1e15, memory_gib=80.0, nvlink=400e9), per_node=8, network=25e9)
 
 
@@ -28,56 +27,46 @@ def test_a_ring_goes_through_its_slowest_link(n, stride, link, hops):
 
 
 def sent(**changes):
-    """Return 9 layers of equal weight and a root of a tenth, without latency; 2 microbatches."""
+    """Return 9 layers of equal weight and a root of a tenth, without latency; 2 microbatches.
+
+    2 GB of weights, gathered by 4 passes, but the root once.
+    """
     bytes_of = {"_allgather_base_": 7.4e9, "_reduce_scatter_base_": 8e9, "allreduce_": 1e9}
     given = {"microbatches": 2, "reduces_all": False, "resharded": True, "root_share": 0.1}
     found = traffic(bytes_of, n_layers=9, **(given | changes))
-    return replace(
-        found,
-        **{
-            name: (getattr(found, name)[0], 0)
-            for name in ("root_gather", "gathers", "reduces", "all_reduces")
-        },
-    )
+    counted = ("gathers", "root_gather", "reduces", "all_reduces")
+    return replace(found, **{name: (getattr(found, name)[0], 0) for name in counted})
 
 
-@pytest.mark.parametrize(("resharded", "passes"), [(True, 4), (False, 1)])
-def test_blocks_are_gathered_for_every_pass_or_once_and_the_root_once(resharded, passes):
-    found = traffic(
-        {"allgather": 9.0 * passes + 1.0, "reduce_scatter": 6.0},
-        n_layers=9, microbatches=2, reduces_all=True, resharded=resharded, root_share=0.1,
-    )  # fmt: skip
-    assert found.root_gather == pytest.approx((1.0, 1))
-    assert (found.gathers, found.reduces) == (pytest.approx((9.0, 9)), (3.0, 10))
+@pytest.mark.parametrize(("resharded", "gathered"), [(True, 7.4), (False, 2.0)])
+def test_blocks_are_gathered_by_each_pass_or_once_and_the_root_once(resharded, gathered):
+    found = traffic({"allgather": gathered, "reduce_scatter": 6.0}, n_layers=9, microbatches=2,
+                    reduces_all=True, resharded=resharded, root_share=0.1)  # fmt: skip
+    assert found.gathers == (pytest.approx(1.8), 9)
+    assert found.root_gather == (pytest.approx(0.2), 1)
+    assert found.reduces == (3.0, 10)
+
+
+# A pass gathers 1.8 GB * 7/8 / 320 GB/s = 4.92 ms, the root 0.2 GB; 8 GB are reduced.
+PASS, ROOT, REDUCE = 4.921875e-3, 0.546875e-3, 21.875e-3
 
 
 @pytest.mark.parametrize(
     ("flops", "exposed"),
     [
-        # 2 GB of weights, of which 1.8 GB are blocks: 1.8 GB * 7/8 / 320 GB/s = 4.92 ms for each
-        # of four passes; 8 GB reduced: 21.875 ms. All hidden but the root's tenth of both.
-        (1e15, 0.546875e-3 + 2.1875e-3),
-        # 3 ms of computing, 0.5 ms forward and 1 ms backward of each microbatch. Forward twice:
-        # 4.92 - 0.5; backward: 4.92 - 1, then 4.92 + 21.875 - 1. The root is gathered once.
-        (1.2e12, 0.546875e-3 + 2 * (PASS - 0.5e-3) + (PASS - 1e-3) + (PASS + 21.875e-3 - 1e-3)),
+        # All hidden but the root's: its gather, and a tenth of the reduction.
+        (1e15, ROOT + REDUCE / 10),
+        # 3 ms of computing, 0.5 ms forward and 1 ms backward of each microbatch.
+        (1.2e12, ROOT + 2 * (PASS - 0.5e-3) + (PASS - 1e-3) + (PASS + REDUCE - 1e-3)),
     ],
 )
 def test_what_exceeds_computing_is_exposed(flops, exposed):
     how = {"ranks": 8, "replicate": 1, "microbatches": 2}
     time = step_time(CLUSTER, sent(), flops=flops, mfu=0.4, **how)
     assert time.compute == pytest.approx(flops / 4e14)
-    assert time.communication == pytest.approx(0.546875e-3 + 2 * 2 * PASS + 21.875e-3)
-    # The root's reduction is no longer apart where everything is exposed.
+    assert time.communication == pytest.approx(ROOT + 4 * PASS + REDUCE)
+    # The root is no longer apart where everything is exposed.
     assert time.exposed == pytest.approx(exposed, rel=1e-9)
-
-
-def test_weights_that_are_kept_are_gathered_before_the_first_pass_alone():
-    how = {"ranks": 8, "replicate": 1, "microbatches": 4}
-    time = step_time(CLUSTER, sent(resharded=False), flops=2.4e12, mfu=0.4, **how)
-    # Of 7.4 GB: the root's tenth, then the blocks less a forward of 0.5 ms; the reduction.
-    whole = 7.4 * 7 / 8 / 320
-    assert time.communication == pytest.approx(whole + 21.875e-3)
-    assert time.exposed == pytest.approx(whole - 0.5e-3 + 21.875e-3 - 1e-3)
 
 
 def test_one_gpu_sends_nothing_and_replicas_sum_once_a_step():
