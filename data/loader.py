@@ -38,7 +38,10 @@ class Microbatch:
         return int((self.labels != NO_LOSS).sum())
 
     def pin_memory(self) -> "Microbatch":
-        """Return a copy in page-locked memory, from which copies to a GPU do not block."""
+        """Return a copy in page-locked memory, from which copies to a GPU do not block.
+
+        What is there already is not copied.
+        """
         return Microbatch(
             self.tokens.pin_memory(),
             self.labels.pin_memory(),
@@ -48,11 +51,12 @@ class Microbatch:
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return a copy on a device; `samples` stay on the host."""
+        host = self.pin_memory() if device.type == "cuda" else self
         return Microbatch(
-            self.tokens.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.samples,
-            None if self.documents is None else self.documents.to(device, non_blocking=True),
+            host.tokens.to(device, non_blocking=True),
+            host.labels.to(device, non_blocking=True),
+            host.samples,
+            None if host.documents is None else host.documents.to(device, non_blocking=True),
         )
 
 

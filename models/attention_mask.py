@@ -144,6 +144,8 @@ def attend(
         mask: (batch or 1, 1, seq, slots) bool, or blocks.
         grouped: Whether heads share keys and values.
     """
+    if isinstance(mask, Tensor) and grouped and q.is_cuda:
+        return _attend_by_group(q, k, v, mask)
     if mask is None or isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
@@ -152,6 +154,21 @@ def attend(
     flex = _flex("flex_attention", compiled=q.is_cuda and not torch.compiler.is_compiling())
     out: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return out
+
+
+def _attend_by_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Do `attend` with the queries of the heads that share keys and values as one head's.
+
+    With a mask, torch (2.11, 2.13) has no fast CUDA kernel for shared heads but cuDNN's, of
+    bfloat16 on some GPUs; the rest would repeat keys and values and hold whole scores.
+    """
+    batch, heads, _, head_dim = q.shape
+    kv_heads = k.shape[1]
+    together = q.reshape(batch, kv_heads, -1, head_dim)
+    # Of one query, as in decoding, a view.
+    masks = mask.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(2, 3)
+    out = F.scaled_dot_product_attention(together, k, v, attn_mask=masks)
+    return out.reshape(q.shape)
 
 
 def _pick(values: Tensor | None, rows: Tensor) -> Tensor | None:

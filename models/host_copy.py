@@ -1,9 +1,18 @@
-"""Copy numbers from a device to the host without stalling either."""
+"""Copy numbers between a device and the host without stalling either."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without waiting for kernels launched before.
+
+    A copy of more than 64 KiB would wait for them, were it from memory that is not page-locked.
+    """
+    pinned = host.pin_memory() if device.type == "cuda" else host
+    return pinned.to(device, non_blocking=True)
 
 
 class HostCopy:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.attention_mask import AttentionMask
+from models.host_copy import to_device
 from models.kept_rows import on_no_row, on_rows
 
 DepthSchedule = Literal["exponential", "linear", "linear_from_first", "uniform"]
@@ -174,7 +175,7 @@ def draw_kept_rows(
         return None
     kept = uniform(seed, t, len(drop_prob), keys) >= np.asarray(drop_prob)[:, None]
     _, row_indices = np.nonzero(kept)
-    indices = torch.from_numpy(row_indices).to(device, non_blocking=True)
+    indices = to_device(torch.from_numpy(row_indices), device)
     choices, begin = [], 0
     for p_l, kept_l in zip(drop_prob, kept, strict=True):
         count = int(kept_l.sum())

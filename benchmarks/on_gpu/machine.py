@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.on_gpu.session import Session
+from models.attention_mask import attend
 
 
 def ceilings(session: Session) -> dict[str, object]:
@@ -73,6 +74,10 @@ def _by_backend(session, q, k, v, how) -> dict[str, str]:
         except RuntimeError:
             continue  # this one does not take these inputs
     s = session.seconds(lambda: F.scaled_dot_product_attention(q, k, v, **how), times=3)
+    mask, grouped = how.get("attn_mask"), how["enable_gqa"]
+    if mask is not None and grouped:
+        ours = session.seconds(lambda: attend(q, k, v, mask[None, None], grouped=True), times=3)
+        times["ours"] = f"{ours * 1e3:.3f} ms"
     return times | {"chosen": f"{s * 1e3:.3f} ms"}
 
 

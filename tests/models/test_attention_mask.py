@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
 from models import attention_mask
@@ -103,6 +105,42 @@ def test_a_window_ends_with_the_query_and_stays_in_its_document(blocks):
             at = positions[:, None, :, None].expand(-1, 2, -1, 16)
             found = attend(q.gather(2, at), k, v, own, grouped=False)
             torch.testing.assert_close(found, expected.gather(2, at))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_heads_that_share_keys_attend_as_one_head_of_more_queries(queries, rows):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, queries, 6, 16, generator=g).transpose(1, 2)
+    k, v = (torch.randn(2, 2, 9, 16, generator=g)[:, :, :8] for _ in range(2))
+    mask = torch.rand(rows, 1, queries, 8, generator=g) < 0.5
+    mask[..., 0] = True
+    found = attention_mask._attend_by_group(q, k, v, mask)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_shared_heads_under_a_mask_are_left_to_torch_but_on_gpus(
+    device, masked, grouped, monkeypatch
+):
+    calls = []
+
+    def note(q, k, v, *, attn_mask=None, is_causal=False, enable_gqa=False):
+        calls.append((tuple(q.shape), k.shape[1], is_causal, enable_gqa))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    with FakeTensorMode():
+        q = torch.empty(2, 6, 5, 16, device=device)
+        k = torch.empty(2, 2 if grouped else 6, 8, 16, device=device)
+        mask = torch.ones(2, 1, 5, 8, dtype=torch.bool, device=device) if masked else None
+        assert attend(q, k, k, mask, grouped=grouped).shape == q.shape
+    by_group = masked and grouped and device == "cuda"
+    shape = (2, 2, 15, 16) if by_group else tuple(q.shape)
+    assert calls == [(shape, k.shape[1], not masked, grouped and not by_group)]
 
 
 @pytest.mark.parametrize("dropped", [False, True])

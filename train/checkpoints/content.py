@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
+from models.host_copy import HostCopy
 from models.llama import Llama
 from train.optimizer.optim import OptimConfig, Optimizers, num_moments
 from train.parallel.runtime import Runtime
@@ -86,7 +87,7 @@ def refuse_non_finite(model: Llama, t: int, gather: Callable[[list[str]], list[l
     parts = {name: part for name, part in parts.items() if part.numel()}
     # One pass, without a copy: both bounds are NaN if any element is.
     bounds = [torch.stack(part.aminmax()) for part in parts.values()]
-    finite = torch.stack(bounds).isfinite().all(1).tolist() if bounds else []
+    finite = HostCopy(torch.stack(bounds).isfinite().all(1)).read() if bounds else []
     bad = [name for name, good in zip(parts, finite, strict=True) if not good]
     if found := sorted(name for names in gather(bad) for name in names):
         raise FloatingPointError(

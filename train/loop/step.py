@@ -14,6 +14,7 @@ from data.loader import Microbatch
 from data.shards import NO_LOSS
 from loss.density import DensityConfig, density_penalty_sum, running_share_sum
 from loss.early_exit import EarlyExitConfig, early_exit_loss
+from models.host_copy import to_device
 from models.layer_dropout import KeptRows, LayerDropoutConfig, draw_kept_rows
 from models.llama import Llama
 from models.token_depth import TokenDepthConfig, TokenLayers, draw_exits, token_layers
@@ -103,7 +104,7 @@ def accumulate_gradients(
     L, device = model.config.n_layers, runtime.device
     num_labels = [microbatch.num_labels for microbatch in microbatches]
     # Of the global batch; the host does not wait for the sum.
-    num_tokens = torch.tensor(float(sum(num_labels))).to(device, non_blocking=True)
+    num_tokens = torch.full((), float(sum(num_labels)), device=device)
     runtime.sum_over_ranks(num_tokens).clamp_(min=1.0)  # 0: all losses are 0, not 0 / 0
     num_rows = runtime.world_size * sum(len(microbatch.tokens) for microbatch in microbatches)
     totals, exit_tokens = StepTotals.zeros(L, device), torch.zeros(L)
@@ -150,7 +151,7 @@ def accumulate_gradients(
             exit_tokens[l] += num_labels[m]
     with record_function("average gradients"):
         average_gradients(model, runtime)
-    totals.exit_tokens.copy_(exit_tokens, non_blocking=True)
+    totals.exit_tokens.copy_(to_device(exit_tokens, device))
     return totals
 
 
@@ -183,7 +184,7 @@ def _token_layers(
             depth, n_layers, seed=config.seed, t=t,
             samples=batch.samples.numpy(), seq_len=batch.tokens.shape[1],
         )  # fmt: skip
-        exits = torch.from_numpy(drawn).to(batch.tokens.device, non_blocking=True)
+        exits = to_device(torch.from_numpy(drawn), batch.tokens.device)
     return token_layers(depth, n_layers, batch.labels != NO_LOSS, batch.documents, exits)
 
 
@@ -200,7 +201,7 @@ def _exit_tokens(
         samples=microbatch.samples.numpy(),
         seq=microbatch.labels.shape[1],
     )
-    return torch.from_numpy(tokens).to(runtime.device, non_blocking=True)
+    return to_device(torch.from_numpy(tokens), runtime.device)
 
 
 def dropout_keys(

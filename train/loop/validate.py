@@ -11,6 +11,7 @@ from data.loader import Microbatch, microbatch
 from data.shards import NO_LOSS
 from data.windows import Windows, spread
 from loss.early_exit import EarlyExitConfig, early_exit_loss
+from models.host_copy import HostCopy
 from models.llama import Llama
 from models.token_depth import TokenDepthConfig, token_layers
 from train.parallel.runtime import Runtime
@@ -80,7 +81,7 @@ def validate(
     for first in range(begin, begin + len(numbers), rows * runtime.world_size):
         batch = _read(held_out, numbers[first : first + rows], rows).to(device)
         sums += _exit_sums(model, batch, chunk_rows, token_depth)
-    runtime.sum_over_ranks(sums)
+    sums = torch.tensor(HostCopy(runtime.sum_over_ranks(sums)).read())
     if not sums[L]:
         return []
     losses: list[float] = (sums[:L] / sums[L]).tolist()

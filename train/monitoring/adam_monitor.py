@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from models.host_copy import HostCopy
 from train.monitoring.adam_statistics import AdamStatistics, GroupStatistics, bimodality, group_of
 from train.monitoring.replica_check import num_replicas
 from train.parallel.runtime import Runtime
@@ -183,18 +184,14 @@ class AdamMonitor:
 
     @torch.no_grad()
     def read(self) -> AdamStatistics:
-        """Return the statistics of the whole model; every rank calls this after the same step.
-
-        One sum over ranks and one copy to the host.
-        """
+        """Return the statistics of the whole model; every rank calls this after the same step."""
         rows = [
             torch.cat((_moment_sums(group), self._gradient_sums(name)))
             for name, group in self._groups.items()
         ]
-        sums = self._runtime.sum_over_ranks(torch.stack(rows).to(self._runtime.device)).tolist()
-        groups = {
-            name: self._statistics(name, row) for name, row in zip(self._groups, sums, strict=True)
-        }
+        sums = self._runtime.sum_over_ranks(torch.stack(rows).to(self._runtime.device))
+        by_group = zip(self._groups, HostCopy(sums).read(), strict=True)
+        groups = {name: self._statistics(name, row) for name, row in by_group}
         self._update_rms = {name: group.update_rms for name, group in groups.items()}
         return AdamStatistics(groups=groups)
 

@@ -24,7 +24,7 @@ from train.monitoring.heartbeat import (
     HeartbeatStore,
     diagnose_hang,
 )
-from train.monitoring.main_thread import in_collective
+from train.monitoring.main_thread import waits
 from train.monitoring.sections import SECTIONS, Section, Sections
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Watchdog:
             section,
             t,
             min(seconds, now - self._awake_since),
-            in_collective=frame is not None and in_collective(frame),
+            waits=frame is not None and waits(frame),
         )
         return beat, self._call(lambda store: store.exchange(beat))
 

@@ -25,8 +25,8 @@ class Heartbeat:
     t: int
     seconds: float
     """Time in this section."""
-    in_collective: bool = False
-    """Whether it is inside a collective, waiting for other ranks."""
+    waits: bool = False
+    """Whether it waits for other ranks, see `main_thread.waits`."""
 
     def __str__(self) -> str:
         return f"in {self.section} of step {self.t} for {self.seconds:.0f} s"
@@ -71,7 +71,7 @@ def diagnose_hang(
     or once its silence alone exceeds the limit of a step: it may have left that section since.
 
     Where no rank is silent, the rank furthest behind hangs; of several in the same section of a
-    step, those outside a collective. Each may take its own section's limit, which can exceed that
+    step, those that do not wait. Each may take its own section's limit, which can exceed that
     of the others.
 
     Args:
@@ -100,7 +100,7 @@ def _diagnose_hung(beats: list[Heartbeat], limits: dict[Section, float]) -> Hang
     """Find the ranks that hang where all have new heartbeats."""
     furthest_behind = min(map(_progress, beats))
     hung = [rank for rank, beat in enumerate(beats) if _progress(beat) == furthest_behind]
-    at_work = [rank for rank in hung if not beats[rank].in_collective]
+    at_work = [rank for rank in hung if not beats[rank].waits]
     hung = at_work or hung
     latest = min((beats[rank] for rank in hung), key=lambda beat: beat.seconds)
     if latest.seconds <= limits[latest.section]:

@@ -7,12 +7,20 @@ from types import FrameType
 ROOT = f"{Path(__file__).resolve().parents[2]}{os.sep}"
 
 
-def in_collective(frame: FrameType) -> bool:
-    """Whether a stack, given by its innermost frame, is inside a collective."""
+def waits(frame: FrameType) -> bool:
+    """Whether a stack, given by its innermost frame, waits for other ranks.
+
+    On CPUs it is inside a collective then. On GPUs collectives are queued, and the host waits for
+    the device, which waits for the others: in `synchronize` of an event, a stream or a device.
+    """
     inner: FrameType | None = frame
     while inner is not None and inner.f_code.co_filename.endswith("/torch/_ops.py"):
         inner = inner.f_back
-    path = "" if inner is None else inner.f_code.co_filename
+    if inner is None:
+        return False
+    path = inner.f_code.co_filename
+    if "/torch/cuda/" in path:
+        return inner.f_code.co_name == "synchronize"
     return "/torch/distributed/" in path and "/torch/distributed/tensor/" not in path
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from models.host_copy import HostCopy
 from train.parallel.runtime import Runtime
 
 CHUNK = 2**20  # elements hashed at a time: bounds the memory of a check to a few of these
@@ -84,7 +85,7 @@ class ReplicaCheck:
         )
         all_ranks = mine.new_zeros(world_size, *mine.shape)
         all_ranks[self._runtime.rank] = mine
-        by_rank: list[list[list[int]]] = self._runtime.sum_over_ranks(all_ranks).tolist()
+        by_rank: list[list[list[int]]] = HostCopy(self._runtime.sum_over_ranks(all_ranks)).read()
         if found := differences([*tensors, "the count of steps"], by_rank):
             raise ReplicasDifferError(self._message(found, done_steps))
         self._passed = done_steps

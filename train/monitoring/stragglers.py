@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from train.monitoring.main_thread import in_collective, innermost_line
+from train.monitoring.main_thread import innermost_line, waits
 from train.parallel.runtime import Runtime
 
 SAMPLE_SECONDS = 0.02
@@ -180,7 +180,7 @@ class StragglerWatch:
             elapsed, last = now - last, now
             if frame is None:
                 return
-            line = None if in_collective(frame) else innermost_line(frame)
+            line = None if waits(frame) else innermost_line(frame)
             with self._lock:
                 self._total += elapsed
                 if line is not None:

@@ -48,7 +48,8 @@ class RuntimeConfig:
     """Also write the run's status.json here, where a job script finds it. Empty: the run folder
     alone."""
     deterministic: bool = False
-    """Refuse CUDA kernels whose result varies from run to run. Slower; the CPU always is."""
+    """Only CUDA kernels whose result is the same in every run: the backward of attention is not,
+    else. Slower; CPUs have no others."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
@@ -220,6 +221,8 @@ def start_runtime(config: RuntimeConfig, seed: int) -> Iterator[Runtime]:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # It would also write NaN over all new memory, which costs time and changes no result.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from loss.softmax import IGNORE_INDEX
 from models.config import LlamaConfig
 from models.layer_dropout import draw_kept_rows
 from models.llama import Llama
+from models.token_depth import TokenDepthConfig
 from tests.train import tiny
 from tests.train.loop.test_step import EVERY_LOSS, make_config, plan_of
 from train.checkpoints.content import training_tensors
+from train.loop import step
 from train.loop.step import accumulate_gradients, train_step
 from train.optimizer.optim import build_optimizer
 from train.parallel.parallelize import ParallelConfig, build_model
@@ -57,10 +60,10 @@ def batch(t, *, documents=False):
     return microbatch(tokens, labels, np.arange(ROWS), Boundaries(BOS) if documents else None)
 
 
-def kept_rows(config, t):
+def kept_rows(config, t, device="cpu"):
     return draw_kept_rows(
         plan_of(config).drop_prob,
-        seed=config.seed, t=t, keys=np.arange(ROWS), scale_kept=True, device=torch.device("cpu"),
+        seed=config.seed, t=t, keys=np.arange(ROWS), scale_kept=True, device=torch.device(device),
     )  # fmt: skip
 
 
@@ -190,6 +193,53 @@ def test_no_step_waits_for_the_device(runtime, losses):
                 model, optimizer, batches, plan_of(config), t,
                 config=config.step_config, runtime=runtime,
             )  # fmt: skip
+
+
+CUDA = torch.device("cuda")
+
+
+def copy_exit_tokens(config, rows):
+    runtime, plan = SimpleNamespace(device=CUDA), SimpleNamespace(token_fraction=0.5)
+    step._exit_tokens(plan, config.step_config, runtime, rows, 0)
+
+
+def copy_drawn_exits(config, rows):
+    on_gpu = SimpleNamespace(
+        samples=rows.samples, labels=rows.labels, documents=None,
+        tokens=SimpleNamespace(shape=rows.tokens.shape, device=CUDA),
+    )  # fmt: skip
+    step._token_layers(config.step_config, MODEL.n_layers, on_gpu, 0)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda config, rows: rows.to(CUDA),
+        lambda config, rows: kept_rows(config, 0, CUDA),
+        copy_exit_tokens,
+        copy_drawn_exits,
+    ],
+)
+def test_what_a_step_copies_to_a_gpu_is_page_locked_first(copy, monkeypatch):
+    # Without a GPU: both calls are noted, and copy nothing.
+    pinned, copied = [], []
+
+    def pin_memory(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    def to(tensor, device, *, non_blocking):
+        assert (device, non_blocking) == (CUDA, True)
+        copied.append(tensor)
+        return tensor
+
+    config = make_config(model=MODEL, token_depth=TokenDepthConfig(kind="mixed"))
+    rows = batch(0, documents=True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    copy(config, rows)
+    assert copied
+    assert {id(tensor) for tensor in copied} == {id(tensor) for tensor in pinned}
 
 
 def test_two_checkpoints_in_the_background_are_of_their_steps(runtime, tmp_path):

@@ -48,6 +48,13 @@ def test_ranks_that_all_are_in_one_section_wait_for_each_other():
     assert diagnose((3, "data", 11)).text == "rank 0 is in data of step 3 for 11 s"
 
 
+def test_of_ranks_in_one_section_those_that_do_not_wait_hang():
+    # On GPUs: rank 1 has not launched what the devices of the others wait for.
+    beats = [Heartbeat(7, "step", 3, 12, waits=rank != 1) for rank in range(3)]
+    found = diagnose_hang(beats, [0, 0, 0], LIMITS)
+    assert found.text == "rank 1 is in step of step 3 for 12 s; the others wait for it"
+
+
 def test_a_rank_without_a_new_heartbeat_is_frozen_wherever_it_stands():
     found = diagnose((7, "step", 11), (7, "step", 3), (6, "data", 11), counts=[7, 4, 7])
     assert found == HangReport(

@@ -1,15 +1,19 @@
 """The rank that the others wait for is named, wherever it is slow; noise is not."""
 
+import inspect
 import sys
 import threading
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor
 
 from models.config import LlamaConfig
+from models.host_copy import HostCopy
 from tests.distributed import run_distributed
-from train.monitoring.main_thread import in_collective, innermost_line
+from train.monitoring.main_thread import innermost_line, waits
 from train.monitoring.stragglers import (
     StragglerConfig,
     StragglerWatch,
@@ -68,11 +72,36 @@ def test_the_probe_takes_time():
     assert 1e-5 < probe_seconds(torch.device("cpu")) < 1
 
 
-def test_a_stack_has_a_line_and_may_be_in_a_collective():
+def called(function):
+    """Return a stack, here above the caller's, that is inside a function of that file and name."""
+    code = function.__code__
+    scope = {"sys": sys}
+    source = f"def {code.co_name}():\n    return sys._getframe()"
+    exec(compile(source, code.co_filename, "exec"), scope)
+    return scope[code.co_name]()
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (dist.all_reduce, True),
+        (torch.cuda.Event.synchronize, True),
+        (torch.cuda.Stream.synchronize, True),
+        (torch.cuda.synchronize, True),
+        (torch.cuda.current_stream, False),
+        (HostCopy.read, False),  # already on the host
+        (distribute_tensor, False),
+    ],
+)
+def test_a_rank_waits_in_a_collective_and_for_its_device(function, expected):
+    assert waits(called(inspect.unwrap(function))) is expected
+
+
+def test_a_stack_has_a_line():
     frame = sys._getframe()
-    assert not in_collective(frame)
+    assert not waits(frame)
     assert innermost_line(frame).startswith("tests/train/monitoring/test_stragglers.py:")
-    assert innermost_line(frame).endswith("(test_a_stack_has_a_line_and_may_be_in_a_collective)")
+    assert innermost_line(frame).endswith("(test_a_stack_has_a_line)")
 
 
 MODEL = LlamaConfig(

@@ -1,11 +1,14 @@
 """Ranks agree before they act."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.distributed import run_distributed
+from train.parallel.runtime import RuntimeConfig, start_runtime
 
 
 def agree(runtime):
@@ -40,6 +43,20 @@ def both(runtime, path):
 
 def test_a_failure_on_one_rank_ends_all_and_the_first_speaks(tmp_path):
     run_distributed(both, 2, tmp_path / "made")
+
+
+def test_a_deterministic_run_has_no_kernel_that_varies_and_fills_no_memory(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        with start_runtime(RuntimeConfig(deterministic=True), seed=0):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()  # would only warn
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+            assert torch._inductor.config.deterministic
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 ENDS = {
