@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,36 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x: (batch, heads, seq, head_dim) by cos and sin: (batch or 1, 1, seq, head_dim)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotate x: (batch, heads, seq, head_dim) by cos and sin: (batch or 1, 1, seq, head_dim).
+
+    Both halves of cos are the same, and of sin.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _rotate(x, cos, sin)
+    out: Tensor = _Rotation.apply(x, cos, sin)
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return (x_1 cos - x_2 sin, x_2 cos + x_1 sin) of the halves x_1 and x_2 of x."""
+    out = x * cos
+    (x_1, x_2), (out_1, out_2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    half = sin[..., : x_1.shape[-1]]
+    out_1.addcmul_(x_2, half, value=-1)
+    out_2.addcmul_(x_1, half)
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """The rotation, whose gradient is rotated back: autograd would fill and add its slices."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
