@@ -29,6 +29,10 @@ def record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start:
         config.steps,
         f"{config.data.tokens_per_step:,}",
     )
+    if config.parallel.compile_on(runtime.device):
+        logger.info("parallel.compile: on, the first steps take a minute longer")
+    elif config.parallel.compile is None:
+        logger.info("parallel.compile: off, on %s", runtime.device.type)
 
 
 def record_hang(path: Path, reason: str, t: int) -> None:

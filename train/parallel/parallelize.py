@@ -55,9 +55,9 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """What a block keeps for its backward. full: its input, the rest is recomputed. selective: also
     every second matmul's output and, on GPUs, attention's. none: everything."""
-    compile: bool = False
-    """Compile the blocks, all into the same few graphs. Takes a minute at the start; needs a C++
-    compiler on CPUs, where it gains little."""
+    compile: bool | None = False
+    """Compile the blocks, all into the same few graphs; None: on GPUs. Takes a minute at the start;
+    needs a C++ compiler on CPUs, where it gains little."""
     cpu_offload: bool = False
     """Keep weights, gradients and moments in host memory, and update them there. Slow; for models
     that do not fit otherwise."""
@@ -76,6 +76,10 @@ class ParallelConfig:
         if self.float8 and find_spec("torchao") is None:
             found.append("parallel.float8: torchao is not installed, pip install -e .[float8]")
         return found
+
+    def compile_on(self, device: torch.device) -> bool:
+        """Return whether blocks are compiled on this device."""
+        return device.type == "cuda" if self.compile is None else self.compile
 
 
 def build_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
@@ -116,7 +120,7 @@ def build_model(
         convert_blocks_to_float8(model, runtime.device)
     if config.activation_checkpointing != "none":
         checkpoint_blocks(model, config.activation_checkpointing)
-    if config.compile:
+    if config.compile_on(runtime.device):
         compile_blocks(model)
     shard(model, config, build_mesh(config, runtime))
     model.to_empty(device="cpu" if config.cpu_offload else runtime.device)

@@ -1,6 +1,7 @@
 """The presets carry the paper's hyperparameters."""
 
 import pytest
+import torch
 
 from train.config.presets import PRESETS
 
@@ -55,3 +56,11 @@ def test_every_preset_is_sound_and_bears_its_name(name):
     assert (
         config.problems(world_size=ranks if "110m" not in name and "350m" not in name else 1) == []
     )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_for_gpus_compile_there_and_demos_nowhere(name):
+    parallel = PRESETS[name]().parallel
+    assert parallel.compile is (False if "demo" in name else None)
+    assert not parallel.compile_on(torch.device("cpu"))
+    assert parallel.compile_on(torch.device("cuda")) == ("demo" not in name)
