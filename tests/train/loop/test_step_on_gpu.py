@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.boundaries import Boundaries
 from data.loader import microbatch
-from loss.cross_entropy import IGNORE_INDEX
+from loss.softmax import IGNORE_INDEX
 from models.config import LlamaConfig
 from models.layer_dropout import draw_kept_rows
 from models.llama import Llama
