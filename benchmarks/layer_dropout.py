@@ -6,18 +6,18 @@
 A step is forward, the loss of the last exit, backward and AdamW, of random tokens. Two ways to drop
 the same rows: gather, as in training, runs a layer on its kept rows alone; mask runs it on all and
 selects, which keeps one shape and saves nothing. `ratio` is the median over rounds of an arm's time
-over that of the same steps without dropout in the same round, where arms take turns; `arithmetic`
-is the share of the FLOPs that remains. `one row` drops one row of every layer: the least that can
-pay.
+over that of the same steps without dropout in the same round, where arms take turns step by step;
+`arithmetic` is the share of the FLOPs that remains. `one row` drops one row of every layer: the
+least that can pay. Times are of one thread's CPU, to which other work beside it adds little.
 """
 
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ CASES = {
     "full": Case("demo", 256, (2, 8, 32), 32),
     "tiny": Case("tiny", 16, (2, 4), 4),
 }
-ONE_ROW = "one row"
+Found = dict[str, Any]
 Way = Callable[[Llama, Tensor, KeptRows | None], Tensor]
 
 
@@ -115,6 +115,14 @@ def mask(model: Llama, h: Tensor, kept: KeptRows | None) -> Tensor:
     return h
 
 
+ARMS: dict[str, tuple[Way, bool]] = {
+    "whole": (gather, False),
+    "gather": (gather, True),
+    "mask": (mask, True),
+}
+"""{arm: how the layers run, and whether rows are dropped}."""
+
+
 def draws(p_max: float, batch: int, steps: int, n_layers: int) -> list[KeptRows | None]:
     """Return which rows of a batch each layer keeps, step by step."""
     config = LayerDropoutConfig(p_max=p_max, S="constant")
@@ -155,8 +163,8 @@ def compare(options: Options) -> None:
             found.append(each)
             print(
                 f"| {batch} | {each['dropped']} | {each['layer_rows']:.3f} | "
-                f"{each['arithmetic']:.3f} | {each['gather']['ratio']:.3f} | "
-                f"{each['mask']['ratio']:.3f} |",
+                f"{each['arithmetic']:.3f} | {each['ratio']['gather']:.3f} | "
+                f"{each['ratio']['mask']:.3f} |",
                 flush=True,
             )
     if options.json is not None:
@@ -165,47 +173,40 @@ def compare(options: Options) -> None:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def measure(trainer: Trainer, case: Case, batch: int, options: Options) -> list[dict]:
-    """Return, for each way to draw the rows, what is saved and how long the arms take."""
+def measure(trainer: Trainer, case: Case, batch: int, options: Options) -> Iterator[Found]:
+    """Yield, for each way to draw the rows, what is saved and how long the arms take."""
     n_layers, steps = trainer.model.config.n_layers, case.rows // batch
     kept = {f"p_max {each}": draws(each, batch, steps, n_layers) for each in options.p_max}
-    kept[ONE_ROW] = [all_but_one(batch, n_layers)] * steps
-    arms = {("", "gather"): (gather, [None] * steps)}
-    for name, each in kept.items():
-        arms |= {(name, "gather"): (gather, each), (name, "mask"): (mask, each)}
-    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in arms}
-    for way, each in arms.values():
-        trainer.step(way, batch, each[0])
-    for repeat in range(options.repeats):
-        for name in arms if repeat % 2 == 0 else reversed(arms):
-            way, each = arms[name]
-            begin = time.perf_counter()
-            for one in each:
-                trainer.step(way, batch, one)
-            seconds[name].append((time.perf_counter() - begin) / steps)
-    whole = seconds["", "gather"]
-    found = []
-    for name, each in kept.items():
-        share = kept_share(each, batch, n_layers)
-        found.append(
-            {
-                "batch": batch,
-                "dropped": name,
-                "layer_rows": share,
-                "arithmetic": trainer.arithmetic(share),
-                "seconds_without": statistics.median(whole),
-                **{way: timing(seconds[name, way], whole) for way in ("gather", "mask")},
-            }
-        )
-    return found
+    kept["one row"] = [all_but_one(batch, n_layers)] * steps
+    for way, each in ARMS.values():  # makes kernels and threads
+        trainer.step(way, batch, kept["one row"][0] if each else None)
+    for name, drawn in kept.items():
+        share = kept_share(drawn, batch, n_layers)
+        rounds = [one_round(trainer, batch, drawn, repeat) for repeat in range(options.repeats)]
+        yield {
+            "batch": batch,
+            "dropped": name,
+            "layer_rows": share,
+            "arithmetic": trainer.arithmetic(share),
+            "seconds": {arm: statistics.median(each[arm] for each in rounds) for arm in ARMS},
+            "ratio": {
+                arm: statistics.median(each[arm] / each["whole"] for each in rounds) for arm in ARMS
+            },
+        }
 
 
-def timing(seconds: list[float], whole: list[float]) -> dict[str, float]:
-    """Return the median seconds of a step, and of its ratio to that without dropout."""
-    return {
-        "seconds": statistics.median(seconds),
-        "ratio": statistics.median(a / b for a, b in zip(seconds, whole, strict=True)),
-    }
+def one_round(
+    trainer: Trainer, batch: int, drawn: Sequence[KeptRows | None], repeat: int
+) -> dict[str, float]:
+    """Return the mean seconds of a step of every arm, which take turns step by step."""
+    seconds = dict.fromkeys(ARMS, 0.0)
+    for i, kept in enumerate(drawn):
+        for arm in ARMS if (repeat + i) % 2 == 0 else reversed(ARMS):
+            way, drops = ARMS[arm]
+            begin = time.process_time()
+            trainer.step(way, batch, kept if drops else None)
+            seconds[arm] += (time.process_time() - begin) / len(drawn)
+    return seconds
 
 
 if __name__ == "__main__":
