@@ -112,10 +112,10 @@ def compile_blocks(model: Llama) -> None:
     """Compile each block when it first runs; blocks of one shape share their graphs.
 
     Stochastic depth changes the number of rows: the second number makes a graph for any, but for
-    one row, which torch takes apart. So training has three graphs at most, and validation, without
-    gradients, two; documents, routers and checkpointing change what is in them, not their number.
-    With `fullgraph`, torch raises at its limit of recompilations, where it otherwise runs
-    uncompiled.
+    one row, which torch takes apart. So training has three graphs at most, with documents and
+    checkpointing too, and validation, without gradients, two; FlexAttention's blocks for a router's
+    queries may be laid out otherwise for whole batches, which makes one more. With `fullgraph`,
+    torch raises at its limit of recompilations, where it otherwise runs uncompiled.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.layers.values():
