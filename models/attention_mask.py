@@ -150,8 +150,10 @@ def attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
-    # Where the block around it is being compiled, this is compiled with it.
-    flex = _flex("flex_attention", compiled=q.is_cuda and not torch.compiler.is_compiling())
+    if q.is_cuda and not torch.compiler.is_compiling():
+        flex = _flex("flex_attention", compiled=True)
+    else:  # Where the block around it is being compiled, this is compiled with it.
+        from torch.nn.attention.flex_attention import flex_attention as flex
     out: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return out
 

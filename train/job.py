@@ -25,7 +25,7 @@ from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
 from train.opened_data import open_data
 from train.optimizer.optim import Optimizers, build_optimizer
-from train.parallel.parallelize import build_model, layout
+from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
 from train.record import record_hang, record_start
 from train.resumed_rows import open_rows
@@ -251,8 +251,6 @@ def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimize
     model = build_model(
         config.model, config.parallel, runtime, config.seed, trains=config.optim.trains
     )
-    if config.parallel.shard == "auto" and runtime.is_main:
-        logger.info("parallel.shard: auto comes to %s", layout(model))
     size = checkpoint_bytes(model, config.optim)
     if config.checkpoint.folder:
         check_checkpoint_folder(config.checkpoint_folder, size, runtime)

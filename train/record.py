@@ -12,6 +12,11 @@ from train.run_folder.writing import attempt, replace_file
 
 logger = logging.getLogger(__name__)
 
+SHARDED = {
+    "none": "none, every rank holds the whole model",
+    "blocks": "blocks, each a unit of FSDP2",
+}
+
 
 def record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start: int) -> None:
     """Record the start of the run, write its `config.json` and log its size."""
@@ -29,6 +34,14 @@ def record_start(config: TrainConfig, runtime: Runtime, events: EventLog, start:
         config.steps,
         f"{config.data.tokens_per_step:,}",
     )
+    on_gpu = runtime.device.type == "cuda"
+    parallel = config.parallel.settled(config.model, runtime.world_size, on_gpu=on_gpu)
+    if config.parallel.shard == "auto":
+        logger.info("parallel.shard: %s", SHARDED[parallel.shard])
+    if parallel.compile:
+        logger.info("parallel.compile: on, the first steps take a minute longer")
+    elif config.parallel.compile is None:
+        logger.info("parallel.compile: off, on %s", runtime.device.type)
 
 
 def record_hang(path: Path, reason: str, t: int) -> None:

@@ -39,6 +39,7 @@ SMALLER_COMMANDS = (
     (r"(benchmarks/ranks\.py .*)", r"\1 --steps 5 --repeats 1"),
     (r"(benchmarks/training_step\.py .*)", r"\1 --size tiny --seq_len 32 --repeats 1"),
     (r"(benchmarks/exit_loss\.py .*)", r"\1 --size tiny --repeats 1"),
+    (r"(benchmarks/layer_dropout\.py .*)", r"\1 --size tiny --repeats 1"),
     (r"(benchmarks/checkpoint\.py .*)", r"\1 --dim 64 --n_layers 2"),
     # The suite itself is run elsewhere.
     (r"(bash launch/test\.sh).*", r"\1 tests/test_layout.py"),

@@ -288,6 +288,12 @@ def test_a_loss_that_stays_not_finite_stops_the_run(training, capsys, quiet):
     assert "no checkpoint from before step 1 to roll back to" in line
 
 
+def test_a_preset_for_gpus_trains_uncompiled_on_a_cpu(training, quiet, caplog):
+    caplog.set_level("INFO")
+    assert main(training.arguments(preset="layerskip_110m", name="gpu", steps=2)) == 0
+    assert "parallel.compile: off, on cpu" in caplog.text
+
+
 def test_the_share_of_the_time_that_waits_for_data_is_logged(training, monkeypatch, quiet, caplog):
     caplog.set_level("INFO")
     now, batches, step = [0.0], TokenLoader.batches, command.train_step

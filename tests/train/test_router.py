@@ -92,8 +92,10 @@ def check_gradients(runtime, configs, backend=None):
         assert runtime.sum_over_ranks(totals.density).item() == pytest.approx(running, abs=1e-6)
         assert slow["routers.0.out.weight"].abs().max() > 1e-3
         for name, parameter in model.named_parameters():
+            # Norms after a part divide by what may be small: 3e-5 of the largest on torch 2.11.
+            atol = max(2e-6, 5e-5 * slow[name].abs().max().item())
             torch.testing.assert_close(
-                parameter.grad.full_tensor(), slow[name], atol=2e-6, rtol=1e-4, msg=name
+                parameter.grad.full_tensor(), slow[name], atol=atol, rtol=1e-4, msg=name
             )
 
 

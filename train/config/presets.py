@@ -187,7 +187,7 @@ def _from_scratch(size: str, *, steps: int, R: int, lr: float, microbatch_size: 
         layer_dropout=LayerDropoutConfig(p_max=0.1),
         curriculum=CurriculumConfig(C="rot", R=R),
         early_exit=EarlyExitConfig(e_scale=0.2),
-        parallel=ParallelConfig(reshard_after_forward=False),
+        parallel=ParallelConfig(reshard_after_forward=False, compile=None),
     )
 
 
@@ -251,7 +251,7 @@ def _paper(
         ),
         curriculum=CurriculumConfig(C=row.C, R=row.R),
         early_exit=EarlyExitConfig(e_scale=row.e_scale),
-        parallel=parallel or ParallelConfig(),
+        parallel=dataclasses.replace(parallel or ParallelConfig(), compile=None),
         checkpoint=CheckpointConfig(interval_steps=1000, init_from=init_from),
     )
 

@@ -6,10 +6,11 @@ they are needed.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from models.attention_mask import GRAPHS
 from models.block import TransformerBlock
@@ -81,13 +82,41 @@ def checkpoint_blocks(model: Llama, mode: Literal["full", "selective"]) -> None:
         model.layers[l] = block
 
 
+class CompiledForward:
+    """A compiled stand-in for a block's forward; each graph is made when its shapes first come."""
+
+    def __init__(self, block: Module) -> None:
+        self._eager = block.forward
+        self._compiled = torch.compile(block.forward, fullgraph=True)
+
+    def __call__(self, h: Tensor, *inputs: Any) -> Tensor:
+        """Run the block on h: (batch, seq, dim).
+
+        Raises:
+            ValueError: torch's compiler fails.
+        """
+        # The one token of a layer that keeps no row is not worth a graph. Compiled, it would make
+        # the length of a row dynamic too, in every graph after it.
+        run = self._eager if h.shape[:2] == (1, 1) else self._compiled
+        try:
+            return run(h, *inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                f"parallel.compile: torch's compiler failed ({str(error).strip().splitlines()[0]}),"
+                " set it to False, or mend that; on a CPU it needs a C++ compiler, which CXX may "
+                "name"
+            ) from error
+
+
 def compile_blocks(model: Llama) -> None:
     """Compile each block when it first runs; blocks of one shape share their graphs.
 
-    Stochastic depth changes the number of rows: the second number compiles a graph for any. With
-    `fullgraph`, torch raises at its limit of recompilations, where it otherwise runs uncompiled:
-    rows, gradients and masks make up to 8 graphs, which is torch's own limit.
+    Stochastic depth changes the number of rows: the second number makes a graph for any, but for
+    one row, which torch takes apart. So training has three graphs at most, with documents and
+    checkpointing too, and validation, without gradients, two; FlexAttention's blocks for a router's
+    queries may be laid out otherwise for whole batches, which makes one more. With `fullgraph`,
+    torch raises at its limit of recompilations, where it otherwise runs uncompiled.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.layers.values():
-        block.compile(fullgraph=True)
+        block.forward = CompiledForward(block)

@@ -66,9 +66,9 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """What a block keeps for its backward. full: its input, the rest is recomputed. selective: also
     every second matmul's output and, on GPUs, attention's. none: everything."""
-    compile: bool = False
-    """Compile the blocks, all into the same few graphs. Takes a minute at the start; needs a C++
-    compiler on CPUs, where it gains little."""
+    compile: bool | None = False
+    """Compile the blocks, all into the same few graphs; None: on GPUs. Takes a minute at the start;
+    needs a C++ compiler on CPUs, where it gains little."""
     cpu_offload: bool = False
     """Keep weights, gradients and moments in host memory, and update them there. Slow; for models
     that do not fit otherwise."""
@@ -91,7 +91,7 @@ class ParallelConfig:
         return found
 
     def settled(self, model: LlamaConfig, world_size: int, *, on_gpu: bool) -> "ParallelConfig":
-        """Return the configuration with what its `auto` come to, and dp_replicate with them.
+        """Return the configuration with what its `auto` and None come to, and dp_replicate too.
 
         Args:
             model: The model to be sharded.
@@ -105,11 +105,14 @@ class ParallelConfig:
             and not (on_gpu and self.param_dtype == "auto")
             and (fits or self.dp_replicate == world_size)
         )
-        if whole:
-            return replace(self, shard="none", param_dtype="float32", dp_replicate=world_size)
-        if self.param_dtype != "auto":
-            return replace(self, shard="blocks")
-        return replace(self, shard="blocks", param_dtype="bfloat16" if on_gpu else "float32")
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if on_gpu and not whole else "float32"
+        return replace(
+            self,
+            shard="none" if whole else "blocks",
+            dp_replicate=world_size if whole else self.dp_replicate,
+            param_dtype=dtype if self.param_dtype == "auto" else self.param_dtype,
+            compile=on_gpu if self.compile is None else self.compile,
+        )
 
     def _needs_fsdp(self, world_size: int) -> str:
         """Return the first setting that plain weights do not have; empty when there is none."""
@@ -171,13 +174,6 @@ def build_model(
         buffer.data = buffer.data.to(runtime.device)
     model.init_weights(seed, write=_write_shard)
     return model
-
-
-def layout(model: Llama) -> str:
-    """Return what a built model is, in words for the log."""
-    if isinstance(model, FSDPModule):
-        return "blocks, each a unit of FSDP2"
-    return "none, every rank holds the whole model"
 
 
 def freeze(model: Llama, trains: Trains) -> None:

@@ -35,6 +35,20 @@ def test_a_dry_run_carries_the_machine_it_plans_for(words, machine):
     assert command.config.optim.lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", None),
+        ("--parallel.compile", True),
+        ("--parallel.compile=false", False),
+        ("--parallel.compile None", None),
+    ],
+)
+def test_compile_is_a_switch_or_left_to_the_device(words, expected):
+    config = parse(["layerskip_110m", *words.split(), "--steps", "5"], show=False).config
+    assert config.parallel.compile is expected
+
+
 def test_dry_run_may_stand_before_any_preset():
     assert parse(["--dry_run"], show=False).config == PRESETS["demo"]()
 

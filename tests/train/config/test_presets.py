@@ -55,3 +55,12 @@ def test_every_preset_is_sound_and_bears_its_name(name):
     assert (
         config.problems(world_size=ranks if "110m" not in name and "350m" not in name else 1) == []
     )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_for_gpus_compile_there_and_demos_nowhere(name):
+    config = PRESETS[name]()
+    on_cpus, on_gpus = (
+        config.parallel.settled(config.model, 8, on_gpu=on_gpu).compile for on_gpu in (False, True)
+    )
+    assert (on_cpus, on_gpus) == (False, "demo" not in name)

@@ -21,7 +21,12 @@ from tests.train.loop.test_step import CollectiveCounter, make_config, make_load
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.step import accumulate_gradients, train_step
 from train.optimizer.optim import OptimConfig, build_optimizer, lr
-from train.parallel.blocks import checkpoint_blocks, convert_blocks_to_float8, float8_problems
+from train.parallel.blocks import (
+    checkpoint_blocks,
+    compile_blocks,
+    convert_blocks_to_float8,
+    float8_problems,
+)
 from train.parallel.parallelize import ParallelConfig, build_model
 
 STEPS = (3, 4, 5)
@@ -130,9 +135,11 @@ def check_training(runtime, cases: list[ParallelConfig], microbatch_size=2, back
 
 
 def compile_with(backend):
-    """Compile modules with another backend than inductor, in this process."""
-    compile_module = nn.Module.compile
-    nn.Module.compile = lambda self, **options: compile_module(self, backend=backend, **options)
+    """Compile with another backend than inductor, in this process."""
+    compile_function = torch.compile
+    torch.compile = lambda function, **options: compile_function(
+        function, backend=backend, **options
+    )
 
 
 MODES = ("none", "full", "selective")
@@ -196,6 +203,43 @@ def test_training_compiled_however_spread_equals_the_slow_form(ranks, dp_replica
 @pytest.mark.timeout(900)
 def test_training_compiled_by_inductor_equals_the_slow_form():
     run_distributed(check_training, 2, [ParallelConfig(shard="blocks", compile=True)])
+
+
+LARGE = dataclasses.replace(TINY, vocab_size=2**22)  # 2.1 GiB of weights, gradients and moments
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "fields", "on_gpu", "shard"),
+    [
+        (TINY, 1, {}, False, "none"),
+        (TINY, 2, {}, False, "none"),
+        (TINY, 4, {"dp_replicate": 2}, False, "blocks"),
+        (TINY, 2, {"cpu_offload": True}, False, "blocks"),
+        (TINY, 2, {"reduce_dtype": "bfloat16"}, False, "blocks"),
+        (TINY, 2, {}, True, "blocks"),  # in bfloat16
+        (TINY, 2, {"param_dtype": "float32"}, True, "none"),
+        (LARGE, 2, {}, False, "blocks"),
+        (LARGE, 2, {"dp_replicate": 2}, False, "none"),
+        (LARGE, 1, {}, False, "none"),
+        (LARGE, 2, {"shard": "none"}, True, "none"),
+        (TINY, 2, {"shard": "blocks"}, False, "blocks"),
+    ],
+)
+def test_models_are_sharded_where_that_saves_memory_or_is_needed(
+    model, ranks, fields, on_gpu, shard
+):
+    config = ParallelConfig(**fields)
+    assert config.problems(ranks) == []
+    settled = config.settled(model, ranks, on_gpu=on_gpu)
+    assert settled.shard == shard
+    assert settled.param_dtype == ("bfloat16" if on_gpu and shard == "blocks" else "float32")
+    assert settled.settled(model, ranks, on_gpu=on_gpu) == settled
+
+
+def test_settings_that_plain_weights_do_not_have_are_named():
+    for field, value in (("float8", True), ("cpu_offload", True), ("param_dtype", "bfloat16")):
+        first, *_ = ParallelConfig(shard="none", **{field: value}).problems(2)
+        assert first.startswith(f"parallel.shard: none does not go with parallel.{field}")
 
 
 def count_communication(runtime):
@@ -292,49 +336,60 @@ def test_checkpointing_computes_again_what_it_should():
 
 
 class Backend:
-    """Runs graphs as they are, and counts them."""
+    """Runs graphs as they are, and counts them and the sizes that may differ in one of them."""
 
     def __init__(self):
-        self.graphs = 0
+        self.graphs = self.most_sizes = 0
 
     def __call__(self, graph, inputs):
         self.graphs += 1
+        sizes = {str(each) for each in inputs if isinstance(each, torch.SymInt)}
+        self.most_sizes = max(self.most_sizes, sum(not each.isdigit() for each in sizes))
         return graph.forward
 
 
-def run_changing_rows(model, runtime, steps):
+def run_changing_rows(model, steps, **keywords):
     """Train with stochastic depth, whose rows change from layer to layer, and validate."""
     seen = set()
-    for t in range(steps):
+    for t in steps:
+        # Uniform over depth, so that the whole batch need not come first; the scale changes too.
         kept = draw_kept_rows(
-            [0.0, 0.3, 0.6, 0.9], seed=0, t=t, keys=np.arange(6), scale_kept=True,
-            device=runtime.device,
+            [0.3 + t / 200, 0.3, 0.6, 0.9], seed=0, t=t, keys=np.arange(6), scale_kept=True,
+            device=torch.device("cpu"),
         )  # fmt: skip
         seen |= {6 if choice.rows is None else len(choice.rows) for choice in kept.choices}
         tokens = torch.zeros(6, 12, dtype=torch.int64)
-        hidden = model(tokens, exit_layers=[1, 3], kept_rows=kept).exits
+        hidden = model(tokens, exit_layers=[1, 3], kept_rows=kept, **keywords).exits
         sum(h.sum() for h in hidden.values()).backward()
         if t % 4 == 3:
             with torch.no_grad():
-                model(torch.zeros(5, 12, dtype=torch.int64), exit_layers=range(4))
+                model(tokens, exit_layers=range(4), documents=keywords.get("documents"))
     return seen
 
 
 def check_number_of_graphs(runtime):
     backend = Backend()
     compile_with(backend)
-    for mode in MODES:
+    documents = {"documents": torch.arange(12).expand(6, 12) // 5}
+    routed = dataclasses.replace(TINY, router="linear")
+    cases = [(mode, TINY, {}) for mode in MODES]
+    cases += [("none", TINY, documents), ("full", routed, documents | {"capacity": 0.5})]
+    for mode, config, keywords in cases:
         torch._dynamo.reset()
         backend.graphs = 0
         parallel = ParallelConfig(shard="blocks", compile=True, activation_checkpointing=mode)
-        model = build_model(TINY, parallel, runtime, seed=0)
-        assert run_changing_rows(model, runtime, steps=12) == {0, 1, 2, 3, 4, 5, 6}
-        # All rows; any number of rows; one row; the one token of a layer that keeps none;
-        # validation. The same for each of the four layers.
-        assert 4 <= backend.graphs <= 5, (mode, backend.graphs)
+        model = build_model(config, parallel, runtime, seed=0)
+        assert run_changing_rows(model, range(12), **keywords) == {0, 1, 2, 3, 4, 5, 6}
+        # In training the first number of rows, any other, one; in validation all rows, or any. The
+        # same for each of the four layers.
+        first = backend.graphs
+        assert 3 <= first <= 5, (mode, keywords, first)
+        assert backend.most_sizes == 1, "the length of a row is dynamic too"
+        run_changing_rows(model, range(12, 40), **keywords)
+        assert backend.graphs == first, (mode, keywords, first)
 
 
-def test_changing_rows_compile_at_most_five_graphs_for_all_layers():
+def test_all_numbers_of_rows_and_layers_share_the_same_few_graphs():
     run_distributed(check_number_of_graphs, 1)
 
 
@@ -345,11 +400,23 @@ def check_recompile_limit(runtime):
         torch._dynamo.config.patch(recompile_limit=2),
         pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
     ):
-        run_changing_rows(model, runtime, steps=12)
+        run_changing_rows(model, range(12))
 
 
 def test_a_block_never_falls_back_to_uncompiled_in_silence():
     run_distributed(check_recompile_limit, 1)
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler\nwas found")
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compile_function(f, backend=broken, **o))
+    model = Llama(TINY)
+    compile_blocks(model)
+    with pytest.raises(ValueError, match=r"^parallel\.compile: .*, set it to False, or .*$"):
+        model(torch.zeros(2, 8, dtype=torch.int64), exit_layers=[3])
 
 
 def test_the_compiler_is_imported_only_when_used():
