@@ -133,6 +133,7 @@ def compare(options: Options) -> None:
             for i, arm in enumerate(ARMS):
                 found = run(options, arm, Path(parent) / f"{r}-{i}")
                 speeds[arm].append(statistics.median(found))
+                print(f"run {r + 1} of {options.repeats}, {arm}: {speeds[arm][-1]:,.0f} tokens/s")
         times = dict[str, dict[str, float]]()
         for i, arm in enumerate(ARMS if options.profile else ()):
             folder = Path(parent) / f"profile-{i}"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.on_gpu.session import Session
-from benchmarks.on_gpu.training import Trainer
+from benchmarks.on_gpu.training import Trainer, local
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.layer_dropout import draw_kept_rows
@@ -116,6 +116,6 @@ def _nan_step(session: Session) -> bool:
         next(p for n, p in trainer.model.named_parameters() if n.endswith("ffn_norm.weight")).fill_(
             float("nan")
         )
-    before = weight.full_tensor().clone()
+    before = local(weight).detach().clone()
     trainer.step()
-    return bool(torch.equal(before, weight.full_tensor()))
+    return bool(torch.equal(before, local(weight)))

@@ -138,7 +138,7 @@ def saves(session: Session) -> dict[str, object]:
     assert resumed.t == 2, f"resumed at step {resumed.t} and not 2"
     pairs = [training_tensors(x.model, x.optimizer) for x in (trainer, other)]
     same = all(
-        torch.equal(_local(value), _local(pairs[1][part][name]))
+        torch.equal(local(value), local(pairs[1][part][name]))
         for part, values in pairs[0].items()
         for name, value in values.items()
     )
@@ -147,7 +147,8 @@ def saves(session: Session) -> dict[str, object]:
     return {"same_bits": same}
 
 
-def _local(tensor: Any) -> torch.Tensor:
+def local(tensor: Any) -> torch.Tensor:
+    """Return this rank's part of a tensor, which in a world of one is all of it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

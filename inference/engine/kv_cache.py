@@ -23,7 +23,7 @@ class StaticKVCache:
         slots: Most tokens of a row.
         device: Of the buffers.
         dtype: Of keys and values.
-        window_step: Windows are multiples of it, or all slots.
+        window_step: Windows are multiples of it, and so is the size of the buffers.
     """
 
     def __init__(
@@ -36,24 +36,25 @@ class StaticKVCache:
         dtype: torch.dtype,
         window_step: int = 1,
     ) -> None:
-        shape = (batch, config.n_kv_heads, slots, config.head_width)
+        # A compiled pass is compiled for the size of the buffers, not of its window alone.
+        held = -(-slots // window_step) * window_step
+        shape = (batch, config.n_kv_heads, held, config.head_width)
         # Zeros, not empty: a masked slot has weight 0, but 0 times a NaN left in memory is NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.slots = slots
         self.window_step = window_step
-        self.window = slots
+        self.window = held
         """Slots from this one on are neither masked nor read: one more than the largest position
         in the batch. Set by `set_window`, so that the cost of a pass follows the length of the
         text, not of the buffers. Rows of a ragged batch have unwritten slots inside the window,
         masked."""
         self._sliding_window = config.sliding_window
-        self._slot_index = torch.arange(slots, device=device)
+        self._slot_index = torch.arange(held, device=device)
 
     def set_window(self, slots: int) -> None:
         """Set the window to the first `slots` slots, rounded up."""
-        steps = -(-slots // self.window_step)
-        self.window = min(steps * self.window_step, self.slots)
+        self.window = -(-slots // self.window_step) * self.window_step
 
     def row(self, row: int) -> "StaticKVCache":
         """Return the cache of one row alone, on the same memory."""

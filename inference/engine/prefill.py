@@ -18,8 +18,8 @@ from models.llama import Llama, SkippedParts
 def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int) -> DecodeState:
     """Allocate a batch of empty rows, with its KV cache.
 
-    A compiled pass is compiled for the kind of its tensors and for the size of the whole cache:
-    both are the same for a generation and for what is timed beside it.
+    A compiled pass is compiled for the kind of its tensors: that of a generation and of what is
+    timed beside it is the same.
 
     Args:
         model: On its device.
@@ -31,14 +31,13 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
     weight = model.norm.weight
     device = weight.device
     generator = torch.Generator(device=device).manual_seed(seed) if sampling.temperature else None
-    step = window_step(model)
     cache = StaticKVCache(
         model.config,
         rows,
-        -(-slots // step) * step,
+        slots,
         device=device,
         dtype=weight.dtype,
-        window_step=step,
+        window_step=window_step(model),
     )
     return DecodeState(
         model=model,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from models.llama import Llama
@@ -26,7 +27,7 @@ class WeightAverage:
 
     def __init__(self, model: Llama, decay: float) -> None:
         """Start at the weights as they are."""
-        self._decay = decay
+        self._model, self._decay = model, decay
         self._weights: dict[str, Tensor] = model.state_dict()
         self.tensors = {name: value.detach().clone() for name, value in self._weights.items()}
         """{name of a weight: its average}, as checkpoints hold them."""
@@ -60,6 +61,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        for unit in self._model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()  # A forward pass without a backward leaves weights gathered.
         for average, weight in self._pairs():
             kept = weight.clone()
             weight.copy_(average)

@@ -48,7 +48,8 @@ class ParallelConfig:
     """blocks: FSDP2, each block a unit. none: every rank holds the whole model in float32 (DDP) and
     sums gradients once a step, in one all-reduce. auto: none where the model's weights, gradients
     and moments take at most 2 GiB, or every rank holds them whole in any case; blocks where another
-    setting needs FSDP2, as bfloat16 does. The log names the choice."""
+    setting needs FSDP2, as bfloat16 does. The log names the choice. Under none,
+    reshard_after_forward and reduce_every_microbatch have nothing to do."""
     dp_replicate: int = 1
     """Replicas of the sharded model (HSDP); 1 is plain FSDP. Equal to the number of ranks: every
     rank holds the whole model (DDP)."""

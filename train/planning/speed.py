@@ -81,6 +81,8 @@ class Traffic:
     """Whether blocks are gathered for every forward and backward pass, not once a step."""
     root_share: float
     """The root unit's share of the weights: its reduction ends a step."""
+    overlaps: bool
+    """Whether all-reduces hide behind the backward pass; the one sum of plain weights does not."""
     reduces_all: bool
     """Whether every microbatch reduces, not the last alone."""
 
@@ -108,6 +110,7 @@ def traffic(
     reduces_all: bool,
     resharded: bool,
     root_share: float,
+    whole: bool = False,
 ) -> Traffic:
     """Return the traffic of the passes of a step; a layer and the root are units.
 
@@ -118,6 +121,7 @@ def traffic(
         reduces_all: See Traffic.
         resharded: See Traffic.
         root_share: See Traffic.
+        whole: Whether every rank holds plain weights, whose gradients are summed at once.
     """
 
     def of(kind: str) -> float:
@@ -130,9 +134,10 @@ def traffic(
         gathers=(weights * (1 - root_share), n_layers),
         root_gather=(weights * root_share, 1),
         reduces=(of("reduce_scatter") / (microbatches if reduces_all else 1), units),
-        all_reduces=(of("allreduce"), units),
+        all_reduces=(of("allreduce"), 1 if whole else units),
         resharded=resharded,
         root_share=root_share,
+        overlaps=not whole,
         reduces_all=reduces_all,
     )
 
@@ -176,8 +181,8 @@ def step_time(
     exposed = root_gather + gathering * max(0.0, gather - forward)
     exposed += (microbatches - reducing) * max(0.0, again - backward)
     exposed += (reducing - 1) * max(0.0, again + reduce - backward)
-    last = again + reduce - root_reduce + all_reduce
-    exposed += root_reduce + max(0.0, last - backward)
+    last = again + reduce - root_reduce + all_reduce * sent.overlaps
+    exposed += root_reduce + all_reduce * (not sent.overlaps) + max(0.0, last - backward)
     communication = root_gather + gathering * gather + microbatches * again
     communication += reducing * reduce + all_reduce
     return StepTime(compute, communication, exposed)

@@ -44,17 +44,19 @@ def speed_rows(
     )
     one = _traffic(config, work, sent)
     for ranks in sorted({work.ranks} | _others(config, work)):
-        yield _row(config, cluster, one, machine, ranks, flops_per_token)
+        replicate = ranks if _whole(work) else config.parallel.dp_replicate
+        yield _row(config, cluster, one, machine, ranks, replicate, flops_per_token)
 
 
 def _others(config: TrainConfig, work: Work) -> set[int]:
     """Return numbers of GPUs, up to the most, that batch and replicas divide by."""
-    replicate, found = work.parallel.dp_replicate, set()
+    whole, replicate, found = _whole(work), work.parallel.dp_replicate, set()
     for ranks in (1, 8, 32, 128, 512, MOST_GPUS):
         rows = config.data.microbatch_size or 1
         fits = config.data.global_batch_size % (ranks * rows) == 0
         # One rank alone sends nothing, so the bytes of others cannot be told from it.
-        if fits and ranks % replicate == 0 and work.ranks // replicate > 1:
+        known = work.ranks > 1 if whole else work.ranks // replicate > 1
+        if fits and (whole or ranks % replicate == 0) and known:
             found.add(ranks)
     return found
 
@@ -70,7 +72,12 @@ def _traffic(config: TrainConfig, work: Work, sent: Mapping[str, float]) -> Traf
         reduces_all=config.parallel.reduce_every_microbatch,
         resharded=config.parallel.reshard_after_forward,
         root_share=1 - blocks / weights,
+        whole=_whole(work),
     )
+
+
+def _whole(work: Work) -> bool:
+    return work.parallel.shard == "none"
 
 
 def _row(
@@ -79,6 +86,7 @@ def _row(
     sent: Traffic,
     machine: DryRun,
     ranks: int,
+    replicate: int,
     flops_per_token: float,
 ) -> str:
     data = config.data
@@ -89,7 +97,7 @@ def _row(
         flops=flops_per_token * tokens / ranks,
         mfu=machine.mfu,
         ranks=ranks,
-        replicate=config.parallel.dp_replicate,
+        replicate=replicate,
         microbatches=data.global_batch_size // (data.rows_at_once(ranks) * ranks),
     )
     speed = tokens / time.total

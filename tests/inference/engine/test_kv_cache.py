@@ -29,7 +29,7 @@ def test_mask_shows_the_slots_up_to_each_position():
     ]
 
 
-def test_windows_are_rounded_up_to_steps_and_end_with_the_slots():
+def test_windows_and_buffers_are_rounded_up_to_steps():
     config = small(dim=8, n_heads=2, n_kv_heads=1, n_layers=2)
     where = {"device": torch.device("cpu"), "dtype": torch.float32}
     cache = StaticKVCache(config, 1, 10, window_step=4, **where)
@@ -37,7 +37,8 @@ def test_windows_are_rounded_up_to_steps_and_end_with_the_slots():
     for slots in (1, 3, 4, 5, 8, 9, 10):
         cache.set_window(slots)
         windows.append(cache.window)
-    assert windows == [4, 4, 4, 8, 8, 10, 10]
+    assert windows == [4, 4, 4, 8, 8, 12, 12]
+    assert (cache.slots, cache.keys[0].shape[2]) == (10, 12)
 
 
 def test_each_row_is_written_at_its_own_positions_in_one_layer():
@@ -93,5 +94,5 @@ def test_caches_of_compiled_models_are_of_few_sizes_and_one_kind():
             with torch.inference_mode(needed == 3):
                 cache = allocate(model, 1, slots=needed, sampling=Sampling(), seed=0).cache
             assert not cache.keys[0].is_inference()
-            slots.append(cache.slots)
+            slots.append(cache.keys[0].shape[2])
     assert slots == [3, 100, 130, 128, 128, 256]

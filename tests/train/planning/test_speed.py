@@ -72,6 +72,10 @@ def test_what_exceeds_computing_is_exposed(flops, exposed):
 def test_one_gpu_sends_nothing_and_replicas_sum_once_a_step():
     one = step_time(CLUSTER, sent(), flops=1e12, mfu=0.5, ranks=1, replicate=1, microbatches=2)
     assert (one.total, one.exposed, one.communication) == (2e-3, 0.0, 0.0)
+    whole = step_time(
+        CLUSTER, sent(whole=True), flops=1e15, mfu=0.5, ranks=8, replicate=8, microbatches=2
+    )
+    assert whole.exposed == pytest.approx(2 * 7 / 8 / 320)  # after the last backward pass
     copies = step_time(CLUSTER, sent(), flops=1e12, mfu=0.5, ranks=8, replicate=8, microbatches=2)
     # Twice 7/8 of 1 GB at 320 GB/s, less the backward pass of 2/3 ms.
     assert copies.communication == pytest.approx(2 * 7 / 8 / 320)
