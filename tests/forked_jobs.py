@@ -48,7 +48,7 @@ class Job:
         path = self.folder / "output"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait_for_line(self, text, timeout=60):
+    def wait_for_line(self, text, timeout=180):
         """Wait until `text` is printed."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
@@ -56,7 +56,7 @@ class Job:
             assert not (self.folder / "statuses").exists(), f"no {text!r}, ended:\n{self.output}"
             time.sleep(0.01)
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=180):
         """Return the exit status of every rank; negative: the signal that ended it."""
         try:
             return json.loads(_wait_for(self.folder / "statuses", timeout).read_text())
