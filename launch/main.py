@@ -83,6 +83,8 @@ def train(words: Sequence[str]) -> int:
     prepare()
     count = 0
     known = get_args_parser()._option_string_actions
+    if "--shutdown-timeout" not in known:  # torchrun of torch 2.11 has none
+        words = [word for word in words if not word.startswith("--shutdown-timeout=")]
     while count < len(words) and (option := known.get(words[count].partition("=")[0])):
         count += 1 if "=" in words[count] or option.nargs == 0 else 2
     options = [*words[:count]]
