@@ -20,6 +20,7 @@ from subprocess import PIPE, STDOUT
 from subprocess import run as run_process
 from typing import Any
 
+from benchmarks.results import median_ratio, write_beside
 from data.command_line import run_command
 from inference.cli.arguments import Count, OutputFile
 from inference.loading.machine import machine
@@ -150,8 +151,7 @@ def report(
     print(f"{options.preset}, {options.ranks} ranks: {'tokens/s':>12}{'of one process':>16}")
     ratios = {}
     for arm, found in speeds.items():
-        pairs = zip(found, speeds[PLAIN], strict=True)
-        ratios[arm] = statistics.median(ours / plain for ours, plain in pairs)
+        ratios[arm] = median_ratio(found, speeds[PLAIN])
         print(f"{arm:25}{statistics.median(found):12,.0f}{ratios[arm]:15.2f}x")
     names = list(dict.fromkeys(part for found in times.values() for part in found))
     if times:
@@ -166,9 +166,7 @@ def report(
         "tokens_per_second": speeds,
         "milliseconds_of_rank_0": times,
     }
-    if options.json is not None:
-        known = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(known | {options.preset: numbers}, indent=1) + "\n")
+    write_beside(options.json, options.preset, numbers)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The same weights, tokens and optimizer; one process, no FSDP. Each model with it
 chunks, the others' `F.cross_entropy` of fp32 logits, all with AdamW, fused, and clipped gradients.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
+from benchmarks.results import median_ratio, write_beside
 from data.command_line import run_command
 from data.suggestion import suggest
 from inference.cli.arguments import Count, OutputFile
@@ -188,8 +188,7 @@ def report(options: Options, seconds: dict[str, list[float]]) -> None:
     print(f"{'':14}{'ms a step':>10}{'tokens/s':>10}{'ours is':>9}")
     ratios = {}
     for name, found in seconds.items():
-        pairs = zip(found, seconds["skipstone"], strict=True)
-        ratios[name] = statistics.median(theirs / ours for theirs, ours in pairs)
+        ratios[name] = median_ratio(found, seconds["skipstone"])
         each = statistics.median(found)
         speed = options.rows * options.seq_len / each
         print(f"{name:14}{1000 * each:10.1f}{speed:10.0f}{ratios[name]:8.2f}x")
@@ -202,9 +201,7 @@ def report(options: Options, seconds: dict[str, list[float]]) -> None:
         "speed_beside": ratios,
         "seconds": seconds,
     }
-    if options.json is not None:
-        known = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(known | {options.size: numbers}, indent=1) + "\n")
+    write_beside(options.json, options.size, numbers)
 
 
 if __name__ == "__main__":

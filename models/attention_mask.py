@@ -20,6 +20,11 @@ GRAPHS = 64
 """Most graphs of a compiled function: several for each shape of a batch but its rows."""
 
 
+def allow_graphs() -> None:
+    """Raise torch's limit of recompilations of a function to GRAPHS."""
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+
+
 @dataclass(frozen=True)
 class AttentionMask:
     """Which tokens each query of some rows attends to."""
@@ -201,5 +206,5 @@ def _flex(name: str, *, compiled: bool) -> Any:
         return function
     # Stochastic depth changes the number of rows: the second number makes a kernel for any. At the
     # limit of recompilations torch would go on without a kernel, at the cost of whole scores.
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    allow_graphs()
     return torch.compile(function, dynamic=None if name == "flex_attention" else False)

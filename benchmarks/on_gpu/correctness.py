@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 from benchmarks.on_gpu.session import Session
-from benchmarks.on_gpu.training import Trainer, local
+from benchmarks.on_gpu.training import Trainer
 from loss.early_exit import EarlyExitConfig, early_exit_loss
 from models.config import LlamaConfig
 from models.layer_dropout import draw_kept_rows
 from models.llama import Llama
 from models.sizes import SIZES
+from train.parallel.local_part import local_part
 
 
 def correctness(session: Session) -> dict[str, object]:
@@ -116,6 +117,6 @@ def _nan_step(session: Session) -> bool:
         next(p for n, p in trainer.model.named_parameters() if n.endswith("ffn_norm.weight")).fill_(
             float("nan")
         )
-    before = local(weight).detach().clone()
+    before = local_part(weight).detach().clone()
     trainer.step()
-    return bool(torch.equal(before, local(weight)))
+    return bool(torch.equal(before, local_part(weight)))

@@ -15,6 +15,7 @@ from benchmarks.on_gpu.session import Session
 from data.loader import Microbatch
 from models.flops import train_flops_per_token
 from models.sizes import SIZES
+from train.parallel.local_part import local_part
 
 ROWS = {"110m": 32, "350m": 16, "layerskip_1.5b": 4}
 """Sequences of a microbatch, as in the presets."""
@@ -138,18 +139,13 @@ def saves(session: Session) -> dict[str, object]:
     assert resumed.t == 2, f"resumed at step {resumed.t} and not 2"
     pairs = [training_tensors(x.model, x.optimizer) for x in (trainer, other)]
     same = all(
-        torch.equal(local(value), local(pairs[1][part][name]))
+        torch.equal(local_part(value), local_part(pairs[1][part][name]))
         for part, values in pairs[0].items()
         for name, value in values.items()
     )
     session.row("two asynchronous saves, then a resume", "the same bits" if same else "OTHER BITS")
     assert same, "what was loaded is not what was saved"
     return {"same_bits": same}
-
-
-def local(tensor: Any) -> torch.Tensor:
-    """Return this rank's part of a tensor, which in a world of one is all of it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def mfu(session: Session, size: str) -> dict[str, object]:

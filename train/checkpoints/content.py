@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from models.checkpoint_format import Manifest
 from models.config import LlamaConfig
 from models.host_copy import HostCopy
 from models.llama import Llama
 from train.optimizer.optim import OptimConfig, Optimizers, num_moments
+from train.parallel.local_part import local_part
 from train.parallel.runtime import Runtime
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -80,10 +80,7 @@ def refuse_non_finite(model: Llama, t: int, gather: Callable[[list[str]], list[l
         t: Optimizer steps done.
         gather: Returns every rank's value, by rank.
     """
-    parts = {
-        name: value.to_local() if isinstance(value, DTensor) else value
-        for name, value in model.state_dict().items()
-    }
+    parts = {name: local_part(value) for name, value in model.state_dict().items()}
     parts = {name: part for name, part in parts.items() if part.numel()}
     # One pass, without a copy: both bounds are NaN if any element is.
     bounds = [torch.stack(part.aminmax()) for part in parts.values()]

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from models.host_copy import HostCopy
 from train.monitoring.adam_statistics import AdamStatistics, GroupStatistics, bimodality, group_of
 from train.monitoring.replica_check import num_replicas
+from train.parallel.local_part import local_part
 from train.parallel.runtime import Runtime
 
 BINS = 64
@@ -254,17 +254,13 @@ class _MonitoredParameter:
         self.parameter, self.optimizer, self.options = parameter, optimizer, options
         self.copies = num_replicas(parameter, world_size)
         with torch.no_grad():
-            local = _local(parameter)
+            local = local_part(parameter)
         self.numel, self.device = local.numel(), local.device
 
     def sampled_grad(self) -> Tensor:
         """Return the sampled coordinates; a parameter no exit reached has a gradient of 0."""
         grad = self.parameter.grad
-        return self.zeros if grad is None else _local(grad).reshape(-1)[self.sampled].float()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return self.zeros if grad is None else local_part(grad).reshape(-1)[self.sampled].float()
 
 
 def _moment_sums(group: list[_MonitoredParameter]) -> Tensor:
@@ -280,7 +276,7 @@ def _moment_sums(group: list[_MonitoredParameter]) -> Tensor:
         # At step 0, which only a skipped first update leaves, both moments are 0.
         correction1 = (1 - beta1**step).clamp(min=1e-30).float()
         correction2 = (1 - beta2**step).clamp(min=1e-30).float()
-        moments = (_local(state[key]).reshape(-1) for key in ("exp_avg", "exp_avg_sq"))
+        moments = (local_part(state[key]).reshape(-1) for key in ("exp_avg", "exp_avg_sq"))
         for m, v in zip(*(moment.split(CHUNK) for moment in moments), strict=True):
             if not len(m):
                 continue

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from models.host_copy import HostCopy
+from train.parallel.local_part import local_part
 from train.parallel.runtime import Runtime
 
 CHUNK = 2**20  # elements hashed at a time: bounds the memory of a check to a few of these
@@ -127,7 +128,7 @@ class ReplicaCheck:
         The weights w_i are odd, so no single flipped bit cancels, and pseudo-random, so swapped
         elements do not either. Integer sums do not depend on their order.
         """
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        local = local_part(tensor).detach()
         if local.device not in self._weights:
             self._weights[local.device] = _odd_weights(local.device)
         weights = self._weights[local.device]

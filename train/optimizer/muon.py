@@ -17,6 +17,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
+from train.parallel.local_part import local_part
+
 ADAMW_RMS = 0.2
 
 
@@ -66,7 +68,7 @@ class Muon(torch.optim.Muon):
         state, mu = self.state[p], group["momentum"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
-        before, grad = _local(state["momentum_buffer"]), _local(p.grad)
+        before, grad = local_part(state["momentum_buffer"]), local_part(p.grad)
         after = before.lerp(grad, 1 - mu)
         update = grad.lerp(after, mu) if group["nesterov"] else after
         self._write(before, after)
@@ -75,7 +77,7 @@ class Muon(torch.optim.Muon):
 
     def _apply(self, p: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
         """Update this rank's part of W; `direction` is its part of O."""
-        lr, weights = group["lr"], _local(p)
+        lr, weights = group["lr"], local_part(p)
         after = weights.mul(1 - lr * group["weight_decay"])
         scale = lr * (ADAMW_RMS * max(p.shape) ** 0.5)
         self._write(weights, after.add_(direction.to(after.device), alpha=-scale))
@@ -84,10 +86,6 @@ class Muon(torch.optim.Muon):
         if self.found_inf is not None:
             value = torch.where(self.found_inf.bool(), target, value)
         target.copy_(value)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _orthogonalize(group: dict[str, Any], matrix: Tensor) -> Tensor:

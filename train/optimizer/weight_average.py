@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from models.llama import Llama
+from train.parallel.local_part import local_part
 
 
 def ema_decay(decay: float, t: int) -> float:
@@ -71,8 +71,4 @@ class WeightAverage:
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, average in self.tensors.items():
-            yield _local(average), _local(self._weights[name].detach())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            yield local_part(average), local_part(self._weights[name].detach())

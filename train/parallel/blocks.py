@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from models.attention_mask import GRAPHS
+from models.attention_mask import allow_graphs
 from models.block import TransformerBlock
 from models.config import LlamaConfig
 from models.llama import Llama
@@ -117,6 +117,6 @@ def compile_blocks(model: Llama) -> None:
     queries may be laid out otherwise for whole batches, which makes one more. With `fullgraph`,
     torch raises at its limit of recompilations, where it otherwise runs uncompiled.
     """
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    allow_graphs()
     for block in model.layers.values():
         block.forward = CompiledForward(block)

@@ -250,11 +250,10 @@ def average_gradients(model: Llama, runtime: Runtime) -> None:
     """
     if isinstance(model, FSDPModule) or runtime.world_size == 1:
         return
-    learned = [p for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([p.grad.reshape(-1) for p in learned if p.grad is not None])
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    flat = torch.cat([grad.reshape(-1) for grad in grads.values()])
     runtime.sum_over_ranks(flat).div_(runtime.world_size)
-    sizes = [p.numel() for p in learned]
-    for p, part in zip(learned, flat.split(sizes), strict=True):
+    for p, part in zip(grads, flat.split([p.numel() for p in grads]), strict=True):
         p.grad = part.view_as(p)
 
 
