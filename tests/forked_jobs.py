@@ -100,8 +100,8 @@ class Launcher:
         return Job(int(self._process.stdout.readline()), folder, run)
 
     def close(self):
-        """End the warm process."""
-        self._process.stdin.close()
+        """End the warm process; it holds nothing, and a fork of ours may hold its stdin open."""
+        self._process.kill()
         self._process.wait()
 
 

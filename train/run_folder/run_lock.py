@@ -28,6 +28,8 @@ REFRESH_SECONDS = 10.0
 """Interval of the holder's heartbeat, which is the lock file's modification time."""
 DEAD_AFTER_SECONDS = 60.0
 """A holder on another host counts as dead after this long without a heartbeat."""
+DECIDED_WITHIN_SECONDS = 20.0
+"""A job that creates a lock beside another has deleted one of the two after this long."""
 
 
 class RunHeldError(ValueError):
@@ -78,13 +80,19 @@ class RunLock:
         """Update the heartbeat, or find that the lock is lost."""
         if self._path is None or self._lost:
             return
-        number = _number(self._path)
+        number, decided_at = _number(self._path), time.monotonic() + DECIDED_WITHIN_SECONDS
         try:
-            locks = _locks(self._path.parent)
-            own, _ = locks.get(number, (None, 0.0))
-            if own and own.token == self._token and max(locks) == number:
-                os.utime(self._path)
-                return
+            while True:
+                locks = _locks(self._path.parent)
+                own, _ = locks.get(number, (None, 0.0))
+                ours = own is not None and own.token == self._token
+                if ours and max(locks) == number:
+                    os.utime(self._path)
+                    return
+                if not ours or time.monotonic() > decided_at:
+                    break
+                # A job that went by locks released since withdraws; another deletes ours.
+                time.sleep(0.01)
         except OSError as error:
             logger.warning("lock: the heartbeat could not be written: %s", error)
             return

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -149,8 +150,14 @@ def test_a_sign_of_life_renews_the_lock(tmp_path):
     assert time.time() - path.stat().st_mtime < 5
 
 
-def test_a_holder_taken_for_dead_notices_and_keeps_its_hands_off(tmp_path):
+@pytest.mark.parametrize("ours_is_deleted", [False, True])
+def test_a_holder_taken_for_dead_notices_and_keeps_its_hands_off(
+    tmp_path, monkeypatch, ours_is_deleted
+):
+    monkeypatch.setattr(run_lock, "DECIDED_WITHIN_SECONDS", 60.0 if ours_is_deleted else 0.1)
     lock = acquire(tmp_path, "")
+    if ours_is_deleted:
+        (tmp_path / "run.lock.1").unlink()
     theirs = leave_lock(tmp_path, number=2)  # after an outage, another host recovered the run
     assert lock.lost == ""
     with pytest.raises(ValueError, match="taken over by process 4321 on host node17"):
@@ -158,6 +165,18 @@ def test_a_holder_taken_for_dead_notices_and_keeps_its_hands_off(tmp_path):
     assert "taken over by" in lock.lost
     lock.release()
     assert theirs.exists()
+
+
+def test_a_holder_waits_for_a_job_that_withdraws(tmp_path):
+    lock = acquire(tmp_path, "")
+    withdrawn = leave_lock(tmp_path, number=7)  # it has read locks that were there before ours
+    later = threading.Timer(0.2, withdrawn.unlink)
+    later.start()
+    lock.check()
+    assert not withdrawn.exists()
+    later.join()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_deleted_lock_is_a_lost_one(tmp_path):
@@ -240,7 +259,10 @@ def test_a_run_is_never_held_twice_however_often_jobs_come_and_die(tmp_path):
         job.start()
     for job in jobs:
         job.join(60)
-    assert [job.exitcode for job in jobs] == [0] * 4
+    statuses = [job.exitcode for job in jobs]
+    for job in jobs:
+        job.kill()  # one that still runs would keep the tests from ending
+    assert statuses == [0] * 4
 
 
 class Alone(Runtime):
