@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from inference.engine.batch import Batch
-from inference.engine.compiled import window_step
+from inference.engine.compiled import is_compiled, window_step
 from inference.engine.counters import Counters
 from inference.engine.kv_cache import StaticKVCache
 from inference.engine.sampling import Sampling
@@ -38,6 +38,7 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
         device=device,
         dtype=weight.dtype,
         window_step=window_step(model),
+        compiled=is_compiled(model),
     )
     return DecodeState(
         model=model,

@@ -14,7 +14,7 @@ from torch import Tensor
 from inference.engine.batch import Batch
 from inference.engine.counters import Counters
 from inference.engine.kv_cache import StaticKVCache
-from inference.engine.sampling import Sampling, probabilities
+from inference.engine.sampling import Sampling, draw_weights
 from models.llama import NOTHING, Llama, SkippedParts
 
 
@@ -110,16 +110,19 @@ class DecodeState:
     def _positions(self, seq: int, offset: int, first: Tensor | None) -> Tensor:
         """Return (batch, seq) int64, with the cache's window set to hold them."""
         self.cache.set_window(self.batch.max_position + offset + seq)
-        start = self.batch.positions + offset if first is None else first
-        return start[:, None] + torch.arange(seq, device=self.batch.device)
+        start = self.batch.positions if first is None else first
+        if first is None and offset:
+            start = start + offset
+        positions = start[:, None]
+        return positions if seq == 1 else positions + torch.arange(seq, device=positions.device)
 
     def distribution(self, h: Tensor, E: int | None = None) -> Tensor:
-        """Return an exit's distributions, (batch, seq, vocab), for h = x_E: (batch, seq, dim)."""
+        """Return `filtered` logits of an exit for h = x_E: (batch, seq, dim)."""
         return self.filtered(self.logits(h, E))
 
     def filtered(self, logits: Tensor) -> Tensor:
-        """Return the distributions tokens are drawn from, same shape as logits."""
-        return probabilities(logits, self.sampling)
+        """Return what tokens are drawn from, see `draw_weights`; same shape as logits."""
+        return draw_weights(logits, self.sampling)
 
     def logits(self, h: Tensor, E: int | None = None) -> Tensor:
         """Return an exit's logits, (batch, seq, vocab).

@@ -9,12 +9,12 @@ import torch
 from data.shards import TokenStream
 from data.windows import StreamWindows
 from inference.engine.prefill import allocate, prefill
+from inference.engine.products import pack
 from inference.engine.sampling import Sampling
 from inference.evaluation.exit_quality import evaluate_exits
 from inference.evaluation.greedy_traces import record_exits
 from inference.fitting.jump_fitting import measure_jump
 from inference.fitting.traces import record
-from inference.loading.packed import pack
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.calm import Calm
 from inference.strategies.drafting import draft
@@ -205,7 +205,7 @@ def test_evaluates_table_equals_a_slow_one(model):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_a_packed_model_decodes_the_same(monkeypatch):
-    monkeypatch.setattr("inference.loading.packed.PACKED_ELEMENTS", 1000)
+    monkeypatch.setattr("inference.engine.products.PACKED_ELEMENTS", 1000)
     packed, plain = (make_model(L, own_exits=EXITS, own_exit_mlp=True) for _ in range(2))
     for each in (packed, plain):
         shake(each)

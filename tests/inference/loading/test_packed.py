@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from inference.engine import products as packed
 from inference.engine.compiled import compile_layers
 from inference.engine.generation import Generation
-from inference.loading import packed
-from inference.loading.packed import PackedLinear, can_pack, pack
+from inference.engine.products import PackedLinear, can_pack, pack
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.self_speculative import SelfSpeculative
 from tests.inference.every_strategy import decode
