@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.engine.compiled import compile_layers
 from inference.engine.fused import FusedBlock, fuse
 from inference.engine.generation import Generation
 from inference.engine.products import can_pack, pack
@@ -97,16 +96,6 @@ def test_bits_of_fused_matrices_are_those_of_plain_ones():
         quantize_layers(model, "int8")
     strategy = parse_strategy(STRATEGIES[1])
     assert decode(fused, PROMPTS, strategy).tokens == decode(plain, PROMPTS, strategy).tokens
-
-
-@pytest.mark.slow
-def test_compiled_fused_layers_decode_the_same_tokens():
-    plain, fused = plain_and_fused({}, compiled=True)
-    compile_layers(fused)
-    for text in STRATEGIES[:2]:
-        strategy = parse_strategy(text)
-        expected = decode(plain, PROMPTS, strategy).tokens
-        assert decode(fused, PROMPTS, strategy).tokens == expected, text
 
 
 class Calls(TorchDispatchMode):
