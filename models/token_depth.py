@@ -84,7 +84,7 @@ class FallingBudget:
     """The layers SkipDecode (arXiv 2307.02628) gives each new token.
 
     The n-th new token, n from 0, has the budget
-      e(n) = max - (max - min) min(n / length, 1), rounded,
+      e(n) = max - (max - min) min(n / length, 1), rounded, halves up,
     and runs layers 0, ..., W - 1 and the top e - W. A later token's layers are a subset of an
     earlier one's, so every key it attends to exists.
     """
@@ -115,8 +115,10 @@ class FallingBudget:
 
     def at(self, new_tokens: Tensor) -> Tensor:
         """Return e(n) for n: int64 of any shape."""
-        fall = (new_tokens.double() / self.length).clamp(0.0, 1.0)
-        return (self.most - (self.most - self.least) * fall).round().long()
+        # One division, of whole numbers, so that halves are exact; to even, steps would be uneven.
+        n = new_tokens.clamp(0, self.length)
+        fall = ((self.most - self.least) * n).double() / self.length
+        return (self.most - fall + 0.5).floor().long()
 
     def left_out(self, budget: int, n_layers: int) -> range:
         """Return the layers l that a token of this budget leaves out: those above the warmup."""
