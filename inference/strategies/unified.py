@@ -46,11 +46,10 @@ class Unified(Strategy):
 
     def remark(self, counters: Counters) -> str:
         """Return the speedup that whole layers reach, if it is not the one asked for."""
-        n_layers = max((stop for _, stop, _ in counters.passes), default=0)
-        if self.keep is not None or not n_layers:
-            return ""
-        kept = len(unified_layers(n_layers, self.speedup))
-        if kept * self.speedup == n_layers:
+        n_layers = max((stop for _, stop, _ in counters.passes), default=1)
+        derived = unified_layers(n_layers, self.speedup)
+        kept = len(derived)
+        if self.keep not in (None, derived) or kept * self.speedup == n_layers:
             return ""
         reached = f"{n_layers / kept:.3g} is reached, with {kept} of {n_layers} layers"
         return f"speedup: {self.speedup:g}, {reached}"

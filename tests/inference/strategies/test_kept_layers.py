@@ -65,8 +65,8 @@ def test_a_speedup_that_no_number_of_layers_gives_is_reported(model):
         (2.2, "speedup: 2.2, 2 is reached, with 3 of 6 layers"),
         (3.0, ""),
     ):
-        rule = Unified(speedup=speedup)
-        assert rule.remark(decode(model, PROMPTS, rule, max_new_tokens=3).counters) == remark
+        for rule in (Unified(speedup=speedup), Unified(speedup=speedup).with_defaults(L)):
+            assert rule.remark(decode(model, PROMPTS, rule, max_new_tokens=3).counters) == remark
     rule = Unified(keep=(0, 5))
     assert rule.remark(decode(model, PROMPTS, rule, max_new_tokens=3).counters) == ""
 
