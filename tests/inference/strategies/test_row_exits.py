@@ -89,7 +89,7 @@ RULES = [
     (Calm(confidence="similarity", threshold=0.9), similar(1, 1, 0.9)),
     (Calm(confidence="similarity", threshold=0.85, first=3), similar(3, 1, 0.85)),
     (Calm(confidence="similarity", threshold=0.65, first=3, interval=2), similar(3, 2, 0.65)),
-    (Calm(confidence="similarity", threshold=0.65, first=2, interval=3), similar(2, 3, 0.65)),
+    (Calm(confidence="similarity", threshold=0.3, first=2, interval=3), similar(2, 3, 0.3)),
     (Patience(patience=2), patient),
 ]
 
