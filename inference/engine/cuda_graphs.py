@@ -108,7 +108,8 @@ class GraphedRounds:
 
     def __call__(self, max_tokens: int) -> Round:
         state, batch, n = self._state, self._state.batch, min(max_tokens, self._decoder.max_tokens)
-        self._decoder.prepare(n)
+        if (instead := self._decoder.prepare(n)) is not None:
+            return instead
         beyond = self._rounded_up(n) - batch.max_position
         batch.max_position += beyond
         key = n, batch.max_position
