@@ -26,6 +26,18 @@ class _Views(NamedTuple):
     """(layers, batch, kv_heads, slots, head_dim)."""
 
 
+class TreeShape(NamedTuple):
+    """Tokens after the pending one, itself the first, that are run as a tree.
+
+    They take the slots from the pending token's on, in order.
+    """
+
+    depths: Tensor
+    """(n,) int64, how far the position of each is from the pending token's."""
+    sees: Tensor
+    """(n, n) bool, which of the tokens each attends to, itself included."""
+
+
 class StaticKVCache:
     """The KV cache of one batch, for all layers.
 
@@ -37,6 +49,7 @@ class StaticKVCache:
         dtype: Of keys and values.
         window_step: Windows are multiples of it, and so is the size of the buffers.
         compiled: Whether passes are compiled, which copy a buffer that others are views of.
+        spare: Slots beyond these, for tokens that are tried beside those of the row.
     """
 
     def __init__(
@@ -49,9 +62,10 @@ class StaticKVCache:
         dtype: torch.dtype,
         window_step: int = 1,
         compiled: bool = False,
+        spare: int = 0,
     ) -> None:
         # A compiled pass is compiled for the size of the buffers, not of its window alone.
-        held = -(-slots // window_step) * window_step
+        held = -(-(slots + spare) // window_step) * window_step
         shape = (batch, held, 2 * config.n_kv_heads, config.head_width)
         groups = [1] * config.n_layers if compiled else [config.n_layers]
         # Zeros, not empty: a masked slot has weight 0, but 0 times a NaN left in memory is NaN.
@@ -61,7 +75,7 @@ class StaticKVCache:
         # A compiled pass may take no two tensors on the same memory if it writes one.
         self._held = None
         self._held = None if compiled else self._views()
-        self.slots = slots
+        self.slots, self.spare = slots, spare
         self.window_step = window_step
         self.window = held
         """Slots from this one on are neither masked nor read: one more than the largest position
@@ -117,14 +131,61 @@ class StaticKVCache:
         mask = slots <= query
         if self._sliding_window is not None and self._sliding_window < self.window:
             mask &= slots > query - self._sliding_window
+        return self.opened(mask, positions)
+
+    def tree(self, shape: TreeShape, first: int, pending: Tensor) -> "TreeSlots":
+        """Return the cache for a pass over the tokens of a tree from the `first` on.
+
+        Args:
+            shape: The tree; the window must hold it.
+            first: Number of its tokens whose keys and values are there already.
+            pending: (batch,) int64, position of each row's pending token.
+        """
+        beyond = self._slot_index[: self.window] - pending[:, None]
+        token = beyond.clamp(0, len(shape.depths) - 1)
+        mask = shape.sees[first:][:, token].transpose(0, 1)
+        mask = ((mask & (beyond < len(shape.depths))[:, None]) | (beyond < 0)[:, None]).unsqueeze(1)
+        if self._sliding_window is not None and self._sliding_window < self.window:
+            behind = shape.depths[first:, None] - torch.where(
+                beyond < 0, beyond, shape.depths[token]
+            ).unsqueeze(1)
+            mask &= (behind < self._sliding_window).unsqueeze(1)
+        slots = pending[:, None] + torch.arange(first, len(shape.depths), device=pending.device)
+        return TreeSlots(self, mask, slots)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slot `source` of each row to `target` in all layers, (batch,) int64 both."""
+        rows = self._rows[:, 0]
+        for buffer in self._buffers:
+            buffer[:, rows, target] = buffer[:, rows, source]
+
+    def opened(self, mask: Tensor, slots: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
+        """Return what `at` does, for a mask of bools and the slots of the tokens: (batch, seq)."""
         if self._hidden is not None:
             mask = torch.where(mask, 0.0, self._hidden)
-        views, index = self._views(), (self._rows, positions)
+        views, index = self._views(), (self._rows, slots)
         keys, values = (
             [layer for each in half for layer in each[..., : self.window, :].unbind()]
             for half in (views.keys, views.values)
         )
         return mask, lambda l: LayerSlots(views.layers[l], keys[l], values[l], index)
+
+
+class TreeSlots:
+    """A cache opened for one pass over the tokens of a tree.
+
+    Args:
+        cache: The cache.
+        mask: (batch, 1, seq, window) bool.
+        slots: (batch, seq) int64, where the tokens' keys and values belong.
+    """
+
+    def __init__(self, cache: StaticKVCache, mask: Tensor, slots: Tensor) -> None:
+        self._cache, self._mask, self._slots = cache, mask, slots
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
+        """Return mask and storage, see `StaticKVCache.at`."""
+        return self._cache.opened(self._mask, self._slots)
 
 
 class LayerSlots:

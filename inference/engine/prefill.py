@@ -15,7 +15,9 @@ from models.llama import Llama, SkippedParts
 
 
 @torch.inference_mode(False)
-def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int) -> DecodeState:
+def allocate(
+    model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int, spare: int = 0
+) -> DecodeState:
     """Allocate a batch of empty rows, with its KV cache.
 
     A compiled pass is compiled for the kind of its tensors: that of a generation and of what is
@@ -27,6 +29,7 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
         slots: Most tokens of a row, continuation included.
         sampling: How tokens are drawn.
         seed: Of every draw.
+        spare: Slots beyond these, see `Strategy.spare_slots`.
     """
     weight = model.norm.weight
     device = weight.device
@@ -39,6 +42,7 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
         dtype=weight.dtype,
         window_step=window_step(model),
         compiled=is_compiled(model),
+        spare=spare,
     )
     return DecodeState(
         model=model,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inference.engine.sampling import sample
+from inference.engine.sampling import draw_candidates, sample
 from inference.engine.state import DecodeState
 from inference.strategies.ngram import look_up
 from inference.strategies.reduced_head import ReducedHead
@@ -71,6 +71,8 @@ class Draft:
     all drafted ones but the last, or fewer where n-gram drafts follow."""
     taps: list[dict[int, Tensor]]
     """{l: x_{l+1}} of the same tokens, for the layers l that were tapped."""
+    leaves: Tensor | None = None
+    """(batch, d, branch - 1) int64, further candidates for each token; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def draft(
     skipped: SkippedParts = NOTHING,
     head: ReducedHead | None = None,
     lookups: NgramDrafts | None = None,
+    branch: int = 1,
 ) -> Draft:
     """Decode d tokens, or fewer, with the first E layers, starting from the pending token.
 
@@ -153,9 +156,10 @@ def draft(
         skipped: Parts of layers to leave out.
         head: The head drafts are drawn from, over a part of the vocabulary; None: all of it.
         lookups: d or more tokens that their rows draft instead; these never stop.
+        branch: Candidates for each token, the drafted one included; not with lookups.
     """
     batch = state.batch
-    tokens, exits, taps = [batch.pending[:, None]], [], []
+    tokens, exits, taps, leaves = [batch.pending[:, None]], [], [], []
     q = [torch.empty(len(batch), 0, state.model.config.vocab_size, device=batch.device)]
     active = lengths = None
     if not stop.never:
@@ -166,7 +170,12 @@ def draft(
             state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped
         )
         logits, probs = _from_head(state, state.before_head(x_E, E), head)
-        token = sample(probs, state.generator)
+        if branch > 1:
+            candidates = draw_candidates(probs, branch, state.generator)
+            token = candidates[..., 0]
+            leaves.append(candidates[..., 1:])
+        else:
+            token = sample(probs, state.generator)
         if lookups is not None:
             token, probs = lookups.override(token, probs, i)
         tokens.append(token)
@@ -179,7 +188,8 @@ def draft(
             if i + 1 < d and not state.sync_bool(active.any()):
                 break
     all_q = None if state.generator is None else torch.cat(q, dim=1)
-    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], all_q, lengths, exits, taps)
+    all_leaves = torch.cat(leaves, dim=1) if leaves else None
+    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], all_q, lengths, exits, taps, all_leaves)
     return drafted if lookups is None else lookups.extend(drafted, d)
 
 

@@ -21,6 +21,7 @@ STRATEGIES = (
     "autoregressive",
     "self_speculative:E=2:d=3",
     "self_speculative:E=3:d=4:ngram=2:stop=0.02",
+    "self_speculative:E=2:d=3:branch=3",
     "dynamic:d=3",
     "skip_draft:d=3:gamma=0.05",
     "free:rollback=exact:threshold=0.02",
@@ -83,7 +84,7 @@ def test_every_strategy_decodes_the_same_tokens(changes):
 def test_sampled_tokens_are_the_same_draws():
     plain, fused = plain_and_fused({})
     options = {"sampling": Sampling(temperature=0.8, top_p=0.9), "seed": 3, "batch_size": 3}
-    for text in STRATEGIES[:3]:
+    for text in STRATEGIES[:4]:
         strategy = parse_strategy(text)
         expected = decode(plain, PROMPTS, strategy, **options).tokens
         assert decode(fused, PROMPTS, strategy, **options).tokens == expected, text
