@@ -35,7 +35,7 @@ SMALLER_COMMANDS = (
     (r"(-m inference\.fit_jump .*)", r"\1 --train_tokens 4096"),
     (r"(-m data\.semantic_parsing .*)", r"\1 --examples 600 --held_out 40"),
     (r"(benchmarks/recipes\.py .*)", r"\1 --steps 4"),
-    (r"(benchmarks/against_transformers\.py .*)", r"\1 --prompts 1 --max_new_tokens 8"),
+    (r"(benchmarks/against_engines\.py .*)", r"\1 --prompts 1 --max_new_tokens 8"),
     (r"(benchmarks/prepare\.py .*)", r"\1 --documents 100 --copies 2 --repeats 1 --vocab_size 400"),
     (r"(benchmarks/ranks\.py .*)", r"\1 --steps 5 --repeats 1"),
     (r"(benchmarks/training_step\.py .*)", r"\1 --size tiny --seq_len 32 --repeats 1"),
