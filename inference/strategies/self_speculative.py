@@ -92,7 +92,8 @@ class SelfSpeculative(Strategy):
         else:
             stop = Stop(self.stop, self.stop_entropy)
             drafted = draft(state, self.E, d, stop=stop, head=head, lookups=lookups)
-        return accept_round(state, drafted, verify(state, self.E, drafted))
+        result = accept_round(state, drafted, verify(state, self.E, drafted))
+        return replace(result, most_drafted=d)
 
 
 def draft_problems(stop: float, stop_entropy: float, ngram: int) -> list[str]:
