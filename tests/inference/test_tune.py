@@ -200,16 +200,28 @@ def test_what_another_version_tuned_is_refused_with_the_remedy(
     assert line.endswith(f"delete {tuned_path(run)} or run inference.tune")
 
 
-def with_speedups(speedups):
-    """Return `measure` with other speedups, by the strategy's name."""
+def with_speedups(speedups, **changes):
+    """Return `measure` with other speedups, by the strategy's name, and other changes of these."""
 
     def changed(*args, **options):
         return [
-            replace(result, speedup=speedups.get(result.strategy, 1.0))
+            replace(result, speedup=speedups[result.strategy], **changes)
+            if result.strategy in speedups
+            else replace(result, speedup=1.0)
             for result in measure(*args, **options)
         ]
 
     return changed
+
+
+def test_a_strategy_with_a_fault_is_not_kept(folder, monkeypatch, capsys):
+    faulty = with_speedups({"dynamic": 9.0}, first_difference="fault", same_tokens=0.5)
+    monkeypatch.setattr(tune, "measure", faulty)
+    tune_a_little(monkeypatch, folder, "--quick", "--max_d", 1)
+    out = capsys.readouterr().out
+    assert out.startswith("best: autoregressive")
+    assert "\nwarning: dynamic:" in out
+    assert read_tuned(load_run(folder), None).strategy == "autoregressive"
 
 
 def test_a_threshold_that_is_not_faster_is_not_kept(folder, monkeypatch, capsys):
