@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from data.command_line import run_command
@@ -118,10 +117,12 @@ def benchmark(options: BenchmarkOptions) -> None:
         },
     )
     if options.plot is not None:
-        _draw(options.plot, run, workloads[0], results)
+        _draw(options.plot, run, workloads[0], results, setting)
 
 
-def _draw(path: Path, run: Run, workload: Workload, results: Sequence[ArmResult]) -> None:
+def _draw(
+    path: Path, run: Run, workload: Workload, results: Sequence[ArmResult], setting: str
+) -> None:
     """Draw the results, and what every exit predicts along the greedy continuations."""
     traces = record_continuations(
         run.model,
@@ -130,7 +131,7 @@ def _draw(path: Path, run: Run, workload: Workload, results: Sequence[ArmResult]
         batch_size=workload.batch_size,
         stop_tokens=workload.stop_tokens,
     )
-    title = f"{run.checkpoint.name}, {processor(torch.device('cpu'))}"
+    title = f"{run.checkpoint.name}, {setting}, {processor(run.model.head_weight.device)}"
     write_plot(path, results, find_oracle(traces).agreement, title)
 
 

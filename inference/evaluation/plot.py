@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from data.output_streams import naming_the_file
 from inference.evaluation.arm_result import ArmResult
+from inference.evaluation.measurement import AUTOREGRESSIVE
 from inference.evaluation.report import short_names
 
 _COLORS = {"autoregressive": "0.6", "early_exit": "tab:orange", "self_speculative": "tab:blue"}
@@ -79,17 +80,21 @@ def _write(figure: Figure, path: Path) -> None:
 def _draw_speedups(axes: Axes, results: Sequence[ArmResult]) -> None:
     """Draw one numbered bar for each arm, the range of its repeats and a mark at its bound.
 
-    A lossy arm decodes other tokens: its bar is a speed, not a quality.
+    The base's range is that of its tokens/s over their median. A lossy arm decodes other tokens:
+    its bar is a speed, not a quality.
     """
     colors = _colors(results)
     for x, result in enumerate(results):
         bar = axes.bar(x, result.speedup, color=colors[result.strategy])
         axes.bar_label(bar, fmt="%.2f", label_type="center")
-        axes.vlines(x, min(result.speedups), max(result.speedups), color="black")
+        spread = result.speedups
+        if result.strategy == AUTOREGRESSIVE.name:
+            spread = [speed / result.tokens_per_second for speed in result.speeds]
+        axes.vlines(x, min(spread), max(spread), color="black")
         if result.bound is not None:
             axes.plot([x - 0.4, x + 0.4], [result.bound] * 2, color="black", linestyle="--")
     if any(result.bound is not None for result in results):
-        axes.plot([], [], color="black", linestyle="--", label="bound for its acceptance")
+        axes.plot([], [], color="black", linestyle="--", label="bound for its agreement")
         axes.legend()
     axes.set_xticks(range(len(results)), arm_labels(results), fontsize="small")
     axes.set_ylabel("speedup over autoregressive\n(median and range of repeats)")
@@ -129,7 +134,9 @@ def _draw_quality(axes: Axes, results: Sequence[ArmResult]) -> None:
         quality = [r.log_likelihood if measure is None else r.scores[measure] for _, r in arms]
         axes.scatter(layers, quality, color=color, label=name)
         for (number, _), x, y in zip(arms, layers, quality, strict=True):
-            axes.annotate(str(number), (x, y), fontsize="x-small")
+            axes.annotate(
+                str(number), (x, y), (3, 3), textcoords="offset points", fontsize="x-small"
+            )
     axes.set_xlabel("layers computed per token")
     axes.set_ylabel(measure or "log likelihood under the full\nmodel (nats per token)")
     axes.margins(0.1)

@@ -47,17 +47,18 @@ def comparison(results: Sequence[ArmResult], setting: str) -> str:
         results: The arms of one batch size, autoregressive decoding first.
         setting: Of all arms, see `describe_setting`.
     """
-    base = results[0]
-    least, most = min(base.speeds), max(base.speeds)
     return "\n".join(
-        [
-            f"base: {base.strategy}, {setting}, batch {base.batch_size}: "
-            f"{base.tokens_per_second:.1f} tokens/s, {least:.1f} to {most:.1f} "
-            f"in {len(base.speeds)} repeats",
-            table(results),
-            *difference_warnings(results),
-        ]
+        [base_line(results[0], setting), table(results), *difference_warnings(results)]
     )
+
+
+def base_line(base: ArmResult, setting: str) -> str:
+    """Return what speedups are over, with its own spread."""
+    line = f"base: {base.strategy}, {setting}, batch {base.batch_size}: "
+    line += f"{base.tokens_per_second:.1f} tokens/s"
+    if len(base.speeds) > 1:
+        line += f", {min(base.speeds):.1f} to {max(base.speeds):.1f} in {len(base.speeds)} repeats"
+    return line
 
 
 def difference_warnings(results: Sequence[ArmResult]) -> list[str]:
