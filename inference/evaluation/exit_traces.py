@@ -82,6 +82,9 @@ def record_acceptance(model: Llama, row: list[int], first: int, sampling: Sampli
         first: Length of the prompt.
         sampling: How tokens are drawn.
     """
+    if sampling.temperature == 0.0:
+        choices = record_exits(model, row, first)
+        return (choices == choices[-1]).float()
     states = _exit_states(model, row, first)
     p = probabilities(model.exit_logits(states[-1], len(states)), sampling)
     found = [
