@@ -12,6 +12,7 @@ from inference.loading.run import Run
 from inference.strategies.registry import shorten
 
 LEGEND = """\
+tok/s      new tokens per second, of all rows together, the prompts' time left out
 speedup    tokens/s over the base's in the same repeat: the median; range: least and most
 layers     layers run for each new token, drafts included; heads: LM heads
 depth      mean layers run for a new token, of strategies that exit early

@@ -200,27 +200,29 @@ def test_what_another_version_tuned_is_refused_with_the_remedy(
     assert line.endswith(f"delete {tuned_path(run)} or run inference.tune")
 
 
-def with_speedups(speedups, **changes):
+def with_speedups(by_name, **changes):
     """Return `measure` with other speedups, by the strategy's name, and other changes of these."""
 
     def changed(*args, **options):
-        return [
-            replace(result, speedup=speedups[result.strategy], **changes)
-            if result.strategy in speedups
-            else replace(result, speedup=1.0)
-            for result in measure(*args, **options)
-        ]
+        found = []
+        for result in measure(*args, **options):
+            speedup = by_name.get(result.strategy, 1.0)
+            fields = {"speedup": speedup, "speedups": [speedup]}
+            found.append(replace(result, **fields | (changes if speedup != 1.0 else {})))
+        return found
 
     return changed
 
 
-def test_a_strategy_with_a_fault_is_not_kept(folder, monkeypatch, capsys):
-    faulty = with_speedups({"dynamic": 9.0}, first_difference="fault", same_tokens=0.5)
-    monkeypatch.setattr(tune, "measure", faulty)
+@pytest.mark.parametrize(
+    "changes", [{"first_difference": "fault", "same_tokens": 0.5}, {"speedups": [9.0, 0.9]}]
+)
+def test_what_is_faulty_or_once_slower_is_not_kept(folder, monkeypatch, capsys, changes):
+    monkeypatch.setattr(tune, "measure", with_speedups({"dynamic": 9.0}, **changes))
     tune_a_little(monkeypatch, folder, "--quick", "--max_d", 1)
     out = capsys.readouterr().out
-    assert out.startswith("best: autoregressive")
-    assert "\nwarning: dynamic:" in out
+    assert out.startswith("best: autoregressive, nothing measured below beats plain decoding in ev")
+    assert ("\nwarning: dynamic:" in out) == ("first_difference" in changes)
     assert read_tuned(load_run(folder), None).strategy == "autoregressive"
 
 
