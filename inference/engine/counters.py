@@ -32,7 +32,7 @@ class Counters:
     """Drafted tokens accepted; not those after a stop token or beyond a row's limit."""
     rejections: int = 0
     """Rounds in which a drafted token was rejected before the row's end."""
-    past_end: int = 0
+    drafted_past_end: int = 0
     """Tokens drafted behind a row's end; neither in `drafted` nor in `accepted`."""
     drafts: Counter[DraftedRound] = field(default_factory=Counter)
     """Rounds that drafted, each row's counted for itself."""

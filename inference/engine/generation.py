@@ -169,7 +169,7 @@ class Generation:
             counters.drafted += tried
             counters.accepted += kept
             counters.rejections += kept < tried
-            counters.past_end += drafted[row] - tried
+            counters.drafted_past_end += drafted[row] - tried
             if tried:
                 whole = in_flight.most_drafted == tried
                 how = tried, kept, self._why_no_more(prompt, kept < tried, whole)

@@ -62,7 +62,7 @@ class ArmResult:
     scores: dict[str, float]
     """Of a task; empty for plain prompts."""
     drafts: dict[str, Any]
-    """By position, length and reason of the end, of all prompts together: see `describe_drafts`."""
+    """Of all prompts together, see `describe_drafts`; and tokens drafted behind a row's end."""
     requests: list[dict[str, Any]]
     """Of each prompt: its new tokens, and its drafts likewise."""
     passes: list[tuple[int, int, int, int]]

@@ -59,6 +59,11 @@ class _Repeat:
         """New tokens per second."""
         return self.counters.tokens_per_second
 
+    def drafted(self) -> dict[str, Any]:
+        """Return how the drafts of all prompts went."""
+        past_end = {"drafted_past_end": self.counters.drafted_past_end}
+        return describe_drafts(self.counters.drafts) | past_end
+
     def requests(self) -> list[dict[str, Any]]:
         """Return the new tokens of each prompt, and how its drafts went."""
         return [
@@ -228,7 +233,7 @@ def _summarise(
         full_choice=sum(chosen for _, chosen in read) / counters.tokens,
         log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
         scores=dict(score(tokens)) if score is not None else {},
-        drafts=describe_drafts(counters.drafts),
+        drafts=repeats[0].drafted(),
         requests=repeats[0].requests(),
         passes=[(*key, times) for key, times in sorted(counters.passes.items())],
         head_passes=sorted(counters.head_passes.items()),

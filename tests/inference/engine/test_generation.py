@@ -184,7 +184,7 @@ def test_drafted_rounds_are_counted_as_emissions_have_them(text):
         assert counters.accepted == sum(a * times for (_, a, _), times in found.items())
         assert counters.rejections == sum(t for (*_, why), t in found.items() if why == "rejected")
         if text == DRAFTING[0]:  # drafts as many as it may in every round
-            assert counters.past_end == past_end
+            assert counters.drafted_past_end == past_end
         seen.update(why for _, _, why in found.elements())
     assert seen["rejected"]
     assert seen["end"] or "dynamic" in text

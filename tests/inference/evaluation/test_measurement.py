@@ -55,6 +55,8 @@ def test_costs_and_bound_worked_by_hand(monkeypatch):
     kept = plain.tokens
     assert result.drafts["stops"] == {"end": 1}
     assert result.drafts["accepted_at"] == [1] * kept
+    assert result.drafts.pop("drafted_past_end") == 4 - kept
+    assert plain.drafts.pop("drafted_past_end") == 0
     assert result.requests == [{"tokens": kept, **result.drafts}]
     assert plain.requests[0] == {"tokens": kept, **plain.drafts}
 
