@@ -145,18 +145,30 @@ def test_layers_per_token_of_one_row_worked_by_hand(model):
 
 DRAFTING = [
     "self_speculative:E=3:d=3",
-    "self_speculative:E=3:d=3:stop=0.1",
-    "skip_draft:attention=1:d=3:gamma=0.1",
+    "self_speculative:E=3:d=3:stop=0.2",
+    "skip_draft:attention=1:d=3:gamma=0.2",
     "dynamic:d=3:probe=2:verify_costs=0.2",
 ]
+
+
+def last_accepted(model, strategy):
+    """Return the drafted token that a row has last, of those it has not had before."""
+    found = {}
+    for index, prompt in enumerate(PROMPTS):
+        row = []
+        for [emission] in Generation(model, [prompt], strategy, max_new_tokens=20):
+            for i, token in enumerate(emission.tokens):
+                if i < emission.accepted and token not in row:
+                    found[len(row), index] = token
+                row.append(token)
+    return found[max(found)]
 
 
 @pytest.mark.parametrize("text", DRAFTING)
 def test_drafted_rounds_are_counted_as_emissions_have_them(text):
     """Worked out again from what was emitted, and from what a round could have drafted."""
-    model, strategy = make_model(4), parse_strategy(text)
-    plain = decode(model, PROMPTS, AUTOREGRESSIVE).tokens
-    stops, seen = {plain[0][10], plain[1][12]}, Counter()
+    model, strategy, seen = make_model(4), parse_strategy(text), Counter()
+    stops = {last_accepted(model, strategy)}
     for prompt, length in [*zip(PROMPTS, (20, 20, 18, 20), strict=True)]:
         generation = Generation(model, [prompt], strategy, max_new_tokens=length, stop_tokens=stops)
         left, found, past_end = length, Counter(), 0
@@ -186,8 +198,7 @@ def test_drafted_rounds_are_counted_as_emissions_have_them(text):
         if text == DRAFTING[0]:  # drafts as many as it may in every round
             assert counters.drafted_past_end == past_end
         seen.update(why for _, _, why in found.elements())
-    assert seen["rejected"]
-    assert seen["end"] or "dynamic" in text
+    assert min(seen["rejected"], seen["end"]) > 0
     assert bool(seen["not_sure"]) == ("stop" in text or "gamma" in text)
 
 
