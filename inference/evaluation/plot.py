@@ -133,10 +133,12 @@ def _draw_quality(axes: Axes, results: Sequence[ArmResult]) -> None:
         layers = [r.layers_per_token for _, r in arms]
         quality = [r.log_likelihood if measure is None else r.scores[measure] for _, r in arms]
         axes.scatter(layers, quality, color=color, label=name)
-        for (number, _), x, y in zip(arms, layers, quality, strict=True):
-            axes.annotate(
-                str(number), (x, y), (3, 3), textcoords="offset points", fontsize="x-small"
-            )
+        numbers: dict[tuple[float, float], list[str]] = {}
+        for (number, _), *point in zip(arms, layers, quality, strict=True):
+            numbers.setdefault((point[0], point[1]), []).append(str(number))
+        for at, here in numbers.items():
+            text = ", ".join(here)
+            axes.annotate(text, at, (3, 3), textcoords="offset points", fontsize="x-small")
     axes.set_xlabel("layers computed per token")
     axes.set_ylabel(measure or "log likelihood under the full\nmodel (nats per token)")
     axes.margins(0.1)
