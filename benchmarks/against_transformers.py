@@ -26,10 +26,10 @@ from data.suggestion import suggest
 from inference.cli.arguments import Count, Folder, OutputFile
 from inference.engine.compiled import compile_layers
 from inference.engine.generation import Generation
+from inference.engine.products import can_pack, pack
 from inference.engine.strategy import Strategy
 from inference.evaluation.prompts import held_out_prompts
 from inference.loading.machine import machine
-from inference.loading.packed import can_pack, pack
 from inference.loading.run import load_run
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import describe, parse_strategy

@@ -14,7 +14,7 @@ from inference.cli.arguments import Count, RunOptions
 from inference.cli.terminal import format_table, write_json
 from inference.engine.generation import Generation
 from inference.evaluation.prompts import PromptOptions, prompts_from
-from inference.fitting.learn_then_test import certify
+from inference.fitting.learn_then_test import certify, fewest_losses
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.calm import Calm
 from inference.strategies.registry import describe, parse_strategy
@@ -40,6 +40,9 @@ class CalibrateOptions(PromptOptions, RunOptions):
     """Probability of being wrong."""
     steps: Count = 20
     """Thresholds between 1 and 0."""
+    prompts: Count = 100
+    """Number of prompts, held out or of a task; a --prompt_file gives all its lines. Certifying
+    takes ln(eps) / ln(1 - delta) of them at least: 29 for the defaults."""
 
 
 def token_losses(
@@ -79,6 +82,12 @@ def calibrate(options: CalibrateOptions) -> None:
     run = options.open_run()
     strategy = strategy.validated(run.model.config.n_layers)
     prompts = prompts_from(run, options)
+    needed = fewest_losses(options.delta, options.eps)
+    if len(prompts) < needed:
+        raise ValueError(
+            f"prompts: {len(prompts)}, can certify no delta of {options.delta} with eps "
+            f"{options.eps} even where no token differs, give at least {needed}"
+        )
     most, stops = options.max_new_tokens, options.stop_tokens(run)
     reference = Generation(
         run.model,

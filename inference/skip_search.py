@@ -7,6 +7,7 @@ is fitted to the choices themselves: the paper's is fitted to [0, 1]^(2 L), cut 
 measures one choice many times.
 """
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -147,7 +148,8 @@ class SkipSearchOptions(SamplingOptions, PromptOptions, RunOptions):
     """Search for the attention and feed-forward parts that drafts of skip_draft can leave out.
 
     Every other prompt is searched on. The best few are then measured on the prompts between, which
-    give the table its order. The other commands take the strategies as they are written there.
+    give the table its order; the first is the strategy to use. The other commands take the
+    strategies as they are written there.
 
     Example:
       python -m inference.skip_search --run outputs/demo --iterations 100 --json skip.json
@@ -195,6 +197,15 @@ def table(pairs: list[tuple[Trial, Trial]], plain: list[float]) -> str:
     return format_table(["strategy", "searched", "other prompts", "a", "c"], rows)
 
 
+def next_step(options: SkipSearchOptions, best: Trial, plain: float) -> str:
+    """Return which strategy to use and the command that measures it; `plain` is what to beat."""
+    if best.score <= plain:
+        return "none is faster than autoregressive: use that, or search with more --iterations"
+    strategy, run = describe(best.strategy), shlex.quote(str(options.run))
+    command = f"python -m inference.benchmark --run {run} --strategies {strategy}"
+    return f"use {strategy}\nnext: {command}"
+
+
 def skip_search(options: SkipSearchOptions) -> None:
     """Search; print and write the best few."""
     if options.max_new_tokens < 2:
@@ -222,6 +233,7 @@ def skip_search(options: SkipSearchOptions) -> None:
     unit = "speedup by the cost model" if options.objective == MODEL_COST else "tokens/s"
     print(f"{run.checkpoint}, step {run.manifest.step}, {options.iterations} trials, {unit}")
     print(table(pairs, plain))
+    print(next_step(options, pairs[0][1], plain[1]))
     write_json(options.json, _content(options, run, prompts, pairs) | {"autoregressive": plain})
 
 

@@ -95,19 +95,23 @@ class Attention(nn.Module):
         With `query_positions`, (batch, n) int64, the tokens at those positions alone have queries.
         """
         if query_positions is None:
-            q = self.queries(x, cos, sin)
+            q, k, v = self.project(x, cos, sin)
         else:
             own_cos, own_sin = (
                 gather_tokens(each[:, 0].expand(len(x), -1, -1), query_positions).unsqueeze(1)
                 for each in (cos, sin)
             )
             q = self.queries(gather_tokens(x, query_positions), own_cos, own_sin)
-        k, v = self.keys_and_values(x, cos, sin)
+            k, v = self.keys_and_values(x, cos, sin)
         if kv is not None:
             k, v = kv.update(k, v)
         out = attend(q, k, v, mask, grouped=self.grouped)
         b, _, s, _ = q.shape
         return self.wo(out.transpose(1, 2).reshape(b, s, self.n_heads * self.head_dim))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `queries` and `keys_and_values` do."""
+        return (self.queries(x, cos, sin), *self.keys_and_values(x, cos, sin))
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return q, rotated, (batch, heads, seq, head_dim), of x: (batch, seq, dim)."""

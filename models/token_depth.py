@@ -28,11 +28,11 @@ class TokenDepthConfig:
     """all: each token runs all layers. unified: response tokens run the layers that decoding with
     `unified` keeps. skipdecode: later tokens run fewer, as with `skipdecode`. mixed: each token
     leaves after E layers, drawn anew, and its state is copied up, as with `calm`; the last layer's
-    loss is that of every token's own exit. No compute is saved. Tokens of a prompt, before the
-    first label that is learnt, run all layers (skipdecode: max_layers). A row is one text, whose
-    prompt it may begin with; with data.mask_documents each document is one."""
+    loss is that of every token's own exit. No compute is saved. Tokens of a prompt, up to the one
+    whose label is the first learnt, run all layers (skipdecode: max_layers). A row is one text,
+    whose prompt it may begin with; with data.mask_documents each document is one."""
     speedup: float = 2.0
-    """For unified: the model's layers over those of a response token."""
+    """For unified: the model's layers over those of a response token, see `unified_layers`."""
     warmup: int = 1
     """For skipdecode: the first layers, that every token runs."""
     max_layers: int | None = None
@@ -47,8 +47,8 @@ class TokenDepthConfig:
     def problems(self, n_layers: int) -> list[str]:
         """Return what is wrong with the fields for such a model, one line each."""
         found = []
-        if self.kind == "unified" and not self.speedup >= 1.0:
-            found = [f"speedup: {self.speedup}, unified needs at least 1"]
+        if self.kind == "unified":
+            found = speedup_problems(n_layers, self.speedup)
         elif self.kind == "skipdecode":
             found = self.budget(n_layers).problems(n_layers)
         elif self.kind == "mixed" and not all(1 <= E <= n_layers for E in self.exits):
@@ -74,9 +74,28 @@ def unified_layers(n_layers: int, speedup: float) -> tuple[int, ...]:
     A target speedup s keeps n = max(2, round(L / s)) layers. The published rule takes every
     floor(L / (n - 1))-th layer, which divides by zero for s > L / 2 and leaves its remainder as one
     hole at the end; `evenly_spaced` does neither.
+
+    The prompt runs all layers, its last token too, so that the first new token is the full model's:
+    the paper encodes the prompt at full depth, and in the authors' code (Unified_Layer_Skipping,
+    modeling_bloom.py) its one pass, in training as in decoding, ends with the prompt's last token.
     """
     kept = min(n_layers, max(2, round(n_layers / speedup)))
     return evenly_spaced(n_layers, kept) if n_layers > 1 else (0,)
+
+
+def speedup_problems(n_layers: int, speedup: float) -> list[str]:
+    """Return what is wrong with a target speedup s of such a model.
+
+    Between 1 and L / 2, the nearest that whole layers allow is reached; above, none would be near.
+    """
+    if not speedup >= 1.0:
+        return [f"speedup: {speedup}, unified needs at least 1"]
+    if n_layers > 2 and round(n_layers / speedup) < 2:
+        return [
+            f"speedup: {speedup}, unified keeps 2 of this model's {n_layers} layers at least, "
+            f"give at most {n_layers / 2:g}"
+        ]
+    return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +103,7 @@ class FallingBudget:
     """The layers SkipDecode (arXiv 2307.02628) gives each new token.
 
     The n-th new token, n from 0, has the budget
-      e(n) = max - (max - min) min(n / length, 1), rounded,
+      e(n) = max - (max - min) min(n / length, 1), rounded, halves up,
     and runs layers 0, ..., W - 1 and the top e - W. A later token's layers are a subset of an
     earlier one's, so every key it attends to exists.
     """
@@ -115,8 +134,10 @@ class FallingBudget:
 
     def at(self, new_tokens: Tensor) -> Tensor:
         """Return e(n) for n: int64 of any shape."""
-        fall = (new_tokens.double() / self.length).clamp(0.0, 1.0)
-        return (self.most - (self.most - self.least) * fall).round().long()
+        # One division, of whole numbers, so that halves are exact; to even, steps would be uneven.
+        n = new_tokens.clamp(0, self.length)
+        fall = ((self.most - self.least) * n).double() / self.length
+        return (self.most - fall + 0.5).floor().long()
 
     def left_out(self, budget: int, n_layers: int) -> range:
         """Return the layers l that a token of this budget leaves out: those above the warmup."""
@@ -170,8 +191,7 @@ def token_layers(
     if config.kind == "mixed" and exits is not None:
         return TokenLayers(tuple(exits > l for l in layers))
     if config.kind == "unified":
-        # The last token of the prompt is the first that decoding runs as a new one: it is pending.
-        prompt = new_tokens(learnt, documents) < -1
+        prompt = new_tokens(learnt, documents) < 0
         kept = unified_layers(n_layers, config.speedup)
         return TokenLayers(tuple(None if l in kept else prompt for l in layers))
     if config.kind == "skipdecode":

@@ -108,7 +108,8 @@ class GraphedRounds:
 
     def __call__(self, max_tokens: int) -> Round:
         state, batch, n = self._state, self._state.batch, min(max_tokens, self._decoder.max_tokens)
-        self._decoder.prepare(n)
+        if (instead := self._decoder.prepare(n)) is not None:
+            return instead
         beyond = self._rounded_up(n) - batch.max_position
         batch.max_position += beyond
         key = n, batch.max_position
@@ -181,17 +182,17 @@ class RoundGraphs:
         self._kept: GraphedBatch | None = None
 
     def take(
-        self, model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int
+        self, model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int, spare: int = 0
     ) -> GraphedBatch:
         """Return a batch for one generation alone; arguments as of `allocate`."""
         batch, self._kept = self._kept, None
         if batch is not None:
             state = batch.state
-            shape = len(state.batch), state.cache.slots, state.sampling
-            if state.model is model and shape == (rows, slots, sampling):
+            shape = len(state.batch), state.cache.slots, state.cache.spare, state.sampling
+            if state.model is model and shape == (rows, slots, spare, sampling):
                 reset(state, seed)
                 return batch
-        state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed)
+        state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed, spare=spare)
         return GraphedBatch(state, self.new_recorder())
 
     def give_back(self, batch: GraphedBatch) -> None:

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from inference.engine.batch import Batch, Round
+
+R = TypeVar("R", bound=Round | None)
 
 Decoder = Callable[[int], Round]
 """Continues every row by 1 to `max_tokens` tokens, its only argument, at least 1; the caller
@@ -22,23 +25,27 @@ class GraphableDecoder:
     """Tokens of a round where there is room."""
     run: Decoder
     """Runs a round of exactly so many tokens, at most `max_tokens`."""
-    prepare: Callable[[int], object] = lambda tokens: None
-    """Called before a round of so many tokens, outside the graph; it may wait for the device."""
+    prepare: Callable[[int], Round | None] = lambda tokens: None
+    """Called before a round of so many tokens, outside the graph; it may wait for the device. A
+    round that it returns takes the place of that round."""
 
     def __call__(self, max_tokens: int) -> Round:
         n = min(max_tokens, self.max_tokens)
-        self.prepare(n)
-        return self.run(n)
+        return self.prepare(n) or self.run(n)
 
 
 def advancing(batch: Batch, decoder: Decoder) -> Decoder:
     """Return a decoder, graphable if the given one is, that advances the batch as well."""
     if isinstance(decoder, GraphableDecoder):
-        return replace(decoder, run=advancing(batch, decoder.run))
+        run, prepare = decoder.run, decoder.prepare
+        return replace(decoder, run=_advancing(batch, run), prepare=_advancing(batch, prepare))
+    return _advancing(batch, decoder)
 
-    def run(max_tokens: int) -> Round:
-        result = decoder(max_tokens)
-        batch.advance(result)
+
+def _advancing(batch: Batch, decode: Callable[[int], R]) -> Callable[[int], R]:
+    def run(max_tokens: int) -> R:
+        if (result := decode(max_tokens)) is not None:
+            batch.advance(result)
         return result
 
     return run

@@ -98,10 +98,14 @@ class Generation:
         self._graphs = graphs
         self._batch: GraphedBatch | None = None
         if graphs is None:
-            self._state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed)
+            self._state = allocate(
+                model, rows, slots=slots, sampling=sampling, seed=seed, spare=strategy.spare_slots
+            )
             self._run_round = advancing(self._state.batch, strategy.start(self._state))
         else:
-            self._batch = graphs.take(model, rows, slots=slots, sampling=sampling, seed=seed)
+            self._batch = graphs.take(
+                model, rows, slots=slots, sampling=sampling, seed=seed, spare=strategy.spare_slots
+            )
             self._state, self._run_round = self._batch.state, self._batch.start(strategy)
         self.counters = self._state.counters
 

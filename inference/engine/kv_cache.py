@@ -7,11 +7,35 @@ Imports no strategy.
 
 from collections.abc import Callable
 from copy import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.config import LlamaConfig
+
+
+class _Views(NamedTuple):
+    """The buffers as they are written, by layer, and as they are read, by buffer."""
+
+    layers: list[Tensor]
+    """(batch, slots, 2 * kv_heads, head_dim)."""
+    keys: list[Tensor]
+    """(layers, batch, kv_heads, slots, head_dim)."""
+    values: list[Tensor]
+    """(layers, batch, kv_heads, slots, head_dim)."""
+
+
+class TreeShape(NamedTuple):
+    """Tokens after the pending one, itself the first, that are run as a tree.
+
+    They take the slots from the pending token's on, in order.
+    """
+
+    depths: Tensor
+    """(n,) int64, how far the position of each is from the pending token's."""
+    sees: Tensor
+    """(n, n) bool, which of the tokens each attends to, itself included."""
 
 
 class StaticKVCache:
@@ -24,6 +48,8 @@ class StaticKVCache:
         device: Of the buffers.
         dtype: Of keys and values.
         window_step: Windows are multiples of it, and so is the size of the buffers.
+        compiled: Whether passes are compiled, which copy a buffer that others are views of.
+        spare: Slots beyond these, for tokens that are tried beside those of the row.
     """
 
     def __init__(
@@ -35,14 +61,21 @@ class StaticKVCache:
         device: torch.device,
         dtype: torch.dtype,
         window_step: int = 1,
+        compiled: bool = False,
+        spare: int = 0,
     ) -> None:
         # A compiled pass is compiled for the size of the buffers, not of its window alone.
-        held = -(-slots // window_step) * window_step
-        shape = (batch, config.n_kv_heads, held, config.head_width)
+        held = -(-(slots + spare) // window_step) * window_step
+        shape = (batch, held, 2 * config.n_kv_heads, config.head_width)
+        groups = [1] * config.n_layers if compiled else [config.n_layers]
         # Zeros, not empty: a masked slot has weight 0, but 0 times a NaN left in memory is NaN.
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.slots = slots
+        self._buffers = [torch.zeros(n, *shape, device=device, dtype=dtype) for n in groups]
+        """Keys, then values, by layer, row and slot: those of a token are written at once."""
+        self._kv_heads = config.n_kv_heads
+        # A compiled pass may take no two tensors on the same memory if it writes one.
+        self._held = None
+        self._held = None if compiled else self._views()
+        self.slots, self.spare = slots, spare
         self.window_step = window_step
         self.window = held
         """Slots from this one on are neither masked nor read: one more than the largest position
@@ -51,6 +84,26 @@ class StaticKVCache:
         masked."""
         self._sliding_window = config.sliding_window
         self._slot_index = torch.arange(held, device=device)
+        self._rows = torch.arange(batch, device=device)[:, None]
+        # On a CPU, torch's attention turns a mask of bools into one of numbers at every layer.
+        self._hidden = torch.tensor(-torch.inf, dtype=dtype) if device.type == "cpu" else None
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Of each layer, views: (batch, kv_heads, slots, head_dim)."""
+        return [layer for each in self._views().keys for layer in each.unbind()]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """Of each layer, views: (batch, kv_heads, slots, head_dim)."""
+        return [layer for each in self._views().values for layer in each.unbind()]
+
+    def _views(self) -> "_Views":
+        if self._held is not None:
+            return self._held
+        halves = [b.transpose(2, 3).split(self._kv_heads, dim=2) for b in self._buffers]
+        layers = [layer for buffer in self._buffers for layer in buffer.unbind()]
+        return _Views(layers, [keys for keys, _ in halves], [values for _, values in halves])
 
     def set_window(self, slots: int) -> None:
         """Set the window to the first `slots` slots, rounded up."""
@@ -59,42 +112,103 @@ class StaticKVCache:
     def row(self, row: int) -> "StaticKVCache":
         """Return the cache of one row alone, on the same memory."""
         view = copy(self)
-        view.keys = [keys[row : row + 1] for keys in self.keys]
-        view.values = [values[row : row + 1] for values in self.values]
+        view._buffers = [buffer[:, row : row + 1] for buffer in self._buffers]
+        if self._held is not None:
+            view._held = None
+            view._held = view._views()
+        view._rows = self._rows[:1]
         return view
 
     def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
         """Open the cache for tokens at `positions`: (batch, seq) int64, all below `window`.
 
         Returns:
-            The mask slot <= position, (batch, 1, seq, window) bool, without slots behind the
-            model's sliding window, and a function from layer index l to that layer's storage.
+            The mask slot <= position, (batch, 1, seq, window), without slots behind the model's
+            sliding window: True, or 0 on a CPU, where a query attends, False or -inf where it does
+            not; and a function from layer index l to that layer's storage.
         """
         slots, query = self._slot_index[: self.window], positions[:, None, :, None]
         mask = slots <= query
         if self._sliding_window is not None and self._sliding_window < self.window:
             mask &= slots > query - self._sliding_window
-        batch, kv_heads = self.keys[0].shape[:2]
-        rows = torch.arange(batch, device=positions.device)[:, None, None]
-        heads = torch.arange(kv_heads, device=positions.device)[:, None]
-        index = (rows, heads, positions[:, None])
-        return mask, lambda l: LayerSlots(self.keys[l], self.values[l], index, self.window)
+        return self.opened(mask, positions)
+
+    def tree(self, shape: TreeShape, first: int, pending: Tensor) -> "TreeSlots":
+        """Return the cache for a pass over the tokens of a tree from the `first` on.
+
+        Args:
+            shape: The tree; the window must hold it.
+            first: Number of its tokens whose keys and values are there already.
+            pending: (batch,) int64, position of each row's pending token.
+        """
+        beyond = self._slot_index[: self.window] - pending[:, None]
+        token = beyond.clamp(0, len(shape.depths) - 1)
+        mask = shape.sees[first:][:, token].transpose(0, 1)
+        mask = ((mask & (beyond < len(shape.depths))[:, None]) | (beyond < 0)[:, None]).unsqueeze(1)
+        if self._sliding_window is not None and self._sliding_window < self.window:
+            behind = shape.depths[first:, None] - torch.where(
+                beyond < 0, beyond, shape.depths[token]
+            ).unsqueeze(1)
+            mask &= (behind < self._sliding_window).unsqueeze(1)
+        slots = pending[:, None] + torch.arange(first, len(shape.depths), device=pending.device)
+        return TreeSlots(self, mask, slots)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slot `source` of each row to `target` in all layers, (batch,) int64 both."""
+        rows = self._rows[:, 0]
+        for buffer in self._buffers:
+            buffer[:, rows, target] = buffer[:, rows, source]
+
+    def opened(self, mask: Tensor, slots: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
+        """Return what `at` does, for a mask of bools and the slots of the tokens: (batch, seq)."""
+        if self._hidden is not None:
+            mask = torch.where(mask, 0.0, self._hidden)
+        views, index = self._views(), (self._rows, slots)
+        keys, values = (
+            [layer for each in half for layer in each[..., : self.window, :].unbind()]
+            for half in (views.keys, views.values)
+        )
+        return mask, lambda l: LayerSlots(views.layers[l], keys[l], values[l], index)
+
+
+class TreeSlots:
+    """A cache opened for one pass over the tokens of a tree.
+
+    Args:
+        cache: The cache.
+        mask: (batch, 1, seq, window) bool.
+        slots: (batch, seq) int64, where the tokens' keys and values belong.
+    """
+
+    def __init__(self, cache: StaticKVCache, mask: Tensor, slots: Tensor) -> None:
+        self._cache, self._mask, self._slots = cache, mask, slots
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
+        """Return mask and storage, see `StaticKVCache.at`."""
+        return self._cache.opened(self._mask, self._slots)
 
 
 class LayerSlots:
     """One layer's buffers, opened for the tokens of one pass.
 
     Args:
-        keys: (batch, kv_heads, slots, head_dim).
-        values: (batch, kv_heads, slots, head_dim).
-        index: Row, head and slot of each token, int64, together (batch, kv_heads, seq).
-        window: Number of slots to read.
+        buffer: (batch, slots, 2 * kv_heads, head_dim), keys, then values.
+        keys: (batch, kv_heads, window, head_dim), a view.
+        values: (batch, kv_heads, window, head_dim), a view.
+        index: Row and slot of each token, int64, together (batch, seq).
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, index: tuple[Tensor, ...], window: int
+        self, buffer: Tensor, keys: Tensor, values: Tensor, index: tuple[Tensor, Tensor]
     ) -> None:
-        self._keys, self._values, self._index, self._window = keys, values, index, window
+        self._buffer, self._index, self.keys, self.values = buffer, index, keys, values
+        self.shape = index[1].shape
+        """Rows of the pass, and tokens of each."""
+
+    def write(self, kv: Tensor) -> None:
+        """Write the tokens' keys and values, (batch, seq, 2 * kv_heads, head_dim)."""
+        # Compiled, a scatter_ would copy all slots, twice, and this does not.
+        self._buffer.index_put_(self._index, kv)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v: (batch, kv_heads, seq, head_dim) into their slots.
@@ -102,7 +216,5 @@ class LayerSlots:
         Returns:
             Keys and values of the window: views, (batch, kv_heads, window, head_dim).
         """
-        # Compiled, a scatter_ would copy all slots, twice, and this does not.
-        self._keys.index_put_(self._index, k)
-        self._values.index_put_(self._index, v)
-        return self._keys[:, :, : self._window], self._values[:, :, : self._window]
+        self.write(torch.cat((k, v), dim=1).transpose(1, 2))
+        return self.keys, self.values

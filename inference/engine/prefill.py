@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from inference.engine.batch import Batch
-from inference.engine.compiled import window_step
+from inference.engine.compiled import is_compiled, window_step
 from inference.engine.counters import Counters
 from inference.engine.kv_cache import StaticKVCache
 from inference.engine.sampling import Sampling
@@ -15,7 +15,9 @@ from models.llama import Llama, SkippedParts
 
 
 @torch.inference_mode(False)
-def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int) -> DecodeState:
+def allocate(
+    model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int, spare: int = 0
+) -> DecodeState:
     """Allocate a batch of empty rows, with its KV cache.
 
     A compiled pass is compiled for the kind of its tensors: that of a generation and of what is
@@ -27,6 +29,7 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
         slots: Most tokens of a row, continuation included.
         sampling: How tokens are drawn.
         seed: Of every draw.
+        spare: Slots beyond these, see `Strategy.spare_slots`.
     """
     weight = model.norm.weight
     device = weight.device
@@ -38,6 +41,8 @@ def allocate(model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: i
         device=device,
         dtype=weight.dtype,
         window_step=window_step(model),
+        compiled=is_compiled(model),
+        spare=spare,
     )
     return DecodeState(
         model=model,

@@ -1,7 +1,7 @@
 """From logits to tokens: the sampling distribution, one draw, the one acceptance rule.
 
-Greedy decoding is the one-hot case of the same code, without a generator. Nothing here waits for
-the device.
+Greedy decoding has no generator and no distributions: the largest logit is taken. Nothing here
+waits for the device.
 """
 
 from dataclasses import dataclass
@@ -40,20 +40,20 @@ class Sampling:
             raise ValueError("; ".join(problems))
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the distribution tokens are drawn from, filters applied.
+def draw_weights(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return what `sample` and `accept` work on: the distribution, filters applied.
 
     Args:
         logits: (..., vocab), any float dtype.
         sampling: Temperature and filters.
 
     Returns:
-        (..., vocab) fp32 (fp64 for fp64 logits), each row summing to 1; one-hot at the argmax
-        when greedy.
+        (..., vocab) fp32 (fp64 for fp64 logits), each row summing to 1; when greedy the logits
+        themselves.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     if sampling.temperature == 0.0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(dtype)
+        return logits
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     scaled = logits.to(dtype) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         top, index = scaled.topk(sampling.top_k, dim=-1)
@@ -73,8 +73,7 @@ def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
     argmax_x weights(x) / e(x) with e(x) ~ Exponential(1): the exponential race, which unlike
     torch.multinomial never waits for the device. torch draws no e(x) = 0, so a weight of 0 never
-    wins against a positive one. Without a generator the weights must be one-hot, and nothing is
-    drawn: drawing for a large vocabulary costs a CPU as much as a layer.
+    wins against a positive one. Without a generator the largest weight is taken.
     """
     if generator is None:
         return weights.argmax(-1)
@@ -84,7 +83,7 @@ def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def accept(
     draft_tokens: Tensor,
-    q: Tensor,
+    q: Tensor | None,
     p: Tensor,
     generator: torch.Generator | None,
     lengths: Tensor | None = None,
@@ -94,14 +93,14 @@ def accept(
     Leviathan et al. (arXiv 2211.17192), algorithm 1. With x_i ~ q_i drafted and u_i ~ U(0, 1):
       n = the first i with u_i >= p_i(x_i) / q_i(x_i), d if there is none;
       next ~ norm(max(0, p_n - q_n)) if n < d, else p_d.
-    Then x_0, ..., x_{n-1}, next are distributed as if drawn from p one by one. Greedy is the
-    one-hot case: x_i is accepted exactly when it is the argmax of p_i, and next is that argmax.
+    Then x_0, ..., x_{n-1}, next are distributed as if drawn from p one by one. Greedy, without a
+    generator: x_i is accepted exactly when p_i is largest at it, and next is where p_n is largest.
 
     Args:
         draft_tokens: (batch, d) int64, x_i drawn from q_i.
-        q: (batch, d, vocab), the draft's distributions.
-        p: (batch, d + 1, vocab), the full model's.
-        generator: Source of the u_i and of the last draw; None when q and p are one-hot.
+        q: (batch, d, vocab), the draft's distributions; None when greedy.
+        p: (batch, d + 1, vocab), the full model's `draw_weights`.
+        generator: Source of the u_i and of the last draw; None when greedy.
         lengths: (batch,) int64, tokens each row drafted; those after them are ignored. None: d.
 
     Returns:
@@ -111,15 +110,19 @@ def accept(
     drafted = None
     if lengths is not None:
         drafted = torch.arange(d, device=p.device) < lengths[:, None]  # (batch, d)
+    if generator is None:
+        best = p.argmax(-1)
+        agreed = best[:, :d] == draft_tokens
+        num_agreed = _leading(agreed if drafted is None else agreed & drafted)
+        return num_agreed, best.gather(1, num_agreed[:, None]).squeeze(1)
+    assert q is not None
+    if drafted is not None:
         q = q * drafted.unsqueeze(-1)
     p_x = p[:, :d].gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)  # (batch, d)
     q_x = q.gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)
-    # Any u in [0, 1) decides alike between one-hot distributions.
-    u = torch.zeros_like(p_x) if generator is None else p_x.clone().uniform_(generator=generator)
+    u = p_x.clone().uniform_(generator=generator)
     accepted = u * q_x < p_x
-    if drafted is not None:
-        accepted &= drafted
-    num_accepted = accepted.long().cumprod(-1).sum(-1)
+    num_accepted = _leading(accepted if drafted is None else accepted & drafted)
     rows = torch.arange(len(p), device=p.device)
     p_n = p[rows, num_accepted]  # (batch, vocab)
     # q_d = 0, also where a shorter draft ends: after one accepted whole the residual is p itself.
@@ -128,3 +131,75 @@ def accept(
     # A rejection has p_n(x) < q_n(x), so some other token has p_n > q_n, unless rounding ate it.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0.0, residual, p_n)
     return num_accepted, sample(residual, generator)
+
+
+def draw_candidates(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` tokens without replacement, the first as `sample` does; (..., count) int64.
+
+    The order of the exponential race is one of draws without replacement. Without a generator: the
+    largest weights, in order.
+    """
+    if generator is not None:
+        weights = weights / torch.empty_like(weights).exponential_(generator=generator)
+    return weights.topk(count, dim=-1).indices
+
+
+def accept_candidates(
+    candidates: Tensor,
+    q: Tensor | None,
+    p: Tensor,
+    generator: torch.Generator | None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the longest accepted prefix of a draft with several candidates for each token.
+
+    `accept`, where a rejected x_i is followed by the next candidate of its position, drawn from q_i
+    without those before it, and tried against the residual norm(max(0, p_i - q_i)): recursive
+    rejection sampling without replacement (arXiv 2402.14160, algorithm 2).
+
+    Args:
+        candidates: (batch, d, k) int64, see `draw_candidates`; the first of each position is the
+            drafted token that the next position follows.
+        q: As in `accept`.
+        p: As in `accept`, after the drafted tokens.
+        generator: As in `accept`.
+        lengths: As in `accept`.
+
+    Returns:
+        num_accepted: (batch,) int64, how many first candidates are kept, n in 0..d; rank: (batch,)
+        int64, the candidate at n that is kept in its stead, 0 for none; and token: (batch,) int64,
+        that candidate, or else the draw after the last one kept.
+    """
+    batch, d, k = candidates.shape
+    rows = torch.arange(batch, device=p.device)
+    last = torch.full_like(rows, d) if lengths is None else lengths
+    left = p[:, :d] if generator is None else p[:, :d].clone()
+    kept = torch.full((batch, d), k, device=p.device)
+    for j in range(k):
+        x = candidates[..., j]
+        if generator is None:
+            taken = p[:, :d].argmax(-1) == x
+        else:
+            assert q is not None
+            p_x, q_x = (each.gather(-1, x.unsqueeze(-1)).squeeze(-1) for each in (left, q))
+            u = p_x.clone().uniform_(generator=generator)
+            # A candidate of no weight was not drawn: there were fewer than k.
+            taken = (u * q_x < p_x) & (q_x > 0.0)
+            residual = (left - q).clamp_min(0.0)
+            mass = residual.sum(-1, keepdim=True)
+            left = torch.where(mass > 0.0, residual / mass, left)
+            q = q.scatter(-1, x.unsqueeze(-1), 0.0)
+            q = q / q.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+        kept = torch.where((kept == k) & taken, j, kept)
+    within = torch.arange(d, device=p.device) < last[:, None]
+    n = _leading((kept == 0) & within)
+    here = n.clamp(max=d - 1)
+    rank = torch.where((n < last) & (kept[rows, here] < k), kept[rows, here], 0)
+    weights = torch.where((n < last)[:, None], left[rows, here], p[rows, n])
+    drawn = sample(weights, generator)
+    return n, rank, torch.where(rank > 0, candidates[rows, here, rank], drawn)
+
+
+def _leading(flags: Tensor) -> Tensor:
+    """Return how many flags are True before the first that is not, (batch,) of (batch, d)."""
+    return flags.long().cumprod(-1).sum(-1)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from inference.engine.batch import Batch
 from inference.engine.counters import Counters
-from inference.engine.kv_cache import StaticKVCache
-from inference.engine.sampling import Sampling, probabilities
+from inference.engine.kv_cache import StaticKVCache, TreeShape
+from inference.engine.sampling import Sampling, draw_weights
+from models.block import KVCache
 from models.llama import NOTHING, Llama, SkippedParts
 
 
@@ -75,6 +76,49 @@ class DecodeState:
         skipped: SkippedParts = NOTHING,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run layers as `run` does; return x_stop, and {l: x_{l+1}} for l in `exit_layers`."""
+        return self._run(
+            h,
+            start,
+            stop,
+            positions=self._positions(h.shape[1], offset, first),
+            cache=self.cache,
+            skipped=skipped,
+            exit_layers=exit_layers,
+        )
+
+    def run_tree(
+        self, h: Tensor, start: int, stop: int, shape: TreeShape, first: int = 0
+    ) -> Tensor:
+        """Run layers start, ..., stop - 1 on the tokens of a tree from the `first` on.
+
+        Args:
+            h: (batch, n - first, dim), their x_start.
+            start: First layer index l.
+            stop: One past the last layer index.
+            shape: The tree of n tokens.
+            first: Number of its tokens that these layers have been run on.
+
+        Returns:
+            x_stop, (batch, n - first, dim).
+        """
+        batch = self.batch
+        self.cache.set_window(batch.max_position + len(shape.depths))
+        cache = self.cache.tree(shape, first, batch.positions)
+        positions = batch.positions[:, None] + shape.depths[first:]
+        return self._run(h, start, stop, positions=positions, cache=cache)[0]
+
+    def _run(
+        self,
+        h: Tensor,
+        start: int,
+        stop: int,
+        *,
+        positions: Tensor,
+        cache: KVCache,
+        skipped: SkippedParts = NOTHING,
+        exit_layers: range | tuple[int, ...] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run layers at these positions, (batch, seq) int64, and count it."""
         tokens = h.shape[0] * h.shape[1]
         parts = 2 * (stop - start) - sum(
             start <= l < stop for part in (skipped.attention, skipped.feed_forward) for l in part
@@ -85,8 +129,8 @@ class DecodeState:
             h,
             start,
             stop,
-            positions=self._positions(h.shape[1], offset, first),
-            cache=self.cache,
+            positions=positions,
+            cache=cache,
             skipped=skipped,
             exit_layers=exit_layers,
         )
@@ -110,16 +154,19 @@ class DecodeState:
     def _positions(self, seq: int, offset: int, first: Tensor | None) -> Tensor:
         """Return (batch, seq) int64, with the cache's window set to hold them."""
         self.cache.set_window(self.batch.max_position + offset + seq)
-        start = self.batch.positions + offset if first is None else first
-        return start[:, None] + torch.arange(seq, device=self.batch.device)
+        start = self.batch.positions if first is None else first
+        if first is None and offset:
+            start = start + offset
+        positions = start[:, None]
+        return positions if seq == 1 else positions + torch.arange(seq, device=positions.device)
 
     def distribution(self, h: Tensor, E: int | None = None) -> Tensor:
-        """Return an exit's distributions, (batch, seq, vocab), for h = x_E: (batch, seq, dim)."""
+        """Return `filtered` logits of an exit for h = x_E: (batch, seq, dim)."""
         return self.filtered(self.logits(h, E))
 
     def filtered(self, logits: Tensor) -> Tensor:
-        """Return the distributions tokens are drawn from, same shape as logits."""
-        return probabilities(logits, self.sampling)
+        """Return what tokens are drawn from, see `draw_weights`; same shape as logits."""
+        return draw_weights(logits, self.sampling)
 
     def logits(self, h: Tensor, E: int | None = None) -> Tensor:
         """Return an exit's logits, (batch, seq, vocab).

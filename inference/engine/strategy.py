@@ -50,6 +50,11 @@ class Strategy(ABC):
         """Return the number of layers that prompts are run through, and the parts skipped."""
         return n_layers, NOTHING
 
+    @property
+    def spare_slots(self) -> int:
+        """KV slots of a row that a round may write beyond its tokens."""
+        return 0
+
     @abstractmethod
     def start(self, state: DecodeState) -> Decoder:
         """Return a decoder for a batch.

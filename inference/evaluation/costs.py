@@ -168,7 +168,8 @@ def _round(state: DecodeState, E: int, d: int) -> Callable[[], object]:
 
 def _lookup(state: DecodeState, d: int) -> Callable[[], object]:
     tokens = state.batch.pending[:, None].expand(-1, d).contiguous()
-    drafted = NgramDrafts(tokens, ~state.batch.finished, state.model.config.vocab_size).as_draft()
+    vocab_size, greedy = state.model.config.vocab_size, state.generator is None
+    drafted = NgramDrafts(tokens, ~state.batch.finished, vocab_size, greedy).as_draft()
     return lambda: accept_round(state, drafted, verify(state, 0, drafted))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from inference.engine.generation import Generation
-from inference.engine.sampling import Sampling, probabilities
+from inference.engine.sampling import Sampling, draw_weights
 from inference.strategies.autoregressive import Autoregressive
 from models.llama import Llama
 
@@ -86,9 +86,9 @@ def record_acceptance(model: Llama, row: list[int], first: int, sampling: Sampli
         choices = record_exits(model, row, first)
         return (choices == choices[-1]).float()
     states = _exit_states(model, row, first)
-    p = probabilities(model.exit_logits(states[-1], len(states)), sampling)
+    p = draw_weights(model.exit_logits(states[-1], len(states)), sampling)
     found = [
-        torch.minimum(p, probabilities(model.exit_logits(x, E), sampling)).sum(-1)
+        torch.minimum(p, draw_weights(model.exit_logits(x, E), sampling)).sum(-1)
         for E, x in enumerate(states, start=1)
     ]
     return torch.stack(found).float().cpu()

@@ -41,6 +41,15 @@ def hoeffding_bentkus(risk: float, n: int, delta: float) -> float:
     return min(1.0, math.exp(-n * h), math.e * tail)
 
 
+def fewest_losses(delta: float, eps: float) -> int:
+    """Return the number n of losses from which on anything can be certified, see `certify`.
+
+    Where all of them are 0 the p-value is the least, (1 - delta)^n: n >= ln eps / ln(1 - delta).
+    """
+    n = math.ceil(min(math.log(eps) / math.log1p(-delta), 1e18))
+    return n if hoeffding_bentkus(0.0, n, delta) <= eps else n + 1  # by rounding
+
+
 def _log_binomial(k: int, n: int, p: float) -> float:
     """Return ln P(Binomial(n, p) = k), as the coefficients alone are too large for a float."""
     ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

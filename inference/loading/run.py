@@ -11,7 +11,8 @@ from data.url_dataset import dataset_at
 from data.urls import Location, location
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import RoundGraphs, round_graphs
-from inference.loading.packed import can_pack, pack
+from inference.engine.fused import fuse
+from inference.engine.products import can_pack, pack
 from inference.loading.quantized import BITS, Bits, quantize_layers
 from inference.loading.vocabulary import mask_missing
 from models.checkpoint_copy import local_checkpoint
@@ -89,7 +90,7 @@ def load_run(
         dtype: A name in DTYPES; None means bfloat16 on CUDA and float32 on a CPU.
         quantize: Bits of the matrices of layers, and of exits of their own; None: plain.
         weights: Those of the last step, or their moving average.
-        packed: Pack the weights for decoding, where the machine can.
+        packed: Fuse the layers and pack their weights for decoding, where the machine can.
         compiled: Compile the layers, and keep rounds as graphs on a device that has them.
 
     Raises:
@@ -104,6 +105,8 @@ def load_run(
     if dtype is None:
         dtype = "bfloat16" if target.type == "cuda" else "float32"
     model = load_model(checkpoint, device=target, dtype=DTYPES[dtype], weights=weights)
+    if packed:
+        fuse(model, compiled=compiled)
     if quantize is not None:
         quantize_layers(model, quantize)
     if packed and can_pack(model):

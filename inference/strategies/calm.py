@@ -1,5 +1,6 @@
 """CALM (arXiv 2207.07061): a token exits at the first exit whose confidence reaches a threshold."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -32,8 +33,8 @@ class Calm(Strategy):
     name: ClassVar[str] = "calm"
     confidence: Literal["gap", "similarity", "gate"] = "gap"
     """gap: difference of the exit's two largest probabilities. similarity: cosine of its hidden
-    state and that of the exit before. gate: score of a fitted classifier, as in the strategy gate.
-    The last two need no head at an exit."""
+    state and that of one interval earlier, in the paper one layer. gate: score of a fitted
+    classifier, as in the strategy gate. The last two need no head at an exit."""
     threshold: float = 0.9
     """lambda; above 1 no token exits early."""
     tau: float | None = None
@@ -54,6 +55,8 @@ class Calm(Strategy):
         found = exit_problems(self.first, self.interval, n_layers) + self.below(0, threshold="")
         if self.tau is not None:
             found += self.below(0, tau="")
+            if self.tau == math.inf:
+                found.append("tau: inf, give a finite number, or leave it out")
         if too_short := self.below(1, length="token"):
             found += too_short
         elif not self.tau:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inference.engine.sampling import sample
+from inference.engine.sampling import draw_candidates, sample
 from inference.engine.state import DecodeState
 from inference.strategies.ngram import look_up
 from inference.strategies.reduced_head import ReducedHead
@@ -62,8 +62,8 @@ class Draft:
 
     tokens: Tensor
     """(batch, d) int64."""
-    q: Tensor
-    """(batch, d, vocab), the distribution each was drawn from."""
+    q: Tensor | None
+    """(batch, d, vocab), the distribution each was drawn from; None when greedy."""
     lengths: Tensor | None
     """(batch,) int64, tokens of each row that count; None: all."""
     exits: list[Tensor]
@@ -71,6 +71,8 @@ class Draft:
     all drafted ones but the last, or fewer where n-gram drafts follow."""
     taps: list[dict[int, Tensor]]
     """{l: x_{l+1}} of the same tokens, for the layers l that were tapped."""
+    leaves: Tensor | None = None
+    """(batch, d, branch - 1) int64, further candidates for each token; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,25 @@ class NgramDrafts:
     found: Tensor
     """(batch,) bool, the rows where the tokens count."""
     vocab_size: int
+    greedy: bool
 
     @cached_property
     def q(self) -> Tensor:
         """One-hot at the tokens: (batch, d, vocab)."""
         return F.one_hot(self.tokens, self.vocab_size).float()
 
-    def override(self, q: Tensor, i: int) -> Tensor:
-        """Return q: (batch, 1, vocab) of drafted token i, one-hot in the rows with a lookup."""
-        return torch.where(self.found[:, None, None], self.q[:, i : i + 1], q)
+    def override(self, tokens: Tensor, q: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """Return the rows' own drafted token i, where they have one, and its distribution.
+
+        Args:
+            tokens: (batch, 1) int64, as drafted.
+            q: (batch, 1, vocab), what they were drawn from.
+            i: From 0.
+        """
+        tokens = torch.where(self.found[:, None], self.tokens[:, i : i + 1], tokens)
+        if self.greedy:
+            return tokens, q
+        return tokens, torch.where(self.found[:, None, None], self.q[:, i : i + 1], q)
 
     def extend(self, drafted: Draft, d: int) -> Draft:
         """Return a draft with d tokens in these rows, where all others may have stopped before."""
@@ -98,14 +110,15 @@ class NgramDrafts:
         return replace(
             drafted,
             tokens=torch.cat((drafted.tokens, self.tokens[:, done:d]), dim=1),
-            q=torch.cat((drafted.q, self.q[:, done:d]), dim=1),
+            q=None if drafted.q is None else torch.cat((drafted.q, self.q[:, done:d]), dim=1),
             lengths=None if lengths is None else torch.where(self.found, d, lengths),
         )
 
     def as_draft(self) -> Draft:
         """Return a draft of these rows alone, for which no layer runs."""
         lengths = self.tokens.shape[1] * self.found.long()
-        return Draft(self.tokens, self.q, lengths, exits=[], taps=[])
+        q = None if self.greedy else self.q
+        return Draft(self.tokens, q, lengths, exits=[], taps=[])
 
 
 def lookup_drafts(state: DecodeState, ngram: int, d: int) -> NgramDrafts | None:
@@ -113,7 +126,8 @@ def lookup_drafts(state: DecodeState, ngram: int, d: int) -> NgramDrafts | None:
     if not ngram or not d:
         return None
     tokens, found = look_up(state.batch.history[:, :-1], state.batch.positions, ngram, d)
-    return NgramDrafts(tokens, found, state.model.config.vocab_size)
+    vocab_size, greedy = state.model.config.vocab_size, state.generator is None
+    return NgramDrafts(tokens, found, vocab_size, greedy)
 
 
 def draft(
@@ -126,6 +140,7 @@ def draft(
     skipped: SkippedParts = NOTHING,
     head: ReducedHead | None = None,
     lookups: NgramDrafts | None = None,
+    branch: int = 1,
 ) -> Draft:
     """Decode d tokens, or fewer, with the first E layers, starting from the pending token.
 
@@ -141,35 +156,48 @@ def draft(
         skipped: Parts of layers to leave out.
         head: The head drafts are drawn from, over a part of the vocabulary; None: all of it.
         lookups: d or more tokens that their rows draft instead; these never stop.
+        branch: Candidates for each token, the drafted one included; not with lookups.
     """
     batch = state.batch
-    tokens, exits, taps = [batch.pending[:, None]], [], []
+    tokens, exits, taps, leaves = [batch.pending[:, None]], [], [], []
     q = [torch.empty(len(batch), 0, state.model.config.vocab_size, device=batch.device)]
-    active = ~batch.finished if lookups is None else ~(batch.finished | lookups.found)
-    lengths = torch.zeros_like(batch.positions)
+    active = lengths = None
+    if not stop.never:
+        active = ~batch.finished if lookups is None else ~(batch.finished | lookups.found)
+        lengths = torch.zeros_like(batch.positions)
     for i in range(d):
         x_E, tap = state.run_and_tap(
             state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped
         )
         logits, probs = _from_head(state, state.before_head(x_E, E), head)
-        q.append(probs if lookups is None else lookups.override(probs, i))
-        tokens.append(sample(q[-1], state.generator))
+        if branch > 1:
+            candidates = draw_candidates(probs, branch, state.generator)
+            token = candidates[..., 0]
+            leaves.append(candidates[..., 1:])
+        else:
+            token = sample(probs, state.generator)
+        if lookups is not None:
+            token, probs = lookups.override(token, probs, i)
+        tokens.append(token)
+        q.append(probs)
         exits.append(x_E)
         taps.append(tap)
-        if not stop.never:
+        if active is not None and lengths is not None:
             lengths = lengths + active
             active = active & stop.is_confident(logits)
             if i + 1 < d and not state.sync_bool(active.any()):
                 break
-    counts = None if stop.never else lengths
-    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], torch.cat(q, dim=1), counts, exits, taps)
+    all_q = None if state.generator is None else torch.cat(q, dim=1)
+    all_leaves = torch.cat(leaves, dim=1) if leaves else None
+    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], all_q, lengths, exits, taps, all_leaves)
     return drafted if lookups is None else lookups.extend(drafted, d)
 
 
 def _from_head(state: DecodeState, x: Tensor, head: ReducedHead | None) -> tuple[Tensor, Tensor]:
-    """Return the head's logits, and the sampling distribution over the whole vocabulary."""
+    """Return the head's logits, and what tokens of the whole vocabulary are drawn from."""
     if head is None:
         logits = state.head(x)
         return logits, state.filtered(logits)
     logits = state.head(x, head.linear)
-    return logits, head.widen(state.filtered(logits))
+    nothing = -torch.inf if state.generator is None else 0.0
+    return logits, head.widen(state.filtered(logits), nothing)

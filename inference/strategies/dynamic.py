@@ -279,7 +279,11 @@ class _Rounds:
             counts: (batch, n) bool, tokens that count: those after accepted ones.
         """
         q = self.state.filtered(self.state.head(exits.flatten(0, 1)))
-        overlap = torch.minimum(p, q.unflatten(0, exits.shape[:2])).sum(-1)  # (exits, batch, n)
+        q = q.unflatten(0, exits.shape[:2])
+        if self.state.generator is None:
+            overlap = (p.argmax(-1) == q.argmax(-1)).float()  # (exits, batch, n)
+        else:
+            overlap = torch.minimum(p, q).sum(-1)
         agreed = (overlap * counts).flatten(1).sum(1)
         tried = counts.sum().expand_as(agreed)
         self._record([*self.exits.values()], torch.stack((agreed, tried), dim=1))

@@ -218,7 +218,7 @@ class _Run:
             return Round(tokens, accepted=drafted, drafted=drafted, depths=depths)
         p = state.filtered(logits)
         if settings.rollback == "exact":
-            q = torch.cat(self._q, dim=1)[:, :-1]
+            q = None if state.generator is None else torch.cat(self._q, dim=1)[:, :-1]
             accepted, token = accept(tokens[:, :-1], q, p, state.generator)
             depths = torch.full_like(depths, L)
         else:

@@ -22,7 +22,7 @@ class Pruned(Strategy):
 
     name: ClassVar[str] = "pruned"
     every: int = 2
-    """N: one layer of every N is left out."""
+    """N: one layer of every N is left out; at most n_layers."""
     keep: tuple[int, ...] | None = None
     """Layers l to run; derived from `every` if not given."""
 
@@ -36,6 +36,9 @@ class Pruned(Strategy):
         if self.keep is None:
             return [f"every: {self.every}, pruned needs at least 2"]
         default = replace(self, keep=None).with_defaults(n_layers).keep
+        if self.keep == default and self.every > n_layers > 1:
+            reach = f"leaves out none of {n_layers} layers, give 2 to {n_layers}"
+            return [f"every: {self.every}, {reach}"]
         return keep_problems(self, self.keep, n_layers, default=default, setting="every")
 
     def prefill_layers(self, n_layers: int) -> tuple[int, SkippedParts]:

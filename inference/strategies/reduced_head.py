@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.foreign_json import read_object, take
-from inference.loading.packed import PACKED_ELEMENTS, PackedLinear
+from inference.engine.products import PACKED_ELEMENTS, PackedLinear
 from inference.loading.vocabulary import missing_ids
 from models.llama import Llama
 
@@ -33,10 +33,10 @@ class ReducedHead:
     """Normed states (..., dim) to logits (..., part)."""
     vocab_size: int
 
-    def widen(self, probs: Tensor) -> Tensor:
-        """Spread probs: (batch, seq, part) over the whole vocabulary, 0 elsewhere."""
-        wide = probs.new_zeros(*probs.shape[:-1], self.vocab_size)
-        return wide.scatter(-1, self.tokens.expand(probs.shape), probs)
+    def widen(self, weights: Tensor, nothing: float) -> Tensor:
+        """Spread weights: (batch, seq, part) over the whole vocabulary, `nothing` elsewhere."""
+        wide = weights.new_full((*weights.shape[:-1], self.vocab_size), nothing)
+        return wide.scatter(-1, self.tokens.expand(weights.shape), weights)
 
 
 def reduced_head(model: Llama, tokens: Tensor) -> ReducedHead:

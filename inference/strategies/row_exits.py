@@ -28,7 +28,8 @@ class ExitObservation:
     h: Tensor
     """(batch, dim), x_E."""
     before: Tensor
-    """(batch, dim), x at the previous exit; x_0 at the first."""
+    """(batch, dim), x one interval of exits earlier: at the previous exit; at the first, x_0 if it
+    comes before a whole interval."""
     logits: Callable[[], Tensor]
     """Returns the exit's logits, (batch, vocab); the head runs only if this is called."""
     new_tokens: Tensor
@@ -87,24 +88,31 @@ def _decode_one(
     max_tokens: int,
 ) -> Round:
     n_layers, rule, batch = state.model.config.n_layers, new_rule(), state.batch
-    h = state.embed_pending()
-    exited, layer, before = batch.finished, 0, h
+    h = before = read = state.embed_pending()
+    """`read` is the head's input of each row."""
+    logits: Tensor | None = None
+    """Of each row, if the rule takes them at every exit."""
+    left_at: list[int] = []
+    exited, layer = batch.finished, 0
     depths = torch.full_like(batch.positions, n_layers)
-    read, logits = h, None
-    """The head's input of each row, and its logits if the rule takes them at every exit."""
     for E in exits:
-        h, layer = _run(state, h, layer, E, exited), E
-        head = _Head(state, h, E) if exit_map is None else _Head(state, exit_map(E, h), None)
+        if layer == 0:
+            h, before = _run_to_first(state, h, exits)
+        else:
+            before, h = h, _run(state, h, layer, E, exited)
+        layer, head = E, _Head(state, h, E, exit_map)
         observation = ExitObservation(E, h[:, 0], before[:, 0], head, batch.new_tokens)
         exiting = rule(observation) & ~exited
-        before = h
-        read = torch.where(exiting[:, None, None], head.read, read)
+        depths = torch.where(exiting, E, depths)
+        exited = exited | exiting
         if head.logits is not None:
             here = head.logits
             logits = here if logits is None else torch.where(exiting[:, None], here, logits)
-        depths = torch.where(exiting, E, depths)
-        exited = exited | exiting
-        if state.sync_bool(exited.all()):
+        some, all_rows = state.sync_list(torch.stack((exiting.any(), exited.all())))
+        if some and logits is None:
+            read = torch.where(exiting[:, None, None], head.read(), read)
+            left_at.append(E)
+        if all_rows:
             state.write_keys_and_values(h, E, n_layers)
             break
     else:
@@ -113,37 +121,52 @@ def _decode_one(
         if logits is not None:
             logits = torch.where(exited[:, None], logits, state.logits(read)[:, 0])
     if logits is None:
-        logits = _logits_by_depth(state, read, depths, exits if exit_map is None else range(0))
+        logits = _logits_by_depth(state, read, depths, left_at if exit_map is None else [])
     return Round.plain(sample(state.filtered(logits[:, None]), state.generator), depths)
 
 
-def _logits_by_depth(state: DecodeState, read: Tensor, depths: Tensor, exits: range) -> Tensor:
+def _logits_by_depth(state: DecodeState, read: Tensor, depths: Tensor, exits: list[int]) -> Tensor:
     """Return the logits, (batch, vocab), of rows whose exits may have parts of their own.
 
     Args:
         state: The batch.
         read: (batch, 1, dim), the head's input of each row.
         depths: (batch,) int64, E, the layers behind it.
-        exits: Those E whose states are read as they are, and not as x_L.
+        exits: The E at which rows left and whose states are read as they are, and not as x_L.
     """
     x = state.before_head(read)
-    for E in state.model.config.own_exits:
-        if E in exits:
+    for E in exits:
+        if E in state.model.config.own_exits:
             x = torch.where((depths == E)[:, None, None], state.before_head(read, E), x)
     return state.head(x)[:, 0]
+
+
+def _run_to_first(state: DecodeState, h: Tensor, exits: range) -> tuple[Tensor, Tensor]:
+    """Return x at the first exit, and one interval before it, or x_0: (batch, 1, dim) each."""
+    before = exits.start - exits.step
+    if before <= 0:
+        return state.run(h, 0, exits.start), h
+    h, tapped = state.run_and_tap(h, 0, exits.start, exit_layers=(before - 1,))
+    return h, tapped[before - 1]
 
 
 class _Head:
     """The head at one exit, run when it is first called."""
 
-    def __init__(self, state: DecodeState, read: Tensor, E: int | None) -> None:
-        self._state, self.read, self._E = state, read, E
+    def __init__(self, state: DecodeState, h: Tensor, E: int, exit_map: ExitMap | None) -> None:
+        self._state, self._h, self._E, self._exit_map = state, h, E, exit_map
         self.logits: Tensor | None = None
 
     def __call__(self) -> Tensor:
+        """Return the logits, (batch, vocab)."""
         if self.logits is None:
-            self.logits = self._state.logits(self.read, self._E)[:, 0]
+            E = self._E if self._exit_map is None else None  # a mapped state stands for x_L
+            self.logits = self._state.logits(self.read(), E)[:, 0]
         return self.logits
+
+    def read(self) -> Tensor:
+        """Return what the head reads, (batch, 1, dim)."""
+        return self._h if self._exit_map is None else self._exit_map(self._E, self._h)
 
 
 def _run(state: DecodeState, h: Tensor, start: int, stop: int, exited: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from inference.engine.strategy import Strategy
 from inference.strategies.drafting import Draft, Stop, draft, lookup_drafts
 from inference.strategies.early_exit import default_exit
 from inference.strategies.reduced_head import COUNT_THEM, ReducedHead, load_reduced_head
+from inference.strategies.tree import accept_tree, verify_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,9 @@ class SelfSpeculative(Strategy):
     ngram: int = 0
     """n-gram lookup: where the last so many tokens of a row, or fewer but at least 2, came before,
     the tokens after them are its draft; no layer drafts if all rows have a lookup; 0: no lookup."""
+    branch: int = 1
+    """Candidates for each drafted token: the exit's next-best are verified in the same pass, and
+    one of them takes the place of a drafted token that is wrong."""
     draft_vocab: int = 0
     """Drafts are drawn from so many tokens, the most frequent ones (FR-Spec, arXiv 2502.14856); 0:
     from all."""
@@ -60,6 +64,9 @@ class SelfSpeculative(Strategy):
         elif self.E is None or not 1 <= self.E < n_layers:
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         found += self.below(1, d="drafted token")
+        found += self.below(1, branch="candidate")
+        if self.branch > 1 and self.ngram:
+            found.append(f"branch: {self.branch}, goes without ngram, leave one of them out")
         if self.draft_vocab < 0:
             found.append(f"draft_vocab: {self.draft_vocab}, give a number of tokens, or 0 for all")
         if self.draft_vocab and self.token_counts is None:
@@ -71,10 +78,19 @@ class SelfSpeculative(Strategy):
     @property
     def always_drafts(self) -> bool:
         """Whether each round drafts d tokens with E layers, as the speedup bound assumes."""
-        plain = not self.ngram and not self.draft_vocab
+        plain = not self.ngram and not self.draft_vocab and self.branch == 1
         return plain and Stop(self.stop, self.stop_entropy).never
 
+    @property
+    def spare_slots(self) -> int:
+        return self.d * (self.branch - 1)
+
     def start(self, state: DecodeState) -> Decoder:
+        vocab_size = self.draft_vocab or state.model.config.vocab_size
+        if self.branch > vocab_size:
+            raise ValueError(
+                f"branch: {self.branch}, give at most {vocab_size} tokens to draft from"
+            )
         head = None
         if self.token_counts is not None:
             head = load_reduced_head(state.model, self.token_counts, self.draft_vocab)
@@ -91,8 +107,13 @@ class SelfSpeculative(Strategy):
             drafted = lookups.as_draft()
         else:
             stop = Stop(self.stop, self.stop_entropy)
-            drafted = draft(state, self.E, d, stop=stop, head=head, lookups=lookups)
-        result = accept_round(state, drafted, verify(state, self.E, drafted))
+            drafted = draft(
+                state, self.E, d, stop=stop, head=head, lookups=lookups, branch=self.branch
+            )
+        if drafted.leaves is not None:
+            result = accept_tree(state, drafted, verify_tree(state, self.E, drafted))
+        else:
+            result = accept_round(state, drafted, verify(state, self.E, drafted))
         return replace(result, most_drafted=d)
 
 

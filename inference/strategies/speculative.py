@@ -150,10 +150,16 @@ class TwoModels:
         self._state.counters.draft_head_evaluations += spent.head_evaluations
 
     def _no_draft(self) -> Draft:
-        batch, vocab = self._state.batch, self._state.model.config.vocab_size
-        tokens = batch.pending.new_empty(len(batch), 0)
-        q = torch.empty(len(batch), 0, vocab, device=batch.device)
-        return Draft(tokens, q, None, [], [])
+        tokens = self._state.batch.history[:, :0]
+        return Draft(tokens, self._all_q([]), None, [], [])
+
+    def _all_q(self, q: list[Tensor]) -> Tensor | None:
+        """Return what tokens were drawn from, each (batch, 1, vocab), as `Draft` has it."""
+        if self._state.generator is None:
+            return None
+        vocab_size = self._state.model.config.vocab_size
+        none = torch.empty(len(self._state.batch), 0, vocab_size, device=self._state.batch.device)
+        return torch.cat((none, *q), dim=1)
 
     def _draft(self, d: int) -> Draft:
         """Decode d tokens with the draft model."""
@@ -177,7 +183,7 @@ class TwoModels:
         positions = positions.clamp(max=ran.history.shape[1] - 1)
         ran.history.scatter_(1, first[:, None], tokens[:, :1])
         ran.history.scatter_(1, positions, torch.cat(drafts[:-1], dim=1))
-        return Draft(torch.cat(drafts[1:], dim=1), torch.cat(q, dim=1), None, [], [])
+        return Draft(torch.cat(drafts[1:], dim=1), self._all_q(q), None, [], [])
 
     def _catch_up(self) -> None:
         """Run the draft model on tokens it has not run, prompts for the most part.

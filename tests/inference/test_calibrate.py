@@ -43,8 +43,15 @@ def test_the_command_prints_and_writes(run_folder, monkeypatch, capsys, tmp_path
     lowest = min(t["threshold"] for t in tested if t["certified"])
     assert f"threshold={lowest}" in out or lowest == 0.9
     assert "first=2" in out
-    run_command(monkeypatch, *few, "--prompts", 3)
+    monkeypatch.setattr(calibrate, "token_losses", lambda *_: [0.5] * 29)
+    run_command(monkeypatch, *few, "--prompts", 29)
     assert "nothing can be certified" in capsys.readouterr().out
+    monkeypatch.setattr(calibrate, "Generation", None)  # nothing is decoded
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, *few, "--prompts", 28)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: prompts: 28, can certify no delta of 0.1 with eps 0.05 even ")
+    assert line.endswith("give at least 29")
 
 
 @pytest.mark.parametrize(

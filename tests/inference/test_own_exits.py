@@ -8,13 +8,14 @@ import torch
 
 from data.shards import TokenStream
 from data.windows import StreamWindows
+from inference.engine.generation import Generation
 from inference.engine.prefill import allocate, prefill
+from inference.engine.products import pack
 from inference.engine.sampling import Sampling
 from inference.evaluation.exit_quality import evaluate_exits
 from inference.evaluation.exit_traces import record_exits
 from inference.fitting.jump_fitting import measure_jump
 from inference.fitting.traces import record
-from inference.loading.packed import pack
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.calm import Calm
 from inference.strategies.drafting import draft
@@ -95,7 +96,9 @@ def test_drafts_are_what_the_exit_predicts_through_its_own_parts(model, part):
         assert drafted.tokens.tolist() == [slow_greedy(model, prompt, 4, E) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("rule", "exiting"), test_row_exits.RULES, ids=range(4))
+@pytest.mark.parametrize(
+    ("rule", "exiting"), test_row_exits.RULES, ids=range(len(test_row_exits.RULES))
+)
 def test_rows_exit_where_the_slow_form_does_with_its_tokens(model, rule, exiting):
     expected = [test_row_exits.slow_form(model, prompt, 15, exiting) for prompt in PROMPTS]
     for options in ({}, {"batch_size": 1}):
@@ -124,6 +127,38 @@ def test_a_gate_exits_to_the_exits_own_parts(model, tmp_path):
     found = decode(model, PROMPTS, rule, max_new_tokens=15)
     assert found.tokens == [tokens for tokens, _ in expected]
     assert len(found.counters.depths) > 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_exits_that_some_row_left_at_are_evaluated(model, tmp_path, batch_size, gated):
+    save_gate(tmp_path / "gate", random_gate("linear"), model)
+    rule = Calm(confidence="similarity", threshold=0.9)
+    if gated:
+        rule = Gate(path=tmp_path / "gate", threshold=0.45)
+    evaluated, depths = [], []
+    hooks = [
+        model.own_exits[str(E)].register_forward_hook(lambda *_, E=E: evaluated.append(E))
+        for E in EXITS
+    ]
+    generation = Generation(model, PROMPTS, rule, max_new_tokens=15, batch_size=batch_size)
+    run_round = generation._run_round
+
+    def watched(n):
+        result = run_round(n)
+        depths.append(result.depths[:, 0].tolist())
+        return result
+
+    generation._run_round = watched
+    counters = generation.finish().counters
+    for hook in hooks:
+        hook.remove()
+    left = [E for rows in depths for E in EXITS if E in rows]
+    assert evaluated == left
+    assert 0 < len(left) < len(EXITS) * len(depths)
+    own = 0.5 * len(left) if model.config.own_exit_mlp else 0.0
+    assert counters.token_layers == batch_size * (sum(map(max, depths)) + own)
+    assert counters.syncs == sum(min(max(rows), L - 1) for rows in depths)
 
 
 def test_what_a_map_gives_is_read_as_the_last_layers_state(model, tmp_path):
@@ -205,7 +240,7 @@ def test_evaluates_table_equals_a_slow_one(model):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_a_packed_model_decodes_the_same(monkeypatch):
-    monkeypatch.setattr("inference.loading.packed.PACKED_ELEMENTS", 1000)
+    monkeypatch.setattr("inference.engine.products.PACKED_ELEMENTS", 1000)
     packed, plain = (make_model(L, own_exits=EXITS, own_exit_mlp=True) for _ in range(2))
     for each in (packed, plain):
         shake(each)

@@ -1,15 +1,26 @@
 """The search finds parts that do nothing, and its strategies are read back."""
 
 import json
+import shlex
 import sys
 
 import pytest
 
+from data.command_line import read_options
 from inference import skip_search
+from inference.benchmark import BenchmarkOptions
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling
 from inference.loading.run import load_run
-from inference.skip_search import Measurement, draft_cost, find, starting_points, strategy_of
+from inference.skip_search import (
+    Measurement,
+    SkipSearchOptions,
+    draft_cost,
+    find,
+    next_step,
+    starting_points,
+    strategy_of,
+)
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import parse_strategy
 from models.llama import NOTHING, SkippedParts, whole_layers
@@ -101,6 +112,20 @@ def test_parts_that_do_nothing_are_found(model, monkeypatch):
     assert [pair[1].score for pair in pairs] == sorted((p[1].score for p in pairs), reverse=True)
 
 
+def test_the_strategy_to_use_and_the_next_command_are_named(model):
+    options = SkipSearchOptions(run="a run")
+    useless = tuple(l in (2, 6, 7) for l in range(2 * L))
+    good = measurement(model).of_choice(useless, PROMPTS)
+    use, following = next_step(options, good, 1.0).splitlines()
+    strategy = use.removeprefix("use ")
+    assert parse_strategy(strategy) == good.strategy
+    command = ["python", "-m", "inference.benchmark", "--run", "a run", "--strategies", strategy]
+    assert shlex.split(following.removeprefix("next: ")) == command
+    assert read_options(BenchmarkOptions, command[3:], prog="").strategies == (strategy,)
+    nothing = measurement(model).of_choice((False,) * 8, PROMPTS)
+    assert next_step(options, nothing, 1.0).startswith("none is faster")
+
+
 def test_the_best_d_is_the_least_when_drafts_are_wrong(model):
     trial = measurement(model).of_choice((True,) * 8, PROMPTS)
     assert trial.agreement < 0.3
@@ -117,7 +142,13 @@ def test_the_command_writes_strategies_that_decode(run_folder, monkeypatch, caps
     content = json.loads((tmp_path / "a" / "b.json").read_text())
     assert content["autoregressive"] == [1.0, 1.0]
     assert "trial 1 of 20" in err
-    assert len(out.splitlines()) == 3 + len(content["found"]) == 3 + 5
+    lines, best = out.splitlines(), content["found"][0]
+    assert len(content["found"]) == 5
+    if best["other_prompts"]["score"] > 1.0:
+        assert lines[8] == f"use {best['strategy']}"
+        assert lines[9].startswith("next: python -m inference.benchmark --run ")
+    else:
+        assert lines[8].startswith("none is faster than autoregressive: ")
     model = load_run(run_folder, device="cpu").model
     plain = Generation(model, [[1, 5]], Autoregressive(), max_new_tokens=9).finish().tokens
     for one in content["found"]:

@@ -52,11 +52,11 @@ def test_unified_runs_all_layers_for_prompts_and_the_kept_ones_for_new_tokens():
     config = TokenDepthConfig(kind="unified", speedup=2.0)
     layers = token_layers(config, L, LEARNT, None, None)
     whole = list(range(L))
-    assert layers_of(layers) == [whole] * 2 + [[0, 2, 5]] * 6
+    assert layers_of(layers) == [whole] * 3 + [[0, 2, 5]] * 5
     assert layers.runs[0] is None
     masked = token_layers(config, L, LEARNT, DOCUMENTS, None)
-    assert layers_of(masked) == [whole] * 2 + [[0, 2, 5]] * 4 + [whole] * 2
-    assert layers_of(masked, 1) == [whole] * 3 + [[0, 2, 5]] * 5
+    assert layers_of(masked) == [whole] * 3 + [[0, 2, 5]] * 3 + [whole] * 2
+    assert layers_of(masked, 1) == [whole] * 4 + [[0, 2, 5]] * 4
 
 
 def test_skipdecodes_budget_falls_with_new_tokens():
@@ -170,6 +170,11 @@ def test_every_block_is_called_and_stochastic_depth_composes():
 def test_what_does_not_fit_the_model_is_refused():
     for config, message in (
         (TokenDepthConfig(kind="unified", speedup=0.5), "token_depth.speedup: 0.5, unified needs"),
+        (
+            TokenDepthConfig(kind="unified", speedup=8.0),
+            "token_depth.speedup: 8.0, unified keeps 2 of this model's 6 layers at least, give at "
+            "most 3",
+        ),
         (
             TokenDepthConfig(kind="skipdecode", max_layers=7),
             "token_depth.max_layers: 7, skipdecode",

@@ -50,10 +50,10 @@ def microbatches_of(runtime, size=2):
 def layers_by_hand(config, row, position):
     """Return the layers l of 4 that a token runs."""
     depth, new = config.token_depth, position - PROMPTS[row] - 1
-    if depth.kind == "unified" and new >= -1:
+    if depth.kind == "unified" and new >= 0:
         return {0, 3}
     if depth.kind == "skipdecode":
-        budget = round(4 - 3 * min(max(new, 0) / 5, 1))
+        budget = int(4 - 3 * min(max(new, 0) / 5, 1) + 0.5)
         return {0, *range(4 - budget + 1, 4)}
     if depth.kind == "mixed":
         drawn = draw_exits(depth, 4, seed=config.seed, t=STEP, samples=np.array([row]), seq_len=SEQ)

@@ -23,7 +23,7 @@ def test_mask_shows_the_slots_up_to_each_position():
     cache.window = 5
     mask, _ = cache.at(torch.tensor([[0, 1], [3, 4]]))
     assert mask.shape == (2, 1, 2, 5)
-    assert mask[:, 0].int().tolist() == [
+    assert mask[:, 0].exp().int().tolist() == [
         [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]],
         [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
     ]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from inference.engine.sampling import LEAST_TEMPERATURE, Sampling, accept, probabilities, sample
+from inference.engine.sampling import LEAST_TEMPERATURE, Sampling, accept, draw_weights, sample
 
 LOGITS = torch.tensor([0.0, math.log(4.0), math.log(2.0), math.log(3.0)])  # 1 : 4 : 2 : 3
 
@@ -29,12 +29,11 @@ def generator(seed=0):
         (Sampling(temperature=1.0, top_k=2, top_p=0.55), [0, 1, 0, 0]),
         (Sampling(temperature=LEAST_TEMPERATURE), [0, 1, 0, 0]),
         (Sampling(temperature=LEAST_TEMPERATURE, top_k=3, top_p=0.5), [0, 1, 0, 0]),
-        (Sampling(), [0, 1, 0, 0]),
     ],
 )
-def test_probabilities_equal_hand_worked_ones(sampling, expected):
+def test_distributions_equal_hand_worked_ones(sampling, expected):
     torch.testing.assert_close(
-        probabilities(LOGITS.expand(2, 3, 4), sampling),
+        draw_weights(LOGITS.expand(2, 3, 4), sampling),
         torch.tensor(expected, dtype=torch.float32).expand(2, 3, 4),
         atol=1e-6,
         rtol=0,
@@ -42,14 +41,14 @@ def test_probabilities_equal_hand_worked_ones(sampling, expected):
 
 
 def test_the_fewest_tokens_that_reach_top_p_exactly_are_kept():
-    kept = probabilities(torch.zeros(8), Sampling(temperature=1.0, top_p=0.5))  # of 1/8 each
+    kept = draw_weights(torch.zeros(8), Sampling(temperature=1.0, top_p=0.5))  # of 1/8 each
     assert sorted(kept.tolist()) == [0.0] * 4 + [0.25] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_least_temperature_bears_the_largest_logits(dtype):
     logits = torch.tensor([-6e4, 6e4, 5e4, -torch.inf], dtype=dtype)
-    found = probabilities(logits, Sampling(temperature=LEAST_TEMPERATURE))
+    found = draw_weights(logits, Sampling(temperature=LEAST_TEMPERATURE))
     assert found.tolist() == [0, 1, 0, 0]
 
 
@@ -61,11 +60,15 @@ def test_temperatures_that_no_logits_can_be_divided_by_are_refused(temperature):
 
 def test_greedy_breaks_ties_as_argmax_does():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
-    assert probabilities(logits, Sampling()).argmax(-1).tolist() == logits.argmax(-1).tolist()
+    weights = draw_weights(logits, Sampling())
+    assert sample(weights, None).tolist() == logits.argmax(-1).tolist()
+    draft, p = logits.argmax(-1)[None, :1], weights[None]
+    num_accepted, next_token = accept(draft, None, p, None)
+    assert [num_accepted.item(), next_token.item()] == [1, logits[1].argmax().item()]
 
 
 def test_bfloat16_logits_give_float32_distributions():
-    assert probabilities(LOGITS.bfloat16(), Sampling(temperature=1.0)).dtype == torch.float32
+    assert draw_weights(LOGITS.bfloat16(), Sampling(temperature=1.0)).dtype == torch.float32
 
 
 def test_sampling_names_all_faults_at_once():

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from inference.fitting.learn_then_test import certify, hoeffding_bentkus
+from inference.fitting.learn_then_test import certify, fewest_losses, hoeffding_bentkus
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.1, 0.3])
@@ -38,6 +38,18 @@ def test_no_evidence_and_much_evidence():
     # Four standard deviations below delta the tail is nearly the normal one, Phi(-4).
     far = hoeffding_bentkus(0.1 - 4 * 0.3 / 100_000**0.5, 100_000, 0.1)
     assert far == pytest.approx(math.e * 3.167e-5, rel=0.1)
+
+
+@pytest.mark.parametrize("delta", [0.9, 0.5, 0.1, 0.05, 0.003])
+@pytest.mark.parametrize("eps", [0.5, 0.05, 0.01])
+def test_fewer_losses_than_the_fewest_certify_nothing(delta, eps):
+    fewest = fewest_losses(delta, eps)
+    for n in (fewest - 1, fewest):
+        if n:
+            [tested] = certify([1.0], lambda _, n=n: [0.0] * n, delta=delta, eps=eps)
+            assert tested.certified == (n == fewest)
+    assert (fewest_losses(0.1, 0.05), fewest_losses(0.1, 0.99)) == (29, 1)
+    assert fewest_losses(5e-324, 5e-324) >= 10**18
 
 
 def test_testing_ends_at_the_first_threshold_that_is_not_certified():

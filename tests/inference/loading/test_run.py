@@ -8,8 +8,8 @@ import torch
 from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.tokenizer import train_tokenizer
-from inference.loading import packed
-from inference.loading.packed import PackedLinear
+from inference.engine import products as packed
+from inference.engine.products import PackedLinear
 from inference.loading.run import choose_device, load_run
 from models.checkpoint_format import TOKENIZER
 from models.fingerprint import compute_fingerprint, weights_fingerprint

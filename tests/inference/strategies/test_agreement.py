@@ -44,6 +44,7 @@ def test_agreed_lookups_worked_by_hand():
         torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
         torch.tensor([True, True, True, True, False]),
         vocab_size=10,
+        greedy=True,
     )
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     result = Round(tokens, torch.tensor([3, 2, 0, 3, 3]), torch.full((5,), 3))

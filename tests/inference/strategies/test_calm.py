@@ -37,6 +37,7 @@ def test_thresholds_and_gaps_worked_by_hand():
         (Calm(first=7, interval=0), "first: 7, .*; interval: 0, give at least 1"),
         (Calm(threshold=-0.1), "threshold: -0.1"),
         (Calm(tau=-1.0, length=0), "tau: -1.0.*; length: 0"),
+        (Calm(tau=math.inf), "tau: inf, give a finite number"),
     ],
     ids=str,
 )

@@ -339,7 +339,7 @@ def test_when_lookups_pay_worked_by_hand(model, monkeypatch):
 def test_rows_that_have_ended_do_not_count_for_lookups(model, monkeypatch):
     rounds = rounds_with(model, monkeypatch, Dynamic(), [0.0] * 5, 0.5)
     found = torch.tensor([True, True, False, False, False, False, False, True])
-    lookups = NgramDrafts(torch.zeros(8, 2, dtype=torch.int64), found, 61)
+    lookups = NgramDrafts(torch.zeros(8, 2, dtype=torch.int64), found, 61, greedy=True)
     assert rounds._count_lookups(lookups) == (5, 3)
     rounds.state.batch.finished[2:] = True
     assert rounds._count_lookups(lookups) == (0, 2)

@@ -22,14 +22,15 @@ def model():
 def slow_form(model, prompt, count, exiting):
     """Decode one row token by token, with keys and values in plain lists.
 
-    `exiting(E, h, before, logits, logits before, t)` returns whether a token exits after E layers.
+    `exiting(E, h, states, logits, t)` returns whether a token exits after E layers, with the states
+    x_0, ..., x_E and the logits after 1, ..., E layers.
     """
     config, tokens, depths = model.config, list(prompt), []
     keys, values = [[] for _ in range(L)], [[] for _ in range(L)]
     for position in range(len(prompt) + count - 1):
         h = model.embed(torch.tensor([[tokens[position]]]))
         cos, sin = model.rope_cos[None, None, [position]], model.rope_sin[None, None, [position]]
-        before, depth, outputs = h, None, []
+        states, depth, outputs = [h[0, 0]], None, []
         for l in range(L):
             block = model.block(l)
             x = block.attention_norm(h)
@@ -44,10 +45,10 @@ def slow_form(model, prompt, count, exiting):
             h = h + block.attention.wo((weights @ v).transpose(1, 2).flatten(2))
             h = h + block.feed_forward(block.ffn_norm(h))
             outputs.append(model.exit_logits(h, l + 1)[0, 0])
+            states.append(h[0, 0])
             t = position + 1 - len(prompt)
-            if l == L - 1 or (t >= 0 and exiting(l + 1, h[0, 0], before[0, 0], outputs, t)):
+            if l == L - 1 or (t >= 0 and exiting(l + 1, h[0, 0], states, outputs, t)):
                 depth = l + 1
-            before = h
         if position >= len(prompt) - 1:
             tokens.append(int(outputs[-1].argmax()))
             depths.append(depth)
@@ -55,7 +56,7 @@ def slow_form(model, prompt, count, exiting):
 
 
 def gap_leaves(threshold, tau=None, N=128):
-    def exiting(E, h, before, outputs, t):
+    def exiting(E, h, states, outputs, t):
         one, two = outputs[-1].softmax(-1).sort(descending=True).values[:2].tolist()
         limit = threshold
         if tau is not None:
@@ -65,11 +66,19 @@ def gap_leaves(threshold, tau=None, N=128):
     return exiting
 
 
-def similar(E, h, before, outputs, t):
-    return (h @ before / h.norm() / before.norm()).item() >= 0.9
+def similar(first, interval, threshold):
+    """CALM compares with the layer before; where exits are further apart, as many layers before."""
+
+    def exiting(E, h, states, outputs, t):
+        if E not in range(first, L, interval):
+            return False
+        before = states[max(0, E - interval)]
+        return (h @ before / h.norm() / before.norm()).item() >= threshold
+
+    return exiting
 
 
-def patient(E, h, before, outputs, t):
+def patient(E, h, states, outputs, t):
     ids = [int(logits.argmax()) for logits in outputs]
     return len(ids) > 2 and len(set(ids[-3:])) == 1
 
@@ -77,7 +86,10 @@ def patient(E, h, before, outputs, t):
 RULES = [
     (Calm(threshold=0.15), gap_leaves(0.15)),
     (Calm(threshold=0.12, tau=4.0, length=6), gap_leaves(0.12, 4.0, 6)),
-    (Calm(confidence="similarity", threshold=0.9), similar),
+    (Calm(confidence="similarity", threshold=0.9), similar(1, 1, 0.9)),
+    (Calm(confidence="similarity", threshold=0.85, first=3), similar(3, 1, 0.85)),
+    (Calm(confidence="similarity", threshold=0.65, first=3, interval=2), similar(3, 2, 0.65)),
+    (Calm(confidence="similarity", threshold=0.3, first=2, interval=3), similar(2, 3, 0.3)),
     (Patience(patience=2), patient),
 ]
 
@@ -91,6 +103,7 @@ def test_tokens_and_depths_are_those_of_the_slow_form(model, rule, exiting):
         depths = sorted(depth for _, row in expected for depth in row)
         assert sorted(found.counters.depths.elements()) == depths
     assert len(set(depths)) > 1, "tokens were to exit at different layers"
+    assert rule.first in (1, min(depths)), "the first exit was to be taken"
 
 
 def test_work_of_one_row_is_what_hooks_count(model):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference.engine.generation import Generation
-from inference.engine.sampling import Sampling, probabilities, sample
+from inference.engine.sampling import Sampling, draw_weights, sample
 from inference.strategies import drafting, self_speculative
 from inference.strategies.registry import parse_strategy
 from models.rope import apply_rope
@@ -110,7 +110,7 @@ def exact_joint(model, prompt, sampling):
     sequences = torch.tensor(list(product(range(VOCAB), repeat=LENGTH)))
     tokens = torch.cat((torch.tensor(prompt).expand(len(sequences), -1), sequences), dim=1)
     h, _ = model.run_layers(model.embed(tokens), 0, model.config.n_layers)
-    probs = probabilities(model.exit_logits(h).double(), sampling)[:, len(prompt) - 1 : -1]
+    probs = draw_weights(model.exit_logits(h).double(), sampling)[:, len(prompt) - 1 : -1]
     return probs.gather(-1, sequences.unsqueeze(-1)).squeeze(-1).prod(-1)
 
 

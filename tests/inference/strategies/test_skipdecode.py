@@ -1,12 +1,15 @@
 """Later tokens run the layers their budget leaves, and read no others."""
 
+import math
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
 
 from inference.strategies.skipdecode import SkipDecode
 from models.llama import whole_layers
+from models.token_depth import FallingBudget
 from tests.inference.every_strategy import PROMPTS, decode, make_model, slow_greedy
 
 L = 6
@@ -19,10 +22,20 @@ def model():
 
 def test_budgets_worked_by_hand():
     rule = SkipDecode(warmup=1, max_layers=6, min_layers=2, length=8).with_defaults(8)
-    steps = torch.tensor([-1, 0, 1, 2, 4, 6, 8, 100])
-    assert rule.budget.at(steps).tolist() == [6, 6, 6, 5, 4, 3, 2, 2]  # 5.5 rounds to even
+    steps = torch.tensor([*range(-1, 9), 100])
+    assert rule.budget.at(steps).tolist() == [6, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2]  # 5.5, 4.5, ... up
     assert rule.skipped(6, 8) == whole_layers({1, 2})
     assert rule.skipped(2, 8) == whole_layers({1, 2, 3, 4, 5, 6})
+
+
+def test_steps_are_even_as_exact_halves_round_up():
+    for span in (*range(8), 77):
+        for length in (1, 2, 6, 7, 14, 22, 49, 128, 2**62):
+            rule = FallingBudget(warmup=0, most=80, least=80 - span, length=length)
+            n = [*range(-1, 140)]
+            exact = [80 - span * min(Fraction(max(i, 0), length), 1) for i in n]
+            expected = [math.floor(e + Fraction(1, 2)) for e in exact]
+            assert rule.at(torch.tensor(n)).tolist() == expected
 
 
 @pytest.mark.parametrize("length", [1, 3, 10])

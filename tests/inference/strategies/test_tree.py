@@ -1,0 +1,143 @@
+"""Drafts with leaves decode what the full model decodes, and more of it in a round."""
+
+import pytest
+import torch
+
+from inference.engine.fused import fuse
+from inference.engine.sampling import Sampling, accept_candidates, draw_candidates
+from inference.strategies import tree
+from inference.strategies.tree import tree_shape
+from tests.inference.strategies.test_self_speculative import (
+    PROMPTS,
+    SAMPLINGS,
+    excess,
+    poisoned,
+    start,
+)
+from tests.models.families import ALL, build_random
+from tests.models.test_llama import build, small
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(small(n_layers=4, n_kv_heads=2)).eval().requires_grad_(False)
+
+
+def with_leaves(model, branch, E, d, prompts=PROMPTS, **options):
+    name = f"self_speculative:branch={branch}"
+    return start(model, prompts, E, d, name=name, **options)
+
+
+def test_the_shape_worked_by_hand():
+    depths, sees = tree_shape(2, 3, torch.device("cpu"))
+    assert depths.tolist() == [0, 1, 2, 1, 1, 2, 2]
+    assert sees.int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["Llama", "no Llama"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_greedy_tokens_are_autoregressive_decodings(changes, fused):
+    model = build_random(small(n_layers=4, n_kv_heads=2, **changes)).eval().requires_grad_(False)
+    greedy = start(model, PROMPTS, name="autoregressive").finish().tokens
+    if fused:
+        fuse(model)
+    for E, d, branch in [(1, 1, 2), (1, 4, 3), (2, 3, 2), (2, 8, 5), (3, 2, 61)]:
+        chain = start(model, PROMPTS, E, d).finish()
+        together = with_leaves(model, branch, E, d).finish()
+        assert together.tokens == greedy, (E, d, branch)
+        assert together.counters.rounds < chain.counters.rounds
+        assert together.counters.accepted > chain.counters.accepted
+        refilled = with_leaves(model, branch, E, d, batch_size=2, stop_tokens=[greedy[0][7]])
+        stopped = start(
+            model, PROMPTS, name="autoregressive", batch_size=2, stop_tokens=[greedy[0][7]]
+        )
+        assert refilled.finish().tokens == stopped.finish().tokens
+        text = f"self_speculative:branch={branch}:stop=0.03"
+        assert start(model, PROMPTS, E, d, name=text).finish().tokens == greedy
+
+
+def test_every_token_as_a_candidate_is_never_rejected(model):
+    counters = with_leaves(model, 61, 2, 1).finish().counters
+    assert counters.tokens_per_round == 2.0
+
+
+def test_kv_of_a_leaf_moves_to_its_position(model):
+    generation = with_leaves(model, 4, 1, 3)
+    for _ in range(6):
+        next(generation)
+    for row, prompt in enumerate(PROMPTS):
+        tokens = torch.tensor([(prompt + generation.tokens[row])[:-1]])
+        seq, cache = tokens.shape[1], generation._state.cache
+        cos, sin = model.rope_cos[:seq], model.rope_sin[:seq]
+        h = model.embed(tokens)
+        for l in range(4):
+            k, v = model.block(l).attention.keys_and_values(
+                model.block(l).attention_input(h), cos[None, None], sin[None, None]
+            )
+            torch.testing.assert_close(cache.keys[l][row, :, :seq], k[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(cache.values[l][row, :, :seq], v[0], atol=1e-5, rtol=0)
+            h, _ = model.run_layers(h, l, l + 1)
+
+
+def test_slots_nobody_wrote_have_no_weight(model):
+    clean = with_leaves(model, 3, 2, 5, PROMPTS[:1]).finish().tokens
+    assert poisoned(with_leaves(model, 3, 2, 5, PROMPTS[:1]), torch.nan) == clean
+    clean = with_leaves(model, 3, 2, 5).finish().tokens
+    assert poisoned(with_leaves(model, 3, 2, 5), 1e30) == clean
+
+
+@pytest.mark.parametrize("branch", [2, 4])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_sampled_tokens_have_the_full_models_distribution(biased_model, sampling, branch):
+    assert excess(biased_model, sampling, E=1, d=2, name=f"self_speculative:branch={branch}") < 4
+
+
+def with_replacement(weights, count, generator):
+    first = draw_candidates(weights, 1, generator)
+    return torch.cat((first, weights.topk(count - 1, dim=-1).indices), dim=-1)
+
+
+def against_the_first_residual(candidates, q, p, generator, lengths):
+    """Try all candidates against p itself, as if none had been rejected before."""
+    n, rank, token = accept_candidates(candidates, q, p, generator, lengths)
+    rows = torch.arange(len(n))
+    other = candidates[rows, n.clamp(max=candidates.shape[1] - 1), -1]
+    taken = (rank == 0) & (n < candidates.shape[1])
+    taken &= torch.rand(len(n), generator=torch.Generator().manual_seed(0)) < 0.3
+    return n, torch.where(taken, candidates.shape[2] - 1, rank), torch.where(taken, other, token)
+
+
+def test_the_statistic_catches_wrong_rules(biased_model, monkeypatch):
+    sampling = Sampling(temperature=0.8)
+    options = {"E": 1, "d": 2, "name": "self_speculative:branch=2"}
+    with monkeypatch.context() as patch:
+        patch.setattr("inference.strategies.drafting.draw_candidates", with_replacement)
+        assert excess(biased_model, sampling, **options) > 6
+    monkeypatch.setattr(tree, "accept_candidates", against_the_first_residual)
+    assert excess(biased_model, sampling, **options) > 10
+
+
+def test_candidates_are_drawn_without_replacement():
+    weights = torch.tensor([0.5, 0.3, 0.2]).expand(40_000, 3)
+    drawn = draw_candidates(weights, 2, torch.Generator().manual_seed(0))
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    # P(0 then 1) = 0.5 * 0.3 / 0.5; four standard deviations are 0.01.
+    share = ((drawn[:, 0] == 0) & (drawn[:, 1] == 1)).float().mean()
+    assert share.item() == pytest.approx(0.3, abs=0.01)
+    share = ((drawn[:, 0] == 2) & (drawn[:, 1] == 1)).float().mean()
+    assert share.item() == pytest.approx(0.2 * 0.3 / 0.8, abs=0.01)
+
+
+def test_settings_that_do_not_fit_are_refused(model):
+    with pytest.raises(ValueError, match="^branch: 2, goes without ngram"):
+        start(model, PROMPTS, 2, 3, name="self_speculative:branch=2:ngram=2")
+    with pytest.raises(ValueError, match="^branch: 62, drafts are of 61 tokens, give less$"):
+        with_leaves(model, 62, 2, 3)
