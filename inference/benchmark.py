@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -18,14 +19,15 @@ from inference.cli.arguments import (
 )
 from inference.cli.terminal import report_line, write_json
 from inference.engine.strategy import Strategy
+from inference.evaluation.arm_result import ArmResult
 from inference.evaluation.candidates import check_draft_fits, expand_arms
-from inference.evaluation.greedy_traces import record_continuations
-from inference.evaluation.measurement import ArmResult, Workload, measure
+from inference.evaluation.exit_traces import record_continuations
+from inference.evaluation.measurement import Workload, measure
 from inference.evaluation.oracle import find_oracle
 from inference.evaluation.plot import write_plot
 from inference.evaluation.prompts import PromptOptions, PromptSet, prompt_set_from
-from inference.evaluation.report import LEGEND, table
-from inference.loading.machine import machine
+from inference.evaluation.report import LEGEND, comparison, describe_setting
+from inference.loading.machine import machine, processor
 from inference.loading.run import Run
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import STRATEGIES
@@ -77,7 +79,7 @@ def benchmark(options: BenchmarkOptions) -> None:
     strategies = options.strategies_for(n_layers)
     arms = expand_arms(strategies, options.E or (None,), options.d or (None,), n_layers)
     _check(arms, run)
-    prompt_set, origin = prompt_set_from(run, options), machine()
+    prompt_set = prompt_set_from(run, options)
     batch_sizes = [*dict.fromkeys(options.batch_size)]
     workloads = [
         Workload(
@@ -90,16 +92,19 @@ def benchmark(options: BenchmarkOptions) -> None:
         )
         for batch_size in batch_sizes
     ]
-    results = []
+    results: list[ArmResult] = []
+    setting = describe_setting(run, options)
     for workload in workloads:
-        results += _measure_and_print(run, arms, workload, options.repeats, prompt_set)
+        found = _measure(run, arms, workload, options.repeats, prompt_set)
+        print(comparison(found, setting) + "\n")
+        results += found
     print(LEGEND)
     write_json(
         options.json,
         {
             "checkpoint": str(run.checkpoint),
             "step": run.manifest.step,
-            "machine": origin,
+            "machine": machine(),
             "device": str(run.model.head_weight.device),
             "dtype": str(run.model.head_weight.dtype).removeprefix("torch."),
             "workload": asdict(workloads[0]) | {"batch_size": batch_sizes, "task": options.task},
@@ -107,19 +112,27 @@ def benchmark(options: BenchmarkOptions) -> None:
             "repeats": options.repeats,
             "compiled": options.compile,
             "quantize": options.quantize,
+            "base": results[0].strategy,
             "arms": [asdict(result) for result in results],
         },
     )
     if options.plot is not None:
-        _, traces = record_continuations(
-            run.model,
-            prompt_set.prompts,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=batch_sizes[0],
-            stop_tokens=workloads[0].stop_tokens,
-        )
-        title = f"{run.checkpoint.name}, {origin['cpu']}"
-        write_plot(options.plot, results, find_oracle(traces).agreement, title)
+        _draw(options.plot, run, workloads[0], results, setting)
+
+
+def _draw(
+    path: Path, run: Run, workload: Workload, results: Sequence[ArmResult], setting: str
+) -> None:
+    """Draw the results, and what every exit predicts along the greedy continuations."""
+    traces = record_continuations(
+        run.model,
+        workload.prompts,
+        max_new_tokens=workload.max_new_tokens,
+        batch_size=workload.batch_size,
+        stop_tokens=workload.stop_tokens,
+    )
+    title = f"{run.checkpoint.name}, {setting}, {processor(run.model.head_weight.device)}"
+    write_plot(path, results, find_oracle(traces).agreement, title)
 
 
 def _check(arms: Sequence[Strategy], run: Run) -> None:
@@ -130,12 +143,12 @@ def _check(arms: Sequence[Strategy], run: Run) -> None:
     check_draft_fits("d", deepest, run)
 
 
-def _measure_and_print(
+def _measure(
     run: Run, arms: Sequence[Strategy], workload: Workload, repeats: int, prompt_set: PromptSet
 ) -> list[ArmResult]:
     prompts = f"{len(workload.prompts)} prompts, {workload.batch_size} at once"
     print(f"{run.checkpoint}, step {run.manifest.step}, {prompts}", flush=True)
-    found = measure(
+    return measure(
         run.model,
         arms,
         workload,
@@ -145,8 +158,6 @@ def _measure_and_print(
         score=partial(prompt_set.scores, run),
         graphs=run.graphs,
     )
-    print(table(found) + "\n")
-    return found
 
 
 def main() -> None:

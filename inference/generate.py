@@ -20,7 +20,7 @@ from data.command_line import run_command
 from data.option_values import read_as, read_path
 from inference.cli.arguments import Count, DecodingOptions, SamplingOptions
 from inference.cli.terminal import write_json
-from inference.engine.counters import Counters
+from inference.engine.counters import Counters, describe_drafts
 from inference.engine.strategy import Strategy
 from inference.loading.run import Run
 from inference.strategies.registry import STRATEGIES, describe
@@ -267,6 +267,7 @@ def result(
             "text": continuation.text,
             "tokens": continuation.tokens,
             "provenance": continuation.provenance,
+            "drafts": describe_drafts(continuation.drafts),
         }
         for continuation in found
     ]

@@ -140,7 +140,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 self._strategy,
                 max_new_tokens=max_new_tokens,
                 batch_size=self._batch,
-                stop_tokens=[self.eot_token_id],
+                stop_tokens=self._run.stop_tokens,
                 sampling=sampling,
                 graphs=self._run.graphs,
             ).finish()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from data.command_line import run_command
 from inference.cli.arguments import Count, RunOptions
 from inference.cli.terminal import format_table, write_json
-from inference.evaluation.greedy_traces import record_continuations
+from inference.evaluation.exit_traces import record_continuations
 from inference.evaluation.oracle import find_oracle, speed_model
 from inference.evaluation.prompts import PromptOptions, prompts_from
 
@@ -40,7 +40,7 @@ def oracle(options: OracleOptions) -> None:
     """Record what the exits predict; print and write what that allows."""
     run = options.open_run()
     prompts = prompts_from(run, options)
-    _, traces = record_continuations(
+    traces = record_continuations(
         run.model,
         prompts,
         max_new_tokens=options.max_new_tokens,

@@ -1,9 +1,10 @@
 """Find the fastest strategy for a checkpoint on this machine: `python -m inference.tune --run DIR`.
 
-For lossless drafts, the costs of passes and rounds are measured, the token of every exit is
-recorded along greedy continuations, the speedups of all E and d follow from the two, and the best
-of them, with and without n-gram drafts and a stop rule, are confirmed by measurement. For a
-strategy with a threshold, thresholds are measured that keep to the full model's choice.
+For lossless drafts, the costs of passes and rounds are measured, the chance that every exit's
+drafts are accepted is recorded along continuations, the speedups of all E and d follow from the
+two, and the best of them, with and without n-gram drafts and a stop rule, are confirmed by
+measurement. For a strategy with a threshold, thresholds are measured that keep to the full model's
+choice.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from data.command_line import run_command
 from inference.cli.arguments import Count, DecodingOptions, Numbers, SamplingOptions
 from inference.cli.terminal import report_line, write_json
 from inference.engine.strategy import Strategy
+from inference.evaluation.arm_result import ArmResult
 from inference.evaluation.candidates import candidates, check_draft_fits, with_thresholds
 from inference.evaluation.costs import Costs, Prediction, measure_costs, predict
-from inference.evaluation.greedy_traces import record_continuations
-from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult, Workload, measure
+from inference.evaluation.exit_traces import decode_rows, record_acceptance
+from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
 from inference.evaluation.prompts import PromptOptions, prompts_from
-from inference.evaluation.report import LEGEND, table
+from inference.evaluation.report import LEGEND, comparison, describe_setting, speed_range
 from inference.evaluation.round_breakdown import (
     PREDICTION_LEGEND,
     ROUND_LEGEND,
@@ -149,15 +151,15 @@ def _tune_drafts(run: Run, workload: Workload, options: TuneOptions) -> _Outcome
     arms = candidates(predictions, costs, options.max_d, top=options.top, ngrams=options.ngrams)
     results = _measure(run, arms, workload, options)
     rounds = round_terms(results, costs)
-    best = max(results, key=lambda result: result.speedup)
-    answer = f"best: {shorten(best.settings)}, {best.speedup:.2f}x the speed of plain decoding"
+    best = fastest(results)
+    answer = f"best: {shorten(best.settings)}, {_speedup(best)} the speed of plain decoding"
     if best.strategy == AUTOREGRESSIVE.name:
-        answer = "best: autoregressive, nothing measured below beats plain decoding here"
+        answer = "best: autoregressive, nothing measured below beats plain decoding in every repeat"
     tables = [
         f"{run.checkpoint}: a full step takes {costs.full_step_seconds * 1e3:.2f} ms",
         f"predicted:\n{prediction_table(predictions, run.model.config.n_layers)}",
         PREDICTION_LEGEND,
-        f"measured:\n{table(results)}",
+        f"measured:\n{comparison(results, describe_setting(run, options))}",
         LEGEND,
         f"rounds, in full steps:\n{round_table(rounds)}",
         ROUND_LEGEND,
@@ -183,25 +185,41 @@ def _tune_threshold(run: Run, workload: Workload, options: TuneOptions) -> _Outc
     results = _measure(run, arms, workload, options)
     least, name = options.min_agreement, arms[-1].name
     best = fastest(results, least)
-    if best is None:
+    found = None if best.strategy == AUTOREGRESSIVE.name else best.settings
+    if found is None:
         answer = f"no threshold that agrees in {least:.1%} of the tokens beats plain decoding"
     else:
-        answer = f"best: {best.settings}, {best.speedup:.2f}x, taken by --strategy {name} alone"
+        answer = f"best: {best.settings}, {_speedup(best)}, taken by --strategy {name} alone"
     return _Outcome(
         name=name,
-        strategy=None if best is None else best.settings,
+        strategy=found,
         answer=answer,
-        tables=f"measured:\n{table(results)}\n\n{LEGEND}",
+        tables=f"measured:\n{comparison(results, describe_setting(run, options))}\n\n{LEGEND}",
         content={"min_agreement": least, "measured": [asdict(result) for result in results]},
     )
 
 
-def fastest(results: Sequence[ArmResult], min_agreement: float) -> ArmResult | None:
-    """Return the fastest arm that keeps to the full model; None where that is autoregressive."""
-    plain = AUTOREGRESSIVE.name
-    fit = [r for r in results if r.full_choice >= min_agreement or r.strategy == plain]
-    best = max(fit, key=lambda result: result.speedup)
-    return None if best.strategy == plain else best
+def _speedup(result: ArmResult) -> str:
+    """Return a speedup and its range over the repeats."""
+    found = speed_range(result)
+    return f"{result.speedup:.2f}x" + ("" if found == "-" else f" ({found})")
+
+
+def fastest(results: Sequence[ArmResult], min_agreement: float = 0.0) -> ArmResult:
+    """Return the fastest arm that was faster than plain decoding in every repeat, or that.
+
+    Args:
+        results: The arms, autoregressive decoding first.
+        min_agreement: Least share of tokens that the full model finds most probable.
+    """
+    fit = [
+        result
+        for result in results[1:]
+        if result.full_choice >= min_agreement
+        and result.first_difference != "fault"
+        and min(result.speedups) > 1.0
+    ]
+    return max(fit, key=lambda result: result.speedup, default=results[0])
 
 
 def _measure(
@@ -221,19 +239,27 @@ def _measure(
 def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs, list[Prediction]]:
     """Record exits and measure costs; return them and the speedups that follow."""
     model, max_d = run.model, options.max_d
-    rows, traces = record_continuations(
+    rows = decode_rows(
         model,
         workload.prompts,
         max_new_tokens=workload.max_new_tokens,
         batch_size=workload.batch_size,
         stop_tokens=workload.stop_tokens,
+        sampling=workload.sampling,
+        seed=workload.seed,
     )
+    chances = [
+        record_acceptance(model, row, len(prompt), workload.sampling)
+        for row, prompt in zip(rows, workload.prompts, strict=True)
+    ]
     middle = [
         row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]
         for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
     ]
-    costs = measure_costs(model, middle, max_d, run.graphs, options.timings)
-    return costs, predict(traces, costs, max_d)
+    costs = measure_costs(
+        model, middle, max_d, workload.sampling, graphs=run.graphs, timings=options.timings
+    )
+    return costs, predict(chances, costs, max_d)
 
 
 def main() -> None:

@@ -94,8 +94,8 @@ def _report(
     if result.same_tokens is not None and result.same_tokens < 1:
         text += f", {result.same_tokens:.0%} OF THE TOKENS"
     session.row(f"{name} {result.settings}", text)
-    kept = ("tokens_per_second", "speedup", "acceptance_rate", "draft_cost", "verify_cost",
-            "bound", "same_tokens", "peak_bytes")  # fmt: skip
+    kept = ("tokens_per_second", "speedup", "speedups", "acceptance_rate", "draft_cost",
+            "verify_cost", "bound", "same_tokens", "peak_bytes")  # fmt: skip
     return {"share_of_copy_bandwidth": share} | {field: getattr(result, field) for field in kept}
 
 

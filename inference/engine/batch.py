@@ -23,6 +23,8 @@ class Round:
     """(batch,) int64, tokens drafted; accepted to n - 1."""
     depths: Tensor | None = None
     """(batch, n) int64, layers run for each token; None where the strategy does not vary them."""
+    most_drafted: int | None = None
+    """Tokens of a draft that no stop rule ends; None: n - 1."""
 
     @classmethod
     def plain(cls, token: Tensor, depths: Tensor | None = None) -> Self:

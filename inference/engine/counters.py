@@ -1,8 +1,16 @@
 """What a decoding run counts, and the speedup those counts allow at best."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
+
+StopReason = Literal["rejected", "not_sure", "end", "limit", "whole"]
+"""Why no more drafts of a round were accepted: the next was rejected; the draft's stop rule had
+ended it; its row ended, at a stop token or at its limit; or all d were accepted."""
+
+DraftedRound = tuple[int, int, StopReason]
+"""Tokens drafted, tokens accepted, and why no more."""
 
 
 @dataclass
@@ -24,6 +32,10 @@ class Counters:
     """Drafted tokens accepted; not those after a stop token or beyond a row's limit."""
     rejections: int = 0
     """Rounds in which a drafted token was rejected before the row's end."""
+    drafted_past_end: int = 0
+    """Tokens drafted behind a row's end; neither in `drafted` nor in `accepted`."""
+    drafts: Counter[DraftedRound] = field(default_factory=Counter)
+    """Rounds that drafted, each row's counted for itself."""
     depths: Counter[int] = field(default_factory=Counter)
     """New tokens by the number of layers behind them, where a strategy reports it."""
     thresholds: Counter[float] = field(default_factory=Counter)
@@ -62,7 +74,8 @@ class Counters:
         counts = {each.name: getattr(self, each.name) for each in fields(self)}
         del counts["passes"], counts["head_passes"]
         depths, thresholds = sorted(self.depths.items()), sorted(self.thresholds.items())
-        return counts | {"depths": dict(depths), "thresholds": dict(thresholds)}
+        counts |= {"depths": dict(depths), "thresholds": dict(thresholds)}
+        return counts | {"drafts": describe_drafts(self.drafts)}
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,7 +84,11 @@ class Counters:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted over drafted tokens, as LayerSkip reports it; None without drafts."""
+        """Share of drafted tokens that the user got, as LayerSkip reports it; None without drafts.
+
+        Accepted over drafted tokens, both up to a row's end. Not the `agreement`: a rejection costs
+        all drafts after it as well.
+        """
         return self.accepted / self.drafted if self.drafted else None
 
     @property
@@ -99,13 +116,38 @@ class Counters:
     def agreement(self) -> float | None:
         """a, the probability that a drafted token is accepted given those before it were.
 
-        Not the acceptance rate, which counts tokens after a rejection as rejected too. The number
-        accepted in a round is geometric, cut at d: P(n) = a^n (1 - a) for n < d, P(d) = a^d. Its
-        likelihood over rounds, a^accepted (1 - a)^rejections, peaks at
-        accepted / (accepted + rejections). None without drafts.
+        What `speedup_bound` needs; not the acceptance rate, which counts tokens after a rejection
+        as rejected too. The number accepted in a round is geometric, cut at d or at the row's end:
+        P(n) = a^n (1 - a) if the next is rejected, else a^n. Its likelihood over rounds,
+        a^accepted (1 - a)^rejections, peaks at accepted / (accepted + rejections). None without
+        drafts.
         """
         tried = self.accepted + self.rejections
         return self.accepted / tried if tried else None
+
+
+def describe_drafts(rounds: Mapping[DraftedRound, int]) -> dict[str, Any]:
+    """Return how drafts went, as JSON can hold it.
+
+    Returns:
+        drafted_at, accepted_at: tokens drafted and accepted at positions 1, 2, ... of a draft;
+        accepted_lengths: rounds in which 0, 1, ... were accepted; stops: rounds by `StopReason`.
+    """
+    most = max((drafted for drafted, _, _ in rounds), default=0)
+    drafted_at, accepted_at, lengths = [0] * most, [0] * most, [0] * (most + 1)
+    stops: Counter[StopReason] = Counter()
+    for (drafted, accepted, stop), times in rounds.items():
+        for i in range(drafted):
+            drafted_at[i] += times
+            accepted_at[i] += times * (i < accepted)
+        lengths[accepted] += times
+        stops[stop] += times
+    return {
+        "drafted_at": drafted_at,
+        "accepted_at": accepted_at,
+        "accepted_lengths": lengths if rounds else [],
+        "stops": dict(sorted(stops.items())),
+    }
 
 
 def speedup_bound(agreement: float, d: int, draft_cost: float) -> float:

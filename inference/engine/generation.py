@@ -1,7 +1,7 @@
 """The decoding loop: prompts in, rounds of tokens out, for any strategy. Works on token ids."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from inference.engine.batch import Round
-from inference.engine.counters import Counters
+from inference.engine.counters import Counters, DraftedRound, StopReason
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
 from inference.engine.decoder import advancing
 from inference.engine.prefill import allocate, prefill, prefill_row
@@ -82,6 +82,8 @@ class Generation:
         self.prompts = [list(prompt) for prompt in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
         """New tokens of each prompt so far."""
+        self.drafts: list[Counter[DraftedRound]] = [Counter() for _ in prompts]
+        """Rounds of each prompt that drafted, as in `Counters`."""
         self._prefill_layers = strategy.prefill_layers(config.n_layers)
         self._stop_tokens = frozenset(stop_tokens)
         self._ends = [min(len(p) + max_new_tokens, config.max_seq_len) for p in self.prompts]
@@ -171,10 +173,26 @@ class Generation:
             counters.drafted += tried
             counters.accepted += kept
             counters.rejections += kept < tried
+            counters.drafted_past_end += drafted[row] - tried
+            if tried:
+                whole = in_flight.most_drafted == tried
+                how = tried, kept, self._why_no_more(prompt, kept < tried, whole)
+                counters.drafts[how] += 1
+                self.drafts[prompt][how] += 1
             if depths is not None:
                 counters.depths.update(depths[row][: len(new)])
         self._replace_finished()
         return emissions
+
+    def _why_no_more(self, prompt: int, rejected: bool, whole: bool) -> StopReason:
+        """Return why no more drafts were accepted in the last round of a prompt."""
+        if rejected:
+            return "rejected"
+        if self.tokens[prompt][-1] in self._stop_tokens:
+            return "end"
+        if not self._remaining(prompt):
+            return "limit"
+        return "whole" if whole else "not_sure"
 
     def _remaining(self, prompt: int) -> int:
         """Return how many tokens may still be added to a prompt."""
@@ -234,6 +252,7 @@ class InFlightRound:
 
     def __init__(self, result: Round, rows: list[int | None]) -> None:
         self.rows, self.n = rows, result.tokens.shape[1]
+        self.most_drafted = self.n - 1 if result.most_drafted is None else result.most_drafted
         parts = [result.tokens, result.accepted[:, None], result.drafted[:, None]]
         if result.depths is not None:
             parts.append(result.depths)

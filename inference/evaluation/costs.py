@@ -70,7 +70,9 @@ class Prediction:
     E: int
     d: int
     agreement: float
-    """a_E: share of tokens where the exit predicts the last layer's token."""
+    """a_E: mean chance that a token drafted after those before it in the text is accepted; greedy,
+    the share of tokens where the exit predicts the last layer's token. Beside it, `Counters`
+    counts the drafted tokens alone."""
     tokens_per_round: float
     draft: float
     """Spent on single tokens in the layers that draft, the pending and all drafted ones."""
@@ -98,13 +100,15 @@ def measure_costs(
     model: Llama,
     rows: Sequence[Sequence[int]],
     max_d: int,
+    sampling: Sampling | None = None,
+    *,
     graphs: RoundGraphs | None = None,
     timings: int = TIMINGS,
 ) -> Costs:
     """Time steps, passes and rounds after `rows`; with `graphs`, each as a graph."""
     L = model.config.n_layers
     slots = max(map(len, rows)) + max_d + 1
-    state = allocate(model, len(rows), slots=slots, sampling=Sampling(), seed=0)
+    state = allocate(model, len(rows), slots=slots, sampling=sampling or Sampling(), seed=0)
     prefill(state, rows, (L, NOTHING))
     passes: dict[tuple[str, int], Callable[[], object]] = {}
     for E in range(1, L + 1):
@@ -179,34 +183,46 @@ def _head(state: DecodeState, n: int) -> Callable[[], object]:
     return lambda: state.distribution(h).argmax(-1)
 
 
-def tokens_per_round(traces: Sequence[Tensor], E: int, d: int) -> float:
-    """Return the tokens per round of E and d along recorded greedy continuations.
+def tokens_per_round(chances: Sequence[Tensor], E: int, d: int) -> float:
+    """Return the tokens per round of E and d along recorded continuations.
 
-    Exact, as greedy drafts that are accepted are the continuation itself; the n of n + 1 tokens
-    accepted by chance a each, 1 + a + ... + a^d in all (Leviathan et al., arXiv 2211.17192, eq. 1),
-    is so only where agreement does not come in streaks.
+    Greedy drafts that are accepted are the continuation itself, so this is exact; of sampled ones
+    it is the mean, as if drafts followed the continuation. The n of n + 1 tokens accepted by chance
+    a each, 1 + a + ... + a^d in all (Leviathan et al., arXiv 2211.17192, eq. 1), are so only where
+    agreement does not come in streaks.
 
     Args:
-        traces: The tokens every exit predicts, each (L, tokens) int64, row E - 1 the exit after E.
+        chances: Of each continuation, the chance that a token drafted by each exit is accepted,
+            (L, tokens), row E - 1 the exit after E, see `record_acceptance`.
         E: Layers that draft.
         d: Tokens drafted.
     """
-    rounds = 0
-    for trace in traces:
-        right, position = (trace[E - 1] == trace[-1]).tolist(), 0
-        while position < len(right):
-            drafted = right[position : position + min(d, len(right) - position - 1)]
-            position += 1 + (drafted.index(False) if False in drafted else len(drafted))
-            rounds += 1
-    return sum(trace.shape[1] for trace in traces) / rounds
+    return sum(chance.shape[1] for chance in chances) / sum(
+        _expected_rounds(chance[E - 1].tolist(), d) for chance in chances
+    )
 
 
-def predict(traces: Sequence[Tensor], costs: Costs, max_d: int) -> list[Prediction]:
+def _expected_rounds(chance: list[float], d: int) -> float:
+    """Return the rounds that d drafts each take, from the chance of each token to be accepted."""
+    tokens = len(chance)
+    left = [0.0] * (tokens + 1)
+    """Rounds that the tokens from each position on take."""
+    for position in reversed(range(tokens)):
+        drafted, reached = min(d, tokens - position - 1), 1.0
+        left[position] = 1.0
+        for i in range(position, position + drafted):
+            left[position] += reached * (1.0 - chance[i]) * left[i + 1]
+            reached *= chance[i]
+        left[position] += reached * left[position + drafted + 1]
+    return left[0]
+
+
+def predict(chances: Sequence[Tensor], costs: Costs, max_d: int) -> list[Prediction]:
     """Return the prediction for every E and every d up to `max_d`, the best first.
 
     speedup = tokens_per_round / (d c_E + v_E), by the costs of whole rounds.
     """
-    choices, L = torch.cat(list(traces), dim=1), len(costs.draft) + 1
+    agreement, L = torch.cat(list(chances), dim=1).mean(1).tolist(), len(costs.draft) + 1
     found = []
     for E in range(1, L):
         for d in range(1, max_d + 1):
@@ -215,8 +231,8 @@ def predict(traces: Sequence[Tensor], costs: Costs, max_d: int) -> list[Predicti
                 Prediction(
                     E=E,
                     d=d,
-                    agreement=float((choices[E - 1] == choices[-1]).float().mean()),
-                    tokens_per_round=tokens_per_round(traces, E, d),
+                    agreement=agreement[E - 1],
+                    tokens_per_round=tokens_per_round(chances, E, d),
                     draft=draft,
                     verify=verify,
                     head=head,

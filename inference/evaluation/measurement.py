@@ -2,18 +2,21 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
-from inference.engine.counters import Counters, speedup_bound
+from inference.engine.counters import Counters, DraftedRound, describe_drafts, speedup_bound
 from inference.engine.cuda_graphs import RoundGraphs, graphed
 from inference.engine.generation import Generation
 from inference.engine.prefill import allocate, prefill
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
+from inference.evaluation.arm_result import ArmResult
 from inference.evaluation.likelihood import read_continuation
 from inference.evaluation.peak_memory import peak_since, reset_peak_memory
 from inference.evaluation.same_tokens import Difference, first_difference, same_share
@@ -44,72 +47,29 @@ class Workload:
     """Ids that end a continuation; the id itself is its last token."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArmResult:
-    """One strategy's measurements; medians over repeats where time is involved."""
-
-    strategy: str
-    settings: str
-    """The strategy as a user writes it."""
-    E: int | None
-    """Layers run before the exit."""
-    d: int | None
-    """Tokens drafted per round."""
-    batch_size: int
-    """Prompts decoded at once."""
-    tokens: int
-    """New tokens, of all prompts together."""
-    tokens_per_second: float
-    """New tokens per second of decoding, prompts not counted, all rows of a batch together."""
-    speedup: float
-    """Median over repeats of this arm's tokens/s over autoregressive's in the same repeat."""
-    acceptance_rate: float | None
-    """Accepted over drafted tokens."""
-    tokens_per_verify: float | None
-    """New tokens per round, where anything is drafted."""
-    layers_per_token: float
-    heads_per_token: float
-    syncs_per_token: float
-    """Times the host waited inside a round."""
-    mean_depth: float | None
-    """Layers behind a new token, where a strategy may take fewer than all."""
-    prefill_seconds: float
-    """Of all prompts together."""
-    agreement: float | None
-    """a: see `Counters.agreement`."""
-    draft_cost: float | None
-    """c: seconds of one draft step over seconds of one full step."""
-    verify_cost: float | None
-    """Seconds of one verification over seconds of one full step; the bound takes it as 1."""
-    bound: float | None
-    """The best speedup for this a, d and c: see `speedup_bound`."""
-    share_of_bound: float | None
-    """speedup / bound."""
-    same_tokens: float | None
-    """Share of tokens equal to autoregressive's at the same position; None when sampling."""
-    first_difference: Difference | None
-    """Of a lossless strategy's greedy tokens, where they are not autoregressive's."""
-    full_choice: float
-    """Share of tokens that the full model finds most probable after those before them."""
-    log_likelihood: float
-    """Of the continuations under the full model, in nats per token."""
-    scores: dict[str, float]
-    """Of a task; empty for plain prompts."""
-    passes: list[tuple[int, int, int, int]]
-    """Of layers, in all rounds: start, stop, tokens of each row, and times, see `Counters`."""
-    head_passes: list[tuple[int, int]]
-    """Of the head, in all rounds: tokens of each row, and times."""
-    peak_bytes: int | None
-    """CUDA: most memory allocated while decoding, weights included. CPU: growth of the process's
-    peak resident set, without the memory of earlier arms; None where the kernel keeps no count.
-    Graphs share their memory: it counts for every arm what the arm that needs most needs."""
-
-
 @dataclass(frozen=True)
 class _Repeat:
     counters: Counters
     tokens: list[list[int]]
+    drafts: list[Counter[DraftedRound]]
     peak_bytes: int | None
+
+    @property
+    def speed(self) -> float:
+        """New tokens per second."""
+        return self.counters.tokens_per_second
+
+    def drafted(self) -> dict[str, Any]:
+        """Return how the drafts of all prompts went."""
+        past_end = {"drafted_past_end": self.counters.drafted_past_end}
+        return describe_drafts(self.counters.drafts) | past_end
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Return the new tokens of each prompt, and how its drafts went."""
+        return [
+            {"tokens": len(row)} | describe_drafts(drafts)
+            for row, drafts in zip(self.tokens, self.drafts, strict=True)
+        ]
 
 
 def measure(
@@ -151,7 +111,7 @@ def measure(
         report(f"repeat {repeat + 1} of {repeats}: {time.perf_counter() - start:.1f} s")
     reference = results[AUTOREGRESSIVE]
     middle = [
-        prompt + tokens[: workload.max_new_tokens // 2]
+        prompt + tokens[: len(tokens) // 2]
         for prompt, tokens in zip(workload.prompts, reference[0].tokens, strict=True)
     ]
     rows = middle[: workload.batch_size]
@@ -197,7 +157,7 @@ def _decode(
     peak = peak_since(before, device)
     if peak is not None and graphs is not None:
         peak += graphs.idle_bytes()
-    return _Repeat(generation.counters, generation.tokens, peak)
+    return _Repeat(generation.counters, generation.tokens, generation.drafts, peak)
 
 
 @torch.inference_mode()
@@ -239,13 +199,11 @@ def _summarise(
     model: Llama,
     score: Score | None,
 ) -> ArmResult:
-    speeds = [repeat.counters.tokens_per_second for repeat in repeats]
-    baseline = [repeat.counters.tokens_per_second for repeat in reference]
-    speedup = statistics.median(a / b for a, b in zip(speeds, baseline, strict=True))
+    speedups = [a.speed / b.speed for a, b in zip(repeats, reference, strict=True)]
+    speedup, speeds = statistics.median(speedups), [repeat.speed for repeat in repeats]
     counters, tokens = repeats[0].counters, repeats[0].tokens
-    peaks = [repeat.peak_bytes for repeat in repeats if repeat.peak_bytes is not None]
     read = [read_continuation(model, *pair) for pair in zip(workload.prompts, tokens, strict=True)]
-    greedy = workload.sampling.temperature == 0.0
+    same, difference = _compare(model, arm, workload, tokens, reference[0].tokens)
     draft_cost, verify_cost, bound = _costs_and_bound(arm, seconds, counters)
     return ArmResult(
         strategy=arm.name,
@@ -256,6 +214,8 @@ def _summarise(
         tokens=counters.tokens,
         tokens_per_second=statistics.median(speeds),
         speedup=speedup,
+        speeds=speeds,
+        speedups=speedups,
         acceptance_rate=counters.acceptance_rate,
         tokens_per_verify=counters.tokens_per_round if counters.drafted else None,
         layers_per_token=counters.layers_per_token,
@@ -268,17 +228,31 @@ def _summarise(
         verify_cost=verify_cost,
         bound=bound,
         share_of_bound=None if bound is None else speedup / bound,
-        same_tokens=same_share(tokens, reference[0].tokens) if greedy else None,
-        first_difference=first_difference(model, workload.prompts, tokens, reference[0].tokens)
-        if greedy and arm.lossless
-        else None,
+        same_tokens=same,
+        first_difference=difference,
         full_choice=sum(chosen for _, chosen in read) / counters.tokens,
         log_likelihood=sum(likelihood for likelihood, _ in read) / counters.tokens,
         scores=dict(score(tokens)) if score is not None else {},
+        drafts=repeats[0].drafted(),
+        requests=repeats[0].requests(),
         passes=[(*key, times) for key, times in sorted(counters.passes.items())],
         head_passes=sorted(counters.head_passes.items()),
-        peak_bytes=max(peaks, default=None),
+        peak_bytes=max((r.peak_bytes for r in repeats if r.peak_bytes is not None), default=None),
     )
+
+
+def _compare(
+    model: Llama,
+    arm: Strategy,
+    workload: Workload,
+    ours: list[list[int]],
+    theirs: list[list[int]],
+) -> tuple[float | None, Difference | None]:
+    """Return the share of greedy tokens that are the base's, and of a lossless arm the cause."""
+    if workload.sampling.temperature:
+        return None, None
+    cause = first_difference(model, workload.prompts, ours, theirs) if arm.lossless else None
+    return same_share(ours, theirs), cause
 
 
 def _costs_and_bound(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import wrap
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,10 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from data.output_streams import naming_the_file
-from inference.evaluation.measurement import ArmResult
+from inference.evaluation.arm_result import ArmResult
+from inference.evaluation.measurement import AUTOREGRESSIVE
+from inference.evaluation.report import short_names
 
 _COLORS = {"autoregressive": "0.6", "early_exit": "tab:orange", "self_speculative": "tab:blue"}
 _OTHER_COLORS = [f"tab:{color}" for color in ("green", "red", "purple", "brown", "pink", "olive")]
+_LABEL_WIDTH = 18
+"""Characters in a line under a bar."""
 
 
 def write_exit_plot(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
@@ -73,23 +78,26 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 def _draw_speedups(axes: Axes, results: Sequence[ArmResult]) -> None:
-    """Draw one bar for each arm and a mark at its bound.
+    """Draw one numbered bar for each arm, the range of its repeats and a mark at its bound.
 
-    A lossy arm decodes other tokens: its bar is a speed, not a quality.
+    The base's range is that of its tokens/s over their median. A lossy arm decodes other tokens:
+    its bar is a speed, not a quality.
     """
     colors = _colors(results)
     for x, result in enumerate(results):
         bar = axes.bar(x, result.speedup, color=colors[result.strategy])
         axes.bar_label(bar, fmt="%.2f", label_type="center")
+        spread = result.speedups
+        if result.strategy == AUTOREGRESSIVE.name:
+            spread = [speed / result.tokens_per_second for speed in result.speeds]
+        axes.vlines(x, min(spread), max(spread), color="black")
         if result.bound is not None:
             axes.plot([x - 0.4, x + 0.4], [result.bound] * 2, color="black", linestyle="--")
     if any(result.bound is not None for result in results):
-        axes.plot([], [], color="black", linestyle="--", label="bound for its acceptance")
+        axes.plot([], [], color="black", linestyle="--", label="bound for its agreement")
         axes.legend()
-    batches = len({result.batch_size for result in results}) > 1
-    labels = [_label(r) + (f"\nbatch {r.batch_size}" if batches else "") for r in results]
-    axes.set_xticks(range(len(results)), labels, fontsize="small")
-    axes.set_ylabel("speedup over autoregressive")
+    axes.set_xticks(range(len(results)), arm_labels(results), fontsize="small")
+    axes.set_ylabel("speedup over autoregressive\n(median and range of repeats)")
     axes.margins(y=0.15)
 
 
@@ -102,7 +110,7 @@ def _draw_grid(axes: Axes, results: Sequence[ArmResult]) -> None:
         axes.plot([r.E or 0 for r in line], [r.speedup for r in line], marker="o", label=label)
     axes.axhline(1.0, color="0.6")
     axes.set_xlabel("E, layers that draft")
-    axes.set_ylabel("speedup of self_speculative")
+    axes.set_ylabel("speedup of self_speculative\nover autoregressive")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize="small")
 
@@ -121,9 +129,16 @@ def _draw_quality(axes: Axes, results: Sequence[ArmResult]) -> None:
     measure = next(iter(results[0].scores), None)
     colors = _colors(results)
     for name, color in colors.items():
-        arms = [r for r in results if r.strategy == name]
-        quality = [r.log_likelihood if measure is None else r.scores[measure] for r in arms]
-        axes.scatter([r.layers_per_token for r in arms], quality, color=color, label=name)
+        arms = [(number, r) for number, r in enumerate(results, start=1) if r.strategy == name]
+        layers = [r.layers_per_token for _, r in arms]
+        quality = [r.log_likelihood if measure is None else r.scores[measure] for _, r in arms]
+        axes.scatter(layers, quality, color=color, label=name)
+        numbers: dict[tuple[float, float], list[str]] = {}
+        for (number, _), *point in zip(arms, layers, quality, strict=True):
+            numbers.setdefault((point[0], point[1]), []).append(str(number))
+        for at, here in numbers.items():
+            text = ", ".join(here)
+            axes.annotate(text, at, (3, 3), textcoords="offset points", fontsize="x-small")
     axes.set_xlabel("layers computed per token")
     axes.set_ylabel(measure or "log likelihood under the full\nmodel (nats per token)")
     axes.margins(0.1)
@@ -138,6 +153,14 @@ def _colors(results: Sequence[ArmResult]) -> dict[str, str]:
     return {name: colors[name] for name in names}
 
 
-def _label(result: ArmResult) -> str:
-    settings = [f"{name}={value}" for name, value in (("E", result.E), ("d", result.d)) if value]
-    return "\n".join([result.strategy.replace("_", "\n"), *settings])
+def arm_labels(results: Sequence[ArmResult]) -> list[str]:
+    """Return what stands under the bars: an arm's number, name, settings, and batch size."""
+    names = short_names([result.settings for result in results])
+    batches = len({result.batch_size for result in results}) > 1
+    found = []
+    for number, result in enumerate(results, start=1):
+        name, *settings = names[result.settings].split(":")
+        lines = [line for setting in settings for line in wrap(setting, _LABEL_WIDTH)]
+        batch = [f"batch {result.batch_size}"] if batches else []
+        found.append("\n".join([str(number), name.replace("_", "\n"), *lines, *batch]))
+    return found

@@ -10,6 +10,7 @@ import tyro
 
 from data.dataset import VALIDATION
 from data.shards import TokenStream
+from data.tokenizer import Tokenizer
 from inference.cli.arguments import Count, Folder
 from inference.evaluation.tasks import TASKS, Example, Task, TaskName, read_examples
 from inference.loading.run import Run
@@ -41,7 +42,7 @@ class PromptOptions:
 
     def stop_tokens(self, run: Run) -> tuple[int, ...]:
         """Return the ids that end a continuation."""
-        return () if self.ignore_eos else (run.tokenizer.eos_id,)
+        return () if self.ignore_eos else run.stop_tokens
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,26 @@ class PromptSet:
     def scores(self, run: Run, continuations: Sequence[Sequence[int]]) -> dict[str, float]:
         """Return the task's measures, means over the examples; none for plain prompts.
 
-        An answer is a continuation up to EOS or a text the task ends answers at.
+        An answer is a continuation up to EOS or a text the task ends answers at. past_end: share of
+        the tokens that lie behind such a text, where rows go on.
         """
         if self.task is None:
             return {}
         found = []
         for example, tokens in zip(self.examples, continuations, strict=True):
             ids = [*tokens, run.tokenizer.eos_id]
-            text = run.tokenizer.decode(ids[: ids.index(run.tokenizer.eos_id)])
-            found.append(self.task.score(example, self.task.cut(text)))
+            ids = ids[: ids.index(run.tokenizer.eos_id)]
+            answer = self.task.cut(run.tokenizer.decode(ids))
+            past_end = _share_past_end(self.task, run.tokenizer, ids)
+            found.append({**self.task.score(example, answer), "past_end": past_end})
         return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+
+
+def _share_past_end(task: Task, tokenizer: Tokenizer, ids: Sequence[int]) -> float:
+    """Return the share of tokens behind the first text that ends an answer."""
+    texts = (tokenizer.decode([*ids[:n]]) for n in range(1, len(ids) + 1))
+    ended = next((n for n, text in enumerate(texts, 1) if task.cut(text) != text), len(ids))
+    return 1 - ended / len(ids) if ids else 0.0
 
 
 def held_out_prompts(stream: TokenStream, count: int, tokens: int) -> list[list[int]]:

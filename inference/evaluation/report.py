@@ -3,12 +3,17 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import torch
+
+from inference.cli.arguments import DecodingOptions
 from inference.cli.terminal import format_table
-from inference.evaluation.measurement import ArmResult
+from inference.evaluation.arm_result import ArmResult
+from inference.loading.run import Run
 from inference.strategies.registry import shorten
 
 LEGEND = """\
-speedup    tokens/s over autoregressive's in the same repeat
+tok/s      new tokens per second, of all rows together, the prompts' time left out
+speedup    tokens/s over the base's in the same repeat: the median; range: least and most
 layers     layers run for each new token, drafts included; heads: LM heads
 depth      mean layers run for a new token, of strategies that exit early
 syncs      times the host waited for the device, for each new token
@@ -18,21 +23,70 @@ same       tokens equal to autoregressive's at the same position; of a lossless 
            where they first differ, both tokens' logits are equal within rounding; fault: not
 chosen     tokens that the full model finds most probable
 ln_p       log likelihood under the full model, nats per token
-accept     drafted tokens that were accepted
-a          probability that a draft token is accepted if those before it were
+past_end   of a task: tokens behind a text that ends an answer, where rows go on
+accept     acceptance rate: drafted tokens that were accepted, and so in the text
+agreement  a, probability that a drafted token is accepted if those before it were
 c, verify  cost of a draft step and of a verification, in full steps
 bound      the best speedup for this a, d and c"""
 
 
+def describe_setting(run: Run, options: DecodingOptions) -> str:
+    """Return what all arms have in common: dtype, device, threads, forms of the weights."""
+    weight, threads = run.model.head_weight, torch.get_num_threads()
+    parts = [str(weight.dtype).removeprefix("torch."), f"on {weight.device}"]
+    if weight.device.type == "cpu":
+        parts.append(f"with {threads} thread" + "s" * (threads > 1))
+    parts += [options.quantize] if options.quantize else []
+    parts += ["compiled"] if options.compile else []
+    return " ".join(parts)
+
+
+def comparison(results: Sequence[ArmResult], setting: str) -> str:
+    """Return the base, the tables, and a warning for each arm that should have its tokens.
+
+    Args:
+        results: The arms of one batch size, autoregressive decoding first.
+        setting: Of all arms, see `describe_setting`.
+    """
+    return "\n".join(
+        [base_line(results[0], setting), table(results), *difference_warnings(results)]
+    )
+
+
+def base_line(base: ArmResult, setting: str) -> str:
+    """Return what speedups are over, with its own spread."""
+    line = f"base: {base.strategy}, {setting}, batch {base.batch_size}: "
+    line += f"{base.tokens_per_second:.1f} tokens/s"
+    if len(base.speeds) > 1:
+        line += f", {min(base.speeds):.1f} to {max(base.speeds):.1f} in {len(base.speeds)} repeats"
+    return line
+
+
+def difference_warnings(results: Sequence[ArmResult]) -> list[str]:
+    """Return a line for each lossless arm whose tokens are not the base's."""
+    causes = {
+        "tie": "where they part the two tokens' logits are equal within rounding",
+        "fault": "which rounding does not explain: a fault, and no speed to compare",
+    }
+    names = short_names([r.settings for r in results])
+    return [
+        f"warning: {names[r.settings]}: {1 - (r.same_tokens or 0.0):.1%} of the tokens are not "
+        f"the base's, {causes[r.first_difference]}"
+        for r in results
+        if r.first_difference is not None
+    ]
+
+
 def table(results: Sequence[ArmResult]) -> str:
     """Return the results as text, one line for each arm, and a second table of the drafts."""
-    header = "strategy tok/s speedup layers heads depth syncs prompt_s MiB same chosen ln_p"
+    header = "strategy tok/s speedup range layers heads depth syncs prompt_s MiB same chosen ln_p"
     names = short_names([r.settings for r in results])
     rows = [
         [
             names[r.settings],
             f"{r.tokens_per_second:.1f}",
             f"{r.speedup:.2f}x",
+            speed_range(r),
             f"{r.layers_per_token:.2f}",
         ]
         + [f"{r.heads_per_token:.2f}", _cell(r.mean_depth, ".2f"), f"{r.syncs_per_token:.2f}"]
@@ -52,7 +106,7 @@ def table(results: Sequence[ArmResult]) -> str:
     ]
     if not drafts:
         return text
-    header = "strategy accept tok/round a c verify speedup bound of_bound"
+    header = "strategy accept tok/round agreement c verify speedup bound of_bound"
     return f"{text}\n\n{format_table(header.split(), drafts)}"
 
 
@@ -61,6 +115,12 @@ def short_names(strategies: Iterable[str]) -> dict[str, str]:
     names = {text: shorten(text) for text in strategies}
     shared = Counter(names.values())
     return {text: name if shared[name] == 1 else text for text, name in names.items()}
+
+
+def speed_range(result: ArmResult) -> str:
+    """Return the least and the most of the repeats' speedups; "-" for one repeat, or the base."""
+    least, most = min(result.speedups), max(result.speedups)
+    return "-" if least == most else f"{least:.2f}-{most:.2f}"
 
 
 def _cause(result: ArmResult) -> str:

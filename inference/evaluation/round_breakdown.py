@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 from inference.cli.terminal import format_table
+from inference.evaluation.arm_result import ArmResult
 from inference.evaluation.costs import Costs, Prediction
-from inference.evaluation.measurement import AUTOREGRESSIVE, ArmResult
+from inference.evaluation.measurement import AUTOREGRESSIVE
 from inference.evaluation.report import short_names
 
 PREDICTION_LEGEND = """\
-agrees     tokens where the exit predicts the last layer's token
+agrees     chance that a drafted token is accepted; greedy, the share of tokens where the
+           exit predicts the last layer's
+speedup    tokens/round over the full steps of a round, predicted
 draft      full steps of a round in the layers that draft; verify: in the others
 head       full steps in the LM head; overhead: in the rest of a round, which is below 0
            where passes take less time in a round than each alone

@@ -47,6 +47,11 @@ class Run:
         context = self.model.config.max_seq_len
         return min(self.manifest.setting("data.seq_len", int, 2048), context)
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end a continuation: EOS."""
+        return (self.tokenizer.eos_id,)
+
     def open_data(self, path: Location | None) -> Dataset:
         """Open the dataset at `path`, or the one the run was trained on.
 

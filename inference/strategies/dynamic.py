@@ -13,7 +13,7 @@ of tokens without a lookup, as exits draft no others.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -154,6 +154,7 @@ class _Rounds:
             result = self._verify(used.as_draft())
         else:
             result = self._draft_and_verify(E, d, used, max_tokens)
+            result = replace(result, most_drafted=d or None)
         if lookups is not None:
             stats = count_agreed_lookups(lookups, result, ~self.state.batch.finished)
             self._record([self.lookups], stats[None])

@@ -111,8 +111,10 @@ class SelfSpeculative(Strategy):
                 state, self.E, d, stop=stop, head=head, lookups=lookups, branch=self.branch
             )
         if drafted.leaves is not None:
-            return accept_tree(state, drafted, verify_tree(state, self.E, drafted))
-        return accept_round(state, drafted, verify(state, self.E, drafted))
+            result = accept_tree(state, drafted, verify_tree(state, self.E, drafted))
+        else:
+            result = accept_round(state, drafted, verify(state, self.E, drafted))
+        return replace(result, most_drafted=d)
 
 
 def draft_problems(stop: float, stop_entropy: float, ngram: int) -> list[str]:

@@ -110,7 +110,7 @@ class _Rounds:
         result = accept_round(state, drafted, verify(state, 0, drafted))
         if d and not stop.never:
             self._stop.update(result, d, ~state.batch.finished)
-        return result
+        return replace(result, most_drafted=d)
 
 
 class AdaptiveStop:

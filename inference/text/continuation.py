@@ -1,9 +1,10 @@
 """What was decoded: text, its tokens, and where each of them comes from."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from inference.engine.counters import Counters
+from inference.engine.counters import Counters, DraftedRound
 from inference.engine.generation import Emission
 
 Provenance = Literal["accepted", "corrected", "plain"]
@@ -38,6 +39,10 @@ class Continuation:
     """That decoded, every setting named that is not at its default."""
     counters: Counters = field(repr=False)
     """Of the whole call: all its continuations share them."""
+    drafts: Counter[DraftedRound] = field(repr=False)
+    """Of this continuation: its rounds that drafted, by tokens drafted, accepted, and why no more
+    were; `describe_drafts` of `inference.engine.counters` sorts them by position, length and
+    reason."""
 
 
 def provenance(emission: Emission) -> list[Provenance]:

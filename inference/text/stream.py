@@ -45,14 +45,14 @@ class TextStream:
         chat: ChatTemplate | None = None,
     ) -> None:
         self.prompts, self.strategy = list(prompts), strategy
-        self._tokenizer = run.tokenizer
+        self._tokenizer, self._stop_tokens = run.tokenizer, frozenset(run.stop_tokens)
         self._generation = Generation(
             run.model,
             [_encode(run, text, chat) for text in prompts],
             strategy,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            stop_tokens=[run.tokenizer.eos_id],
+            stop_tokens=run.stop_tokens,
             sampling=sampling,
             seed=seed,
             graphs=run.graphs,
@@ -104,7 +104,8 @@ class TextStream:
 
     def _ended(self, index: int) -> bool:
         tokens = self._generation.tokens[index]
-        return len(tokens) == self._limits[index] or tokens[-1:] == [self._tokenizer.eos_id]
+        at_stop = not self._stop_tokens.isdisjoint(tokens[-1:])
+        return at_stop or len(tokens) == self._limits[index]
 
     def _continuation(self, index: int) -> Continuation:
         prompt, tokens = self._generation.prompts[index], self._generation.tokens[index]
@@ -116,6 +117,7 @@ class TextStream:
             provenance=self._provenance[index],
             strategy=describe(self.strategy),
             counters=self.counters,
+            drafts=self._generation.drafts[index],
         )
 
 

@@ -9,8 +9,10 @@ import pytest
 from data.shards import TokenStream
 from inference import benchmark
 from inference.evaluation.candidates import expand_arms
-from inference.evaluation.prompts import held_out_prompts
+from inference.evaluation.prompts import PromptSet, held_out_prompts
 from inference.evaluation.report import LEGEND
+from inference.evaluation.tasks import TASKS, Example
+from inference.loading.run import load_run
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.early_exit import EarlyExit
 from inference.strategies.self_speculative import SelfSpeculative
@@ -34,6 +36,8 @@ def test_the_command_measures_writes_and_draws(run_folder, monkeypatch, capsys, 
     assert {"cpu", "torch", "threads", "date"} <= result["machine"].keys()
     arms = {(arm["strategy"], arm["E"], arm["d"]): arm for arm in result["arms"]}
     assert table.rstrip().endswith(LEGEND)
+    assert "\nbase: autoregressive, float32 on cpu with " in table
+    assert result["base"] == "autoregressive"
     assert len(arms) == 5
     assert all(table.count(arm["settings"] + " ") >= 1 for arm in result["arms"])
     assert all(arm["peak_bytes"] is None or arm["peak_bytes"] >= 0 for arm in result["arms"])
@@ -51,6 +55,12 @@ def test_the_command_measures_writes_and_draws(run_folder, monkeypatch, capsys, 
         assert arm["bound"] == pytest.approx((1 - a**3) / ((1 - a) * (1 + 2 * c)))
         assert arm["share_of_bound"] == pytest.approx(arm["speedup"] / arm["bound"])
         assert arm["verify_cost"] > 0
+        drafted, accepted = (sum(arm["drafts"][f"{what}_at"]) for what in ("drafted", "accepted"))
+        assert arm["acceptance_rate"] == accepted / drafted
+        rejected = arm["drafts"]["stops"]["rejected"]
+        assert arm["agreement"] == accepted / (accepted + rejected)
+        assert sum(request["tokens"] for request in arm["requests"]) == arm["tokens"]
+        assert accepted == sum(sum(request["accepted_at"]) for request in arm["requests"])
 
 
 def test_sampled_tokens_are_not_compared(run_folder, monkeypatch, tmp_path):
@@ -134,9 +144,19 @@ def test_a_tasks_answers_are_scored(run_folder, monkeypatch, capsys, tmp_path):
         *("--json", tmp_path / "out.json"),
     )
     result = json.loads((tmp_path / "out.json").read_text())
-    assert all(arm["scores"].keys() == {"exact"} for arm in result["arms"])
+    assert all(arm["scores"].keys() == {"exact", "past_end"} for arm in result["arms"])
     assert len(result["workload"]["prompts"]) == 3
     assert "exact" in capsys.readouterr().out
+
+
+def test_tokens_behind_a_text_that_ends_the_answer_are_counted(run_folder):
+    run = load_run(run_folder)
+    prompts = PromptSet([[1], [1]], TASKS["topv2"], [Example("a", "the cat"), Example("a", "moon")])
+    answer, more = run.tokenizer.encode("the cat"), run.tokenizer.encode("\n")
+    ended, running = [*answer, *more, 5, 6], [*answer, run.tokenizer.eos_id, 7]
+    scores = prompts.scores(run, [ended, running])
+    assert scores["exact"] == 0.5
+    assert scores["past_end"] == pytest.approx(2 / len(ended) / 2)
 
 
 def test_arms_are_every_combination_once():

@@ -33,6 +33,8 @@ def test_the_command_line_end_to_end(run_folder, tmp_path):
     assert f"{len(result['tokens'])} tokens, " in done.stderr.decode()
     assert len(result["provenance"]) == len(result["tokens"]) == result["counters"]["tokens"]
     assert set(result["provenance"]) <= {"accepted", "corrected", "plain"}
+    accepted = result["provenance"].count("accepted")
+    assert sum(result["drafts"]["accepted_at"]) == accepted == result["counters"]["accepted"]
 
 
 @pytest.mark.parametrize("options", [(), ("--temperature", 1, "--top_k", 20, "--top_p", 0.9)])
@@ -175,7 +177,7 @@ def test_several_texts_come_from_options_input_and_files(run_folder, monkeypatch
     command(
         monkeypatch, "--run", run_folder, "--prompt", PROMPT, "--prompt", "-", "--num_samples", 2,
         "--prompt_file", tmp_path / "a.jsonl", "--temperature", 0.9, "--max_new_tokens", 4,
-        "--batch_size", 3, "--json", tmp_path / "out.json",
+        "--batch_size", 3, "--E", 2, "--json", tmp_path / "out.json",
     )  # fmt: skip
     result = json.loads((tmp_path / "out.json").read_text())
     assert result.keys() == {
@@ -183,6 +185,10 @@ def test_several_texts_come_from_options_input_and_files(run_folder, monkeypatch
     }  # fmt: skip
     texts = [text for text in (PROMPT, "the moon\nrise", "a mat\n", "") for _ in range(2)]
     assert [found["prompt"] for found in result["results"]] == texts
+    for what in ("drafted_at", "accepted_at", "accepted_lengths"):
+        each = [sum(found["drafts"][what]) for found in result["results"]]
+        assert sum(each) == sum(result["counters"]["drafts"][what])
+        assert what == "accepted_at" or min(each) > 0
     assert result["counters"]["tokens"] == sum(len(f["tokens"]) for f in result["results"])
     assert capsys.readouterr().out == "".join(
         f"== prompt {i // 2 + 1}, sample {i % 2 + 1}\n{found['prompt']}{found['text']}\n"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference import oracle
-from inference.evaluation.greedy_traces import record_exits
+from inference.evaluation.exit_traces import record_exits
 from inference.evaluation.oracle import find_oracle, speed_model
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.calm import Calm

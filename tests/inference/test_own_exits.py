@@ -13,7 +13,7 @@ from inference.engine.prefill import allocate, prefill
 from inference.engine.products import pack
 from inference.engine.sampling import Sampling
 from inference.evaluation.exit_quality import evaluate_exits
-from inference.evaluation.greedy_traces import record_exits
+from inference.evaluation.exit_traces import record_exits
 from inference.fitting.jump_fitting import measure_jump
 from inference.fitting.traces import record
 from inference.strategies.autoregressive import Autoregressive

@@ -37,8 +37,7 @@ from tests.inference.every_strategy import PROMPTS, make_model
 
 
 def test_the_table_of_predictions():
-    last = [5, 6, 7, 8, 9, 1]
-    trace = torch.tensor([[5, 0, 7, 8, 0, 1], last, last])
+    trace = torch.tensor([[1.0, 0, 1, 1, 0, 1], [1.0] * 6, [1.0] * 6])
     table = prediction_table(predict([trace], OF_THREE_LAYERS, 2), 3).splitlines()
     assert [row.split()[0] for row in table] == ["E", "1", "2"]
     of = dict(zip(table[0].split(), table[2].split(), strict=True))
@@ -51,7 +50,7 @@ def test_the_table_of_predictions():
 
 def test_a_round_shorter_than_one_of_its_terms_is_no_negative_speedup():
     costs = replace(OF_THREE_LAYERS, rounds=[(0.1, 0.2), (0.1, 0.2)])
-    table = prediction_table(predict([torch.tensor([[5, 6, 7]] * 3)], costs, 2), 3).splitlines()
+    table = prediction_table(predict([torch.ones(3, 3)], costs, 2), 3).splitlines()
     assert table[1].split()[-2] == "-"
     assert "x" in table[1].split()[-3]
 
@@ -59,7 +58,7 @@ def test_a_round_shorter_than_one_of_its_terms_is_no_negative_speedup():
 def test_dynamic_gets_the_costs_that_were_measured():
     rounds = [(0.1234, 1.7), (0.3, 1.5), (0.5, 1.45), (0.7, -0.1), (2.0, 2.0)]
     costs = replace(OF_FOUR_LAYERS, draft=[0.2, 0.3, 0.5, 0.7, 1.0], rounds=rounds, lookup=1.234)
-    predictions = predict([torch.tensor([[5, 6, 7, 8]] * 6)], costs, 2)
+    predictions = predict([torch.ones(6, 4)], costs, 2)
     # By prediction E = 4, 2, 1, 3, 5 in this order, as all agree.
     arms = candidates(predictions, costs, 5, top=1)
     expected = Dynamic(
@@ -201,16 +200,30 @@ def test_what_another_version_tuned_is_refused_with_the_remedy(
     assert line.endswith(f"delete {tuned_path(run)} or run inference.tune")
 
 
-def with_speedups(speedups):
-    """Return `measure` with other speedups, by the strategy's name."""
+def with_speedups(by_name, **changes):
+    """Return `measure` with other speedups, by the strategy's name, and other changes of these."""
 
     def changed(*args, **options):
-        return [
-            replace(result, speedup=speedups.get(result.strategy, 1.0))
-            for result in measure(*args, **options)
-        ]
+        found = []
+        for result in measure(*args, **options):
+            speedup = by_name.get(result.strategy, 1.0)
+            fields = {"speedup": speedup, "speedups": [speedup]}
+            found.append(replace(result, **fields | (changes if speedup != 1.0 else {})))
+        return found
 
     return changed
+
+
+@pytest.mark.parametrize(
+    "changes", [{"first_difference": "fault", "same_tokens": 0.5}, {"speedups": [9.0, 0.9]}]
+)
+def test_what_is_faulty_or_once_slower_is_not_kept(folder, monkeypatch, capsys, changes):
+    monkeypatch.setattr(tune, "measure", with_speedups({"dynamic": 9.0}, **changes))
+    tune_a_little(monkeypatch, folder, "--quick", "--max_d", 1)
+    out = capsys.readouterr().out
+    assert out.startswith("best: autoregressive, nothing measured below beats plain decoding in ev")
+    assert ("\nwarning: dynamic:" in out) == ("first_difference" in changes)
+    assert read_tuned(load_run(folder), None).strategy == "autoregressive"
 
 
 def test_a_threshold_that_is_not_faster_is_not_kept(folder, monkeypatch, capsys):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from inference.engine.counters import Counters, speedup_bound
+from inference.engine.counters import Counters, describe_drafts, speedup_bound
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,20 @@ def test_adding_adds_every_count():
 def test_counts_in_json_files_keep_their_names():
     content = Counters(depths=Counter({4: 1, 2: 3}), passes=Counter({(0, 4, 1): 1})).content()
     assert ", ".join(content) == (
-        "tokens, rounds, drafted, accepted, rejections, depths, thresholds, token_layers, "
-        "head_evaluations, projected, draft_token_layers, draft_head_evaluations, syncs, "
-        "prompt_token_layers, prefill_seconds, decode_seconds"
+        "tokens, rounds, drafted, accepted, rejections, drafted_past_end, drafts, depths, "
+        "thresholds, token_layers, head_evaluations, projected, draft_token_layers, "
+        "draft_head_evaluations, syncs, prompt_token_layers, prefill_seconds, decode_seconds"
     )
     assert json.loads(json.dumps(content))["depths"] == {"2": 3, "4": 1}
+
+
+def test_drafts_by_position_length_and_reason_worked_by_hand():
+    none = {"drafted_at": [], "accepted_at": [], "accepted_lengths": [], "stops": {}}
+    assert describe_drafts({}) == none
+    rounds = {(3, 3, "whole"): 2, (3, 1, "rejected"): 4, (2, 2, "not_sure"): 1, (1, 1, "end"): 1}
+    assert json.loads(json.dumps(describe_drafts(rounds))) == {
+        "drafted_at": [8, 7, 6],
+        "accepted_at": [8, 3, 2],
+        "accepted_lengths": [0, 5, 1, 2],
+        "stops": {"end": 1, "not_sure": 1, "rejected": 4, "whole": 2},
+    }

@@ -227,7 +227,7 @@ def test_measurements_take_graphs(model):
     assert len(recorders) == 2, "one for the decoding, one for the costs"
     assert all(recorder.replayed > 10 for recorder in recorders)
     assert min(r.peak_bytes for r in ours) >= recorders[0].idle_bytes()
-    costs = measure_costs(model, [[1, 2, 3], [4, 5, 6]], 2, graphs)
+    costs = measure_costs(model, [[1, 2, 3], [4, 5, 6]], 2, graphs=graphs)
     assert (len(costs.draft), len(costs.layers)) == (3, 3)
     assert recorders[2].recorded == 4 + 2 * 3 + 2 * 3 + 1 + 1, (
         "step, pass, round, lookups, all heads"

@@ -1,5 +1,7 @@
 """The driver ends rows where it must, counts what is run, and refuses what does not fit."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.early_exit import EarlyExit
 from inference.strategies.registry import describe, parse_strategy
 from inference.strategies.self_speculative import SelfSpeculative
+from tests.inference.every_strategy import make_model
 from tests.models.test_llama import build, hugging_face_twin, small
 
 AUTOREGRESSIVE = Autoregressive()
@@ -138,6 +141,65 @@ def test_layers_per_token_of_one_row_worked_by_hand(model):
     assert counters.head_evaluations == 2 * counters.drafted + counters.rounds
     assert counters.accepted + counters.rounds == counters.tokens == 20
     assert alone["autoregressive"].rejections == 0
+
+
+DRAFTING = [
+    "self_speculative:E=3:d=3",
+    "self_speculative:E=3:d=3:stop=0.2",
+    "skip_draft:attention=1:d=3:gamma=0.2",
+    "dynamic:d=3:probe=2:verify_costs=0.2",
+]
+
+
+def last_accepted(model, strategy):
+    """Return the drafted token that a row has last, of those it has not had before."""
+    found = {}
+    for index, prompt in enumerate(PROMPTS):
+        row = []
+        for [emission] in Generation(model, [prompt], strategy, max_new_tokens=20):
+            for i, token in enumerate(emission.tokens):
+                if i < emission.accepted and token not in row:
+                    found[len(row), index] = token
+                row.append(token)
+    return found[max(found)]
+
+
+@pytest.mark.parametrize("text", DRAFTING)
+def test_drafted_rounds_are_counted_as_emissions_have_them(text):
+    """Worked out again from what was emitted, and from what a round could have drafted."""
+    model, strategy, seen = make_model(4), parse_strategy(text), Counter()
+    stops = {last_accepted(model, strategy)}
+    for prompt, length in [*zip(PROMPTS, (20, 20, 18, 20), strict=True)]:
+        generation = Generation(model, [prompt], strategy, max_new_tokens=length, stop_tokens=stops)
+        left, found, past_end = length, Counter(), 0
+        for [emission] in generation:
+            drafted, accepted = emission.drafted, emission.accepted
+            # What dynamic chose to draft cannot be seen from here.
+            most = drafted if "dynamic" in text else min(3, left - 1)
+            left -= len(emission.tokens)
+            if accepted < drafted:
+                why = "rejected"
+            elif emission.tokens[-1] in stops:
+                why = "end"
+            elif not left:
+                why = "limit"
+            else:
+                why = "whole" if drafted == most else "not_sure"
+            if drafted:
+                found[drafted, accepted, why] += 1
+            if len(emission.tokens) == accepted:  # the last of the text was drafted
+                past_end += most - accepted
+        counters = generation.counters
+        assert generation.drafts == [found]
+        assert counters.drafts == found
+        assert counters.drafted == sum(d * times for (d, _, _), times in found.items())
+        assert counters.accepted == sum(a * times for (_, a, _), times in found.items())
+        assert counters.rejections == sum(t for (*_, why), t in found.items() if why == "rejected")
+        if text == DRAFTING[0]:  # drafts as many as it may in every round
+            assert counters.drafted_past_end == past_end
+        seen.update(why for _, _, why in found.elements())
+    assert min(seen["rejected"], seen["end"]) > 0
+    assert bool(seen["not_sure"]) == ("stop" in text or "gamma" in text)
 
 
 def test_rejections_are_rounds_whose_draft_was_not_accepted_whole(model):
@@ -282,6 +344,11 @@ def test_prompts_take_the_rows_of_those_that_end(model):
             assert counters.tokens == sum(map(len, expected))
             assert counters.accepted == sum(emission.accepted for emission in given)
             assert counters.drafted == sum(emission.drafted for emission in given)
+            assert counters.drafts == sum(generation.drafts, Counter())
+            for index, drafts in enumerate(generation.drafts):
+                own = Counter((e.drafted, e.accepted) for e in given if e.prompt_index == index)
+                del own[0, 0]  # nothing was drafted
+                assert sorted(own.elements()) == sorted(how[:2] for how in drafts.elements())
             for emission in given:  # the drafts that the user got, and one token of the model's
                 assert 0 <= len(emission.tokens) - emission.accepted <= 1
                 assert emission.accepted <= emission.drafted

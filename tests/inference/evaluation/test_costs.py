@@ -1,14 +1,18 @@
 """What rounds cost follows from what passes cost, and that from a clock."""
 
+import math
+from itertools import product
+
 import pytest
 import torch
 
 import inference.evaluation.costs
 import inference.evaluation.timing
 from inference.engine.generation import Generation
+from inference.engine.sampling import Sampling
 from inference.engine.state import DecodeState
 from inference.evaluation.costs import Costs, measure_costs, predict, tokens_per_round
-from inference.evaluation.greedy_traces import record_exits
+from inference.evaluation.exit_traces import record_acceptance, record_exits
 from inference.strategies import self_speculative
 from inference.strategies.self_speculative import SelfSpeculative, accept_round
 from tests.inference.every_strategy import PROMPTS, make_model
@@ -35,8 +39,7 @@ OF_FOUR_LAYERS = Costs(
 
 def test_predictions_worked_by_hand():
     # E = 1 is wrong at positions 1 and 4, E = 2 never.
-    last = [5, 6, 7, 8, 9, 1]
-    trace = torch.tensor([[5, 0, 7, 8, 0, 1], last, last])
+    trace = torch.tensor([[1.0, 0, 1, 1, 0, 1], [1.0] * 6, [1.0] * 6])
     assert tokens_per_round([trace], 1, 2) == 6 / 3  # 5 6 | 7 8 9 | 1
     assert tokens_per_round([trace], 1, 1) == 6 / 4  # 5 6 | 7 8 | 9 | 1
     assert tokens_per_round([trace], 2, 2) == 6 / 2
@@ -74,9 +77,37 @@ def test_tokens_of_a_round_are_those_that_are_decoded():
             for p in PROMPTS
         ]
         tokens = drafted.finish().tokens
-        traces = [record_exits(model, p + t, len(p)) for p, t in zip(PROMPTS, tokens, strict=True)]
+        pairs = [*zip(PROMPTS, tokens, strict=True)]
+        chances = [record_acceptance(model, p + t, len(p), Sampling()) for p, t in pairs]
+        for chance, (p, t) in zip(chances, pairs, strict=True):
+            choices = record_exits(model, p + t, len(p))
+            assert torch.equal(chance, (choices == choices[-1]).float())
         rounds = sum(one.counters.rounds for one in alone)
-        assert tokens_per_round(traces, E, d) == pytest.approx(100 / rounds)
+        assert tokens_per_round(chances, E, d) == pytest.approx(100 / rounds)
+
+
+def test_tokens_of_a_round_of_sampled_drafts_are_the_mean_over_what_may_be_accepted():
+    chance, d = [0.9, 0.2, 0.5, 0.7, 0.4], 2
+    mean = 0.0
+    for accepted in product((False, True), repeat=5):
+        weight = math.prod(a if yes else 1 - a for a, yes in zip(chance, accepted, strict=True))
+        rounds = position = 0
+        while position < 5:
+            drafted = [*accepted[position : min(position + d, 4)], False]
+            position, rounds = position + drafted.index(False) + 1, rounds + 1
+        mean += weight * rounds
+    assert tokens_per_round([torch.tensor([chance, [1.0] * 5])], 1, d) == pytest.approx(5 / mean)
+
+
+def test_the_chance_that_a_sampled_draft_is_accepted():
+    model, row, hot = make_model(3), [1, 2, 3, 4, 5], Sampling(temperature=0.7)
+    found = record_acceptance(model, row, 2, hot)
+    h, _ = model.run_layers(model.embed(torch.tensor([row])), 0, 3)
+    _, exits = model.run_layers(model.embed(torch.tensor([row])), 0, 3, exit_layers=(0, 1))
+    for E, x in ((1, exits[0]), (2, exits[1]), (3, h)):
+        p, q = ((model.exit_logits(y, e) / 0.7).softmax(-1) for y, e in ((h, 3), (x, E)))
+        gap = (p - q).abs().sum(-1) / 2  # total variation
+        assert torch.allclose(found[E - 1], 1 - gap[0, 1:-1], atol=1e-6)
 
 
 def test_costs_are_measured_in_full_steps():

@@ -18,6 +18,7 @@ class ScriptedGeneration:
 
     def __init__(self, script, prompts):
         self.prompts, self.tokens = prompts, [[] for _ in prompts]
+        self.drafts = [None for _ in prompts]
         self.counters, self.finished = Counters(), False
         self._script = iter(script)
 

@@ -1,0 +1,102 @@
+"""Continuations by all layers, and what every exit predicts along them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from inference.engine.generation import Generation
+from inference.engine.sampling import Sampling, draw_weights
+from inference.strategies.autoregressive import Autoregressive
+from models.llama import Llama
+
+
+def decode_rows(
+    model: Llama,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_tokens: Sequence[int] = (),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Decode with all layers; return each prompt with its continuation. See `Generation`."""
+    whole = Generation(
+        model,
+        prompts,
+        Autoregressive(),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        seed=seed,
+    ).finish()
+    return [prompt + tokens for prompt, tokens in zip(whole.prompts, whole.tokens, strict=True)]
+
+
+def record_continuations(
+    model: Llama,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_tokens: Sequence[int] = (),
+) -> list[Tensor]:
+    """Decode greedily with all layers, and return the `record_exits` of every continuation."""
+    rows = decode_rows(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_tokens=stop_tokens,
+    )
+    pairs = zip(rows, prompts, strict=True)
+    return [record_exits(model, row, len(prompt)) for row, prompt in pairs]
+
+
+@torch.inference_mode()
+def record_exits(model: Llama, row: list[int], first: int) -> Tensor:
+    """Return the most probable token of every exit along a row: (L, tokens) int64.
+
+    Args:
+        model: In eval mode.
+        row: A prompt and its greedy continuation.
+        first: Length of the prompt.
+    """
+    states = _exit_states(model, row, first)
+    found = [model.exit_logits(x, E).argmax(-1) for E, x in enumerate(states, start=1)]
+    return torch.stack(found).cpu()
+
+
+@torch.inference_mode()
+def record_acceptance(model: Llama, row: list[int], first: int, sampling: Sampling) -> Tensor:
+    """Return the chance that a token drafted by each exit is accepted: (L, tokens) fp32.
+
+    sum_x min(p(x), q(x)) (Leviathan et al., arXiv 2211.17192, corollary 3.6), p of the last layer,
+    q of the exit; greedy, 1 where they predict the same token, else 0.
+
+    Args:
+        model: In eval mode.
+        row: A prompt and its continuation, drawn likewise.
+        first: Length of the prompt.
+        sampling: How tokens are drawn.
+    """
+    if sampling.temperature == 0.0:
+        choices = record_exits(model, row, first)
+        return (choices == choices[-1]).float()
+    states = _exit_states(model, row, first)
+    p = draw_weights(model.exit_logits(states[-1], len(states)), sampling)
+    found = [
+        torch.minimum(p, draw_weights(model.exit_logits(x, E), sampling)).sum(-1)
+        for E, x in enumerate(states, start=1)
+    ]
+    return torch.stack(found).float().cpu()
+
+
+def _exit_states(model: Llama, row: list[int], first: int) -> list[Tensor]:
+    """Return x_1, ..., x_L, (tokens, dim) each, that predict the tokens from `first` on."""
+    L = model.config.n_layers
+    h = model.embed(torch.tensor([row], device=model.norm.weight.device))
+    _, exits = model.run_layers(h, 0, L, exit_layers=range(L))
+    return [exits[l][0, first - 1 : -1] for l in range(L)]
