@@ -75,8 +75,7 @@ class Llama(nn.Module):
         self.config = config
         self.fingerprint: str | None = None
         """Of the weights as stored, see `models.fingerprint`; None if they were not loaded."""
-        self.decodes_flat = False
-        """Whether, with a cache, layers take tokens as (batch * seq, dim)."""
+        self.decodes_flat = False  # whether, with a cache, layers take (batch * seq, dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict(
             {str(l): TransformerBlock(config) for l in range(config.n_layers)}

@@ -253,7 +253,7 @@ class InFlightRound:
     def __init__(self, result: Round, rows: list[int | None]) -> None:
         self.rows, self.n = rows, result.tokens.shape[1]
         self.most_drafted = self.n - 1 if result.most_drafted is None else result.most_drafted
-        parts = [result.tokens, result.accepted[:, None], result.drafted[:, None]]
+        parts = [result.tokens, torch.stack((result.accepted, result.drafted), dim=1)]
         if result.depths is not None:
             parts.append(result.depths)
         self._numbers = HostCopy(torch.cat(parts, dim=1))

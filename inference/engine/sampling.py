@@ -113,7 +113,7 @@ def accept(
     if generator is None:
         best = p.argmax(-1)
         agreed = best[:, :d] == draft_tokens
-        num_agreed = _leading(agreed if drafted is None else agreed & drafted)
+        num_agreed = leading(agreed if drafted is None else agreed & drafted)
         return num_agreed, best.gather(1, num_agreed[:, None]).squeeze(1)
     assert q is not None
     if drafted is not None:
@@ -122,7 +122,7 @@ def accept(
     q_x = q.gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)
     u = p_x.clone().uniform_(generator=generator)
     accepted = u * q_x < p_x
-    num_accepted = _leading(accepted if drafted is None else accepted & drafted)
+    num_accepted = leading(accepted if drafted is None else accepted & drafted)
     rows = torch.arange(len(p), device=p.device)
     p_n = p[rows, num_accepted]  # (batch, vocab)
     # q_d = 0, also where a shorter draft ends: after one accepted whole the residual is p itself.
@@ -133,73 +133,6 @@ def accept(
     return num_accepted, sample(residual, generator)
 
 
-def draw_candidates(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Draw `count` tokens without replacement, the first as `sample` does; (..., count) int64.
-
-    The order of the exponential race is one of draws without replacement. Without a generator: the
-    largest weights, in order.
-    """
-    if generator is not None:
-        weights = weights / torch.empty_like(weights).exponential_(generator=generator)
-    return weights.topk(count, dim=-1).indices
-
-
-def accept_candidates(
-    candidates: Tensor,
-    q: Tensor | None,
-    p: Tensor,
-    generator: torch.Generator | None,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the longest accepted prefix of a draft with several candidates for each token.
-
-    `accept`, where a rejected x_i is followed by the next candidate of its position, drawn from q_i
-    without those before it, and tried against the residual norm(max(0, p_i - q_i)): recursive
-    rejection sampling without replacement (arXiv 2402.14160, algorithm 2).
-
-    Args:
-        candidates: (batch, d, k) int64, see `draw_candidates`; the first of each position is the
-            drafted token that the next position follows.
-        q: As in `accept`.
-        p: As in `accept`, after the drafted tokens.
-        generator: As in `accept`.
-        lengths: As in `accept`.
-
-    Returns:
-        num_accepted: (batch,) int64, how many first candidates are kept, n in 0..d; rank: (batch,)
-        int64, the candidate at n that is kept in its stead, 0 for none; and token: (batch,) int64,
-        that candidate, or else the draw after the last one kept.
-    """
-    batch, d, k = candidates.shape
-    rows = torch.arange(batch, device=p.device)
-    last = torch.full_like(rows, d) if lengths is None else lengths
-    left = p[:, :d] if generator is None else p[:, :d].clone()
-    kept = torch.full((batch, d), k, device=p.device)
-    for j in range(k):
-        x = candidates[..., j]
-        if generator is None:
-            taken = p[:, :d].argmax(-1) == x
-        else:
-            assert q is not None
-            p_x, q_x = (each.gather(-1, x.unsqueeze(-1)).squeeze(-1) for each in (left, q))
-            u = p_x.clone().uniform_(generator=generator)
-            # A candidate of no weight was not drawn: there were fewer than k.
-            taken = (u * q_x < p_x) & (q_x > 0.0)
-            residual = (left - q).clamp_min(0.0)
-            mass = residual.sum(-1, keepdim=True)
-            left = torch.where(mass > 0.0, residual / mass, left)
-            q = q.scatter(-1, x.unsqueeze(-1), 0.0)
-            q = q / q.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
-        kept = torch.where((kept == k) & taken, j, kept)
-    within = torch.arange(d, device=p.device) < last[:, None]
-    n = _leading((kept == 0) & within)
-    here = n.clamp(max=d - 1)
-    rank = torch.where((n < last) & (kept[rows, here] < k), kept[rows, here], 0)
-    weights = torch.where((n < last)[:, None], left[rows, here], p[rows, n])
-    drawn = sample(weights, generator)
-    return n, rank, torch.where(rank > 0, candidates[rows, here, rank], drawn)
-
-
-def _leading(flags: Tensor) -> Tensor:
+def leading(flags: Tensor) -> Tensor:
     """Return how many flags are True before the first that is not, (batch,) of (batch, d)."""
     return flags.long().cumprod(-1).sum(-1)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inference.engine.sampling import draw_candidates, sample
+from inference.engine.candidates import draw_candidates
+from inference.engine.sampling import sample
 from inference.engine.state import DecodeState
 from inference.strategies.ngram import look_up
 from inference.strategies.reduced_head import ReducedHead
@@ -144,8 +145,7 @@ def draft(
 ) -> Draft:
     """Decode d tokens, or fewer, with the first E layers, starting from the pending token.
 
-    Tokens are drawn from the returned q itself, also where that covers a part of the vocabulary or
-    is the one-hot of a lookup.
+    Tokens are drawn from the returned q itself, of a part of the vocabulary and of lookups too.
 
     Args:
         state: The batch.
@@ -158,39 +158,54 @@ def draft(
         lookups: d or more tokens that their rows draft instead; these never stop.
         branch: Candidates for each token, the drafted one included; not with lookups.
     """
-    batch = state.batch
-    tokens, exits, taps, leaves = [batch.pending[:, None]], [], [], []
-    q = [torch.empty(len(batch), 0, state.model.config.vocab_size, device=batch.device)]
-    active = lengths = None
-    if not stop.never:
-        active = ~batch.finished if lookups is None else ~(batch.finished | lookups.found)
-        lengths = torch.zeros_like(batch.positions)
+    tokens, leaves, exits, taps = [state.batch.pending[:, None]], [], [], []
+    q = [state.model.norm.weight.new_empty(len(state.batch), 0, state.model.config.vocab_size)]
+    lengths = None if stop.never else _RowLengths(state, stop, lookups)
     for i in range(d):
         x_E, tap = state.run_and_tap(
             state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped
         )
         logits, probs = _from_head(state, state.before_head(x_E, E), head)
-        if branch > 1:
-            candidates = draw_candidates(probs, branch, state.generator)
-            token = candidates[..., 0]
-            leaves.append(candidates[..., 1:])
-        else:
-            token = sample(probs, state.generator)
+        token, others = _draw(state, probs, branch)
         if lookups is not None:
             token, probs = lookups.override(token, probs, i)
         tokens.append(token)
+        leaves += others
         q.append(probs)
         exits.append(x_E)
         taps.append(tap)
-        if active is not None and lengths is not None:
-            lengths = lengths + active
-            active = active & stop.is_confident(logits)
-            if i + 1 < d and not state.sync_bool(active.any()):
-                break
+        if lengths is not None and lengths.all_ended(logits, is_last=i + 1 == d):
+            break
     all_q = None if state.generator is None else torch.cat(q, dim=1)
     all_leaves = torch.cat(leaves, dim=1) if leaves else None
-    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], all_q, lengths, exits, taps, all_leaves)
+    counts = None if lengths is None else lengths.counts
+    drafted = Draft(torch.cat(tokens, dim=1)[:, 1:], all_q, counts, exits, taps, all_leaves)
     return drafted if lookups is None else lookups.extend(drafted, d)
+
+
+class _RowLengths:
+    """How many tokens of each row's draft count, where a rule may end it."""
+
+    def __init__(self, state: DecodeState, stop: StopRule, lookups: NgramDrafts | None) -> None:
+        self._state, self._stop = state, stop
+        finished = state.batch.finished
+        self._active = ~finished if lookups is None else ~(finished | lookups.found)
+        self.counts = torch.zeros_like(state.batch.positions)
+        """(batch,) int64."""
+
+    def all_ended(self, logits: Tensor, *, is_last: bool) -> bool:
+        """Count a token drawn from logits, (batch, 1, vocab); return whether no row goes on."""
+        self.counts = self.counts + self._active
+        self._active = self._active & self._stop.is_confident(logits)
+        return is_last or not self._state.sync_bool(self._active.any())
+
+
+def _draw(state: DecodeState, weights: Tensor, branch: int) -> tuple[Tensor, list[Tensor]]:
+    """Draw a token, (batch, 1), and the other candidates, [(batch, 1, branch - 1)] or []."""
+    if branch == 1:
+        return sample(weights, state.generator), []
+    candidates = draw_candidates(weights, branch, state.generator)
+    return candidates[..., 0], [candidates[..., 1:]]
 
 
 def _from_head(state: DecodeState, x: Tensor, head: ReducedHead | None) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from inference.engine.batch import Round
+from inference.engine.candidates import accept_candidates
 from inference.engine.kv_cache import TreeShape
-from inference.engine.sampling import accept_candidates, sample
+from inference.engine.sampling import sample
 from inference.engine.state import DecodeState
 from inference.strategies.drafting import Draft
 

@@ -246,7 +246,7 @@ def test_a_packed_model_decodes_the_same(monkeypatch):
         shake(each)
     pack(packed)
     kind = type(packed.own_exits["2"].feed_forward.w1).__name__
-    assert kind == "PackedLinear"
+    assert kind == "TransposedLinear"
     for E in (2, 3):
         tokens = [decode(each, PROMPTS, EarlyExit(E=E)).tokens for each in (packed, plain)]
         assert tokens[0] == tokens[1]

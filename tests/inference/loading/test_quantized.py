@@ -103,7 +103,7 @@ def test_a_missing_torchao_is_named(monkeypatch):
 
 def test_a_run_is_loaded_quantised(run_folder):
     plain, rounded = load_run(run_folder), load_run(run_folder, quantize="int8")
-    weight = rounded.model.block(0).attention.wq.weight
+    weight = rounded.model.block(0).attention.wqkv.weight
     assert type(weight.data) is not torch.Tensor
-    exact = plain.model.block(0).attention.wq.weight
+    exact = plain.model.block(0).attention.wqkv.weight
     assert (weight.dequantize() - exact).norm() / exact.norm() < 0.01

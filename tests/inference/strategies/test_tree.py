@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from inference.engine.candidates import accept_candidates, draw_candidates
 from inference.engine.fused import fuse
-from inference.engine.sampling import Sampling, accept_candidates, draw_candidates
+from inference.engine.sampling import Sampling
 from inference.strategies import tree
 from inference.strategies.tree import tree_shape
 from tests.inference.strategies.test_self_speculative import (
@@ -139,5 +140,5 @@ def test_candidates_are_drawn_without_replacement():
 def test_settings_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="^branch: 2, goes without ngram"):
         start(model, PROMPTS, 2, 3, name="self_speculative:branch=2:ngram=2")
-    with pytest.raises(ValueError, match="^branch: 62, drafts are of 61 tokens, give less$"):
+    with pytest.raises(ValueError, match="^branch: 62, give at most 61 tokens to draft from$"):
         with_leaves(model, 62, 2, 3)

@@ -1,0 +1,93 @@
+"""Several candidates for each drafted token: how they are drawn, and which of them are kept.
+
+Recursive rejection sampling without replacement (arXiv 2402.14160, algorithm 2). Nothing here waits
+for the device.
+"""
+
+import torch
+from torch import Tensor
+
+from inference.engine.sampling import leading, sample
+
+
+def draw_candidates(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` tokens without replacement, the first as `sample` does; (..., count) int64.
+
+    The order of the exponential race is one of draws without replacement. Without a generator: the
+    largest weights, in order.
+    """
+    if generator is not None:
+        weights = weights / torch.empty_like(weights).exponential_(generator=generator)
+    return weights.topk(count, dim=-1).indices
+
+
+def accept_candidates(
+    candidates: Tensor,
+    q: Tensor | None,
+    p: Tensor,
+    generator: torch.Generator | None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the longest accepted prefix of a draft with several candidates for each token.
+
+    `accept`, where a rejected x_i is followed by the next candidate of its position, drawn from q_i
+    without those before it, and tried against the residual norm(max(0, p_i - q_i)).
+
+    Args:
+        candidates: (batch, d, k) int64, see `draw_candidates`; the first of each position is the
+            drafted token that the next position follows.
+        q: As in `accept`.
+        p: As in `accept`, after the drafted tokens.
+        generator: As in `accept`.
+        lengths: As in `accept`.
+
+    Returns:
+        num_accepted: (batch,) int64, how many first candidates are kept, n in 0..d; rank: (batch,)
+        int64, the candidate at n that is kept in its stead, 0 for none; and token: (batch,) int64,
+        that candidate, or else the draw after the last one kept.
+    """
+    batch, d, k = candidates.shape
+    rows = torch.arange(batch, device=p.device)
+    last = torch.full_like(rows, d) if lengths is None else lengths
+    if generator is None:
+        matches = p[:, :d].argmax(-1, keepdim=True) == candidates
+        kept, left = torch.where(matches.any(-1), matches.int().argmax(-1), k), p[:, :d]
+    else:
+        assert q is not None
+        kept, left = _try_in_turn(candidates, q, p[:, :d], generator)
+    n = leading((kept == 0) & (torch.arange(d, device=p.device) < last[:, None]))
+    here, rejected = n.clamp(max=d - 1), n < last
+    rank = torch.where(rejected & (kept[rows, here] < k), kept[rows, here], 0)
+    drawn = sample(torch.where(rejected[:, None], left[rows, here], p[rows, n]), generator)
+    return n, rank, torch.where(rank > 0, candidates[rows, here, rank], drawn)
+
+
+def _try_in_turn(
+    candidates: Tensor, q: Tensor, p: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the first candidate kept at each position, k for none, and what is left of p then.
+
+    Args:
+        candidates: (batch, d, k) int64.
+        q: (batch, d, vocab).
+        p: (batch, d, vocab).
+        generator: Source of the draws.
+
+    Returns:
+        (batch, d) int64, and (batch, d, vocab).
+    """
+    k = candidates.shape[2]
+    kept, left = torch.full_like(candidates[..., 0], k), p
+    for j in range(k):
+        x = candidates[..., j : j + 1]
+        p_x, q_x = left.gather(-1, x).squeeze(-1), q.gather(-1, x).squeeze(-1)
+        u = p_x.clone().uniform_(generator=generator)
+        # A candidate of no weight was not drawn: there were fewer than k.
+        taken = (u * q_x < p_x) & (q_x > 0.0)
+        kept = torch.where((kept == k) & taken, j, kept)
+        residual = (left - q).clamp_min(0.0)
+        mass = residual.sum(-1, keepdim=True)
+        left = torch.where(mass > 0.0, residual / mass, left)
+        q = q.scatter(-1, x, 0.0)
+        q = q / q.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+    return kept, left
