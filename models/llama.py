@@ -75,7 +75,6 @@ class Llama(nn.Module):
         self.config = config
         self.fingerprint: str | None = None
         """Of the weights as stored, see `models.fingerprint`; None if they were not loaded."""
-        self.decodes_flat = False  # whether, with a cache, layers take (batch * seq, dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict(
             {str(l): TransformerBlock(config) for l in range(config.n_layers)}
@@ -173,9 +172,7 @@ class Llama(nn.Module):
         if cache is None:
             masks = masks.within(self.config.sliding_window, h)
         mask = slots if masks.documents is None else masks.documents.mask
-        shape, exits = h.shape, {}
-        if cache is not None and self.decodes_flat:
-            h = h.flatten(0, 1)
+        exits = {}
         for l in range(start, stop):
             p = self.gate(l, h)
             own_mask = masks.attention(l, p)
@@ -186,8 +183,8 @@ class Llama(nn.Module):
                 out = self._run_block(l, h, cos, sin, mask, layer_kv, skipped)
             h = masks.select(l, h, route(h, out, p))
             if l in exit_layers:
-                exits[l] = h.view(shape)
-        return h.view(shape), exits
+                exits[l] = h
+        return h, exits
 
     def _run_block(
         self,

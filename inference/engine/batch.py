@@ -102,6 +102,12 @@ class Batch:
     def advance(self, result: Round) -> None:
         """Move each row on by its accepted tokens and the one after, which is then pending."""
         n = result.tokens.shape[1]
+        if n == 1:
+            self.positions.add_(~self.finished)
+            self.history.scatter_(1, self.positions[:, None], result.tokens)
+            self.pending.copy_(result.tokens[:, 0])
+            self.max_position += 1
+            return
         positions = self.positions[:, None] + torch.arange(1, n + 1, device=self.device)
         positions.clamp_(max=self.history.shape[1] - 1)
         self.history.scatter_(1, positions, result.tokens)

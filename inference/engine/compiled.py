@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.engine.fused import FusedLayers
 from models.llama import Llama
 
 LONGEST_PASS = 32
@@ -13,6 +14,8 @@ worth a graph each."""
 WINDOW_STEP = 128
 """Passes that are compiled, or on a GPU, read a multiple of so many KV slots: each number of them
 is a graph of the one, and of the other a plan that cuDNN's attention takes milliseconds to make."""
+SMALL_WINDOW_STEP = 16
+"""The same where views of a window are kept as long as it is the same."""
 GRAPHS = 256
 """Most graphs of a function; more mean that shapes are not fixed, which is an error and not a slow
 run."""
@@ -57,4 +60,6 @@ def is_compiled(model: Llama) -> bool:
 
 def window_step(model: Llama) -> int:
     """Return the number of KV slots that the windows of this model are multiples of."""
-    return WINDOW_STEP if is_compiled(model) or model.norm.weight.is_cuda else 1
+    if is_compiled(model) or model.norm.weight.is_cuda:
+        return WINDOW_STEP
+    return SMALL_WINDOW_STEP if isinstance(model.run_layers, FusedLayers) else 1

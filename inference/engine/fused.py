@@ -1,240 +1,125 @@
-"""The layers of a model in the form they are decoded with: few operations, as large as they can be.
+"""The loop over fused layers of a model on a CPU, in float32; and `fuse`, which makes them."""
 
-At a few tokens a pass, and in small models most of all, the calls take the time and not the
-arithmetic. Queries, keys and values are one product, and so are both inputs of SwiGLU. On a CPU, in
-float32, rotary embeddings are one complex product on the spot, and the weights of the layers' norms
-are in the matrices behind them. Attention heads are permuted for it, of queries and keys alike.
-"""
-
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from inference.engine.fused_block import (
+    Buffers,
+    FewCallsNorm,
+    FusedAttention,
+    FusedBlock,
+    FusedFeedForward,
+    UnitNorm,
+)
 from inference.engine.kv_cache import LayerSlots
-from inference.engine.products import TransposedLinear, add_product
-from models.attention_mask import attend
-from models.block import Attention, FeedForward, LayerKV, RMSNorm, TransformerBlock
-from models.llama import Llama
-from models.rope import apply_rope
+from inference.engine.products import TransposedLinear
+from models.block import FeedForward, KVCache
+from models.layer_masks import NO_MASKS, LayerMasks
+from models.llama import NOTHING, Llama, SkippedParts
+from models.router import route
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+_WRITTEN_OUT_TOKENS = 64
+"""Most tokens of a pass whose layers are written out; longer ones come once."""
 
-_KEPT_TOKENS = 64
-"""Most tokens of a pass whose buffers are kept."""
-
-
-class UnitNorm(RMSNorm):
-    """A root-mean-square norm whose weight, times sqrt(dim), is in the matrices that read it."""
-
-    def __init__(self, norm: RMSNorm) -> None:
-        nn.Module.__init__(self)
-        floor = torch.tensor((norm.eps * norm.weight.numel()) ** 0.5)
-        self.register_buffer("floor", floor, persistent=False)
-        self.floor: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x / sqrt(|x|^2 + dim eps), shape of x."""
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.floor)
+Step = Callable[[Tensor, Tensor, Tensor, LayerSlots], Tensor]
+"""From h, turns, mask and kv to the next layer's input, as `FusedBlock.decode`."""
 
 
-class FewCallsNorm(UnitNorm):
-    """A root-mean-square norm in four calls, of which torch makes eight."""
+def written_out(block: FusedBlock, to: Buffers) -> Step | None:
+    """Return a layer without modules and new tensors between its calls; None if it has other parts.
 
-    def __init__(self, norm: RMSNorm) -> None:
-        super().__init__(norm)
-        self.weight = norm.weight
-        scale = norm.weight.detach() * norm.weight.numel() ** 0.5
-        self.register_buffer("scale", scale, persistent=False)
-        self.scale: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x / rms(x) * weight, shape of x."""
-        return super().forward(x) * self.scale
-
-
-class Heads(NamedTuple):
-    """One product of tokens with the matrices of queries, keys and values; views of it."""
-
-    product: Tensor
-    """(batch * seq, (heads + 2 kv_heads) head_dim)."""
-    rotated: Tensor
-    """Queries and keys, (batch, seq, heads + kv_heads, head_dim / 2), complex."""
-    q: Tensor
-    """(batch, heads, seq, head_dim); of one token, (batch, kv_heads, heads / kv_heads, head_dim),
-    as the heads that share keys and values are then queries of one."""
-    kv: Tensor
-    """(batch, seq, 2 kv_heads, head_dim)."""
-
-
-class FusedAttention(Attention):
-    """Attention whose queries, keys and values are one product.
-
-    Args:
-        plain: The attention whose weights it takes.
-        permute: Order each head so that complex numbers rotate it.
+    Of a small model, calls of Python and of torch's allocator take as long as the arithmetic.
     """
+    attention, feed_forward = block.attention, block.feed_forward
+    assert isinstance(attention, FusedAttention)
+    assert isinstance(feed_forward, FusedFeedForward)
+    parts = [
+        part.transposed
+        for part in (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)
+        if isinstance(part, TransposedLinear) and part.bias is None
+    ]
+    if len(parts) < 4 or not block.norm_first:
+        return None
+    wqkv, wo, w13, w2 = parts
+    product, rotated, q, kv_heads = to.heads
+    inner, gate, up = to.inner, to.gate, to.up
+    batch, seq = kv_heads.shape[:2]
+    n, grouped = batch * seq, attention.grouped and seq > 1
+    assert isinstance(block.attention_norm, UnitNorm)
+    assert isinstance(block.ffn_norm, UnitNorm)
+    floor, ffn_floor = block.attention_norm.floor, block.ffn_norm.floor
+    mm, addmm, norm = torch.mm, torch.addmm, torch.linalg.vector_norm
+    attend = F.scaled_dot_product_attention
 
-    def __init__(self, plain: Attention, *, permute: bool) -> None:
-        nn.Module.__init__(self)
-        self.n_heads, self.n_kv_heads = plain.n_heads, plain.n_kv_heads
-        self.head_dim, self.grouped, self.qk_norm = plain.head_dim, plain.grouped, plain.qk_norm
-        self.q_norm, self.k_norm, self.wo = plain.q_norm, plain.k_norm, plain.wo
-        self.permuted = permute
-        self._widths = [len(each.weight) for each in (plain.wq, plain.wk, plain.wv)]
-        self.wqkv = _fused(plain.wq, plain.wk, plain.wv)
-        if permute:
-            self._permute()
-        self._kept: dict[tuple[int, int], Heads] = {}
-
-    def _permute(self) -> None:
-        """Interleave both halves of every head of queries and keys."""
-        rows = torch.arange(sum(self._widths[:2])).view(-1, 2, self.head_dim // 2)
-        rows = rows.transpose(1, 2).flatten()
-        for tensor in (self.wqkv.weight, self.wqkv.bias):
-            if tensor is not None:
-                tensor.data[: len(rows)] = tensor.data[rows]
-
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v, see `queries` and `keys_and_values`."""
-        q, k, v = self.wqkv(x).split(self._widths, dim=-1)
-        q, k = self.split(q, self.q_norm), self.split(k, self.k_norm)
-        return self._rotate(q, cos, sin), self._rotate(k, cos, sin), self.split(v)
-
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """See `Attention.queries`; computes keys and values too."""
-        q = self.wqkv(x).split(self._widths, dim=-1)[0]
-        return self._rotate(self.split(q, self.q_norm), cos, sin)
-
-    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Attention.keys_and_values`; computes queries too."""
-        _, k, v = self.wqkv(x).split(self._widths, dim=-1)
-        return self._rotate(self.split(k, self.k_norm), cos, sin), self.split(v)
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x: (batch, heads, seq, head_dim); for permuted heads, see `ComplexRotary`."""
-        if not self.permuted:
-            return apply_rope(x, cos, sin)
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * cos).flatten(-2)
-
-    def decode(self, x: Tensor, turns: Tensor, mask: Tensor, kv: LayerSlots) -> Tensor:
-        """Return what `wo` reads, (batch * seq, heads * head_dim), for permuted heads.
-
-        Args:
-            x: (batch * seq, dim).
-            turns: (batch, 1, seq, head_dim / 2), complex, see `ComplexRotary`.
-            mask: (batch, 1, seq, window).
-            kv: Written to, and attended to.
-        """
-        batch, seq = kv.shape
-        heads = self._heads(x, batch, seq)
-        heads.rotated.mul_(turns if seq == 1 else turns.transpose(1, 2))
-        kv.write(heads.kv)
-        out = attend(heads.q, kv.keys, kv.values, mask, grouped=self.grouped and seq > 1)
+    def step(h: Tensor, turns: Tensor, mask: Tensor, kv: LayerSlots) -> Tensor:
+        mm(h / norm(h, 2, -1, True).hypot(floor), wqkv, out=product)
+        rotated.mul_(turns)
+        kv.write(kv_heads)
+        out = attend(q, kv.keys, kv.values, mask, enable_gqa=grouped)
         if seq > 1:
             out = out.transpose(1, 2)
-        return out.reshape(len(x), -1)
+        h = addmm(h, out.reshape(n, -1), wo)
+        mm(h / norm(h, 2, -1, True).hypot(ffn_floor), w13, out=inner)
+        return addmm(h, F.silu(gate) * up, w2)
 
-    def _heads(self, x: Tensor, batch: int, seq: int) -> Heads:
-        """Compute the product, into buffers that are kept where it is small."""
-        if not isinstance(self.wqkv, TransposedLinear) or len(x) > _KEPT_TOKENS:
-            return self._cut(self.wqkv(x), batch, seq)
-        if (batch, seq) not in self._kept:
-            with torch.inference_mode(False):
-                product = x.new_empty(len(x), self.wqkv.width)
-                self._kept[batch, seq] = self._cut(product, batch, seq)
-        heads = self._kept[batch, seq]
-        self.wqkv.write(x, heads.product)
-        return heads
-
-    def _cut(self, product: Tensor, batch: int, seq: int) -> Heads:
-        heads = product.view(batch, seq, -1, self.head_dim)
-        turned = heads[:, :, : -self.n_kv_heads].unflatten(-1, (-1, 2))
-        q = heads[:, :, : self.n_heads]
-        q = q.view(batch, self.n_kv_heads, -1, self.head_dim) if seq == 1 else q.transpose(1, 2)
-        return Heads(product, torch.view_as_complex(turned), q, heads[:, :, self.n_heads :])
+    return step
 
 
-class FusedFeedForward(FeedForward):
-    """SwiGLU whose w1 and w3 are one product."""
+class FusedLayers:
+    """A stand-in for `Llama.run_layers`, for layers in the form for a CPU in float32."""
 
-    def __init__(self, plain: FeedForward) -> None:
-        nn.Module.__init__(self)
-        self.w13, self.w2 = _fused(plain.w1, plain.w3), plain.w2
-        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    def __init__(self, model: Llama) -> None:
+        self._model, self._without_cache = model, model.run_layers
+        self._blocks: list[FusedBlock] = [*model.layers.values()]  # type: ignore[list-item]
+        self._steps: dict[tuple[int, int], list[Step | None]] = {}
+        """The layers written out, by rows of a pass and tokens of each."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform x: (..., dim) token by token."""
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
-
-    def inner(self, x: Tensor) -> Tensor:
-        """Return what `w2` reads, (tokens, ffn_dim), for x: (tokens, dim)."""
-        if not isinstance(self.w13, TransposedLinear) or len(x) > _KEPT_TOKENS:
-            gate, up = self.w13(x).chunk(2, dim=-1)
-            return F.silu(gate) * up
-        if len(x) not in self._kept:
-            with torch.inference_mode(False):
-                product = x.new_empty(len(x), self.w13.width)
-                self._kept[len(x)] = (product, *product.chunk(2, dim=-1))
-        product, gate, up = self._kept[len(x)]
-        self.w13.write(x, product)
-        return F.silu(gate) * up
-
-
-class FusedBlock(TransformerBlock):
-    """A layer with fused products.
-
-    Args:
-        plain: The layer whose weights it takes.
-        on_the_spot: The form for a CPU in float32, see the head of this file; its norms lose their
-            weights to the matrices where they come before these.
-    """
-
-    def __init__(self, plain: TransformerBlock, *, on_the_spot: bool) -> None:
-        nn.Module.__init__(self)
-        self.norm_first = plain.norm_first
-        attention = FusedAttention(plain.attention, permute=on_the_spot)
-        feed_forward = FusedFeedForward(plain.feed_forward)
-        self.attention_norm, self.ffn_norm = plain.attention_norm, plain.ffn_norm
-        self.on_the_spot = on_the_spot
-        if on_the_spot and self.norm_first:
-            self.attention_norm = _absorbed(self.attention_norm, attention.wqkv)
-            self.ffn_norm = _absorbed(self.ffn_norm, feed_forward.w13)
-        self.attention, self.feed_forward = attention, feed_forward
-
-    def forward(
+    def __call__(
         self,
         h: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: "Tensor | BlockMask | None" = None,
-        kv: LayerKV | None = None,
-        query_positions: Tensor | None = None,
+        start: int,
+        stop: int,
         *,
-        attend: bool = True,
-        feed: bool = True,
-    ) -> Tensor:
-        """See `TransformerBlock.forward`; with `kv` and on the spot, h is (batch * seq, dim)."""
-        if kv is None or not self.on_the_spot:
-            return super().forward(h, cos, sin, mask, kv, query_positions, attend=attend, feed=feed)
-        attention, feed_forward = self.attention, self.feed_forward
-        assert isinstance(attention, FusedAttention)
-        assert isinstance(feed_forward, FusedFeedForward)
-        assert isinstance(kv, LayerSlots)
-        assert isinstance(mask, Tensor)
-        if attend:
-            x = attention.decode(self.attention_input(h), cos, mask, kv)
-            h = self._add(h, attention.wo, x, self.attention_norm)
-        if feed:
-            x = feed_forward.inner(self.ffn_norm(h) if self.norm_first else h)
-            h = self._add(h, feed_forward.w2, x, self.ffn_norm)
-        return h
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        masks: LayerMasks = NO_MASKS,
+        skipped: SkippedParts = NOTHING,
+        exit_layers: Collection[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run layers start, ..., stop - 1, see `Llama.run_layers`."""
+        if cache is None:
+            return self._without_cache(h, start, stop, masks=masks, exit_layers=exit_layers)
+        assert positions is not None
+        (batch, seq, _), exits = h.shape, {}
+        turns, _ = self._model.rotary(positions, h)
+        mask, layer_kv = cache.at(positions)
+        steps, by_token = self._written_out(batch, seq), turns.transpose(1, 2)
+        x = h.flatten(0, 1)
+        for l in range(start, stop):
+            p = self._model.gate(l, x)
+            step, kv = steps[l], layer_kv(l)
+            assert isinstance(kv, LayerSlots)
+            if step is not None and skipped is NOTHING:
+                out = step(x, by_token, mask, kv)
+            else:
+                attend, feed = l not in skipped.attention, l not in skipped.feed_forward
+                out = self._blocks[l].decode(x, turns, mask, kv, attend=attend, feed=feed)
+            x = route(x, out, p)
+            if l in exit_layers:
+                exits[l] = x.view(h.shape)
+        return x.view(h.shape), exits
 
-    def _add(self, h: Tensor, linear: nn.Module, x: Tensor, norm: RMSNorm) -> Tensor:
-        return add_product(h, linear, x) if self.norm_first else h + norm(linear(x))
+    def _written_out(self, batch: int, seq: int) -> list[Step | None]:
+        if batch * seq > _WRITTEN_OUT_TOKENS:
+            return [None] * len(self._blocks)
+        if (batch, seq) not in self._steps:
+            with torch.inference_mode(False):
+                to = self._blocks[0].new_buffers(batch, seq)
+            self._steps[batch, seq] = [written_out(block, to) for block in self._blocks]
+        return self._steps[batch, seq]
 
 
 class ComplexRotary:
@@ -271,24 +156,5 @@ def fuse(model: Llama, *, compiled: bool = False) -> None:
             exit_parts.feed_forward = FusedFeedForward(exit_parts.feed_forward)
     if on_the_spot:
         model.rotary = ComplexRotary(model)  # type: ignore[method-assign]
-        model.decodes_flat = True
         model.norm = FewCallsNorm(model.norm)
-
-
-def _fused(*linears: nn.Linear) -> nn.Linear:
-    """Return one linear layer whose output is that of several, one after the other."""
-    first, width = linears[0], sum(len(each.weight) for each in linears)
-    with torch.device("meta"):
-        out = nn.Linear(first.in_features, width, bias=first.bias is not None)
-    weight = torch.cat([each.weight for each in linears])
-    out.weight = nn.Parameter(weight, requires_grad=False)
-    if first.bias is not None:
-        bias = torch.cat([each.bias for each in linears])
-        out.bias = nn.Parameter(bias, requires_grad=False)
-    return out
-
-
-def _absorbed(norm: RMSNorm, linear: nn.Linear) -> UnitNorm:
-    """Multiply a norm's weight into the matrix behind it; return the norm without one."""
-    linear.weight.mul_(norm.weight * norm.weight.numel() ** 0.5)
-    return UnitNorm(norm)
+        model.run_layers = FusedLayers(model)  # type: ignore[method-assign]

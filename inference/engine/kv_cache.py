@@ -15,15 +15,17 @@ from torch import Tensor
 from models.config import LlamaConfig
 
 
-class _Views(NamedTuple):
-    """The buffers as they are written, by layer, and as they are read, by buffer."""
+class _Window(NamedTuple):
+    """The first slots of all layers."""
 
+    slots: Tensor
+    """(window,) int64, their indices."""
     layers: list[Tensor]
-    """(batch, slots, 2 * kv_heads, head_dim)."""
+    """Of each layer, all slots of keys, then values: (batch, slots, 2 * kv_heads, head_dim)."""
     keys: list[Tensor]
-    """(layers, batch, kv_heads, slots, head_dim)."""
+    """Of each layer, views: (batch, kv_heads, window, head_dim)."""
     values: list[Tensor]
-    """(layers, batch, kv_heads, slots, head_dim)."""
+    """Of each layer, views: (batch, kv_heads, window, head_dim)."""
 
 
 class TreeShape(NamedTuple):
@@ -73,8 +75,8 @@ class StaticKVCache:
         """Keys, then values, by layer, row and slot: those of a token are written at once."""
         self._kv_heads = config.n_kv_heads
         # A compiled pass may take no two tensors on the same memory if it writes one.
-        self._held = None
-        self._held = None if compiled else self._views()
+        self._keeps_window = not compiled
+        self._kept: _Window | None = None
         self.slots, self.spare = slots, spare
         self.window_step = window_step
         self.window = held
@@ -91,19 +93,32 @@ class StaticKVCache:
     @property
     def keys(self) -> list[Tensor]:
         """Of each layer, views: (batch, kv_heads, slots, head_dim)."""
-        return [layer for each in self._views().keys for layer in each.unbind()]
+        return self._views(len(self._slot_index)).keys
 
     @property
     def values(self) -> list[Tensor]:
         """Of each layer, views: (batch, kv_heads, slots, head_dim)."""
-        return [layer for each in self._views().values for layer in each.unbind()]
+        return self._views(len(self._slot_index)).values
 
-    def _views(self) -> "_Views":
-        if self._held is not None:
-            return self._held
-        halves = [b.transpose(2, 3).split(self._kv_heads, dim=2) for b in self._buffers]
+    def _views(self, slots: int) -> _Window:
+        """Return the first slots of the keys and values of each layer."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for buffer in self._buffers:
+            both = buffer[:, :, :slots].transpose(2, 3).split(self._kv_heads, dim=2)
+            keys += both[0].unbind()
+            values += both[1].unbind()
         layers = [layer for buffer in self._buffers for layer in buffer.unbind()]
-        return _Views(layers, [keys for keys, _ in halves], [values for _, values in halves])
+        return _Window(self._slot_index[:slots], layers, keys, values)
+
+    def _open_window(self) -> _Window:
+        """Return the window, that of the last pass where it is the same."""
+        if self._kept is not None and len(self._kept.slots) == self.window:
+            return self._kept
+        window = self._views(self.window)
+        if self._keeps_window:
+            self._kept = window
+        return window
 
     def set_window(self, slots: int) -> None:
         """Set the window to the first `slots` slots, rounded up."""
@@ -113,9 +128,7 @@ class StaticKVCache:
         """Return the cache of one row alone, on the same memory."""
         view = copy(self)
         view._buffers = [buffer[:, row : row + 1] for buffer in self._buffers]
-        if self._held is not None:
-            view._held = None
-            view._held = view._views()
+        view._kept = None
         view._rows = self._rows[:1]
         return view
 
@@ -127,7 +140,7 @@ class StaticKVCache:
             sliding window: True, or 0 on a CPU, where a query attends, False or -inf where it does
             not; and a function from layer index l to that layer's storage.
         """
-        slots, query = self._slot_index[: self.window], positions[:, None, :, None]
+        slots, query = self._open_window().slots, positions.view(len(positions), 1, -1, 1)
         mask = slots <= query
         if self._sliding_window is not None and self._sliding_window < self.window:
             mask &= slots > query - self._sliding_window
@@ -141,7 +154,7 @@ class StaticKVCache:
             first: Number of its tokens whose keys and values are there already.
             pending: (batch,) int64, position of each row's pending token.
         """
-        beyond = self._slot_index[: self.window] - pending[:, None]
+        beyond = self._open_window().slots - pending[:, None]
         token = beyond.clamp(0, len(shape.depths) - 1)
         mask = shape.sees[first:][:, token].transpose(0, 1)
         mask = ((mask & (beyond < len(shape.depths))[:, None]) | (beyond < 0)[:, None]).unsqueeze(1)
@@ -163,12 +176,8 @@ class StaticKVCache:
         """Return what `at` does, for a mask of bools and the slots of the tokens: (batch, seq)."""
         if self._hidden is not None:
             mask = torch.where(mask, 0.0, self._hidden)
-        views, index = self._views(), (self._rows, slots)
-        keys, values = (
-            [layer for each in half for layer in each[..., : self.window, :].unbind()]
-            for half in (views.keys, views.values)
-        )
-        return mask, lambda l: LayerSlots(views.layers[l], keys[l], values[l], index)
+        window, index = self._open_window(), (self._rows, slots)
+        return mask, lambda l: LayerSlots(window.layers[l], window.keys[l], window.values[l], index)
 
 
 class TreeSlots:

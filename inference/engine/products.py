@@ -29,6 +29,8 @@ class TransposedLinear(nn.Module):
         bias: b, (out,); None: 0.
     """
 
+    transposed: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.transposed = weight.detach().t().contiguous()
@@ -44,13 +46,6 @@ class TransposedLinear(nn.Module):
         """Return x W^T + b, (..., out), for x: (..., in)."""
         out = torch.matmul(x, self.transposed)
         return out if self.bias is None else out + self.bias
-
-    def write(self, x: Tensor, out: Tensor) -> None:
-        """Write x W^T + b of x: (n, in) into out: (n, out)."""
-        if self.bias is None:
-            torch.mm(x, self.transposed, out=out)
-        else:
-            torch.addmm(self.bias, x, self.transposed, out=out)
 
 
 def add_product(h: Tensor, linear: nn.Module, x: Tensor) -> Tensor:

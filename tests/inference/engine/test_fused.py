@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.engine.fused import FusedBlock, fuse
+from inference.engine.fused import fuse
+from inference.engine.fused_block import FusedBlock
 from inference.engine.generation import Generation
 from inference.engine.products import can_pack, pack
 from inference.engine.sampling import Sampling

@@ -81,7 +81,8 @@ def test_keys_and_values_of_a_token_that_skips_are_those_of_one_that_runs(change
 @pytest.mark.parametrize(("on_gpu", "step"), [(False, 1), (True, 128)])
 def test_windows_on_a_gpu_have_few_sizes(on_gpu, step):
     weight = SimpleNamespace(is_cuda=on_gpu)
-    model = SimpleNamespace(run_layers=None, norm=SimpleNamespace(weight=weight))
+    norm = SimpleNamespace(weight=weight)
+    model = SimpleNamespace(run_layers=None, norm=norm)
     assert window_step(model) == step
 
 

@@ -52,8 +52,6 @@ def test_products_are_as_exact_as_plain_ones(rows, form, dtype, error):
         close = {"atol": error * 320**0.5, "rtol": error}
         torch.testing.assert_close(found.double(), expected, **close)
         if form == "transposed" and x.ndim == 2:
-            linear.write(x, found := torch.empty_like(found))
-            torch.testing.assert_close(found.double(), expected, **close)
             added = add_product(found, linear, x)
             torch.testing.assert_close(added.double(), 2 * expected, **close)
             assert torch.equal(linear.weight, weight)
