@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inference.engine.fused_block import (
@@ -36,10 +36,13 @@ def written_out(block: FusedBlock, to: Buffers) -> Step | None:
     attention, feed_forward = block.attention, block.feed_forward
     assert isinstance(attention, FusedAttention)
     assert isinstance(feed_forward, FusedFeedForward)
+    linears: tuple[nn.Module, ...] = (
+        attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2,
+    )  # fmt: skip
     parts = [
-        part.transposed
-        for part in (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)
-        if isinstance(part, TransposedLinear) and part.bias is None
+        linear.transposed
+        for linear in linears
+        if isinstance(linear, TransposedLinear) and linear.bias is None
     ]
     if len(parts) < 4 or not block.norm_first:
         return None
