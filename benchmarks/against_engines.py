@@ -125,11 +125,6 @@ def make_arms(options: Options, model: Llama) -> dict[str, Decode]:
         compile_layers(model)
     text = options.strategy or f"self_speculative:E={options.E}:d={options.d}"
     speculative = parse_strategy(text)
-    same_d = {
-        "num_assistant_tokens": options.d,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
     early = f"transformers assistant_early_exit={options.E}"
     arms: dict[str, Decode] = {
         PLAIN: ours(model, Autoregressive(), n),
@@ -137,7 +132,7 @@ def make_arms(options: Options, model: Llama) -> dict[str, Decode]:
         f"skipstone {describe(speculative)}": ours(model, speculative, n),
         early: by_transformers(twin, n, assistant_early_exit=options.E),
         f"{early}, {options.d} drafted": by_transformers(
-            twin, n, assistant_early_exit=options.E, **same_d
+            twin, n, assistant_early_exit=options.E, drafted=options.d
         ),
     }
     if find_spec("ctranslate2") is None:

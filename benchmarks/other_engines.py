@@ -17,6 +17,11 @@ from models.conversion.hugging_face import hugging_face_config, hugging_face_sta
 from models.llama import Llama
 
 Decode = Callable[[list[int]], list[int]]
+_DRAFTING = (
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+)
 NO_TOKEN = -1
 """An id that no text ends with."""
 
@@ -34,11 +39,28 @@ def transformers_twin(model: Llama) -> transformers.PreTrainedModel:
 
 
 def by_transformers(
-    twin: transformers.PreTrainedModel, max_new_tokens: int, **options: object
+    twin: transformers.PreTrainedModel,
+    max_new_tokens: int,
+    *,
+    drafted: int | None = None,
+    **options: object,
 ) -> Decode:
-    """Return greedy decoding by `generate`, with further options of it."""
+    """Return greedy decoding by `generate`.
+
+    Args:
+        twin: The model.
+        max_new_tokens: Tokens to add.
+        drafted: Tokens that an assistant drafts in each round; None: up to 20, while it is sure.
+        **options: Further options of `generate`.
+    """
+    by_default = transformers.GenerationConfig()
+    drafting = {name: getattr(by_default, name) for name in _DRAFTING}
+    if drafted is not None:
+        drafting = dict(zip(_DRAFTING, (drafted, "constant", 0.0), strict=True))
 
     def decode(prompt: list[int]) -> list[int]:
+        # An assistant takes these from the model, and not from the call.
+        vars(twin.generation_config).update(drafting)
         tokens = torch.tensor([prompt])
         out = twin.generate(
             tokens,
