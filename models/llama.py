@@ -2,8 +2,9 @@
 
 Independent of ranks, losses, optimizers, files and flags: parallelism is applied from outside. Its
 verbs are `embed`, `run_layers` and `exit_logits`; training, drafting and verifying all
-call the one loop over layers in `run_layers`. Rotary embeddings use the half-split layout of
-Hugging Face checkpoints, so weights pass between the two by renaming alone.
+call the one loop over layers in `run_layers`, for which `inference/engine/fused.py` has a stand-in.
+Rotary embeddings use the half-split layout of Hugging Face checkpoints, so weights pass between the
+two by renaming alone.
 """
 
 from collections.abc import Callable, Collection

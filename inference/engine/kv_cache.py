@@ -7,6 +7,7 @@ Imports no strategy.
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -144,27 +145,25 @@ class StaticKVCache:
         mask = slots <= query
         if self._sliding_window is not None and self._sliding_window < self.window:
             mask &= slots > query - self._sliding_window
-        return self.opened(mask, positions)
+        return self._numbers(mask), self.layers_at(positions)
 
-    def tree(self, shape: TreeShape, first: int, pending: Tensor) -> "TreeSlots":
-        """Return the cache for a pass over the tokens of a tree from the `first` on.
+    def open_tree(self, shape: TreeShape, pending: Tensor) -> "OpenTree":
+        """Open the cache for the tokens of a tree, all within the window.
 
         Args:
-            shape: The tree; the window must hold it.
-            first: Number of its tokens whose keys and values are there already.
+            shape: The tree.
             pending: (batch,) int64, position of each row's pending token.
         """
+        n, depths = len(shape.depths), shape.depths
         beyond = self._open_window().slots - pending[:, None]
-        token = beyond.clamp(0, len(shape.depths) - 1)
-        mask = shape.sees[first:][:, token].transpose(0, 1)
-        mask = ((mask & (beyond < len(shape.depths))[:, None]) | (beyond < 0)[:, None]).unsqueeze(1)
+        token = beyond.clamp(0, n - 1)
+        mask = shape.sees[:, token].transpose(0, 1) & (beyond < n)[:, None]
+        mask |= (beyond < 0)[:, None]
         if self._sliding_window is not None and self._sliding_window < self.window:
-            behind = shape.depths[first:, None] - torch.where(
-                beyond < 0, beyond, shape.depths[token]
-            ).unsqueeze(1)
-            mask &= (behind < self._sliding_window).unsqueeze(1)
-        slots = pending[:, None] + torch.arange(first, len(shape.depths), device=pending.device)
-        return TreeSlots(self, mask, slots)
+            key_depths = torch.where(beyond < 0, beyond, depths[token]).unsqueeze(1)
+            mask &= depths[:, None] - key_depths < self._sliding_window
+        positions, slots = (pending[:, None] + each for each in (depths, self._slot_index[:n]))
+        return OpenTree(self, positions, slots, self._numbers(mask.unsqueeze(1)))
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slot `source` of each row to `target` in all layers, (batch,) int64 both."""
@@ -172,29 +171,35 @@ class StaticKVCache:
         for buffer in self._buffers:
             buffer[:, rows, target] = buffer[:, rows, source]
 
-    def opened(self, mask: Tensor, slots: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
-        """Return what `at` does, for a mask of bools and the slots of the tokens: (batch, seq)."""
-        if self._hidden is not None:
-            mask = torch.where(mask, 0.0, self._hidden)
+    def layers_at(self, slots: Tensor) -> Callable[[int], "LayerSlots"]:
+        """Return the storage of layer l, opened for tokens that belong in `slots`: (batch, seq)."""
         window, index = self._open_window(), (self._rows, slots)
-        return mask, lambda l: LayerSlots(window.layers[l], window.keys[l], window.values[l], index)
+        return lambda l: LayerSlots(window.layers[l], window.keys[l], window.values[l], index)
+
+    def _numbers(self, mask: Tensor) -> Tensor:
+        return mask if self._hidden is None else torch.where(mask, 0.0, self._hidden)
 
 
-class TreeSlots:
-    """A cache opened for one pass over the tokens of a tree.
+@dataclass(frozen=True)
+class OpenTree:
+    """A cache opened for a pass over tokens of a tree."""
 
-    Args:
-        cache: The cache.
-        mask: (batch, 1, seq, window) bool.
-        slots: (batch, seq) int64, where the tokens' keys and values belong.
-    """
+    cache: StaticKVCache
+    positions: Tensor
+    """(batch, n) int64, of the tokens."""
+    slots: Tensor
+    """(batch, n) int64, where their keys and values belong."""
+    mask: Tensor
+    """(batch, 1, n, window), as of `StaticKVCache.at`."""
 
-    def __init__(self, cache: StaticKVCache, mask: Tensor, slots: Tensor) -> None:
-        self._cache, self._mask, self._slots = cache, mask, slots
+    def since(self, first: int) -> "OpenTree":
+        """Return the cache for the tokens from the `first` on, the others having been run."""
+        positions, slots = self.positions[:, first:], self.slots[:, first:]
+        return OpenTree(self.cache, positions, slots, self.mask[:, :, first:])
 
     def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
         """Return mask and storage, see `StaticKVCache.at`."""
-        return self._cache.opened(self._mask, self._slots)
+        return self.mask, self.cache.layers_at(self.slots)
 
 
 class LayerSlots:

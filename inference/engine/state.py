@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.engine.batch import Batch
 from inference.engine.counters import Counters
-from inference.engine.kv_cache import StaticKVCache, TreeShape
+from inference.engine.kv_cache import OpenTree, StaticKVCache, TreeShape
 from inference.engine.sampling import Sampling, draw_weights
 from models.block import KVCache
 from models.llama import NOTHING, Llama, SkippedParts
@@ -86,26 +86,24 @@ class DecodeState:
             exit_layers=exit_layers,
         )
 
-    def run_tree(
-        self, h: Tensor, start: int, stop: int, shape: TreeShape, first: int = 0
-    ) -> Tensor:
-        """Run layers start, ..., stop - 1 on the tokens of a tree from the `first` on.
+    def open_tree(self, shape: TreeShape) -> OpenTree:
+        """Open the cache for the pending tokens and those of a tree after each."""
+        self.cache.set_window(self.batch.max_position + len(shape.depths))
+        return self.cache.open_tree(shape, self.batch.positions)
+
+    def run_tree(self, h: Tensor, start: int, stop: int, tree: OpenTree) -> Tensor:
+        """Run layers start, ..., stop - 1 on tokens of a tree.
 
         Args:
-            h: (batch, n - first, dim), their x_start.
+            h: (batch, n, dim), their x_start.
             start: First layer index l.
             stop: One past the last layer index.
-            shape: The tree of n tokens.
-            first: Number of its tokens that these layers have been run on.
+            tree: The cache, opened for these tokens.
 
         Returns:
-            x_stop, (batch, n - first, dim).
+            x_stop, (batch, n, dim).
         """
-        batch = self.batch
-        self.cache.set_window(batch.max_position + len(shape.depths))
-        cache = self.cache.tree(shape, first, batch.positions)
-        positions = batch.positions[:, None] + shape.depths[first:]
-        return self._run(h, start, stop, positions=positions, cache=cache)[0]
+        return self._run(h, start, stop, positions=tree.positions, cache=tree)[0]
 
     def _run(
         self,

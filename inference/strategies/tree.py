@@ -58,12 +58,11 @@ def verify_tree(state: DecodeState, E: int, drafted: Draft) -> VerifiedTree:
     """
     assert drafted.leaves is not None
     d, branch = drafted.tokens.shape[1], drafted.leaves.shape[2] + 1
-    shape = tree_shape(d, branch, state.batch.device)
-    done = len(drafted.exits)
+    tree, done = state.open_tree(tree_shape(d, branch, state.batch.device)), len(drafted.exits)
     tokens = torch.cat((drafted.tokens[:, done - 1 :], drafted.leaves.flatten(1)), dim=1)
-    x_E = state.run_tree(state.model.embed(tokens), 0, E, shape, first=done)
+    x_E = state.run_tree(state.model.embed(tokens), 0, E, tree.since(done))
     x_E = torch.cat((*drafted.exits, x_E), dim=1)
-    x_L = state.run_tree(x_E, E, state.model.config.n_layers, shape)
+    x_L = state.run_tree(x_E, E, state.model.config.n_layers, tree)
     p = state.distribution(x_L)
     return VerifiedTree(p[:, : d + 1], p[:, d + 1 :])
 
