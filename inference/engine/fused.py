@@ -1,5 +1,6 @@
 """The loop over fused layers of a model on a CPU, in float32; and `fuse`, which makes them."""
 
+import threading
 from collections.abc import Callable, Collection
 
 import torch
@@ -77,8 +78,9 @@ class FusedLayers:
     def __init__(self, model: Llama) -> None:
         self._model, self._without_cache = model, model.run_layers
         self._blocks: list[FusedBlock] = [*model.layers.values()]  # type: ignore[list-item]
-        self._steps: dict[tuple[int, int], list[Step | None]] = {}
-        """The layers written out, by rows of a pass and tokens of each."""
+        self._steps: dict[tuple[int, int, int], list[Step | None]] = {}
+        """The layers written out, by thread, rows of a pass and tokens of each: their buffers are
+        one pass's at a time."""
 
     def __call__(
         self,
@@ -105,10 +107,10 @@ class FusedLayers:
             p = self._model.gate(l, x)
             step, kv = steps[l], layer_kv(l)
             assert isinstance(kv, LayerSlots)
-            if step is not None and skipped is NOTHING:
+            attend, feed = l not in skipped.attention, l not in skipped.feed_forward
+            if step is not None and attend and feed:
                 out = step(x, by_token, mask, kv)
             else:
-                attend, feed = l not in skipped.attention, l not in skipped.feed_forward
                 out = self._blocks[l].decode(x, turns, mask, kv, attend=attend, feed=feed)
             x = route(x, out, p)
             if l in exit_layers:
@@ -118,11 +120,12 @@ class FusedLayers:
     def _written_out(self, batch: int, seq: int) -> list[Step | None]:
         if batch * seq > _WRITTEN_OUT_TOKENS:
             return [None] * len(self._blocks)
-        if (batch, seq) not in self._steps:
+        key = threading.get_ident(), batch, seq
+        if key not in self._steps:
             with torch.inference_mode(False):
                 to = self._blocks[0].new_buffers(batch, seq)
-            self._steps[batch, seq] = [written_out(block, to) for block in self._blocks]
-        return self._steps[batch, seq]
+            self._steps[key] = [written_out(block, to) for block in self._blocks]
+        return self._steps[key]
 
 
 class ComplexRotary:

@@ -1,6 +1,7 @@
 """Fused layers are the same function as plain ones, in fewer operations."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
@@ -98,6 +99,17 @@ def test_bits_of_fused_matrices_are_those_of_plain_ones():
         quantize_layers(model, "int8")
     strategy = parse_strategy(STRATEGIES[1])
     assert decode(fused, PROMPTS, strategy).tokens == decode(plain, PROMPTS, strategy).tokens
+
+
+def test_threads_decode_from_one_model():
+    _, fused = plain_and_fused({})
+    pack(fused)
+    strategy = parse_strategy("self_speculative:E=2:d=3")
+    alone = [decode(fused, [prompt], strategy).tokens for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        for _ in range(5):
+            found = threads.map(lambda prompt: decode(fused, [prompt], strategy).tokens, PROMPTS)
+            assert list(found) == alone
 
 
 class Calls(TorchDispatchMode):
