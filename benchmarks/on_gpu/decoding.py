@@ -8,6 +8,7 @@ import torch
 from benchmarks.on_gpu.session import Session
 from inference.engine.compiled import compile_layers
 from inference.engine.cuda_graphs import round_graphs
+from inference.engine.fused import fuse
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from inference.evaluation.measurement import ArmResult, Workload, measure
@@ -42,6 +43,7 @@ def decode(
     if session.tiny:
         config, E, dtype = replace(SIZES["tiny"], n_layers=2), 1, torch.float32
     model = build(config, E, session.device, dtype)
+    fuse(model, compiled=how == "compiled")
     if how == "compiled":
         compile_layers(model)
     prompt, new = (8, 12) if session.tiny else (prompt, 56)
