@@ -91,12 +91,12 @@ def test_one_row_takes_the_plain_weight_where_it_is_kept():
 def test_compiled_layers_with_packed_weights_give_the_same_tokens(monkeypatch):
     config = small(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=61)
     model = build_random(replace(config, **BIASES)).eval().requires_grad_(False)
-    strategy, options = SelfSpeculative(E=1, d=1), {"max_new_tokens": 6}
-    plain = decode(model, [[3, 4, 5]], strategy, **options).tokens
+    strategy, options = SelfSpeculative(E=1, d=1), {"max_new_tokens": 2}  # passes of two shapes
+    plain = decode(model, [[3]], strategy, **options).tokens
     fuse(model, compiled=True)
     monkeypatch.setattr(products, "TRANSPOSED_ELEMENTS", products.PACKED_ELEMENTS)
     pack(model)
     assert isinstance(model.block(0).feed_forward.w13, PackedLinear)
     assert isinstance(model.block(0).attention.wo, TransposedLinear)
     compile_layers(model)
-    assert decode(model, [[3, 4, 5]], strategy, **options).tokens == plain
+    assert decode(model, [[3]], strategy, **options).tokens == plain
