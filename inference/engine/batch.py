@@ -25,6 +25,9 @@ class Round:
     """(batch, n) int64, layers run for each token; None where the strategy does not vary them."""
     most_drafted: int | None = None
     """Tokens of a draft that no stop rule ends; None: n - 1."""
+    leaf: Tensor | None = None
+    """(batch,) bool, whether the last accepted one is a leaf, another candidate in place of the
+    drafted token, which was rejected; None: there are no leaves."""
 
     @classmethod
     def plain(cls, token: Tensor, depths: Tensor | None = None) -> Self:

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-StopReason = Literal["rejected", "not_sure", "end", "limit", "whole"]
-"""Why no more drafts of a round were accepted: the next was rejected; the draft's stop rule had
-ended it; its row ended, at a stop token or at its limit; or all d were accepted."""
+StopReason = Literal["rejected", "leaf", "not_sure", "end", "limit", "whole"]
+"""Why no more drafts of a round were accepted: the next was rejected, or it was and a leaf taken in
+its stead; the draft's stop rule had ended it; its row ended, at a stop token or at its limit; or it
+was accepted whole."""
 
 DraftedRound = tuple[int, int, StopReason]
 """Tokens drafted, tokens accepted, and why no more."""
@@ -32,6 +33,8 @@ class Counters:
     """Drafted tokens accepted; not those after a stop token or beyond a row's limit."""
     rejections: int = 0
     """Rounds in which a drafted token was rejected before the row's end."""
+    leaves: int = 0
+    """Accepted ones that are leaves, in place of a drafted token that was rejected."""
     drafted_past_end: int = 0
     """Tokens drafted behind a row's end; neither in `drafted` nor in `accepted`."""
     drafts: Counter[DraftedRound] = field(default_factory=Counter)
@@ -120,10 +123,11 @@ class Counters:
         as rejected too. The number accepted in a round is geometric, cut at d or at the row's end:
         P(n) = a^n (1 - a) if the next is rejected, else a^n. Its likelihood over rounds,
         a^accepted (1 - a)^rejections, peaks at accepted / (accepted + rejections). None without
-        drafts.
+        drafts. Of a draft with leaves, that of its own tokens.
         """
-        tried = self.accepted + self.rejections
-        return self.accepted / tried if tried else None
+        own = self.accepted - self.leaves
+        tried = own + self.rejections
+        return own / tried if tried else None
 
 
 def describe_drafts(rounds: Mapping[DraftedRound, int]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Collection
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +118,14 @@ class FusedLayers:
             if l in exit_layers:
                 exits[l] = x.view(h.shape)
         return x.view(h.shape), exits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedLayers":
+        """Copy all but the layers written out, which hold the weights they were written for."""
+        twin = object.__new__(FusedLayers)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            setattr(twin, name, {} if name == "_steps" else deepcopy(value, memo))
+        return twin
 
     def _written_out(self, batch: int, seq: int) -> list[Step | None]:
         if batch * seq > _WRITTEN_OUT_TOKENS:

@@ -24,7 +24,7 @@ class UnitNorm(RMSNorm):
 
     def __init__(self, norm: RMSNorm) -> None:
         nn.Module.__init__(self)
-        floor = torch.tensor((norm.eps * norm.weight.numel()) ** 0.5)
+        floor = norm.weight.new_tensor((norm.eps * norm.weight.numel()) ** 0.5)
         self.register_buffer("floor", floor, persistent=False)
         self.floor: Tensor
 
@@ -207,8 +207,8 @@ class FusedBlock(TransformerBlock):
         attention, feed_forward = self.attention, self.feed_forward
         assert isinstance(attention, FusedAttention)
         assert isinstance(feed_forward, FusedFeedForward)
-        product = torch.empty(batch * seq, attention.width)
-        inner = torch.empty(batch * seq, feed_forward.width)
+        product = torch.empty(batch * seq, attention.width, dtype=torch.float32, device="cpu")
+        inner = torch.empty(batch * seq, feed_forward.width, dtype=torch.float32, device="cpu")
         gate, up = inner.chunk(2, dim=-1)
         return Buffers(attention.cut(product, batch, seq), inner, gate, up)
 

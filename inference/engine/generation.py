@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from inference.engine.batch import Round
 from inference.engine.counters import Counters, DraftedRound, StopReason
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
 from inference.engine.decoder import advancing
+from inference.engine.in_flight import InFlightRound
 from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
 from models.config import LlamaConfig
-from models.host_copy import HostCopy
 from models.llama import Llama
 
 
@@ -99,12 +98,22 @@ class Generation:
         self._batch: GraphedBatch | None = None
         if graphs is None:
             self._state = allocate(
-                model, rows, slots=slots, sampling=sampling, seed=seed, spare=strategy.spare_slots
+                model,
+                rows,
+                slots=slots,
+                sampling=sampling,
+                seed=seed,
+                spare=strategy.spare_slots(slots),
             )
             self._run_round = advancing(self._state.batch, strategy.start(self._state))
         else:
             self._batch = graphs.take(
-                model, rows, slots=slots, sampling=sampling, seed=seed, spare=strategy.spare_slots
+                model,
+                rows,
+                slots=slots,
+                sampling=sampling,
+                seed=seed,
+                spare=strategy.spare_slots(slots),
             )
             self._state, self._run_round = self._batch.state, self._batch.start(strategy)
         self.counters = self._state.counters
@@ -157,7 +166,7 @@ class Generation:
     def _read(self) -> list[Emission]:
         """Read the oldest round in flight; rows whose prompts have ended get the next ones."""
         in_flight, counters = self._in_flight.popleft(), self.counters
-        tokens, accepted, drafted, depths = in_flight.read()
+        tokens, accepted, drafted, leaves, depths = in_flight.read()
         emissions = []
         for row, prompt in enumerate(in_flight.rows):
             if prompt is None or prompt != self._rows[row]:
@@ -172,11 +181,14 @@ class Generation:
             counters.rounds += 1
             counters.drafted += tried
             counters.accepted += kept
-            counters.rejections += kept < tried
+            leaf = bool(leaves[row]) and len(new) >= accepted[row]
+            counters.leaves += leaf
+            counters.rejections += leaf or kept < tried
             counters.drafted_past_end += drafted[row] - tried
             if tried:
                 whole = in_flight.most_drafted == tried
-                how = tried, kept, self._why_no_more(prompt, kept < tried, whole)
+                why = "leaf" if leaf else self._why_no_more(prompt, kept < tried, whole)
+                how = tried, kept, why
                 counters.drafts[how] += 1
                 self.drafts[prompt][how] += 1
             if depths is not None:
@@ -240,34 +252,6 @@ class Generation:
         self.counters.prompt_token_layers += state.counters.token_layers
         state.counters = self.counters
         self.counters.prefill_seconds += time.perf_counter() - start
-
-
-class InFlightRound:
-    """A round whose tokens the host has not read; later rounds may overwrite its tensors.
-
-    Args:
-        result: The round.
-        rows: The prompt that was in each row.
-    """
-
-    def __init__(self, result: Round, rows: list[int | None]) -> None:
-        self.rows, self.n = rows, result.tokens.shape[1]
-        self.most_drafted = self.n - 1 if result.most_drafted is None else result.most_drafted
-        parts = [result.tokens, torch.stack((result.accepted, result.drafted), dim=1)]
-        if result.depths is not None:
-            parts.append(result.depths)
-        self._numbers = HostCopy(torch.cat(parts, dim=1))
-
-    def read(self) -> tuple[list[list[int]], list[int], list[int], list[list[int]] | None]:
-        """Return tokens, accepted, drafted and depths of all rows, as in `Round`."""
-        numbers, n = self._numbers.read(), self.n
-        depths = [row[n + 2 :] for row in numbers]
-        return (
-            [row[:n] for row in numbers],
-            [row[n] for row in numbers],
-            [row[n + 1] for row in numbers],
-            depths if depths[0] else None,
-        )
 
 
 def wait_for(device: torch.device) -> None:

@@ -50,9 +50,8 @@ class Strategy(ABC):
         """Return the number of layers that prompts are run through, and the parts skipped."""
         return n_layers, NOTHING
 
-    @property
-    def spare_slots(self) -> int:
-        """KV slots of a row that a round may write beyond its tokens."""
+    def spare_slots(self, slots: int) -> int:
+        """Return how many KV slots a round may write beyond the `slots` of a row's tokens."""
         return 0
 
     @abstractmethod

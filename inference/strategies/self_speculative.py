@@ -81,9 +81,8 @@ class SelfSpeculative(Strategy):
         plain = not self.ngram and not self.draft_vocab and self.branch == 1
         return plain and Stop(self.stop, self.stop_entropy).never
 
-    @property
-    def spare_slots(self) -> int:
-        return self.d * (self.branch - 1)
+    def spare_slots(self, slots: int) -> int:
+        return min(self.d, slots - 1) * (self.branch - 1)
 
     def start(self, state: DecodeState) -> Decoder:
         vocab_size = self.draft_vocab or state.model.config.vocab_size

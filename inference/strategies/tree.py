@@ -78,7 +78,7 @@ def accept_tree(state: DecodeState, drafted: Draft, verified: VerifiedTree) -> R
     accepted, rank, token = accept_candidates(
         candidates, drafted.q, verified.chain, state.generator, drafted.lengths
     )
-    leaf = rank > 0
+    leaf = (rank > 0).long()
     # Of a row without a leaf any will do.
     index = accepted.clamp(max=d - 1) * width + (rank - 1).clamp(min=0)
     rows = torch.arange(len(index), device=index.device)
@@ -86,12 +86,12 @@ def accept_tree(state: DecodeState, drafted: Draft, verified: VerifiedTree) -> R
     tokens = torch.cat((drafted.tokens, token[:, None]), dim=1)
     tokens.scatter_(1, accepted[:, None], token[:, None])
     end = (accepted + leaf)[:, None]
-    tokens.scatter_(1, end, torch.where(leaf, after, token)[:, None])
+    tokens.scatter_(1, end, torch.where(leaf > 0, after, token)[:, None])
     state.cache.move(
-        state.batch.positions + torch.where(leaf, d + 1 + index, 0),
-        state.batch.positions + torch.where(leaf, accepted + 1, 0),
+        state.batch.positions + leaf * (d + 1 + index),
+        state.batch.positions + leaf * (accepted + 1),
     )
     lengths = drafted.lengths
     if lengths is None:
         lengths = torch.full_like(accepted, d)
-    return Round(tokens, end.squeeze(1), drafted=lengths)
+    return Round(tokens, end.squeeze(1), drafted=lengths, leaf=leaf)

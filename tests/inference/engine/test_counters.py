@@ -60,7 +60,7 @@ def test_adding_adds_every_count():
 def test_counts_in_json_files_keep_their_names():
     content = Counters(depths=Counter({4: 1, 2: 3}), passes=Counter({(0, 4, 1): 1})).content()
     assert ", ".join(content) == (
-        "tokens, rounds, drafted, accepted, rejections, drafted_past_end, drafts, depths, "
+        "tokens, rounds, drafted, accepted, rejections, leaves, drafted_past_end, drafts, depths, "
         "thresholds, token_layers, head_evaluations, projected, draft_token_layers, "
         "draft_head_evaluations, syncs, prompt_token_layers, prefill_seconds, decode_seconds"
     )

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inference.engine.fused import fuse
 from inference.engine.fused_block import FusedBlock
 from inference.engine.generation import Generation
-from inference.engine.products import can_pack, pack
+from inference.engine.products import TransposedLinear, can_pack, pack
 from inference.engine.sampling import Sampling
 from inference.loading.quantized import quantize_layers
 from inference.strategies.registry import parse_strategy
@@ -110,6 +110,34 @@ def test_threads_decode_from_one_model():
         for _ in range(5):
             found = threads.map(lambda prompt: decode(fused, [prompt], strategy).tokens, PROMPTS)
             assert list(found) == alone
+
+
+def test_a_copy_has_weights_of_its_own():
+    _, fused = plain_and_fused({})
+    pack(fused)
+    strategy = parse_strategy("autoregressive")
+    tokens = decode(fused, PROMPTS, strategy).tokens
+    copy = deepcopy(fused)
+    for parameter in [*fused.parameters(), *(m.transposed for m in linears(fused))]:
+        parameter.zero_()
+    assert decode(copy, PROMPTS, strategy).tokens == tokens
+    assert decode(fused, PROMPTS, strategy).tokens != tokens
+
+
+def linears(model):
+    return [m for m in model.modules() if isinstance(m, TransposedLinear)]
+
+
+def test_the_default_dtype_does_not_matter():
+    plain, fused = plain_and_fused({})
+    pack(fused)
+    strategy = parse_strategy("autoregressive")
+    tokens = decode(plain, PROMPTS, strategy).tokens
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert decode(fused, PROMPTS, strategy).tokens == tokens
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Calls(TorchDispatchMode):

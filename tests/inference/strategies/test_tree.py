@@ -88,6 +88,24 @@ def test_kv_of_a_leaf_moves_to_its_position(model):
             h, _ = model.run_layers(h, l, l + 1)
 
 
+def test_leaves_are_counted_apart_from_the_drafts_own_tokens(model):
+    chain = start(model, PROMPTS, 2, 3).finish().counters
+    counters = with_leaves(model, 61, 2, 3).finish().counters
+    # With every token a candidate, what is rejected has a leaf in its stead, but at a row's end.
+    assert counters.leaves == counters.rejections > 0
+    assert {why for _, _, why in counters.drafts} <= {"leaf", "whole", "limit"}
+    own = counters.accepted - counters.leaves
+    assert counters.agreement == own / (own + counters.rejections)
+    assert abs(counters.agreement - chain.agreement) < 0.1
+
+
+def test_spare_slots_are_those_of_a_round_that_fits(model):
+    generation = with_leaves(model, 8, 2, 10**9, PROMPTS[:1], max_new_tokens=5)
+    assert generation._state.cache.keys[0].shape[2] < 100
+    greedy = start(model, PROMPTS[:1], name="autoregressive", max_new_tokens=5).finish().tokens
+    assert generation.finish().tokens == greedy
+
+
 def test_slots_nobody_wrote_have_no_weight(model):
     clean = with_leaves(model, 3, 2, 5, PROMPTS[:1]).finish().tokens
     assert poisoned(with_leaves(model, 3, 2, 5, PROMPTS[:1]), torch.nan) == clean
