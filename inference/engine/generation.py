@@ -93,30 +93,25 @@ class Generation:
         device = model.norm.weight.device
         self._async_readback = device.type == "cuda" if async_readback is None else async_readback
         self._in_flight: deque[InFlightRound] = deque()
-        sampling, slots = sampling or Sampling(), max(self._ends)
         self._graphs = graphs
         self._batch: GraphedBatch | None = None
-        if graphs is None:
+        self._open_batch(model, strategy, sampling or Sampling(), seed)
+        self.counters = self._state.counters
+
+    def _open_batch(self, model: Llama, strategy: Strategy, sampling: Sampling, seed: int) -> None:
+        """Allocate a batch, or take the one that graphs are kept of."""
+        rows, slots = len(self._rows), max(self._ends)
+        spare = strategy.spare_slots(slots)
+        if self._graphs is None:
             self._state = allocate(
-                model,
-                rows,
-                slots=slots,
-                sampling=sampling,
-                seed=seed,
-                spare=strategy.spare_slots(slots),
+                model, rows, slots=slots, sampling=sampling, seed=seed, spare=spare
             )
             self._run_round = advancing(self._state.batch, strategy.start(self._state))
         else:
-            self._batch = graphs.take(
-                model,
-                rows,
-                slots=slots,
-                sampling=sampling,
-                seed=seed,
-                spare=strategy.spare_slots(slots),
+            self._batch = self._graphs.take(
+                model, rows, slots=slots, sampling=sampling, seed=seed, spare=spare
             )
             self._state, self._run_round = self._batch.state, self._batch.start(strategy)
-        self.counters = self._state.counters
 
     def __iter__(self) -> Iterator[list[Emission]]:
         return self
