@@ -175,6 +175,8 @@ def compare(options: Options) -> None:
         speed, same = rows[name]["tokens_per_second"], rows[name]["same_tokens"]
         print(f"{name:56} {speed:8.1f} tokens/s  same tokens: {same}")
     given = {key: str(value) for key, value in asdict(options).items() if key != "json"}
+    if options.layerskip is not None:
+        given["layerskip"] = options.layerskip.name
     content: dict[str, object] = {
         "options": given,
         "model": asdict(model.config),
