@@ -35,7 +35,6 @@ class TransposedLinear(nn.Module):
         super().__init__()
         self.transposed = weight.detach().t().contiguous()
         self.bias = None if bias is None else bias.detach()
-        self.width = len(weight)
 
     @property
     def weight(self) -> Tensor:
@@ -112,7 +111,8 @@ def pack(model: Llama) -> None:
 
     The head keeps its plain weight too, which `Llama.head_weight` returns.
     """
-    keep = sum(parameter.numel() for parameter in model.parameters()) <= KEPT_ELEMENTS
+    small = sum(parameter.numel() for parameter in model.parameters()) <= KEPT_ELEMENTS
+    keep = small and model.norm.weight.dtype == torch.float32
     for part in (*model.layers.modules(), *model.own_exits.modules()):
         for name, linear in list(part.named_children()):
             if isinstance(linear, nn.Linear) and type(linear.weight.data) is torch.Tensor:
@@ -128,5 +128,5 @@ def _laid_out(
     if weight.dtype == torch.float32 and weight.numel() < TRANSPOSED_ELEMENTS:
         return TransposedLinear(weight, bias)
     if weight.numel() >= PACKED_ELEMENTS:
-        return PackedLinear(weight, bias, keep=keep and (weight.dtype == torch.float32))
+        return PackedLinear(weight, bias, keep=keep)
     return plain

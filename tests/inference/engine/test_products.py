@@ -78,6 +78,16 @@ def test_a_packed_model_decodes_the_same_tokens(monkeypatch, changes):
         assert Generation(model, prompts, strategy, max_new_tokens=20).finish().tokens == plain
 
 
+def test_the_head_keeps_its_weight_in_bfloat16_too(monkeypatch):
+    monkeypatch.setattr(products, "PACKED_ELEMENTS", 1000)
+    model = build_random(small(n_layers=2)).bfloat16().eval().requires_grad_(False)
+    head = model.head_weight.clone()
+    pack(model)
+    assert isinstance(model.lm_head, PackedLinear)
+    assert torch.equal(model.head_weight, head)
+    assert model.block(0).feed_forward.w1.weight is None
+
+
 def test_one_row_takes_the_plain_weight_where_it_is_kept():
     weight = torch.randn(8, 16)
     x = torch.randn(1, 1, 16)
