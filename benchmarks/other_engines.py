@@ -77,9 +77,7 @@ def by_transformers(
     return decode
 
 
-def by_ctranslate2(
-    twin: transformers.PreTrainedModel, max_new_tokens: int, compute_type: str = "float32"
-) -> Decode:
+def by_ctranslate2(twin: transformers.PreTrainedModel, max_new_tokens: int) -> Decode:
     """Return greedy decoding by ctranslate2, of weights converted by its own converter."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
@@ -105,7 +103,7 @@ def by_ctranslate2(
         Converter(folder).convert(str(converted))
         generator = ctranslate2.Generator(
             str(converted),
-            compute_type=compute_type,
+            compute_type="float32",
             inter_threads=1,
             intra_threads=torch.get_num_threads(),
         )

@@ -26,7 +26,7 @@ class Round:
     most_drafted: int | None = None
     """Tokens of a draft that no stop rule ends; None: n - 1."""
     leaf: Tensor | None = None
-    """(batch,) bool, whether the last accepted one is a leaf, another candidate in place of the
+    """(batch,) int64, 1 where the last accepted one is a leaf, another candidate in place of the
     drafted token, which was rejected; None: there are no leaves."""
 
     @classmethod

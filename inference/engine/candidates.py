@@ -7,7 +7,7 @@ for the device.
 import torch
 from torch import Tensor
 
-from inference.engine.sampling import leading, sample
+from inference.engine.sampling import leading, race, sample
 
 
 def draw_candidates(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -16,9 +16,7 @@ def draw_candidates(weights: Tensor, count: int, generator: torch.Generator | No
     The order of the exponential race is one of draws without replacement. Without a generator: the
     largest weights, in order.
     """
-    if generator is not None:
-        weights = weights / torch.empty_like(weights).exponential_(generator=generator)
-    return weights.topk(count, dim=-1).indices
+    return race(weights, generator).topk(count, dim=-1).indices
 
 
 def accept_candidates(

@@ -75,10 +75,14 @@ def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     torch.multinomial never waits for the device. torch draws no e(x) = 0, so a weight of 0 never
     wins against a positive one. Without a generator the largest weight is taken.
     """
+    return race(weights, generator).argmax(-1)
+
+
+def race(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return the race of `sample`, whose order is one of draws; the weights without a generator."""
     if generator is None:
-        return weights.argmax(-1)
-    race = torch.empty_like(weights).exponential_(generator=generator)
-    return (weights / race).argmax(-1)
+        return weights
+    return weights / torch.empty_like(weights).exponential_(generator=generator)
 
 
 def accept(
