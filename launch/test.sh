@@ -18,14 +18,16 @@ ruff format --check .
 [ -n "${SKIPSTONE_TORCH:-}" ] || mypy
 for script in launch/*.sh launch/*.slurm .ci/run; do bash -n "$script"; done
 
-# The tests of launch/train.slurm start a real SLURM. Where it is missing and may be installed, it is.
-if ! command -v slurmctld >/dev/null 2>&1 && [ ! -x /usr/sbin/slurmctld ] &&
-  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-  echo "== installing the Debian packages slurm-wlm and munge"
+# Some tests start a real SLURM, some open pages in Chromium. What is missing and may be installed, is.
+packages=()
+command -v slurmctld >/dev/null 2>&1 || [ -x /usr/sbin/slurmctld ] || packages+=(slurm-wlm munge)
+command -v chromium >/dev/null 2>&1 || packages+=(chromium)
+if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+  echo "== installing the Debian packages ${packages[*]}"
   {
     timeout 200 apt-get update -qq &&
-      DEBIAN_FRONTEND=noninteractive timeout 300 \
-        apt-get install -y -qq --no-install-recommends slurm-wlm munge
+      DEBIAN_FRONTEND=noninteractive timeout 400 \
+        apt-get install -y -qq --no-install-recommends "${packages[@]}"
   } >/dev/null 2>&1 || echo "not possible here: the tests that need them are skipped"
 fi
 

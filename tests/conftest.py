@@ -12,6 +12,7 @@ from data.preparation import prepare
 from data.prepare_config import PrepareConfig
 from data.tokenizer import train_tokenizer
 from data.urls import Url, _s3_options
+from tests.browser import open_chromium
 from tests.documents import make_documents
 from tests.forked_jobs import Launcher
 from tests.training import ROOT, Training
@@ -50,6 +51,13 @@ def corpus(tmp_path_factory):
 def training(corpus, tmp_path):
     """Return the command that trains into a fresh output folder, as a user runs it."""
     return Training(corpus, tmp_path / "outputs")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Return a browser without a window, for the tests of all pages."""
+    with open_chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")
