@@ -42,8 +42,8 @@ class SelfSpeculative(Strategy):
     """n-gram lookup: where the last so many tokens of a row, or fewer but at least 2, came before,
     the tokens after them are its draft; no layer drafts if all rows have a lookup; 0: no lookup."""
     branch: int = 1
-    """Candidates for each drafted token: the exit's next-best are verified in the same pass, and
-    one of them takes the place of a drafted token that is wrong."""
+    """Candidates for each token that layers draft: the exit's next-best are verified in the same
+    pass, and one of them takes the place of a drafted token that is wrong."""
     draft_vocab: int = 0
     """Drafts are drawn from so many tokens, the most frequent ones (FR-Spec, arXiv 2502.14856); 0:
     from all."""
@@ -65,8 +65,6 @@ class SelfSpeculative(Strategy):
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         found += self.below(1, d="drafted token")
         found += self.below(1, branch="candidate")
-        if self.branch > 1 and self.ngram:
-            found.append(f"branch: {self.branch}, goes without ngram, leave one of them out")
         if self.draft_vocab < 0:
             found.append(f"draft_vocab: {self.draft_vocab}, give a number of tokens, or 0 for all")
         if self.draft_vocab and self.token_counts is None:

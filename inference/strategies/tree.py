@@ -76,7 +76,12 @@ def accept_tree(state: DecodeState, drafted: Draft, verified: VerifiedTree) -> R
     d, width = drafted.tokens.shape[1], drafted.leaves.shape[2]
     candidates = torch.cat((drafted.tokens[:, :, None], drafted.leaves), dim=2)
     accepted, rank, token = accept_candidates(
-        candidates, drafted.q, verified.chain, state.generator, drafted.lengths
+        candidates,
+        drafted.q,
+        verified.chain,
+        state.generator,
+        drafted.lengths,
+        given=drafted.given,
     )
     leaf = (rank > 0).long()
     # Of a row without a leaf any will do.

@@ -6,7 +6,6 @@ import torch
 from inference.engine.candidates import accept_candidates, draw_candidates
 from inference.engine.fused import fuse
 from inference.engine.sampling import Sampling
-from inference.strategies import tree
 from inference.strategies.tree import tree_shape
 from tests.inference.strategies.test_self_speculative import (
     PROMPTS,
@@ -62,8 +61,9 @@ def test_greedy_tokens_are_autoregressive_decodings(changes, fused):
             model, PROMPTS, name="autoregressive", batch_size=2, stop_tokens=[greedy[0][7]]
         )
         assert refilled.finish().tokens == stopped.finish().tokens
-        text = f"self_speculative:branch={branch}:stop=0.03"
-        assert start(model, PROMPTS, E, d, name=text).finish().tokens == greedy
+        for more in ("stop=0.03", "ngram=1") if fused else ("ngram=1", "ngram=2:stop=0.03"):
+            text = f"self_speculative:branch={branch}:{more}"
+            assert start(model, PROMPTS, E, d, name=text).finish().tokens == greedy, text
 
 
 def test_every_token_as_a_candidate_is_never_rejected(model):
@@ -114,10 +114,10 @@ def test_slots_nobody_wrote_have_no_weight(model):
     assert poisoned(with_leaves(model, 3, 2, 5), 1e30) == clean
 
 
-@pytest.mark.parametrize("branch", [2, 4])
+@pytest.mark.parametrize("settings", ["2", "4", "2:ngram=1", "3:ngram=1:stop=0.35"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_sampled_tokens_have_the_full_models_distribution(biased_model, sampling, branch):
-    assert excess(biased_model, sampling, E=1, d=2, name=f"self_speculative:branch={branch}") < 4
+def test_sampled_tokens_have_the_full_models_distribution(biased_model, sampling, settings):
+    assert excess(biased_model, sampling, E=1, d=2, name=f"self_speculative:branch={settings}") < 4
 
 
 def with_replacement(weights, count, generator):
@@ -125,7 +125,7 @@ def with_replacement(weights, count, generator):
     return torch.cat((first, weights.topk(count - 1, dim=-1).indices), dim=-1)
 
 
-def against_the_first_residual(candidates, q, p, generator, lengths):
+def against_the_first_residual(candidates, q, p, generator, lengths, *, given):
     """Try all candidates against p itself, as if none had been rejected before."""
     n, rank, token = accept_candidates(candidates, q, p, generator, lengths)
     rows = torch.arange(len(n))
@@ -135,14 +135,30 @@ def against_the_first_residual(candidates, q, p, generator, lengths):
     return n, torch.where(taken, candidates.shape[2] - 1, rank), torch.where(taken, other, token)
 
 
-def test_the_statistic_catches_wrong_rules(biased_model, monkeypatch):
-    sampling = Sampling(temperature=0.8)
-    options = {"E": 1, "d": 2, "name": "self_speculative:branch=2"}
-    with monkeypatch.context() as patch:
-        patch.setattr("inference.strategies.drafting.draw_candidates", with_replacement)
-        assert excess(biased_model, sampling, **options) > 6
-    monkeypatch.setattr(tree, "accept_candidates", against_the_first_residual)
-    assert excess(biased_model, sampling, **options) > 10
+def lookups_as_draws(*args, given):
+    return accept_candidates(*args)
+
+
+def leaves_beside_any_token(lookups, state, weights, i, branch):
+    """Draw leaves that may be the lookup's token."""
+    drawn = draw_candidates(weights, branch, state.generator)
+    found, token = lookups.found[:, None, None], lookups.tokens[:, i : i + 1, None]
+    return torch.where(found, torch.cat((token, drawn[..., :-1]), dim=-1), drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "more"),
+    [
+        ("drafting.draw_candidates", with_replacement, ""),
+        ("tree.accept_candidates", against_the_first_residual, ""),
+        ("tree.accept_candidates", lookups_as_draws, ":ngram=1"),
+        ("drafting.NgramDrafts.candidates", leaves_beside_any_token, ":ngram=1"),
+    ],
+)
+def test_the_statistic_catches_wrong_rules(biased_model, monkeypatch, name, wrong, more):
+    monkeypatch.setattr(f"inference.strategies.{name}", wrong)
+    options = {"E": 1, "d": 2, "name": f"self_speculative:branch=2{more}"}
+    assert excess(biased_model, Sampling(temperature=0.8), **options) > 6
 
 
 def test_candidates_are_drawn_without_replacement():
@@ -157,7 +173,7 @@ def test_candidates_are_drawn_without_replacement():
 
 
 def test_settings_that_do_not_fit_are_refused(model):
-    with pytest.raises(ValueError, match="^branch: 2, goes without ngram"):
-        start(model, PROMPTS, 2, 3, name="self_speculative:branch=2:ngram=2")
+    with pytest.raises(ValueError, match="^branch: 0, give at least 1"):
+        start(model, PROMPTS, 2, 3, name="self_speculative:branch=0")
     with pytest.raises(ValueError, match="^branch: 62, give at most 61 tokens to draft from$"):
         with_leaves(model, 62, 2, 3)
