@@ -64,6 +64,35 @@ def accept_candidates(
     return n, rank, torch.where(rank > 0, candidates[rows, here, rank], drawn)
 
 
+def acceptance_chances(
+    q: Tensor, p: Tensor, count: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return the chance that each of `count` candidates is accepted, if none before it was.
+
+    Of the first it is sum_x min(p(x), q(x)) (Leviathan et al., arXiv 2211.17192, corollary 3.6); of
+    a later one it depends on the rejected ones, which are drawn once. Greedy, without a generator:
+    1 or 0.
+
+    Args:
+        q: (..., vocab), the draft's `draw_weights`.
+        p: (..., vocab), the full model's.
+        count: Candidates.
+        generator: Source of the draws.
+
+    Returns:
+        (..., count) fp32 or fp64.
+    """
+    if generator is None:
+        best = q.argmax(-1, keepdim=True) if count == 1 else q.topk(count, dim=-1).indices
+        return (best == p.argmax(-1, keepdim=True)).float()
+    chances = [torch.minimum(p, q).sum(-1)]
+    while len(chances) < count:
+        rejected = sample((q - p).clamp_min(0.0), generator)
+        p, q = _residual(p, q), _without(q, rejected[..., None])
+        chances.append(torch.minimum(p, q).sum(-1))
+    return torch.stack(chances, dim=-1)
+
+
 def _try_in_turn(
     candidates: Tensor,
     q: Tensor,
@@ -95,9 +124,18 @@ def _try_in_turn(
         # A candidate of no weight was not drawn: there were fewer than k.
         taken = (u * q_x < p_x) & (q_x > 0.0)
         kept = torch.where((kept == k) & taken, j, kept)
-        residual = (left - q_j).clamp_min(0.0)
-        mass = residual.sum(-1, keepdim=True)
-        left = torch.where(mass > 0.0, residual / mass, left)
-        q = q.scatter(-1, x, 0.0)
-        q = q / q.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+        left, q = _residual(left, q_j), _without(q, x)
     return kept, left
+
+
+def _residual(p: Tensor, q: Tensor) -> Tensor:
+    """Return norm(max(0, p - q)), what is left of p after a candidate drawn from q is rejected."""
+    residual = (p - q).clamp_min(0.0)
+    mass = residual.sum(-1, keepdim=True)
+    return torch.where(mass > 0.0, residual / mass, p)
+
+
+def _without(q: Tensor, x: Tensor) -> Tensor:
+    """Return q without token x: (..., 1), for the next draw."""
+    q = q.scatter(-1, x, 0.0)
+    return q / q.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)

@@ -21,7 +21,7 @@ from inference.engine.strategy import Strategy
 from inference.strategies.drafting import Draft, Stop, draft, lookup_drafts
 from inference.strategies.early_exit import default_exit
 from inference.strategies.reduced_head import COUNT_THEM, ReducedHead, load_reduced_head
-from inference.strategies.tree import accept_tree, verify_tree
+from inference.strategies.tree import accept_tree, check_branch, verify_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,7 @@ class SelfSpeculative(Strategy):
         return min(self.d, slots - 1) * (self.branch - 1)
 
     def start(self, state: DecodeState) -> Decoder:
-        vocab_size = self.draft_vocab or state.model.config.vocab_size
-        if self.branch > vocab_size:
-            raise ValueError(
-                f"branch: {self.branch}, give at most {vocab_size} tokens to draft from"
-            )
+        check_branch(self.branch, self.draft_vocab or state.model.config.vocab_size)
         head = None
         if self.token_counts is not None:
             head = load_reduced_head(state.model, self.token_counts, self.draft_vocab)

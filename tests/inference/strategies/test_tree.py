@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inference.engine.candidates import accept_candidates, draw_candidates
+from inference.engine.candidates import accept_candidates, acceptance_chances, draw_candidates
 from inference.engine.fused import fuse
 from inference.engine.sampling import Sampling
 from inference.strategies.tree import tree_shape
@@ -170,6 +170,30 @@ def test_candidates_are_drawn_without_replacement():
     assert share.item() == pytest.approx(0.3, abs=0.01)
     share = ((drawn[:, 0] == 2) & (drawn[:, 1] == 1)).float().mean()
     assert share.item() == pytest.approx(0.2 * 0.3 / 0.8, abs=0.01)
+
+
+def test_the_chance_of_each_candidate_worked_by_hand():
+    p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.5, 0.2])
+    # 0.1 + 0.2 + 0.2 + 0.1. Rejected is 2, in 3 of 4 cases, or 3; left of p is 0.3, 0.1 over 0.4.
+    # After 2, q is 0.2, 0.4, 0, 0.4: 0.2 + 0.25 of it may be kept; after 3, 1/8, 1/4, 5/8, 0:
+    # 1/8 + 1/4. Then 0.55 over 0.55, from 0 alone, meets q without 2 and 3, 1/3 and 2/3.
+    drawn = acceptance_chances(
+        q.expand(40_000, 4), p.expand(40_000, 4), 3, torch.Generator().manual_seed(0)
+    )
+    mean = drawn.mean(0)
+    assert mean[:2].tolist() == pytest.approx([0.6, 0.75 * 0.45 + 0.25 * 0.375], abs=1e-3)
+    assert {round(chance, 4) for chance in drawn[:, 1].tolist()} == {0.45, 0.375}
+    kept = accept_candidates(
+        torch.stack([draw_candidates(q.expand(40_000, 4), 3, torch.Generator().manual_seed(1))], 1),
+        q.expand(40_000, 1, 4),
+        p.expand(40_000, 2, 4),
+        torch.Generator().manual_seed(2),
+    )[:2]
+    ranks = torch.where(kept[0] > 0, 0, kept[1])
+    second = (ranks == 1).sum() / (kept[0] == 0).sum()
+    assert second.item() == pytest.approx(mean[1].item(), abs=0.02)
+    greedy = acceptance_chances(q.expand(2, 4), torch.stack((p, p.flip(0))), 3, None)
+    assert greedy.tolist() == [[0.0] * 3, [0.0, 1.0, 0.0]]
 
 
 def test_settings_that_do_not_fit_are_refused(model):
