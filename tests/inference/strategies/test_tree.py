@@ -1,9 +1,12 @@
 """Drafts with leaves decode what the full model decodes, and more of it in a round."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from inference.engine.candidates import accept_candidates, acceptance_chances, draw_candidates
+from inference.engine.compiled import compile_layers
 from inference.engine.fused import fuse
 from inference.engine.sampling import Sampling
 from inference.strategies.tree import tree_shape
@@ -105,6 +108,20 @@ def test_spare_slots_are_those_of_a_round_that_fits(model):
     assert generation._state.cache.keys[0].shape[2] < 100
     greedy = start(model, PROMPTS[:1], name="autoregressive", max_new_tokens=5).finish().tokens
     assert generation.finish().tokens == greedy
+
+
+# "aot_eager" traces and replaces as the compiler does, and compiles nothing.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_give_the_same_tokens(monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = build(small(n_layers=2, n_kv_heads=2)).eval().requires_grad_(False)
+    prompts = [[7]] * 2  # few shapes
+    plain = start(model, prompts, name="autoregressive").finish().tokens
+    fuse(model, compiled=True)
+    compile_layers(model)
+    found = with_leaves(model, 5, 1, 1, prompts).finish()
+    assert found.tokens == plain
+    assert found.counters.leaves
 
 
 def test_slots_nobody_wrote_have_no_weight(model):
