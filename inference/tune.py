@@ -1,8 +1,8 @@
 """Find the fastest strategy for a checkpoint on this machine: `python -m inference.tune --run DIR`.
 
 For lossless drafts, the costs of passes and rounds are measured, the chance that every exit's
-drafts are accepted is recorded along continuations, the speedups of all E and d follow from the
-two, and the best of them, with and without n-gram drafts and a stop rule, are confirmed by
+drafts are accepted is recorded along continuations, the speedups of all E, d and branch follow
+from the two, and the best of them, with and without n-gram drafts and a stop rule, are confirmed by
 measurement. For a strategy with a threshold, thresholds are measured that keep to the full model's
 choice.
 """
@@ -19,14 +19,16 @@ from inference.cli.terminal import report_line, write_json
 from inference.engine.strategy import Strategy
 from inference.evaluation.arm_result import ArmResult
 from inference.evaluation.candidates import candidates, check_draft_fits, with_thresholds
-from inference.evaluation.costs import Costs, Prediction, measure_costs, predict
+from inference.evaluation.costs import Costs, measure_costs
 from inference.evaluation.exit_traces import decode_rows, record_acceptance
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
+from inference.evaluation.prediction import Prediction, predict
 from inference.evaluation.prompts import PromptOptions, prompts_from
 from inference.evaluation.report import LEGEND, comparison, describe_setting, speed_range
 from inference.evaluation.round_breakdown import (
     PREDICTION_LEGEND,
     ROUND_LEGEND,
+    leaves_line,
     prediction_table,
     round_table,
     round_terms,
@@ -52,7 +54,7 @@ class TuneOptions(SamplingOptions, PromptOptions, DecodingOptions):
     """
 
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
-    """At most 2 prompts, 64 tokens, 3 repeats, the best predicted pair: seconds, less certain."""
+    """At most 2 prompts, 64 tokens, 3 repeats, the best predicted shape: seconds, less certain."""
     strategy: str = SelfSpeculative.name
     """self_speculative, which includes dynamic; or one with a threshold, such as calm, as text."""
     min_agreement: float = 0.99
@@ -61,8 +63,10 @@ class TuneOptions(SamplingOptions, PromptOptions, DecodingOptions):
     """Thresholds to try."""
     max_d: Count = 6
     """Most tokens drafted per round."""
+    max_branch: Count = 3
+    """Most candidates for each."""
     top: Count = 3
-    """Pairs of E and d to confirm."""
+    """Shapes, of E, d and branch, to confirm."""
     batch_size: Count = 1
     """Prompts decoded at once."""
     repeats: Count = 3
@@ -158,6 +162,7 @@ def _tune_drafts(run: Run, workload: Workload, options: TuneOptions) -> _Outcome
     tables = [
         f"{run.checkpoint}: a full step takes {costs.full_step_seconds * 1e3:.2f} ms",
         f"predicted:\n{prediction_table(predictions, run.model.config.n_layers)}",
+        leaves_line(predictions),
         PREDICTION_LEGEND,
         f"measured:\n{comparison(results, describe_setting(run, options))}",
         LEGEND,
@@ -239,6 +244,7 @@ def _measure(
 def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs, list[Prediction]]:
     """Record exits and measure costs; return them and the speedups that follow."""
     model, max_d = run.model, options.max_d
+    branch = min(options.max_branch, model.config.vocab_size)
     rows = decode_rows(
         model,
         workload.prompts,
@@ -249,7 +255,7 @@ def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs,
         seed=workload.seed,
     )
     chances = [
-        record_acceptance(model, row, len(prompt), workload.sampling)
+        record_acceptance(model, row, len(prompt), workload.sampling, branch, workload.seed)
         for row, prompt in zip(rows, workload.prompts, strict=True)
     ]
     middle = [
@@ -257,7 +263,13 @@ def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs,
         for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
     ]
     costs = measure_costs(
-        model, middle, max_d, workload.sampling, graphs=run.graphs, timings=options.timings
+        model,
+        middle,
+        max_d,
+        workload.sampling,
+        branch=branch,
+        graphs=run.graphs,
+        timings=options.timings,
     )
     return costs, predict(chances, costs, max_d)
 

@@ -26,8 +26,8 @@ class Round:
     most_drafted: int | None = None
     """Tokens of a draft that no stop rule ends; None: n - 1."""
     leaf: Tensor | None = None
-    """(batch,) int64, 1 where the last accepted one is a leaf, another candidate in place of the
-    drafted token, which was rejected; None: there are no leaves."""
+    """(batch,) int64, rank from 1 of the leaf that is the last accepted one, another candidate in
+    place of the drafted token, which was rejected; 0: it is none; None: there are no leaves."""
 
     @classmethod
     def plain(cls, token: Tensor, depths: Tensor | None = None) -> Self:

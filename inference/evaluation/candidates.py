@@ -5,8 +5,9 @@ from dataclasses import replace
 from itertools import product
 
 from inference.engine.strategy import Strategy
-from inference.evaluation.costs import Costs, Prediction
+from inference.evaluation.costs import Costs
 from inference.evaluation.measurement import AUTOREGRESSIVE
+from inference.evaluation.prediction import Prediction
 from inference.loading.run import Run
 from inference.strategies.dynamic import Dynamic
 from inference.strategies.registry import has_threshold, parse_strategy
@@ -67,9 +68,10 @@ def candidates(
     top: int,
     ngrams: Sequence[int] = (2, 3),
 ) -> list[Strategy]:
-    """Return the strategies to confirm: the best pairs, plain and with drafts that cost less.
+    """Return the strategies to confirm: the best shapes, plain and with drafts that cost less.
 
-    `dynamic` chooses among the few exits of the best predictions: a probe costs the head of each.
+    Where all of these have leaves, the best without is confirmed too. `dynamic` chooses among the
+    few exits of the best predictions: a probe costs the head of each.
 
     Args:
         predictions: The best first.
@@ -80,13 +82,19 @@ def candidates(
     """
     arms: list[Strategy] = [AUTOREGRESSIVE]
     for prediction in predictions[:top]:
-        E, d = prediction.E, prediction.d
-        stopping = SelfSpeculative(E=E, d=max_d, stop=0.5)
-        arms += [SelfSpeculative(E=E, d=d), stopping]
-        arms += [replace(stopping, ngram=n) for n in ngrams]
+        shape = SelfSpeculative(E=prediction.E, d=prediction.d, branch=prediction.branch)
+        stopping = replace(shape, d=max_d, stop=0.5)
+        arms += [shape, stopping, *(replace(stopping, ngram=n) for n in ngrams)]
+    if all(prediction.branch > 1 for prediction in predictions[:top]):
+        plain = next(prediction for prediction in predictions if prediction.branch == 1)
+        arms.append(SelfSpeculative(E=plain.E, d=plain.d))
     exits = sorted([*dict.fromkeys(prediction.E for prediction in predictions)][:EXITS])
+    best = {E: next(p for p in predictions if p.E == E) for E in exits}
+    branch = max(prediction.branch for prediction in best.values())
     dynamic = Dynamic(
         d=max_d,
+        branch=branch,
+        leaf_costs=tuple(_rounded(cost, 3) for cost in costs.leaves) if branch > 1 else None,
         exits=tuple(exits),
         draft_costs=tuple(_rounded(costs.rounds[E - 1][0]) for E in exits),
         verify_costs=tuple(_rounded(costs.rounds[E - 1][1]) for E in exits),
@@ -96,8 +104,8 @@ def candidates(
     return [*dict.fromkeys(arms)]
 
 
-def _rounded(cost: float) -> float:
-    return max(0.01, round(cost, 2))
+def _rounded(cost: float, digits: int = 2) -> float:
+    return max(10**-digits, round(cost, digits))
 
 
 def with_thresholds(text: str, thresholds: Sequence[float], n_layers: int) -> list[Strategy]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from inference.engine.candidates import acceptance_chances
 from inference.engine.generation import Generation
 from inference.engine.sampling import Sampling, draw_weights
 from inference.strategies.autoregressive import Autoregressive
@@ -70,25 +71,33 @@ def record_exits(model: Llama, row: list[int], first: int) -> Tensor:
 
 
 @torch.inference_mode()
-def record_acceptance(model: Llama, row: list[int], first: int, sampling: Sampling) -> Tensor:
-    """Return the chance that a token drafted by each exit is accepted: (L, tokens) fp32.
+def record_acceptance(
+    model: Llama, row: list[int], first: int, sampling: Sampling, candidates: int = 1, seed: int = 0
+) -> Tensor:
+    """Return the chance that each candidate of each exit is accepted, if none before it is.
 
-    sum_x min(p(x), q(x)) (Leviathan et al., arXiv 2211.17192, corollary 3.6), p of the last layer,
-    q of the exit; greedy, 1 where they predict the same token, else 0.
+    See `acceptance_chances`; greedy, it is 1 where it is the last layer's token, else 0.
 
     Args:
         model: In eval mode.
         row: A prompt and its continuation, drawn likewise.
         first: Length of the prompt.
         sampling: How tokens are drawn.
+        candidates: At most the size of the vocabulary.
+        seed: Of draws, of sampled candidates.
+
+    Returns:
+        (L, tokens, candidates) fp32.
     """
-    if sampling.temperature == 0.0:
-        choices = record_exits(model, row, first)
-        return (choices == choices[-1]).float()
     states = _exit_states(model, row, first)
+    generator = None
+    if sampling.temperature:
+        generator = torch.Generator(states[0].device).manual_seed(seed)
     p = draw_weights(model.exit_logits(states[-1], len(states)), sampling)
     found = [
-        torch.minimum(p, draw_weights(model.exit_logits(x, E), sampling)).sum(-1)
+        acceptance_chances(
+            draw_weights(model.exit_logits(x, E), sampling), p, candidates, generator
+        )
         for E, x in enumerate(states, start=1)
     ]
     return torch.stack(found).float().cpu()
