@@ -40,8 +40,9 @@ class RequestError(Exception):
         }
 
     def headers(self) -> dict[str, str]:
-        """Return what HTTP adds to it."""
-        found = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        """Return what HTTP adds to it; the body may not be read yet, and never is."""
+        found = {"connection": "close"}
+        found |= {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         return found | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
 
