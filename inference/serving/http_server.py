@@ -16,6 +16,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from inference.serving.scheduler import Scheduler
 
 HEADER_SECONDS = 15.0
+"""From the beginning of a connection to its first request."""
+KEEP_ALIVE_SECONDS = 75
+"""From an answer to the next request. Clients keep a connection for less, and lose no request to
+one that is closed just as they send it."""
 _MAX_HEADER_BYTES = 2**14
 _MAX_CONNECTIONS = 512
 _BACKLOG = 256
@@ -45,21 +49,21 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock with the connection."""
         super().connection_made(transport)
-        self._expect_request()
+        self._expect_request(HEADER_SECONDS)
 
     def on_response_complete(self) -> None:
         """Start it again with the end of each answer."""
         super().on_response_complete()
-        self._expect_request()
+        self._expect_request(KEEP_ALIVE_SECONDS)
 
-    def _expect_request(self) -> None:
+    def _expect_request(self, seconds: float) -> None:
         before = self.cycle
 
         def close_if_none_came() -> None:
             if self.cycle is before and not self.transport.is_closing():
                 self.transport.close()
 
-        self.loop.call_later(HEADER_SECONDS, close_if_none_came)
+        self.loop.call_later(seconds, close_if_none_came)
 
 
 class Server(uvicorn.Server):
@@ -80,6 +84,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 log_level=_LOG_LEVEL,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 limit_concurrency=_MAX_CONNECTIONS,
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
             )

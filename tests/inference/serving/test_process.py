@@ -75,14 +75,14 @@ def test_a_connection_that_sends_no_request_is_closed(monkeypatch):
 
     protocol = http_server.BoundedProtocol.__new__(http_server.BoundedProtocol)
     protocol.loop, protocol.transport, protocol.cycle = Loop(), Transport(), None
-    protocol._expect_request()
+    protocol._expect_request(15.0)
     protocol.cycle = object()  # a request came
     calls[0][1]()
     assert not protocol.transport.closed
-    protocol._expect_request()
+    protocol._expect_request(75.0)
     calls[1][1]()
     assert protocol.transport.closed
-    assert calls[1][0] == http_server.HEADER_SECONDS
+    assert [seconds for seconds, _ in calls] == [15.0, 75.0]
 
 
 def ask_until_refused(client, **options):
