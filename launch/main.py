@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": ("inference.evaluate", "loss, perplexity and agreement at every exit"),
     "tune": ("inference.tune", "find the fastest decoding strategy for a run on this machine"),
     "generate": ("inference.generate", "continue a prompt"),
+    "serve": ("inference.serve", "answer requests over HTTP, by OpenAI's API, and a page"),
     "benchmark": ("inference.benchmark", "compare decoding strategies on the same prompts"),
     "convert": ("models.convert", "Hugging Face folders to and from checkpoints"),
     "calibrate": ("inference.calibrate", "certify a threshold of CALM"),

@@ -34,6 +34,7 @@ ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
     "inference": {
+        "serving": {"text", "strategies", "loading", "engine"},
         "text": {"strategies", "loading", "engine"},
         "cli": {"loading", "engine"},
         "fitting": {"strategies", "cli"},
@@ -208,6 +209,7 @@ def test_environment_is_read_in_one_file():
     allowed = {"train/parallel/runtime.py", "inference/generate.py", "data/command_line.py"}
     allowed |= {"launch/torchrun.py", "train/monitoring/launcher.py"}
     allowed |= {"data/urls.py"}  # the folder of copies, which every room has
+    allowed |= {"inference/serve.py"}  # the key of clients, which no command line should show
     assert readers <= allowed
     assert (ROOT / "inference" / "generate.py").read_text().count("os.environ") == 1
 

@@ -139,11 +139,20 @@ class StaticKVCache:
 
     def row(self, row: int) -> "StaticKVCache":
         """Return the cache of one row alone, on the same memory."""
+        return self.part(slice(row, row + 1))
+
+    def part(self, rows: slice) -> "StaticKVCache":
+        """Return the cache of some consecutive rows alone, on the same memory."""
         view = copy(self)
-        view._buffers = [buffer[:, row : row + 1] for buffer in self._buffers]
+        view._buffers = [buffer[:, rows] for buffer in self._buffers]
         view._kept = None
-        view._rows = self._rows[:1]
+        view._rows = self._rows[: view._buffers[0].shape[1]]
         return view
+
+    def move_row(self, source: int, target: int, slots: int) -> None:
+        """Copy the first slots of a row over those of another."""
+        for buffer in self._buffers:
+            buffer[:, target, :slots] = buffer[:, source, :slots]
 
     def at(self, positions: Tensor) -> "tuple[Tensor | BlockMask, Callable[[int], LayerSlots]]":
         """Open the cache for tokens at `positions`: (batch, seq) int64, all below `window`.

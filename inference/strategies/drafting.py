@@ -254,5 +254,6 @@ def _from_head(state: DecodeState, x: Tensor, head: ReducedHead | None) -> tuple
         logits = state.head(x)
         return logits, state.filtered(logits)
     logits = state.head(x, head.linear)
-    nothing = -torch.inf if state.generator is None else 0.0
-    return logits, head.widen(state.filtered(logits), nothing)
+    if state.generator is None:
+        return logits, state.filtered(head.widen(logits, -torch.inf))
+    return logits, head.widen(state.filtered(logits), 0.0)
