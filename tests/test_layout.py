@@ -34,6 +34,7 @@ ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
     "inference": {
+        "report_page": {"evaluation", "strategies", "loading", "engine", "text", "cli"},
         "text": {"strategies", "loading", "engine"},
         "cli": {"loading", "engine"},
         "fitting": {"strategies", "cli"},
