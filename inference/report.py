@@ -28,7 +28,7 @@ from inference.report_page.opening import find_arms, find_exits, find_tuning, re
 from inference.report_page.origins import decode_with_origins
 from inference.report_page.overview import best_lossless, facts, lead_line, machine_section
 from inference.report_page.page import Section, note, page
-from inference.report_page.source import OWN, Source, date_of, machine_line
+from inference.report_page.source import OWN, Source, date_of, file_date, machine_line
 from inference.report_page.speed import rounds_section, speed_section
 from inference.report_page.strategies import drafts_section, strategies_section
 from inference.report_page.tokens import tokens_section
@@ -99,7 +99,7 @@ def report(options: ReportOptions) -> None:
     run = runs[0]
     logs = [Logged(name, read_losses(at)) for name, at in zip(names, options.run, strict=True)]
     speeds = _speeds(run, options)
-    sources = [Source("python train/main.py", f"read from {LOG} of {name}") for name in names]
+    sources = [_log_source(run, name) for run, name in zip(runs, names, strict=True)]
     sections = [
         training_section(logs, sources),
         exits_section(exits),
@@ -136,6 +136,12 @@ def _default_output(named: Location, run: Run) -> Path:
         if is_url(str(named))
         else reports_folder(run.checkpoint) / "report.html"
     )
+
+
+def _log_source(run: Run, name: str) -> Source:
+    log = reports_folder(run.checkpoint).parent / LOG
+    date = file_date(log) if log.is_file() else ""
+    return Source("torchrun train/main.py", f"read from {LOG} of {name}, one run", date=date)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

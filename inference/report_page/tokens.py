@@ -15,6 +15,8 @@ from inference.report_page.source import Source
 from inference.report_page.visible import TokenTexts, safe, visible, with_signs
 
 _KEPT = "\n\t"
+_HEAT = 40
+"""Percent of colour in the surest cell; with more, text on it would be hard to read."""
 _CELL = 10
 """Characters of a token in a cell."""
 _WHAT = {True: "A held-out text", False: "A continuation by all layers"}
@@ -134,7 +136,7 @@ def _cell(
     kinds += ["right"] if choice == actual else []
     tip = f"E={E}: {with_signs(texts[choice])}\nprobability {sure:.1%}, entropy {entropy:.2f} nats"
     tip += "\nsettled" if settled <= E else ""
-    heat = round(55 * (1 - entropy / most) ** 1.5) if most > 0 else 55
+    heat = round(_HEAT * (1 - entropy / most) ** 1.5) if most > 0 else _HEAT
     return (
         f'<td class="{" ".join(kinds)}" style="--h:{heat}" title="{escape(tip)}">'
         f"{_cell_text(texts[choice])}</td>"
@@ -209,6 +211,7 @@ def _draw(figure: Figure, texts: TokenTexts, following: Sequence[int], p: ExitPr
     labels = [with_signs(texts[token])[:8] for token in following[:count]]
     axes.set_xticks(range(count), labels, fontsize=7.5)
     axes.xaxis.tick_top()
+    axes.set_title("Most probable token of every exit, below the text's own; bold: settled")
     ticks = range(0, L, max(1, L // 16))
     axes.set_yticks(ticks, [f"E={row + 1}" for row in ticks])
     axes.tick_params(length=0)
