@@ -9,8 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import StringIO
-from pathlib import Path
+from io import BytesIO, StringIO
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-
-from data.output_streams import naming_the_file
 
 INK, MUTED, GRID = "#1b1f25", "#5a6370", "#dde1e6"
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b5638f"
@@ -69,6 +66,16 @@ class Picture:
     inches: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The same, drawn."""
+
+    name: str
+    svg: str
+    """For a page, whose colours it takes."""
+    png: bytes
+
+
 def depth_color(E: int, L: int) -> str:
     """Return the colour of exit E of L layers."""
     return _DEPTHS[round((E - 1) / max(1, L - 1) * (_STOPS - 1))]
@@ -81,12 +88,22 @@ def style_variables() -> str:
     return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
-def as_svg(picture: Picture) -> str:
-    """Return the picture for a page: its colours variables, its ids its own, no size of its own."""
-    text = StringIO()
-    with rc_context(_STYLE | {"svg.hashsalt": picture.name}):
-        _figure(picture, "none").savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
+def drawn(picture: Picture) -> Drawn:
+    """Draw a picture: for a page without a size of its own, and on white, 180 dots an inch."""
+    text, image = StringIO(), BytesIO()
+    with rc_context(_STYLE | {"svg.hashsalt": picture.name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not
+        figure = Figure(figsize=picture.inches, layout="constrained", facecolor="none")
+        FigureCanvasAgg(figure)
+        picture.draw(figure)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # it is laid out
+        figure.savefig(image, format="png", dpi=180, facecolor="white")
+    return Drawn(picture.name, _for_a_page(picture, text.getvalue()), image.getvalue())
+
+
+def _for_a_page(picture: Picture, svg: str) -> str:
+    """Make the colours of an SVG variables of the page, and its ids its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{picture.name}-", svg)
@@ -98,21 +115,6 @@ def as_svg(picture: Picture) -> str:
 
 def _variable(color: str) -> str:
     return f"var(--{_NAMES[color]})" if color in _NAMES else color
-
-
-def write_png(picture: Picture, path: Path) -> None:
-    """Draw the picture on white, 200 dots an inch."""
-    with rc_context(_STYLE), naming_the_file("output", path):
-        _figure(picture, "white").savefig(path, dpi=200)
-
-
-def _figure(picture: Picture, face: str) -> Figure:
-    figure = Figure(figsize=picture.inches, layout="constrained", facecolor=face)
-    FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
-        picture.draw(figure)
-    return figure
 
 
 def light_grid(axes: Axes, *, axis: str = "both") -> None:

@@ -13,6 +13,7 @@ from inference.report_page.drawing import (
     GREEN,
     VERMILLION,
     Picture,
+    drawn,
     light_grid,
 )
 from inference.report_page.page import Section, figure, note, source_line, table
@@ -42,11 +43,13 @@ def exits_section(runs: Sequence[RunExits]) -> Section:
     first = known[0]
     assert first.source is not None
     L = len(first.exits)
-    picture = Picture(
-        "exits",
-        "Held-out loss by exit, and agreement, accuracy and confidence by exit",
-        lambda figure: _draw(figure, known),
-        (9.4, 3.6),
+    picture = drawn(
+        Picture(
+            "exits",
+            "Held-out loss by exit, and agreement, accuracy and confidence by exit",
+            lambda figure: _draw(figure, known),
+            (9.4, 3.6),
+        )
     )
     caption = (
         "<b>Left:</b> held-out loss after E layers. <b>Right:</b> of "

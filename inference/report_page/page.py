@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from inference.report_page.drawing import Picture, as_svg, style_variables
+from inference.report_page.drawing import Drawn, style_variables
 from inference.report_page.source import OWN, Source
 from inference.report_page.visible import safe
 
@@ -24,14 +24,14 @@ class Section:
     title: str
     body: str
     """HTML."""
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[Drawn] = ()
     """Those in it, to be written as files too."""
 
 
-def figure(picture: Picture, caption: str, source: Source) -> str:
+def figure(picture: Drawn, caption: str, source: Source) -> str:
     """Return a picture with its caption, which is HTML, and where its numbers come from."""
     text = f"<figcaption><p>{caption}</p>{source_line(source)}</figcaption>"
-    return f'<figure id="fig-{picture.name}">{as_svg(picture)}{text}</figure>'
+    return f'<figure id="fig-{picture.name}">{picture.svg}{text}</figure>'
 
 
 def source_line(source: Source) -> str:

@@ -23,6 +23,7 @@ from inference.report_page.drawing import (
     SKY,
     VERMILLION,
     Picture,
+    drawn,
     light_grid,
 )
 from inference.report_page.measurements import Arms, Tuning, short_names
@@ -44,12 +45,13 @@ def speed_section(tuning: Tuning | None, arms: Arms | None, missing: str) -> Sec
     title = "Speed over E and d"
     if tuning is None:
         return Section("speed", title, note(missing))
-    picture = Picture(
-        "speed",
-        "Predicted speedup over plain decoding for every E and d, and the best of each E with its "
-        "bound",
-        lambda figure: _draw(figure, tuning, arms),
-        (9.4, 3.9),
+    picture = drawn(
+        Picture(
+            "speed",
+            "Predicted speedup over plain decoding for every E and d, and of each E with its bound",
+            lambda figure: _draw(figure, tuning, arms),
+            (9.4, 3.9),
+        )
     )
     best = tuning.predictions[0]
     caption = (
@@ -158,11 +160,13 @@ def rounds_section(tuning: Tuning | None, missing: str) -> Section:
     rounds = {} if tuning is None else _readable(tuning.rounds)
     if tuning is None or not rounds:
         return Section("rounds", title, note(missing or "No strategy with rounds was measured."))
-    picture = Picture(
-        "rounds",
-        "Stacked bars of the time of a round by its parts, for each strategy, in full steps",
-        lambda figure: _draw_rounds(figure, rounds),
-        (9.4, 1.5 + 0.36 * len(rounds)),
+    picture = drawn(
+        Picture(
+            "rounds",
+            "Stacked bars of the time of a round by its parts, for each strategy, in full steps",
+            lambda figure: _draw_rounds(figure, rounds),
+            (9.4, 1.5 + 0.36 * len(rounds)),
+        )
     )
     caption = (
         "Time of a round by its parts, in full steps of one token "

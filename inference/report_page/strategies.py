@@ -20,6 +20,7 @@ from inference.report_page.drawing import (
     SKY,
     VERMILLION,
     Picture,
+    drawn,
     light_grid,
 )
 from inference.report_page.measurements import Arm, Arms, short_names
@@ -47,11 +48,13 @@ def strategies_section(arms: Arms | None, missing: str) -> Section:
     title = "Strategies: quality and speed"
     if arms is None:
         return Section("strategies", title, note(missing))
-    picture = Picture(
-        "strategies",
-        "Speedup of each strategy with its range, and quality over speedup",
-        lambda figure: _draw(figure, arms),
-        (9.4, max(3.6, 1.3 + 0.33 * len(arms.arms))),
+    picture = drawn(
+        Picture(
+            "strategies",
+            "Speedup of each strategy with its range, and quality over speedup",
+            lambda figure: _draw(figure, arms),
+            (9.4, max(3.6, 1.3 + 0.33 * len(arms.arms))),
+        )
     )
     spread = "Bars: least and most of the repeats. " if arms.repeats > 1 else "One run, no spread. "
     caption = (
@@ -153,11 +156,13 @@ def drafts_section(arms: Arms | None, missing: str) -> Section:
     drafting = [a for a in arms.arms if sum(a.drafts.drafted_at)] if arms else []
     if arms is None or not drafting:
         return Section("drafts", title, note(missing or "No measured strategy drafts tokens."))
-    picture = Picture(
-        "drafts",
-        "Share of drafted tokens accepted at each position, and why no more were accepted",
-        lambda figure: _draw_drafts(figure, drafting),
-        (9.4, 1.5 + 0.42 * len(drafting)),
+    picture = drawn(
+        Picture(
+            "drafts",
+            "Share of drafted tokens accepted at each position, and why no more were accepted",
+            lambda figure: _draw_drafts(figure, drafting),
+            (9.4, 1.5 + 0.42 * len(drafting)),
+        )
     )
     caption = (
         "<b>Left:</b> of the tokens drafted at a position, the share that was accepted, and its "

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inference.evaluation.exit_traces import ExitPredictions
-from inference.report_page.drawing import Picture
+from inference.report_page.drawing import Picture, drawn
 from inference.report_page.measurements import short_names
 from inference.report_page.origins import DecodedText, DecodedToken, Origin
 from inference.report_page.page import Section, source_line
@@ -49,11 +49,13 @@ def tokens_section(
         source: Of all of it.
         held_out: Whether they are a held-out text's, and not decoded.
     """
-    picture = Picture(
-        "tokens",
-        "Most probable token of every exit at each position of a held-out text",
-        lambda figure: _draw(figure, texts, following, predicted),
-        (9.4, 1.2 + 0.24 * len(predicted.choices)),
+    picture = drawn(
+        Picture(
+            "tokens",
+            "Most probable token of every exit at each position of a held-out text",
+            lambda figure: _draw(figure, texts, following, predicted),
+            (9.4, 1.2 + 0.24 * len(predicted.choices)),
+        )
     )
     body = (
         f"<p>{_WHAT[held_out]}, and what every exit finds most probable at each position. The "

@@ -14,6 +14,7 @@ from inference.report_page.drawing import (
     SERIES,
     Picture,
     depth_color,
+    drawn,
     light_grid,
     within,
 )
@@ -43,11 +44,13 @@ def training_section(runs: Sequence[Logged], sources: Sequence[Source]) -> Secti
         return Section("training", title, "".join(missing) or note("No loss of an exit is logged."))
     log, L = first.log, max(first.log.train)
     several = [run for run in others if run.log is not None and run.log.train]
-    picture = Picture(
-        "training",
-        f"Training loss of exits 1 to {L} over steps, as a heat map and as curves",
-        lambda figure: _draw(figure, log, L, several, first.name),
-        (9.4, 4.0),
+    picture = drawn(
+        Picture(
+            "training",
+            f"Training loss of exits 1 to {L} over steps, as a heat map and as curves",
+            lambda figure: _draw(figure, log, L, several, first.name),
+            (9.4, 4.0),
+        )
     )
     caption = (
         "<b>Left:</b> training loss of every exit (rows: E, the layers run before it), mean of "
@@ -137,6 +140,7 @@ def _draw_curves(axes: Axes, log: LossLog, L: int) -> None:
     if log.validation:
         axes.plot([], [], "o", color=INK, markersize=4.5, label="held out")
     low, high = within(values, 0.3)
+    high = max(high, low + 1e-3 * (1.0 + abs(low)))
     margin = 0.06 * (high - low)
     axes.set_ylim(low - margin, high + margin)
     axes.set(title="Loss over training", xlabel="optimizer step", ylabel="loss (nats per token)")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.output_streams import naming_the_file
-from inference.report_page.drawing import write_png
 from inference.report_page.page import Section
 
 
@@ -17,6 +16,6 @@ def write_report(path: Path, html: str, sections: Sequence[Section]) -> Path:
         aside = path.with_name(path.name + ".tmp")
         aside.write_text(html, encoding="utf-8")
         os.replace(aside, path)
-    for picture in (picture for section in sections for picture in section.pictures):
-        write_png(picture, folder / f"{picture.name}.png")
+        for picture in (picture for section in sections for picture in section.pictures):
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
     return folder

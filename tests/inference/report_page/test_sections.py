@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from inference.evaluation.exit_quality import ExitQuality
-from inference.report_page.drawing import as_svg
 from inference.report_page.exits import RunExits, exits_section
 from inference.report_page.measurements import Arms, arms_from, read_benchmark
 from inference.report_page.metrics_log import LossLog, Series
@@ -33,11 +32,11 @@ def test_32_exits_are_32_rows_of_a_heat_map_and_8_curves():
     assert "32 logged losses are no finite number" in section.body
 
 
-def test_logs_without_a_finite_loss_or_of_one_step_are_drawn():
-    for losses in ([math.nan], [3.0], [1e299]):
-        one = Series(np.array([5.0]), np.array(losses))
-        section = training_section([Logged("short", LossLog(train={1: one}))], [SOURCE])
-        assert "<svg" in section.body
+def test_losses_of_one_step_that_are_huge_or_no_number_are_drawn():
+    train = {
+        E: Series(np.array([5.0]), np.array([loss])) for E, loss in ((1, math.nan), (2, 1e299))
+    }
+    assert "<svg" in training_section([Logged("short", LossLog(train=train))], [SOURCE]).body
 
 
 def test_what_is_missing_is_named_in_place_of_a_picture():
@@ -46,11 +45,8 @@ def test_what_is_missing_is_named_in_place_of_a_picture():
     assert "&lt;b&gt;: no metrics.jsonl" in bare.body
     exits = exits_section([RunExits("bare", [], 0, None, "data: none, give --data")])
     assert "bare: data: none, give --data" in exits.body
-    for section in (speed_section, strategies_section, drafts_section):
-        arguments = (
-            (None, "give data") if section is not speed_section else (None, None, "give data")
-        )
-        assert "give data" in section(*arguments).body
+    for section in (speed_section(None, None, "x"), drafts_section(None, "x")):
+        assert "x</p>" in section.body
 
 
 def test_names_of_others_are_text_in_pictures_and_captions():
@@ -63,7 +59,7 @@ def test_names_of_others_are_text_in_pictures_and_captions():
     HTML = type("R", (HTMLParser,), {"handle_starttag": lambda _, tag, __: starts.append(tag)})
     HTML().feed(section.body)
     assert "script" not in starts
-    assert "alert('$x_$')" in as_svg(section.pictures[0]).replace("&#x27;", "'")
+    assert "alert('$x_$')" in section.pictures[0].svg.replace("&#x27;", "'")
 
 
 def arm(**fields):
@@ -76,20 +72,18 @@ def arm(**fields):
     return content | fields
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_files_with_senseless_numbers_are_drawn_or_noted():
+    drafts = {"drafted_at": [0, -1], "accepted_at": [5, 5], "stops": {"whole": -3}}
+    senseless = [
         {"settings": "</script>", "speedup": -1e30, "speedups": [1e30]},
-        {"drafts": {"drafted_at": [0, -1], "accepted_at": [5, 5], "stops": {"whole": -3}}},
-        {"scores": {"<b>rouge</b>": -4.0}, "acceptance_rate": None},
-        {"full_choice": 7.0, "bound": 1e9},
-    ],
-)
-def test_files_with_senseless_numbers_are_drawn_or_noted(fields):
-    arms = Arms(arms_from([arm(), arm(**fields)]), SOURCE)
-    for section in (strategies_section(arms, ""), drafts_section(arms, "")):
-        assert "<script" not in section.body.lower().replace("&lt;", "")
-        assert "<b>rouge" not in section.body
+        {"drafts": drafts, "full_choice": 7.0, "bound": 1e9, "acceptance_rate": None},
+    ]
+    made = arms_from([arm(scores={"<b>rouge</b>": -4.0}), *(arm(**fields) for fields in senseless)])
+    for section in (strategies_section, drafts_section):
+        found = section(Arms(made, SOURCE), "")
+        assert "<svg" in found.body
+        assert "</script" not in found.body
+        assert "<b>rouge" not in found.body
 
 
 @pytest.mark.parametrize(
