@@ -18,11 +18,13 @@ from inference.cli.arguments import Count, DecodingOptions, Numbers, SamplingOpt
 from inference.cli.terminal import report_line, write_json
 from inference.engine.strategy import Strategy
 from inference.evaluation.arm_result import ArmResult
-from inference.evaluation.candidates import candidates, check_draft_fits, with_thresholds
-from inference.evaluation.costs import Costs, measure_costs
-from inference.evaluation.exit_traces import decode_rows, record_acceptance
+from inference.evaluation.candidates import (
+    candidates,
+    check_draft_fits,
+    predict_speedups,
+    with_thresholds,
+)
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
-from inference.evaluation.prediction import Prediction, predict
 from inference.evaluation.prompts import PromptOptions, prompts_from
 from inference.evaluation.report import LEGEND, comparison, describe_setting, speed_range
 from inference.evaluation.round_breakdown import (
@@ -151,7 +153,13 @@ def _workload(run: Run, options: TuneOptions) -> Workload:
 def _tune_drafts(run: Run, workload: Workload, options: TuneOptions) -> _Outcome:
     """Find the fastest lossless strategy."""
     check_draft_fits("max_d", options.max_d, run)
-    costs, predictions = _predict(run, workload, options)
+    costs, predictions = predict_speedups(
+        run,
+        workload,
+        max_d=options.max_d,
+        max_branch=options.max_branch,
+        timings=options.timings,
+    )
     arms = candidates(predictions, costs, options.max_d, top=options.top, ngrams=options.ngrams)
     results = _measure(run, arms, workload, options)
     rounds = round_terms(results, costs)
@@ -239,39 +247,6 @@ def _measure(
         graphs=run.graphs,
         timings=options.timings,
     )
-
-
-def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs, list[Prediction]]:
-    """Record exits and measure costs; return them and the speedups that follow."""
-    model, max_d = run.model, options.max_d
-    branch = min(options.max_branch, model.config.vocab_size)
-    rows = decode_rows(
-        model,
-        workload.prompts,
-        max_new_tokens=workload.max_new_tokens,
-        batch_size=workload.batch_size,
-        stop_tokens=workload.stop_tokens,
-        sampling=workload.sampling,
-        seed=workload.seed,
-    )
-    chances = [
-        record_acceptance(model, row, len(prompt), workload.sampling, branch, workload.seed)
-        for row, prompt in zip(rows, workload.prompts, strict=True)
-    ]
-    middle = [
-        row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]
-        for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
-    ]
-    costs = measure_costs(
-        model,
-        middle,
-        max_d,
-        workload.sampling,
-        branch=branch,
-        graphs=run.graphs,
-        timings=options.timings,
-    )
-    return costs, predict(chances, costs, max_d)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ VERBS = {
     "sweep": ("train.sweep", "train with every combination of some fields' values"),
     "evaluate": ("inference.evaluate", "loss, perplexity and agreement at every exit"),
     "tune": ("inference.tune", "find the fastest decoding strategy for a run on this machine"),
+    "report": ("inference.report", "one page on a run: losses, exits, speed, tokens"),
     "generate": ("inference.generate", "continue a prompt"),
     "serve": ("inference.serve", "answer requests over HTTP, by OpenAI's API, and a page"),
     "benchmark": ("inference.benchmark", "compare decoding strategies on the same prompts"),

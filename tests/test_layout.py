@@ -35,6 +35,7 @@ ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
 ROOM_ARROWS = {
     "inference": {
         "serving": {"text", "strategies", "loading", "engine"},
+        "report_page": {"evaluation", "strategies", "loading", "engine", "text", "cli"},
         "text": {"strategies", "loading", "engine"},
         "cli": {"loading", "engine"},
         "fitting": {"strategies", "cli"},

@@ -5,9 +5,10 @@ from dataclasses import replace
 from itertools import product
 
 from inference.engine.strategy import Strategy
-from inference.evaluation.costs import Costs
-from inference.evaluation.measurement import AUTOREGRESSIVE
-from inference.evaluation.prediction import Prediction
+from inference.evaluation.costs import Costs, measure_costs
+from inference.evaluation.exit_traces import decode_rows, record_acceptance
+from inference.evaluation.measurement import AUTOREGRESSIVE, Workload
+from inference.evaluation.prediction import Prediction, predict
 from inference.loading.run import Run
 from inference.strategies.dynamic import Dynamic
 from inference.strategies.registry import has_threshold, parse_strategy
@@ -58,6 +59,48 @@ def _that_fit(arms: Sequence[Strategy], n_layers: int) -> list[Strategy]:
     if problems := dict.fromkeys(problem for arm in arms for problem in arm.problems(n_layers)):
         raise ValueError("; ".join(problems))
     return [*dict.fromkeys(arms)]
+
+
+def predict_speedups(
+    run: Run, workload: Workload, *, max_d: int, max_branch: int = 1, timings: int
+) -> tuple[Costs, list[Prediction]]:
+    """Record exits and measure costs; return them and the speedups that follow, the best first.
+
+    Args:
+        run: The checkpoint.
+        workload: The texts to decode.
+        max_d: Most tokens drafted in a round.
+        max_branch: Most candidates for each.
+        timings: Times each pass is timed.
+    """
+    model, branch = run.model, min(max_branch, run.model.config.vocab_size)
+    rows = decode_rows(
+        model,
+        workload.prompts,
+        max_new_tokens=workload.max_new_tokens,
+        batch_size=workload.batch_size,
+        stop_tokens=workload.stop_tokens,
+        sampling=workload.sampling,
+        seed=workload.seed,
+    )
+    chances = [
+        record_acceptance(model, row, len(prompt), workload.sampling, branch, workload.seed)
+        for row, prompt in zip(rows, workload.prompts, strict=True)
+    ]
+    middle = [
+        row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]
+        for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
+    ]
+    costs = measure_costs(
+        model,
+        middle,
+        max_d,
+        workload.sampling,
+        branch=branch,
+        graphs=run.graphs,
+        timings=timings,
+    )
+    return costs, predict(chances, costs, max_d)
 
 
 def candidates(

@@ -1,6 +1,7 @@
 """Continuations by all layers, and what every exit predicts along them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,6 +102,44 @@ def record_acceptance(
         for E, x in enumerate(states, start=1)
     ]
     return torch.stack(found).float().cpu()
+
+
+@dataclass(frozen=True)
+class ExitPredictions:
+    """What every exit predicts along a row; row E - 1 of each tensor is the exit after E."""
+
+    choices: Tensor
+    """(L, tokens) int64, the most probable token."""
+    confidence: Tensor
+    """(L, tokens) fp32, its probability."""
+    entropy: Tensor
+    """(L, tokens) fp32, of the distribution, in nats."""
+    likelihood: Tensor
+    """(L, tokens) fp32, the probability of the row's own token."""
+
+    def settled(self) -> list[int]:
+        """Return, for each token, the first E from which all exits choose what the last does."""
+        same = (self.choices == self.choices[-1]).flip(0).int()
+        return (len(same) + 1 - same.cumprod(0).sum(0)).tolist()
+
+
+@torch.inference_mode()
+def record_predictions(model: Llama, row: list[int], first: int) -> ExitPredictions:
+    """Return what every exit predicts for the tokens of a row from `first` on.
+
+    Args:
+        model: In eval mode.
+        row: Token ids; at most the model's context.
+        first: At least 1.
+    """
+    found = []
+    actual = torch.tensor(row[first:], device=model.norm.weight.device)[:, None]
+    for E, x in enumerate(_exit_states(model, row, first), start=1):
+        p = model.exit_logits(x, E).float().softmax(-1)
+        confidence, choices = p.max(-1)
+        likelihood = p.gather(-1, actual).squeeze(-1)
+        found.append((choices, confidence, torch.special.entr(p).sum(-1), likelihood))
+    return ExitPredictions(*(torch.stack(each).cpu() for each in zip(*found, strict=True)))
 
 
 def _exit_states(model: Llama, row: list[int], first: int) -> list[Tensor]:
