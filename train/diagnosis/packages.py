@@ -51,7 +51,7 @@ def requirements() -> dict[str, list[Requirement]]:
     extras = {extra.replace("-", "_"): extra for extra in data.get_all("Provides-Extra") or []}
     found = {"": [line for line in lines if line.marker is None]}
     for name, extra in extras.items():
-        found[name] = [each for each in lines if each.marker and f'"{extra}"' in str(each.marker)]
+        found[name] = [each for each in lines if f'"{extra}"' in str(each.marker)]
     return found
 
 
