@@ -16,6 +16,7 @@ from launch.torchrun import SCRIPT, prepare
 VERBS = {
     "prepare": ("data.prepare", "text to token shards"),
     "train": ("train.main", "train a preset, under torchrun"),
+    "doctor": ("train.doctor", "check all that training needs on this machine"),
     "sweep": ("train.sweep", "train with every combination of some fields' values"),
     "evaluate": ("inference.evaluate", "loss, perplexity and agreement at every exit"),
     "tune": ("inference.tune", "find the fastest decoding strategy for a run on this machine"),

@@ -51,6 +51,7 @@ ROOM_ARROWS = {
         "checkpoints": {"optimizer", "parallel"},
         "monitoring": {"parallel"},
         "run_folder": {"monitoring", "parallel"},
+        "diagnosis": {"parallel"},
         "optimizer": {"parallel"},
         "parallel": set(),
     },
@@ -67,6 +68,7 @@ LOOSE_ARROWS = {
     "record": set(),
     "resumed_rows": set(),
     "sweep": set(),
+    "doctor": set(),
 }
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -209,6 +211,7 @@ def test_environment_is_read_in_one_file():
     # torchrun.py names its process to the ranks, where launcher.py reads it before torch is there.
     allowed = {"train/parallel/runtime.py", "inference/generate.py", "data/command_line.py"}
     allowed |= {"launch/torchrun.py", "train/monitoring/launcher.py"}
+    allowed |= {"train/diagnosis/surroundings.py"}  # of the doctor, who starts without torch
     allowed |= {"data/urls.py"}  # the folder of copies, which every room has
     allowed |= {"inference/serve.py"}  # the key of clients, which no command line should show
     assert readers <= allowed
