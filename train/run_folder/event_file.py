@@ -20,6 +20,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw, scalar, text
 
+from train.run_folder.events import State
+from train.run_folder.heat_map import HeatMap, png_of
 from train.run_folder.histogram import Histogram
 from train.run_folder.writing import GrowingFile
 
@@ -56,6 +58,17 @@ class TensorBoard:
         """Add one slice to every histogram."""
         self._append((_summary(name, each) for name, each in histograms.items()), step)
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Add one entry under each name of Text."""
+        self._append((text(name, each) for name, each in texts.items()), step)
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Add one picture under each name of Images."""
+        self._append((_picture(name, each) for name, each in maps.items()), step)
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """Write nothing yet."""
+
     def _append(self, summaries: Iterable[Summary], step: int) -> None:
         self.target.mkdir(exist_ok=True)
         self._file.append(_records([Event(summary=each, step=step) for each in summaries]))
@@ -75,6 +88,11 @@ def _summary(name: str, histogram: Histogram) -> Summary:
         bucket_limits=edges[1:].tolist(),
         bucket_counts=counts.tolist(),
     )
+
+
+def _picture(name: str, heat_map: HeatMap) -> Summary:
+    image = Summary.Image(encoded_image_string=png_of(heat_map))
+    return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
 def _records(events: Iterable[Event]) -> bytes:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from train.parallel.runtime import Runtime
 from train.run_folder.event_file import TensorBoard
+from train.run_folder.events import State
+from train.run_folder.heat_map import HeatMap
 from train.run_folder.histogram import Histogram
 from train.run_folder.weights_and_biases import WeightsAndBiases
 from train.run_folder.writing import GrowingFile, attempt, replace_file
@@ -57,6 +59,18 @@ class Sink(Protocol):
         """Write the histograms of one step."""
         ...
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Write Markdown texts of one step."""
+        ...
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Draw pictures of one step, each in place of the one before of its name."""
+        ...
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """Write what the run ended with, for a table of runs; nothing follows it."""
+        ...
+
 
 class JsonLines:
     """One JSON object per line, without those of steps that a resumed run repeats."""
@@ -75,6 +89,17 @@ class JsonLines:
         """Append them as one line."""
         fields = {name: asdict(histogram) for name, histogram in histograms.items()}
         self._append({"step": step, **fields})
+
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Append them as one line, each as {"text": ...}."""
+        fields = {name: {"text": text} for name, text in texts.items()}
+        self._append({"step": step, **fields})
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Write nothing: their numbers are in the lines already."""
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """Write nothing: it is the last of the lines, and status.json."""
 
     def _append(self, record: Mapping[str, object]) -> None:
         if not self._is_cut:
@@ -112,6 +137,21 @@ class Metrics:
         """Send the histograms of one step to every sink."""
         for sink in self._sinks:
             attempt(sink.target, partial(sink.log_histograms, histograms, step))
+
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Send Markdown texts of one step to every sink."""
+        for sink in self._sinks:
+            attempt(sink.target, partial(sink.log_texts, texts, step))
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Send pictures of numbers that were logged too to every sink that shows pictures."""
+        for sink in self._sinks:
+            attempt(sink.target, partial(sink.log_heat_maps, maps, step))
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """Send what the run ended with to every sink; nothing follows it."""
+        for sink in self._sinks:
+            attempt(sink.target, partial(sink.log_summary, values, state))
 
 
 def open_metrics(

@@ -3,6 +3,8 @@
 It is a guest: whatever its package, its key or the network does, it holds a run up for seconds.
 """
 
+import html
+import io
 import logging
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from train.run_folder.events import State
+from train.run_folder.heat_map import HeatMap, png_of
 from train.run_folder.histogram import Histogram
 from train.run_folder.writing import reason_of, replace_file
 
@@ -46,7 +50,7 @@ class WeightsAndBiases:
         import wandb  # takes seconds, so only where it is used
 
         self.target = "wandb"
-        self._histogram = wandb.Histogram
+        self._histogram, self._image, self._html = wandb.Histogram, wandb.Image, wandb.Html
         self._run = wandb.init(
             project=project,
             name=folder.name,
@@ -74,6 +78,24 @@ class WeightsAndBiases:
                 for name, h in histograms.items()
             }
         )
+
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Log them all at once, as their Markdown reads."""
+        shown = {
+            name: self._html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()
+        }
+        self._run.log({"step": step, **shown})
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Log them all at once, as images."""
+        from PIL import Image
+
+        images = {name: self._image(Image.open(io.BytesIO(png_of(m)))) for name, m in maps.items()}
+        self._run.log({"step": step, **images})
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """Write the values that W&B's table of runs compares."""
+        self._run.summary.update({**values, "state": state})
 
     def close(self) -> None:
         """Send what is left, within FINISH_SECONDS; `wandb sync` sends what is not."""
