@@ -44,7 +44,11 @@ ROOM_ARROWS = {
     },
     "train": {
         "planning": {"config", "loop", "checkpoints", "optimizer", "parallel"},
-        "config": {"loop", "checkpoints", "monitoring", "run_folder", "optimizer", "parallel"},
+        "config": {
+            *("loop", "decoding", "checkpoints", "monitoring", "run_folder", "optimizer"),
+            "parallel",
+        },
+        "decoding": {"parallel"},
         "loop": {"monitoring", "optimizer", "parallel"},
         "checkpoints": {"optimizer", "parallel"},
         "monitoring": {"parallel"},

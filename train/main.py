@@ -46,6 +46,7 @@ from train.run_folder.metrics import Metrics, open_metrics
 from train.run_folder.preflight import refuse_early
 from train.run_folder.profiler import Profiler
 from train.run_folder.run_lock import RunHeldError, refuse_held
+from train.run_folder.samples import write_samples
 
 RUN_HELD = 3
 """Exit status of --check where another job trains the run."""
@@ -115,6 +116,9 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
         if due(config.validate.interval_steps, done, config.steps) and not monitor.stop:
             sections.enter("validate", t)
             report_validation(job, done, metrics)
+        if job.speculation.due(done, config.steps) and not monitor.stop:
+            sections.enter("decode", t)
+            report_speculation(job, done, metrics)
         if saves or monitor.stop:
             sections.enter("checkpoint", t)
             job.save(done, monitor.state, required=monitor.stop or done == config.steps)
@@ -154,6 +158,16 @@ def measure_validation(job: Job, done_steps: int, metrics: Metrics, split: str, 
         return
     metrics.log(exit_metrics(split, dict(enumerate(losses)), len(losses)), done_steps)
     logger.info("%s", validation_line(losses, done_steps, title))
+
+
+def report_speculation(job: Job, done_steps: int, metrics: Metrics) -> None:
+    """Measure what drafts of the exits would gain; log it, and samples of text."""
+    if (found := job.speculation.measure(job.model)) is None:
+        return
+    metrics.log(found.metrics, done_steps)
+    metrics.log_texts({f"samples/{name}": text for name, text in found.samples.items()}, done_steps)
+    write_samples(job.config.run_dir / "samples", done_steps, found.samples)
+    logger.info("drafts at step %d: %s", done_steps, found.line)
 
 
 def due(interval_steps: int, done_steps: int, steps: int) -> bool:

@@ -54,6 +54,7 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     often = {"ranks": 2, "metrics__interval_steps": 1, "checkpoint__asynchronous": False}
     often |= {"data__ramp_start": 4, "data__ramp_increment": 4, "data__ramp_steps": 6}
     often |= {"optim__ema_decay": 0.9, "checkpoint__final_model": "float32"}
+    often |= {"speculation__interval_steps": 2, "speculation__new_tokens": 8}
     job = launch(**often, name="straight")
     assert job.wait() == [0, 0], job.output
     assert "step-00000008" in job.output
@@ -65,6 +66,11 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     assert "step 3" in output
     straight, resumed = training.output / "straight", training.output / "killed"
     assert fingerprint(resumed) == fingerprint(straight)
+    samples = [
+        {p.name: p.read_text() for p in (r / "samples").iterdir()} for r in (straight, resumed)
+    ]
+    assert [*map(sorted, samples)] == 2 * [[f"step-0000000{t}.md" for t in (2, 4, 6, 8)]]
+    assert samples[0] == samples[1]
     averages = [read_checkpoint(find_checkpoint(run), "ema")[1] for run in (straight, resumed)]
     exported = read_checkpoint(straight / "model")[1]
     for name, average in averages[0].items():
@@ -77,6 +83,10 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
         assert untimed[0] == untimed[1]
     events = EventAccumulator(str(resumed / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+    # Without the continuations of prompts, the weights are the same to the bit.
+    job = launch(**often | {"speculation__interval_steps": 0}, name="without")
+    assert job.wait() == [0, 0], job.output
+    assert fingerprint(training.output / "without") == fingerprint(straight)
     # The same command once more has nothing left to do.
     job = launch(**often, name="killed")
     assert job.wait() == [0, 0], job.output
