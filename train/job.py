@@ -22,6 +22,7 @@ from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
 from train.monitoring.interruption import Interruption
+from train.monitoring.live_line import LiveLine
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
 from train.opened_data import open_data, open_speculation
@@ -54,6 +55,7 @@ class Job:
     loader: TokenLoader
     held_out: HeldOut
     speculation: Speculation
+    live_line: LiveLine
     layerskip: LayerSkipSchedule
     model: Llama
     optimizer: Optimizers
@@ -215,6 +217,7 @@ def _build(
         layerskip=config.layerskip,
         model=model,
         optimizer=optimizer,
+        live_line=stack.enter_context(LiveLine(config.steps, runtime)),
         adam_monitor=_monitor_adam(config, optimizer, runtime),
         replica_check=ReplicaCheck(config.replica_check, model, optimizer, runtime),
         identity=identity,

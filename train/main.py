@@ -47,6 +47,7 @@ from train.run_folder.preflight import refuse_early
 from train.run_folder.profiler import Profiler
 from train.run_folder.run_lock import RunHeldError, refuse_held
 from train.run_folder.samples import write_samples
+from train.summary import log_summary
 
 RUN_HELD = 3
 """Exit status of --check where another job trains the run."""
@@ -76,6 +77,8 @@ def train(
             if monitor.anomaly is not None:
                 t, state = roll_back(job, *monitor.anomaly, t, state)
         job.finish(t)
+        if job.resumed.t < t == config.steps:
+            log_summary(job, state)
 
 
 def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> TrainingMonitor:

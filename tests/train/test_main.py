@@ -58,6 +58,9 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     job = launch(**often, name="straight")
     assert job.wait() == [0, 0], job.output
     assert "step-00000008" in job.output
+    assert "\r" not in job.output, "the live line is for terminals"
+    run = training.output / "straight"
+    assert f"next: python -m inference.tune --run {run} --quick" in job.output
     killed = training.run_killed_after("step 4/8", **often, name="killed")
     assert "step 6/8" not in killed
     status, output = training.run(**often, name="killed")
