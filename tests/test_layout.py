@@ -48,7 +48,7 @@ ROOM_ARROWS = {
             *("loop", "decoding", "checkpoints", "monitoring", "run_folder", "optimizer"),
             "parallel",
         },
-        "decoding": {"parallel"},
+        "decoding": {"run_folder", "parallel"},
         "loop": {"monitoring", "optimizer", "parallel"},
         "checkpoints": {"optimizer", "parallel"},
         "monitoring": {"parallel"},

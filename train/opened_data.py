@@ -69,7 +69,8 @@ def open_speculation(
         )
 
     prompts = runtime.on_every_rank(read) if settings.interval_steps else []
-    return Speculation(settings, config.model, prompts, tokenizer, runtime)
+    trained = config.model.own_exits or config.early_exit.exits
+    return Speculation(settings, config.model, prompts, tokenizer, runtime, trained)
 
 
 def _copy(config: DataConfig) -> None:

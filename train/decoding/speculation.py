@@ -7,7 +7,7 @@ E = number of layers run, d = tokens drafted in a round.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from train.decoding.rounds import (
 from train.decoding.samples import sample_text
 from train.decoding.speculation_config import SpeculationConfig
 from train.parallel.runtime import Runtime
+from train.run_folder.writing import attempt
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class Speculation:
         prompts: Sequence[Prompt],
         tokenizer: Tokenizer,
         runtime: Runtime,
+        trained: Collection[int] = (),
     ) -> None:
         """Share the rows out to the ranks: each prompt by all layers, samples by the exits too."""
         self._config, self._model, self._runtime = config, model, runtime
         self._prompts, self._tokenizer = prompts, tokenizer
-        self._exits = config.exits_of(model.n_layers)
+        self._exits = config.exits_of(model.n_layers, trained)
         self._new_tokens = new_tokens(config, model.max_seq_len)
         self._samples = min(config.samples, len(prompts))
         self._rows = [(i, model.n_layers) for i in range(len(prompts))]
@@ -75,18 +77,24 @@ class Speculation:
         return done_steps == steps or done_steps % interval == 0
 
     def measure(self, model: Llama) -> Measured | None:
-        """Measure the model as it is; every rank calls this, and rank 0 gets the result."""
+        """Measure the model as it is; every rank calls this, and rank 0 gets the result.
+
+        What fails after the last pass, such as a text that cannot be decoded, costs the result.
+        """
         device = self._runtime.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what is left of the steps is theirs
         start = time.monotonic()
         choices = self._choices(model)
-        found = self._read(choices) if self._runtime.is_main else None
+        results: list[Measured] = []
+        if self._runtime.is_main:
+            attempt("speculation", lambda: results.append(self._read(choices)))
         now = time.monotonic()
         self._spent += now - start
         share = self._spent / max(now - (self._began or start), 1e-9)
-        if found is None:
+        if not results:
             return None
+        [found] = results
         time_line = f"{now - start:.2f} s, {share:.1%} of the time so far"
         metrics = found.metrics | {"perf/speculation_share": share}
         return Measured(metrics, found.samples, f"{found.line} | {time_line}")

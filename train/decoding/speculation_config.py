@@ -1,5 +1,6 @@
 """How often held-out prompts are continued while a model trains, and which."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -20,7 +21,8 @@ class SpeculationConfig:
     """Tokens of each continuation, at most half of the model's context. Longer answers are left
     out."""
     exits: tuple[int, ...] = ()
-    """E of the drafts and samples; empty: a quarter, half and three quarters of the layers."""
+    """E of the drafts and samples; empty: the exits that are trained, if they are named and at most
+    four, else a quarter, half and three quarters of the layers."""
     draft_tokens: tuple[int, ...] = (2, 4)
     """d of the drafts, tokens drafted in a round."""
     samples: int = 2
@@ -29,10 +31,15 @@ class SpeculationConfig:
     """JSON lines with "prompt" and "answer", in place of held-out text: their share answered
     exactly is reported. Of held-out pairs it is without a file."""
 
-    def exits_of(self, n_layers: int) -> tuple[int, ...]:
-        """Return E of the drafts for a model of such depth; none if it has one layer."""
-        if self.exits:
-            return self.exits
+    def exits_of(self, n_layers: int, trained: Collection[int] = ()) -> tuple[int, ...]:
+        """Return E of the drafts for a model of such depth; none if it has one layer.
+
+        Args:
+            n_layers: L.
+            trained: E of the exits that the run names.
+        """
+        if self.exits or 0 < len(trained) <= 4:
+            return self.exits or tuple(sorted(trained))
         quarters = {round(n_layers * part / 4) for part in (1, 2, 3)}
         return tuple(sorted(E for E in quarters if 1 <= E < n_layers))
 

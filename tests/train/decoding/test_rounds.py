@@ -72,6 +72,8 @@ def test_rounds_and_accepted_drafts_are_those_of_self_speculative(name):
 
 def test_each_row_goes_on_by_its_own_exit():
     model = build(PLAIN)
+    grads = []
+    model.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     prompts, exits = [PROMPTS[0], PROMPTS[0], PROMPTS[2]], [2, 4, 1]
     choices = continue_greedily(model, prompts, exits, NEW, CPU)
     for row, prompt, E in zip(choices, prompts, exits, strict=True):
@@ -81,6 +83,7 @@ def test_each_row_goes_on_by_its_own_exit():
         )
         text = Generation(shallow, [prompt], Autoregressive(), max_new_tokens=NEW).finish().tokens
         assert row[E - 1].tolist() == text[0]
+    assert grads == NEW * [False]
 
 
 def test_a_row_is_read_up_to_its_end():

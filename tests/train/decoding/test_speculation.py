@@ -130,7 +130,7 @@ class Rank:
         return self._parts
 
 
-def measure_on(world_size):
+def measure_on(world_size, tokenizer):
     model = Llama(PLAIN)
     model.init_weights(1)
     answers = [None if len(prompt) % 2 else "A" for prompt in PROMPTS]
@@ -138,19 +138,21 @@ def measure_on(world_size):
     config = SpeculationConfig(new_tokens=9, exits=(1, 3), samples=2)
     before, parts = torch.get_rng_state(), []
     for rank in reversed(range(world_size)):
-        own = Speculation(config, PLAIN, prompts, Letters(), Rank(rank, world_size, parts))
+        own = Speculation(config, PLAIN, prompts, tokenizer, Rank(rank, world_size, parts))
         found = own.measure(model)
-        assert (found is None) == (rank > 0)
+        assert found is None or rank == 0
     assert torch.equal(before, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
+    if found is None:
+        return None
     assert 0 < found.metrics.pop("perf/speculation_share") <= 1
     return found.metrics, found.samples
 
 
 def test_any_number_of_ranks_finds_the_same():
-    one = measure_on(1)
-    assert measure_on(3) == one  # of 10 rows, the last rank has two
-    assert measure_on(7) == one  # and the last two of these have none
+    one = measure_on(1, Letters())
+    assert measure_on(3, Letters()) == one  # of 10 rows, the last rank has two
+    assert measure_on(7, Letters()) == one  # and the last two of these have none
     metrics, samples = one
     model = Llama(PLAIN)
     model.init_weights(1)
@@ -167,8 +169,20 @@ def test_any_number_of_ranks_finds_the_same():
     assert "early_exit/agreement_exit_04" not in metrics
 
 
+class Broken(Letters):
+    def decode(self, ids):
+        raise RuntimeError("no such piece")
+
+
+def test_a_text_that_cannot_be_decoded_costs_the_measurement_alone(caplog):
+    assert measure_on(2, Broken()) is None
+    assert "speculation: not written, no such piece; training goes on" in caplog.text
+
+
 def test_settings_that_do_not_fit_are_named():
     bad = SpeculationConfig(prompts=0, exits=(4,), draft_tokens=(0,), interval_steps=-1)
     names = [problem.split(":")[0].removeprefix("speculation.") for problem in bad.problems(4)]
     assert names == ["interval_steps", "prompts", "exits", "draft_tokens"]
     assert [SpeculationConfig().exits_of(L) for L in (1, 2, 8)] == [(), (1,), (2, 4, 6)]
+    assert SpeculationConfig().exits_of(8, (5, 3)) == (3, 5)
+    assert SpeculationConfig(exits=(1,)).exits_of(8, (5, 3)) == (1,)
