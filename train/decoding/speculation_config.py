@@ -20,13 +20,13 @@ class SpeculationConfig:
     new_tokens: int = 32
     """Tokens of each continuation, at most half of the model's context. Longer answers are left
     out."""
-    exits: tuple[int, ...] = ()
+    draft_layers: tuple[int, ...] = ()
     """E of the drafts and samples; empty: the exits that are trained, if they are named and at most
     four, else a quarter, half and three quarters of the layers."""
     draft_tokens: tuple[int, ...] = (2, 4)
     """d of the drafts, tokens drafted in a round."""
     samples: int = 2
-    """How many of the prompts each of `exits` continues too, to read; 0: no samples."""
+    """How many of the prompts each of `draft_layers` continues too, to read; 0: no samples."""
     task: str = ""
     """JSON lines with "prompt" and "answer", in place of held-out text: their share answered
     exactly is reported. Of held-out pairs it is without a file."""
@@ -38,8 +38,8 @@ class SpeculationConfig:
             n_layers: L.
             trained: E of the exits that the run names.
         """
-        if self.exits or 0 < len(trained) <= 4:
-            return self.exits or tuple(sorted(trained))
+        if self.draft_layers or 0 < len(trained) <= 4:
+            return self.draft_layers or tuple(sorted(trained))
         quarters = {round(n_layers * part / 4) for part in (1, 2, 3)}
         return tuple(sorted(E for E in quarters if 1 <= E < n_layers))
 
@@ -56,8 +56,10 @@ class SpeculationConfig:
             )
             if getattr(self, name) < least
         ]
-        if not all(1 <= E < n_layers for E in self.exits):
-            found.append(f"speculation.exits: {self.exits}, give 1 to {n_layers - 1} layers")
+        if not all(1 <= E < n_layers for E in self.draft_layers):
+            found.append(
+                f"speculation.draft_layers: {self.draft_layers}, give 1 to {n_layers - 1} layers"
+            )
         if not all(d >= 1 for d in self.draft_tokens):
             found.append(f"speculation.draft_tokens: {self.draft_tokens}, must be at least 1")
         return found

@@ -135,7 +135,7 @@ def measure_on(world_size, tokenizer):
     model.init_weights(1)
     answers = [None if len(prompt) % 2 else "A" for prompt in PROMPTS]
     prompts = [Prompt(tuple(p), a) for p, a in zip(PROMPTS, answers, strict=True)]
-    config = SpeculationConfig(new_tokens=9, exits=(1, 3), samples=2)
+    config = SpeculationConfig(new_tokens=9, draft_layers=(1, 3), samples=2)
     before, parts = torch.get_rng_state(), []
     for rank in reversed(range(world_size)):
         own = Speculation(config, PLAIN, prompts, tokenizer, Rank(rank, world_size, parts))
@@ -180,9 +180,9 @@ def test_a_text_that_cannot_be_decoded_costs_the_measurement_alone(caplog):
 
 
 def test_settings_that_do_not_fit_are_named():
-    bad = SpeculationConfig(prompts=0, exits=(4,), draft_tokens=(0,), interval_steps=-1)
+    bad = SpeculationConfig(prompts=0, draft_layers=(4,), draft_tokens=(0,), interval_steps=-1)
     names = [problem.split(":")[0].removeprefix("speculation.") for problem in bad.problems(4)]
-    assert names == ["interval_steps", "prompts", "exits", "draft_tokens"]
+    assert names == ["interval_steps", "prompts", "draft_layers", "draft_tokens"]
     assert [SpeculationConfig().exits_of(L) for L in (1, 2, 8)] == [(), (1,), (2, 4, 6)]
     assert SpeculationConfig().exits_of(8, (5, 3)) == (3, 5)
-    assert SpeculationConfig(exits=(1,)).exits_of(8, (5, 3)) == (1,)
+    assert SpeculationConfig(draft_layers=(1,)).exits_of(8, (5, 3)) == (1,)
