@@ -96,10 +96,11 @@ def _where_lines(config: TrainConfig) -> list[str]:
     run_dir, run = config.run_dir, str(config.run_dir)
     if config.checkpoint.folder:
         run = str(config.checkpoint_folder)
-    files = [str(config.checkpoint_folder / f"step-{config.steps:08d}"), "metrics.jsonl"]
-    samples = run_dir / "samples" / f"step-{config.steps:08d}.md"
-    files += [f"samples/{samples.name}"] if samples.exists() else []
-    lines = [f"files: {', '.join(files)}"]
+    step = f"step-{config.steps:08d}"
+    folder = f"{config.checkpoint_folder}" if config.checkpoint.folder else "checkpoints"
+    files = [f"{folder}/{step}", "metrics.jsonl"]
+    files += [f"samples/{step}.md"] if (run_dir / "samples" / f"{step}.md").exists() else []
+    lines = [f"in {run_dir}: {', '.join(files)}"]
     if config.metrics.tensorboard:
         lines.append(f"watch: tensorboard --logdir {config.output_dir}")
     command = f"python -m inference.tune --run {run} --quick"
