@@ -81,7 +81,7 @@ def train(
                 done_steps=t,
                 runtime=runtime,
                 preset=None if preset is None else preset.as_dict(),
-                wandb=job.wandb,
+                trackers=job.trackers,
             )
             monitor = run_steps(job, t, state, metrics)
             monitor.close()

@@ -14,8 +14,8 @@ from torch.utils.tensorboard.summary import custom_scalars
 from train.run_folder.events import State
 from train.run_folder.settings_text import flat
 
-EXITS_SHOWN = 6
-"""Most exits in one chart: TensorBoard tells the lines of one run apart by six symbols."""
+EXITS_SHOWN = 5
+"""Most exits in one chart: TensorBoard tells the lines of one run apart by five symbols."""
 _COMPARED = (
     *("steps", "seed", "model.", "data.", "optim.", "layer_dropout.", "curriculum.", "early_exit."),
     *("token_depth.", "router.", "density."),
@@ -26,10 +26,9 @@ _STATUS = {"finished": "STATUS_SUCCESS", "failed": "STATUS_FAILURE"}
 
 def layout(L: int) -> Summary:
     """Return the layout of Custom Scalars for a model of L layers."""
-    # Several tags of a chart are names; a single one is a regular expression.
-    exits = list(range(L, 0, -(-L // EXITS_SHOWN)))[::-1]
+    exits = range(L, 0, -L // EXITS_SHOWN)  # the last, and others evenly apart
     by_split = {
-        split: [f"losses_{split}/exit_{E:02d}" for E in exits] for split in ("held_out", "train")
+        split: [f"losses_{split}/exit_{E:02d}$" for E in exits] for split in ("held_out", "train")
     }
     return custom_scalars(
         {

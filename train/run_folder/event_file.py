@@ -35,7 +35,6 @@ class TensorBoard:
 
     def __init__(self, folder: Path, done_steps: int, config: dict[str, Any]) -> None:
         """Name the event file; points after step `done_steps` of earlier ones are purged."""
-        self.target = folder
         self._step, purge = done_steps, done_steps + 1
         head = [
             Event(file_version="brain.Event:2", step=purge),
@@ -45,7 +44,8 @@ class TensorBoard:
         ]
         # In order of time, which is how TensorBoard reads the files of a folder.
         name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-        self._file = GrowingFile(folder / f"{_PREFIX}{name}", _records(head))
+        self.target = folder / f"{_PREFIX}{name}"
+        self._file = GrowingFile(self.target, _records(head))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add one point to every curve."""

@@ -1,8 +1,8 @@
-"""Log metrics: log(metrics, step) writes JSONL always, TensorBoard and W&B where configured."""
+"""Log metrics: log(metrics, step) writes JSONL always, and to dashboards where configured."""
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from train.run_folder.heat_map import HeatMap
 from train.run_folder.histogram import Histogram
 from train.run_folder.settings_text import settings_text
 from train.run_folder.sinks import Metrics, Sink
-from train.run_folder.weights_and_biases import WeightsAndBiases
 from train.run_folder.writing import GrowingFile, attempt, replace_file
 
 logger = logging.getLogger(__name__)
+
+MAX_GROUP, MAX_TAG = 128, 64
+"""Most characters that W&B takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +38,31 @@ class MetricsConfig:
     """Log to Weights & Biases; where its server does not answer within seconds, or with
     WANDB_MODE=offline, to this machine alone."""
     wandb_project: str = "skipstone"
-    """Project to log under."""
+    """Project to log under, on W&B and Trackio."""
+    wandb_entity: str = ""
+    """User or team to log under on W&B; empty: the user's default."""
+    group: str = ""
+    """Group of this run on W&B and Trackio, for runs to compare; train.sweep gives its runs one."""
+    tags: tuple[str, ...] = ()
+    """Tags of this run on W&B."""
+    trackio: bool = False
+    """Log to Trackio on this machine, for `trackio show`; pip install 'skipstone[trackio]'."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = []
         if self.interval_steps < 1:
-            return [f"metrics.interval_steps: {self.interval_steps}, must be at least 1"]
-        return []
+            found.append(f"metrics.interval_steps: {self.interval_steps}, must be at least 1")
+        if len(self.group) > MAX_GROUP:
+            found.append(
+                f"metrics.group: {self.group:.20}..., shorten it to {MAX_GROUP} characters"
+            )
+        found += [
+            f"metrics.tags: {tag:.20!r}, must have 1 to {MAX_TAG} characters"
+            for tag in self.tags
+            if not 1 <= len(tag) <= MAX_TAG
+        ]
+        return found
 
 
 class JsonLines:
@@ -103,7 +123,7 @@ def open_metrics(
     done_steps: int,
     runtime: Runtime,
     preset: dict[str, Any] | None = None,
-    wandb: WeightsAndBiases | None = None,
+    trackers: Sequence[Sink] = (),
 ) -> Metrics:
     """Open the sinks of a run that has done `done_steps` steps, on rank 0.
 
@@ -114,7 +134,7 @@ def open_metrics(
         done_steps: Steps done; what was logged of later ones is dropped.
         runtime: This rank.
         preset: The configuration of the preset, to show what differs from it.
-        wandb: The W&B run, open.
+        trackers: W&B and Trackio, open.
     """
     if not runtime.is_main:
         return Metrics([])
@@ -122,7 +142,7 @@ def open_metrics(
     board: list[Sink] = []
     if config.tensorboard:
         board.append(TensorBoard(run_dir, done_steps, run_config))
-    dashboards = [*board, *filter(None, [wandb])]
+    dashboards = [*board, *trackers]
     if not dashboards:
         return Metrics([JsonLines(records, done_steps)])
     shown = Dashboards(dashboards)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from train.run_folder.heat_map import HeatMap
 
@@ -115,20 +116,18 @@ class Pictures:
 
     def __init__(self) -> None:
         self._rows = {name: _Rows() for name in KINDS}
-        self._patterns = {name: re.compile(kind.pattern) for name, kind in KINDS.items()}
         self._starts: list[int] = []
         self._count: float | None = None
 
     def add(self, metrics: Mapping[str, float], step: int) -> None:
         """Add what was logged at one step."""
-        for name, pattern in self._patterns.items():
-            found = {
-                match.expand(KINDS[name].label): value
-                for metric, value in metrics.items()
-                if (match := pattern.fullmatch(metric))
-            }
-            if found:
-                self._rows[name].add(step, found)
+        found: dict[str, dict[str, float]] = {}
+        for metric, value in metrics.items():
+            if row := _row_of(metric):
+                name, label = row
+                found.setdefault(name, {})[label] = value
+        for name, values in found.items():
+            self._rows[name].add(step, values)
         if "progress/restarts" in metrics:
             count = metrics["progress/restarts"] + metrics.get("progress/rollbacks", 0.0)
             if self._count is not None and count != self._count:
@@ -161,6 +160,15 @@ class Pictures:
             high=_ninth_decile(values) if kind.clipped else kind.high,
             marks=[sum(step < mark for step in steps) for mark in self._starts],
         )
+
+
+@lru_cache(4096)
+def _row_of(metric: str) -> tuple[str, str] | None:
+    """Return the picture that a metric is in and the label of its row, if it is in one."""
+    for name, kind in KINDS.items():
+        if match := re.fullmatch(kind.pattern, metric):
+            return name, match.expand(kind.label)
+    return None
 
 
 def _ninth_decile(values: Sequence[Sequence[float]]) -> float | None:

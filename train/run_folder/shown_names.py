@@ -6,6 +6,7 @@ losses_train, margin, marks, optim, perf, progress, schedule, speculation, updat
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from statistics import median
 
 _RENAMED = tuple(
@@ -45,6 +46,7 @@ def shown(metrics: Mapping[str, float]) -> dict[str, float]:
     return charts
 
 
+@lru_cache(4096)
 def shown_name(name: str) -> str:
     """Return the name of a metric on dashboards; "" where it has no chart of its own."""
     for pattern, new in _RENAMED:
