@@ -30,7 +30,7 @@ CHECKPOINT_FILES = {
 # They read JSON and URLs for every room, and import none of ours but each other's.
 EVERYWHERE = {"data.foreign_json", "data.urls", "data.url_cache"}
 LOWEST = {"data/foreign_json.py", "data/urls.py"}
-ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
+ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "trackio", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
     "inference": {

@@ -13,7 +13,7 @@ from train.monitoring.adam_monitor import alarms
 from train.monitoring.stragglers import StragglerWatch
 from train.optimizer.optim import lr
 from train.run_folder.histogram import Histogram
-from train.run_folder.metrics import Metrics
+from train.run_folder.sinks import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -42,11 +42,12 @@ from train.parallel.titan import GarbageCollection
 from train.planning.dry_run import plan_run
 from train.rollback import roll_back
 from train.run_folder.failures import AGREED, is_communication, is_final
-from train.run_folder.metrics import Metrics, open_metrics
+from train.run_folder.metrics import open_metrics
 from train.run_folder.preflight import refuse_early
 from train.run_folder.profiler import Profiler
 from train.run_folder.run_lock import RunHeldError, refuse_held
 from train.run_folder.samples import write_samples
+from train.run_folder.sinks import Metrics
 from train.summary import log_summary
 
 RUN_HELD = 3
@@ -57,9 +58,21 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: TrainConfig, runtime: Runtime, interruption: Interruption, given: Collection[str] = ()
+    config: TrainConfig,
+    runtime: Runtime,
+    interruption: Interruption,
+    given: Collection[str] = (),
+    preset: TrainConfig | None = None,
 ) -> None:
-    """Train from the newest checkpoint of the run, or from step 0, to the last step."""
+    """Train from the newest checkpoint of the run, or from step 0, to the last step.
+
+    Args:
+        config: The run.
+        runtime: This rank.
+        interruption: Whether this process was requested to stop.
+        given: The fields that the user has given, which may differ from the checkpoint's.
+        preset: What the run was made of, to show what differs.
+    """
     with open_job(config, runtime, interruption, given) as job:
         t, state = job.resumed.t, job.state
         while t < config.steps and not job.any_rank_stop_requested():
@@ -69,13 +82,16 @@ def train(
                 config.as_dict(),
                 done_steps=t,
                 runtime=runtime,
-                wandb=job.wandb,
+                preset=None if preset is None else preset.as_dict(),
+                trackers=job.trackers,
             )
             monitor = run_steps(job, t, state, metrics)
             monitor.close()
             t, state = monitor.done_steps, monitor.state
             if monitor.anomaly is not None:
                 t, state = roll_back(job, *monitor.anomaly, t, state)
+            elif t == config.steps:
+                metrics.log_summary({}, "finished")
         job.finish(t)
         if job.resumed.t < t == config.steps:
             log_summary(job, state)
@@ -210,7 +226,7 @@ def main(arguments: Sequence[str], interruption: Interruption | None = None) -> 
             start_runtime(config.runtime, config.seed) as runtime,
         ):
             try:
-                train(config, runtime, interruption, command.given)
+                train(config, runtime, interruption, command.given, command.preset)
             except StopRequestError as stop:
                 logger.info("stopped by %s before the first step; the same command resumes", stop)
     except Exception as error:

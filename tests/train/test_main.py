@@ -48,6 +48,24 @@ def records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_dashboard(run):
+    """Check what TensorBoard has of a run of 4 exits over 8 steps that was resumed after step 3."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    assert [e.step for e in events.Scalars("loss/train")] == list(range(1, 9))
+    assert [e.step for e in events.Scalars("margin/high")] == [4, 8]
+    assert [e.value for e in events.Scalars("marks/restarts")] == [0.0] * 3 + [1.0] * 5
+    assert events.Tags()["images"] == [
+        "losses_held_out/all_exits", "losses_train/all_exits", "schedule/dropped_layers",
+    ]  # fmt: skip
+    texts = {
+        tag: [tensor.tensor_proto.string_val[0].decode() for tensor in events.Tensors(tag)]
+        for tag in ("settings", "marks")
+    }
+    assert "| optim.lr | 0.004 | 0.003 |" in texts["settings"][-1]
+    assert "| 3 | resumed on 2 ranks |" in texts["marks"][-1]
+    assert "| 7 | batch of 4 becomes 8 |" in texts["marks"][-1]
+
+
 def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(training, launch):
     # Written at once: the checkpoint of step 3 is there when step 4 is logged. Kills while one is
     # written in the background are tests/faults/test_checkpoints.py's.
@@ -84,8 +102,7 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
         timed = ("perf/", "progress/goodput", "progress/restarts")
         untimed = [{k: v for k, v in r.items() if not k.startswith(timed)} for r in (a, b)]
         assert untimed[0] == untimed[1]
-    events = EventAccumulator(str(resumed / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+    check_dashboard(resumed)
     # Without the continuations of prompts, the weights are the same to the bit.
     job = launch(**often | {"speculation__interval_steps": 0}, name="without")
     assert job.wait() == [0, 0], job.output

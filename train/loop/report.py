@@ -39,6 +39,7 @@ class StepReport:
             "layerskip/p_max_t": max(self._plan.drop_prob),
             "layerskip/mean_layers": self._plan.mean_layers,
             "layerskip/num_exits": float(len(self._plan.exit_layers)),
+            **_drop_probs(self._plan.drop_prob),
             "progress/tokens": float(tokens),
             "progress/skipped_updates": float(len(self._steps) - len(updates)),
             **self._throughput.read(seconds),
@@ -59,6 +60,13 @@ class StepReport:
                 metrics["train/router_density"] = fmean(step.density for step in updates)
         self._steps = []
         return metrics
+
+
+def _drop_probs(drop_prob: Sequence[float]) -> dict[str, float]:
+    """Name p(l, t) of each layer by its number, l + 1; nothing where none is dropped."""
+    if not any(drop_prob):
+        return {}
+    return {f"layerskip/drop_prob_{l + 1:02d}": p for l, p in enumerate(drop_prob)}
 
 
 def exit_metrics(split: str, losses: Mapping[int, float], L: int) -> dict[str, float]:

@@ -4,6 +4,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 MAX_LABELS = 12
 """Most labels along an axis; of more, evenly spaced ones are shown."""
 
@@ -29,6 +31,8 @@ class HeatMap:
     """The number of the darkest colour; None: the least."""
     high: float | None = None
     """The number of the brightest colour; None: the greatest."""
+    marks: Sequence[int] = ()
+    """Columns before which a line is drawn, as where a run was resumed."""
 
 
 def png_of(heat_map: HeatMap) -> bytes:
@@ -37,16 +41,19 @@ def png_of(heat_map: HeatMap) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 3.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(5.6, 3.0), dpi=120, layout="constrained")
     axes = figure.add_subplot()
+    values = np.array(heat_map.values)
     image = axes.imshow(
-        heat_map.values,
+        values,
         aspect="auto",
-        cmap="cividis",
+        cmap="viridis",
         interpolation="nearest",
         vmin=heat_map.low,
         vmax=heat_map.high,
     )
+    for mark in filter(None, heat_map.marks):
+        axes.axvline(mark - 0.5, color="white", linewidth=1, linestyle="--")
     axes.set_title(heat_map.title, fontsize=10, loc="left")
     axes.set_ylabel(heat_map.row_axis)
     axes.set_xlabel(heat_map.column_axis)
@@ -54,7 +61,8 @@ def png_of(heat_map: HeatMap) -> bytes:
     axes.set_xticks(*_ticks(heat_map.columns))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, label=heat_map.unit)
+    clipped = heat_map.high is not None and (values > heat_map.high).any()
+    bar = figure.colorbar(image, label=heat_map.unit, extend="max" if clipped else "neither")
     bar.outline.set_visible(False)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
