@@ -56,11 +56,13 @@ def check_dashboard(run):
     assert [e.value for e in events.Scalars("marks/restarts")] == [0.0] * 3 + [1.0] * 5
     assert events.Tags()["images"] == [
         "losses_held_out/all_exits", "losses_train/all_exits", "schedule/dropped_layers",
+        "speculation/agreement", "speculation/acceptance",
     ]  # fmt: skip
     texts = {
         tag: [tensor.tensor_proto.string_val[0].decode() for tensor in events.Tensors(tag)]
-        for tag in ("settings", "marks")
+        for tag in ("settings", "marks", "samples/prompt_1")
     }
+    assert "**all 4 layers**" in texts["samples/prompt_1"][-1]
     assert "| optim.lr | 0.004 | 0.003 |" in texts["settings"][-1]
     assert "| 3 | resumed on 2 ranks |" in texts["marks"][-1]
     assert "| 7 | batch of 4 becomes 8 |" in texts["marks"][-1]
