@@ -30,7 +30,7 @@ CHECKPOINT_FILES = {
 # They read JSON and URLs for every room, and import none of ours but each other's.
 EVERYWHERE = {"data.foreign_json", "data.urls", "data.url_cache"}
 LOWEST = {"data/foreign_json.py", "data/urls.py"}
-ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "wandb"}
+ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "trackio", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
     "inference": {
@@ -46,7 +46,11 @@ ROOM_ARROWS = {
     },
     "train": {
         "planning": {"config", "loop", "checkpoints", "optimizer", "parallel"},
-        "config": {"loop", "checkpoints", "monitoring", "run_folder", "optimizer", "parallel"},
+        "config": {
+            *("loop", "decoding", "checkpoints", "monitoring", "run_folder", "optimizer"),
+            "parallel",
+        },
+        "decoding": {"run_folder", "parallel"},
         "loop": {"monitoring", "optimizer", "parallel"},
         "checkpoints": {"optimizer", "parallel"},
         "monitoring": {"parallel"},
@@ -60,13 +64,14 @@ ROOM_ARROWS = {
 COMMANDS_OF_MODELS = {"convert"}
 # What the loose files of `train/` may import of each other, from main down.
 LOOSE_ARROWS = {
-    "main": {"follow", "job", "rollback"},
+    "main": {"follow", "job", "rollback", "summary"},
     "follow": {"job"},
     "rollback": {"job", "resumed_rows"},
     "job": {"opened_data", "record", "resumed_rows"},
     "opened_data": set(),
     "record": set(),
     "resumed_rows": set(),
+    "summary": {"job"},
     "sweep": set(),
     "doctor": set(),
 }

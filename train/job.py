@@ -14,6 +14,7 @@ from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
 from train.checkpoints.resume import Resumed, resume
 from train.config.config import TrainConfig
+from train.decoding.speculation import Speculation
 from train.loop.corpus import Corpus
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.run_state import RunState
@@ -21,9 +22,10 @@ from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
 from train.monitoring.interruption import Interruption
+from train.monitoring.live_line import LiveLine
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
-from train.opened_data import open_data
+from train.opened_data import open_data, open_speculation
 from train.optimizer.optim import Optimizers, build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
@@ -32,8 +34,10 @@ from train.resumed_rows import open_rows
 from train.run_folder.events import EventLog, goodput, starts
 from train.run_folder.preflight import check_checkpoint_folder, check_run_folder, check_space
 from train.run_folder.run_lock import RunLock, lock_run
+from train.run_folder.sinks import Sink
 from train.run_folder.status import RunStatus
-from train.run_folder.weights_and_biases import WeightsAndBiases, open_wandb
+from train.run_folder.trackio_run import TrackioRun, open_trackio
+from train.run_folder.weights_and_biases import WeightsAndBiases, Where, open_wandb
 from train.run_folder.writing import attempt
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,8 @@ class Job:
     status: RunStatus
     loader: TokenLoader
     held_out: HeldOut
+    speculation: Speculation
+    live_line: LiveLine
     layerskip: LayerSkipSchedule
     model: Llama
     optimizer: Optimizers
@@ -60,8 +66,8 @@ class Job:
     identity: RunIdentity
     checkpoints: CheckpointWriter
     resumed: Resumed
-    wandb: WeightsAndBiases | None
-    """The W&B run, on rank 0; None without one."""
+    trackers: tuple[Sink, ...]
+    """The runs of W&B and Trackio that there are to be, on rank 0."""
     state: RunState
     """The state to go on from: the checkpoint's, and the rows skipped by rollbacks since."""
 
@@ -185,7 +191,7 @@ def _build(
     given: Collection[str],
 ) -> Job:
     """Open the data, build the model, and load the newest checkpoint."""
-    wandb = _open_wandb(config, runtime, stack)
+    trackers = _open_trackers(config, runtime, stack)
     corpus, held_out = open_data(config, runtime, interruption)
     model, optimizer = _build_model(config, runtime)
     identity = _identify(config, corpus)
@@ -199,7 +205,6 @@ def _build(
     )
     writer.saved_step = 0 if resumed.branched_from else resumed.t
     status.note_saved(writer.saved_step)
-    rotates = config.curriculum.C == "rot"
     return Job(
         config=config,
         runtime=runtime,
@@ -210,19 +215,24 @@ def _build(
         status=status,
         loader=loader,
         held_out=held_out,
+        speculation=open_speculation(config, corpus, held_out, runtime),
         layerskip=config.layerskip,
         model=model,
         optimizer=optimizer,
-        adam_monitor=AdamMonitor(
-            config.adam_monitor, optimizer, runtime, period=config.curriculum.R * rotates
-        ),
+        live_line=stack.enter_context(LiveLine(config.steps, runtime)),
+        adam_monitor=_monitor_adam(config, optimizer, runtime),
         replica_check=ReplicaCheck(config.replica_check, model, optimizer, runtime),
         identity=identity,
         checkpoints=stack.enter_context(writer),
         resumed=resumed,
-        wandb=wandb,
+        trackers=trackers,
         state=state,
     )
+
+
+def _monitor_adam(config: TrainConfig, optimizer: Optimizers, runtime: Runtime) -> AdamMonitor:
+    period = config.curriculum.R if config.curriculum.C == "rot" else 0
+    return AdamMonitor(config.adam_monitor, optimizer, runtime, period=period)
 
 
 def _identify(config: TrainConfig, corpus: Corpus) -> RunIdentity:
@@ -235,15 +245,24 @@ def _identify(config: TrainConfig, corpus: Corpus) -> RunIdentity:
     )
 
 
-def _open_wandb(config: TrainConfig, runtime: Runtime, stack: ExitStack) -> WeightsAndBiases | None:
-    """Start the W&B run of rank 0, if there is to be one; the end of the stack ends it."""
-    settings = config.metrics
-    if not (settings.wandb and runtime.is_main):
-        return None
-    wandb = open_wandb(config.run_dir, settings.wandb_project, config.as_dict())
-    if wandb is not None:
-        stack.callback(attempt, wandb.target, wandb.close)
-    return wandb
+def _open_trackers(config: TrainConfig, runtime: Runtime, stack: ExitStack) -> tuple[Sink, ...]:
+    """Start the runs of W&B and Trackio, on rank 0; the end of the stack ends them."""
+    settings, shown = config.metrics, config.as_dict()
+    opened: list[WeightsAndBiases | TrackioRun | None] = []
+    if runtime.is_main and settings.wandb:
+        where = Where(
+            project=settings.wandb_project,
+            entity=settings.wandb_entity,
+            group=settings.group,
+            tags=settings.tags,
+        )
+        opened.append(open_wandb(config.run_dir, where, shown))
+    if runtime.is_main and settings.trackio:
+        opened.append(open_trackio(config.run_dir, settings.wandb_project, settings.group, shown))
+    trackers = tuple(tracker for tracker in opened if tracker is not None)
+    for tracker in trackers:
+        stack.callback(attempt, tracker.target, tracker.close)
+    return trackers
 
 
 def _build_model(config: TrainConfig, runtime: Runtime) -> tuple[Llama, Optimizers]:

@@ -42,10 +42,13 @@ from train.parallel.titan import GarbageCollection
 from train.planning.dry_run import plan_run
 from train.rollback import roll_back
 from train.run_folder.failures import AGREED, is_communication, is_final
-from train.run_folder.metrics import Metrics, open_metrics
+from train.run_folder.metrics import open_metrics
 from train.run_folder.preflight import refuse_early
 from train.run_folder.profiler import Profiler
 from train.run_folder.run_lock import RunHeldError, refuse_held
+from train.run_folder.samples import write_samples
+from train.run_folder.sinks import Metrics
+from train.summary import log_summary
 
 RUN_HELD = 3
 """Exit status of --check where another job trains the run."""
@@ -55,9 +58,21 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: TrainConfig, runtime: Runtime, interruption: Interruption, given: Collection[str] = ()
+    config: TrainConfig,
+    runtime: Runtime,
+    interruption: Interruption,
+    given: Collection[str] = (),
+    preset: TrainConfig | None = None,
 ) -> None:
-    """Train from the newest checkpoint of the run, or from step 0, to the last step."""
+    """Train from the newest checkpoint of the run, or from step 0, to the last step.
+
+    Args:
+        config: The run.
+        runtime: This rank.
+        interruption: Whether this process was requested to stop.
+        given: The fields that the user has given, which may differ from the checkpoint's.
+        preset: What the run was made of, to show what differs.
+    """
     with open_job(config, runtime, interruption, given) as job:
         t, state = job.resumed.t, job.state
         while t < config.steps and not job.any_rank_stop_requested():
@@ -67,14 +82,19 @@ def train(
                 config.as_dict(),
                 done_steps=t,
                 runtime=runtime,
-                wandb=job.wandb,
+                preset=None if preset is None else preset.as_dict(),
+                trackers=job.trackers,
             )
             monitor = run_steps(job, t, state, metrics)
             monitor.close()
             t, state = monitor.done_steps, monitor.state
             if monitor.anomaly is not None:
                 t, state = roll_back(job, *monitor.anomaly, t, state)
+            elif t == config.steps:
+                metrics.log_summary({}, "finished")
         job.finish(t)
+        if job.resumed.t < t == config.steps:
+            log_summary(job, state)
 
 
 def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> TrainingMonitor:
@@ -115,6 +135,9 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
         if due(config.validate.interval_steps, done, config.steps) and not monitor.stop:
             sections.enter("validate", t)
             report_validation(job, done, metrics)
+        if job.speculation.due(done, config.steps) and not monitor.stop:
+            sections.enter("decode", t)
+            report_speculation(job, done, metrics)
         if saves or monitor.stop:
             sections.enter("checkpoint", t)
             job.save(done, monitor.state, required=monitor.stop or done == config.steps)
@@ -156,6 +179,16 @@ def measure_validation(job: Job, done_steps: int, metrics: Metrics, split: str, 
     logger.info("%s", validation_line(losses, done_steps, title))
 
 
+def report_speculation(job: Job, done_steps: int, metrics: Metrics) -> None:
+    """Measure what drafts of the exits would gain; log it, and samples of text."""
+    if (found := job.speculation.measure(job.model)) is None:
+        return
+    metrics.log(found.metrics, done_steps)
+    metrics.log_texts({f"samples/{name}": text for name, text in found.samples.items()}, done_steps)
+    write_samples(job.config.run_dir / "samples", done_steps, found.samples)
+    logger.info("drafts at step %d: %s", done_steps, found.line)
+
+
 def due(interval_steps: int, done_steps: int, steps: int) -> bool:
     """Whether something that happens every `interval_steps`, and at the end, happens now."""
     return done_steps == steps or bool(interval_steps and done_steps % interval_steps == 0)
@@ -193,7 +226,7 @@ def main(arguments: Sequence[str], interruption: Interruption | None = None) -> 
             start_runtime(config.runtime, config.seed) as runtime,
         ):
             try:
-                train(config, runtime, interruption, command.given)
+                train(config, runtime, interruption, command.given, command.preset)
             except StopRequestError as stop:
                 logger.info("stopped by %s before the first step; the same command resumes", stop)
     except Exception as error:

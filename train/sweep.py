@@ -98,22 +98,24 @@ def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def expand(preset: str, grid: dict[str, list[str]], options: Sequence[str]) -> list[list[str]]:
-    """Return the options of every run, those of all first; each has a name made of its own.
+    """Return the options of each run, those of all first; a name for each, a group for all.
 
     Raises:
         ValueError: a field does not exist, or two runs would have the same name.
     """
     runs: dict[str, list[str]] = {}
+    fields = "-".join(field.split(".")[-1] for field in grid)
     for values in product(*grid.values()):
         own = dict(zip(grid, values, strict=True))
         words = [word for field, text in own.items() for word in (f"--{field}", *words_of(text))]
         # The name last: it wins over one among the options, which begins it.
-        begun = parse([preset, *options, *words], show=True).config.name
+        config = parse([preset, *options, *words], show=True).config
         parts = [f"{field.split('.')[-1]}_{text}" for field, text in own.items()]
-        name = re.sub("[^A-Za-z0-9._-]", "_", "-".join([begun, *parts]))
+        name = re.sub("[^A-Za-z0-9._-]", "_", "-".join([config.name, *parts]))
         if name in runs:
             raise ValueError(f"grid: two runs have the name {name}, give every value once")
-        runs[name] = [*options, *words, "--name", name]
+        group = [] if config.metrics.group else ["--metrics.group", f"{config.name}-{fields}"]
+        runs[name] = [*options, *words, *group, "--name", name]
     return list(runs.values())
 
 

@@ -7,7 +7,6 @@ Product code is unaware of these: they replace functions in the process that is 
 import builtins
 import os
 import resource
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -236,20 +235,20 @@ def full_disk(on_rank, rank, steps):
 
 
 def break_sinks(on_rank, run, t):
-    """Put a file in place of the TensorBoard folder before step t, and let W&B refuse from then on.
+    """Put a folder in place of TensorBoard's file before step t, and let W&B refuse from then on.
 
     Two steps later the console is a pipe that nobody reads.
     """
     if on_rank != 0:
         return
-    folder = Path(run) / "tensorboard"
 
     def refuse(*arguments):
         raise ConnectionResetError("W&B has gone")
 
     def break_charts(model):
-        shutil.rmtree(folder)
-        folder.touch()
+        [file] = Path(run).glob("events.out.tfevents.*")
+        file.unlink()
+        file.mkdir()
         WeightsAndBiases.log = refuse
 
     def break_console(model):

@@ -28,6 +28,9 @@ def test_every_combination_is_a_run_of_its_own():
     assert {c.steps for c in configs} == {7}
     assert [c.name for c in configs][1] == "mine-lr_1e-3-e_scale_1.0"
     assert len({c.name for c in configs}) == 4
+    assert {c.metrics.group for c in configs} == {"mine-lr-e_scale"}
+    [own] = expand("demo", {"optim.lr": ["1e-3"]}, ["--metrics.group", "ours"])
+    assert parse(["demo", *own], show=False).config.metrics.group == "ours"
     assert all(c.problems(world_size=2) == [] for c in configs)
 
 
@@ -35,7 +38,8 @@ def test_lines_are_printed_for_a_job_array(capsys):
     sweep(["demo", "--grid", GRID[0], "--print", "--", "--steps", "7"])
     lines = capsys.readouterr().out.splitlines()
     assert shlex.split(lines[1]) == [
-        "--steps", "7", "--optim.lr", "4e-3", "--name", "demo-lr_4e-3",
+        "--steps", "7", "--optim.lr", "4e-3", "--metrics.group", "demo-lr",
+        "--name", "demo-lr_4e-3",
     ]  # fmt: skip
 
 
@@ -160,8 +164,8 @@ def test_a_sweep_is_submitted_as_one_array_job(fake_sbatch, capsys):
     assert Path(file).parent == Path("outputs/slurm").resolve()
     lines = Path(file).read_text()
     assert lines.splitlines() == [
-        "--steps 7 --optim.lr 1e-3 --name demo-lr_1e-3",
-        "--steps 7 --optim.lr 4e-3 --name demo-lr_4e-3",
+        "--steps 7 --optim.lr 1e-3 --metrics.group demo-lr --name demo-lr_1e-3",
+        "--steps 7 --optim.lr 4e-3 --metrics.group demo-lr --name demo-lr_4e-3",
     ]
     # Another sweep does not touch the file of one that waits in the queue.
     sweep([*words, "--seed", "1"])
@@ -231,8 +235,9 @@ def test_numbers_joined_by_plus_are_several_words(text, words):
 def test_a_field_may_hold_several_values(capsys):
     sweep(["demo", "--grid", "early_exit.exits=2+4,2", "--print"])
     first, second = map(shlex.split, capsys.readouterr().out.splitlines())
-    assert first == ["--early_exit.exits", "2", "4", "--name", "demo-exits_2_4"]
-    assert second == ["--early_exit.exits", "2", "--name", "demo-exits_2"]
+    group = ["--metrics.group", "demo-exits"]
+    assert first == ["--early_exit.exits", "2", "4", *group, "--name", "demo-exits_2_4"]
+    assert second == ["--early_exit.exits", "2", *group, "--name", "demo-exits_2"]
     assert parse(["demo", *first], show=False).config.early_exit.exits == (2, 4)
 
 

@@ -71,6 +71,8 @@ class Command:
     """Check the run and end."""
     given: frozenset[str] = frozenset()
     """Full names of the fields that the user has given, as options or in a file."""
+    preset: TrainConfig | None = None
+    """The preset as it is; None where a file alone is the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,13 @@ def parse(arguments: Sequence[str], *, show: bool) -> Command:
     config = dataclasses.replace(config, checkpoint=_one_start(config.checkpoint, given))
     if line.file is not None:
         given |= given_fields(line.file)
+    has_preset = bool(name) or line.file is None
     return Command(
-        config, line.machine if line.dry_run else None, check=line.check, given=frozenset(given)
+        config,
+        line.machine if line.dry_run else None,
+        check=line.check,
+        given=frozenset(given),
+        preset=PRESETS[name or DEFAULT_PRESET]() if has_preset else None,
     )
 
 

@@ -6,7 +6,6 @@ never writes again.
 
 import io
 import itertools
-import json
 import os
 import socket
 import time
@@ -17,36 +16,36 @@ from typing import Any
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import custom_scalars, histogram_raw, scalar, text
+from torch.utils.tensorboard.summary import histogram_raw, scalar
 
+from train.run_folder.board_layout import layout, session_end, session_start
+from train.run_folder.events import State
+from train.run_folder.heat_map import HeatMap, png_of
 from train.run_folder.histogram import Histogram
 from train.run_folder.writing import GrowingFile
 
+_PREFIX = "events.out.tfevents."
 _numbers = itertools.count()
 
 
 class TensorBoard:
-    """Scalars, and two charts of all exits side by side under Custom Scalars."""
+    """A run of TensorBoard, named by the run folder: its event files lie there."""
 
     def __init__(self, folder: Path, done_steps: int, config: dict[str, Any]) -> None:
         """Name the event file; points after step `done_steps` of earlier ones are purged."""
-        self.target = folder
-        charts = {
-            title: ["Multiline", [rf"{split}/loss_exit_\d+"]]
-            for title, split in (("training", "train"), ("held out", "validation"))
-        }
-        shown = f"```json\n{json.dumps(config, indent=1)}\n```"
-        purge = done_steps + 1
+        self._step, purge = done_steps, done_steps + 1
         head = [
             Event(file_version="brain.Event:2", step=purge),
             Event(session_log=SessionLog(status=SessionLog.START), step=purge),
-            Event(summary=custom_scalars({"loss at every exit": charts})),
-            Event(summary=text("config", shown), step=done_steps),
+            Event(summary=layout(config["model"]["n_layers"])),
+            Event(summary=session_start(config)),
         ]
         # In order of time, which is how TensorBoard reads the files of a folder.
         name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-        self._file = GrowingFile(folder / f"events.out.tfevents.{name}", _records(head))
+        self.target = folder / f"{_PREFIX}{name}"
+        self._file = GrowingFile(self.target, _records(head))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add one point to every curve."""
@@ -56,9 +55,27 @@ class TensorBoard:
         """Add one slice to every histogram."""
         self._append((_summary(name, each) for name, each in histograms.items()), step)
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Add one entry under each name of Text."""
+        self._append((text_pb(name, each) for name, each in texts.items()), step)
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Add one picture under each name of Images."""
+        self._append((_picture(name, each) for name, each in maps.items()), step)
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """End the session of HParams, whose table takes the last point of every curve."""
+        self._append(session_end(state), self._step)
+
     def _append(self, summaries: Iterable[Summary], step: int) -> None:
-        self.target.mkdir(exist_ok=True)
-        self._file.append(_records([Event(summary=each, step=step) for each in summaries]))
+        self._step = step
+        values = [value for summary in summaries for value in summary.value]
+        self._file.append(_records([Event(summary=Summary(value=values), step=step)]))
+
+
+def has_event_files(folder: Path) -> bool:
+    """Whether a run folder has curves of TensorBoard; those of older runs lie a folder deeper."""
+    return any(folder.glob(f"{_PREFIX}*"))
 
 
 def _summary(name: str, histogram: Histogram) -> Summary:
@@ -75,6 +92,11 @@ def _summary(name: str, histogram: Histogram) -> Summary:
         bucket_limits=edges[1:].tolist(),
         bucket_counts=counts.tolist(),
     )
+
+
+def _picture(name: str, heat_map: HeatMap) -> Summary:
+    image = Summary.Image(encoded_image_string=png_of(heat_map))
+    return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
 def _records(events: Iterable[Event]) -> bytes:

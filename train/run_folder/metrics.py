@@ -1,20 +1,26 @@
-"""Log metrics: log(metrics, step) writes JSONL always, TensorBoard and W&B where configured."""
+"""Log metrics: log(metrics, step) writes JSONL always, and to dashboards where configured."""
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from train.parallel.runtime import Runtime
-from train.run_folder.event_file import TensorBoard
+from train.run_folder.dashboards import Dashboards
+from train.run_folder.event_file import TensorBoard, has_event_files
+from train.run_folder.events import EventLog, State
+from train.run_folder.heat_map import HeatMap
 from train.run_folder.histogram import Histogram
-from train.run_folder.weights_and_biases import WeightsAndBiases
+from train.run_folder.settings_text import settings_text
+from train.run_folder.sinks import Metrics, Sink
 from train.run_folder.writing import GrowingFile, attempt, replace_file
 
 logger = logging.getLogger(__name__)
+
+MAX_GROUP, MAX_TAG = 128, 64
+"""Most characters that W&B takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,30 +38,31 @@ class MetricsConfig:
     """Log to Weights & Biases; where its server does not answer within seconds, or with
     WANDB_MODE=offline, to this machine alone."""
     wandb_project: str = "skipstone"
-    """Project to log under."""
+    """Project to log under, on W&B and Trackio."""
+    wandb_entity: str = ""
+    """User or team to log under on W&B; empty: the user's default."""
+    group: str = ""
+    """Group of this run on W&B and Trackio, for runs to compare; train.sweep gives its runs one."""
+    tags: tuple[str, ...] = ()
+    """Tags of this run on W&B."""
+    trackio: bool = False
+    """Log to Trackio on this machine, for `trackio show`; pip install 'skipstone[trackio]'."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields, one line each; empty when nothing is."""
+        found = []
         if self.interval_steps < 1:
-            return [f"metrics.interval_steps: {self.interval_steps}, must be at least 1"]
-        return []
-
-
-class Sink(Protocol):
-    """A destination of metrics; any of its methods may raise anything."""
-
-    @property
-    def target(self) -> Path | str:
-        """What it writes, for messages."""
-        ...
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write the metrics of one step."""
-        ...
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Write the histograms of one step."""
-        ...
+            found.append(f"metrics.interval_steps: {self.interval_steps}, must be at least 1")
+        if len(self.group) > MAX_GROUP:
+            found.append(
+                f"metrics.group: {self.group:.20}..., shorten it to {MAX_GROUP} characters"
+            )
+        found += [
+            f"metrics.tags: {tag:.20!r}, must have 1 to {MAX_TAG} characters"
+            for tag in self.tags
+            if not 1 <= len(tag) <= MAX_TAG
+        ]
+        return found
 
 
 class JsonLines:
@@ -75,6 +82,17 @@ class JsonLines:
         """Append them as one line."""
         fields = {name: asdict(histogram) for name, histogram in histograms.items()}
         self._append({"step": step, **fields})
+
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Append them as one line, each as {"text": ...}."""
+        fields = {name: {"text": text} for name, text in texts.items()}
+        self._append({"step": step, **fields})
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Write nothing: their numbers are in the lines already."""
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """Write nothing: it is the last of the lines, and status.json."""
 
     def _append(self, record: Mapping[str, object]) -> None:
         if not self._is_cut:
@@ -97,23 +115,6 @@ def _cut(path: Path, done_steps: int) -> None:
         replace_file(path, after)
 
 
-class Metrics:
-    """All sinks of a run; none on ranks other than 0."""
-
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Send the metrics of one step to every sink."""
-        for sink in self._sinks:
-            attempt(sink.target, partial(sink.log, metrics, step))
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Send the histograms of one step to every sink."""
-        for sink in self._sinks:
-            attempt(sink.target, partial(sink.log_histograms, histograms, step))
-
-
 def open_metrics(
     config: MetricsConfig,
     run_dir: Path,
@@ -121,14 +122,38 @@ def open_metrics(
     *,
     done_steps: int,
     runtime: Runtime,
-    wandb: WeightsAndBiases | None = None,
+    preset: dict[str, Any] | None = None,
+    trackers: Sequence[Sink] = (),
 ) -> Metrics:
-    """Open the sinks of a run that has done `done_steps` steps, on rank 0; `wandb` is open."""
+    """Open the sinks of a run that has done `done_steps` steps, on rank 0.
+
+    Args:
+        config: The sinks.
+        run_dir: The run folder.
+        run_config: The whole configuration, to show.
+        done_steps: Steps done; what was logged of later ones is dropped.
+        runtime: This rank.
+        preset: The configuration of the preset, to show what differs from it.
+        trackers: W&B and Trackio, open.
+    """
     if not runtime.is_main:
         return Metrics([])
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", done_steps)]
+    records = run_dir / "metrics.jsonl"
+    board: list[Sink] = []
     if config.tensorboard:
-        sinks.append(TensorBoard(run_dir / "tensorboard", done_steps, run_config))
-    if wandb is not None:
-        sinks.append(wandb)
-    return Metrics(sinks)
+        board.append(TensorBoard(run_dir, done_steps, run_config))
+    dashboards = [*board, *trackers]
+    if not dashboards:
+        return Metrics([JsonLines(records, done_steps)])
+    shown = Dashboards(dashboards)
+    attempt(
+        "dashboards",
+        lambda: shown.open(
+            records,
+            EventLog(run_dir / "events.jsonl", writes=False).read(),
+            done_steps,
+            settings=settings_text(run_config, preset),
+            late=() if has_event_files(run_dir) else board,
+        ),
+    )
+    return Metrics([JsonLines(records, done_steps), shown])

@@ -3,23 +3,27 @@
 It is a guest: whatever its package, its key or the network does, it holds a run up for seconds.
 """
 
+import html
+import io
 import logging
 import subprocess
 import sys
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
+from train.run_folder.events import State
+from train.run_folder.heat_map import HeatMap, png_of
 from train.run_folder.histogram import Histogram
+from train.run_folder.within import FINISH_SECONDS, LOCAL_SECONDS, within
 from train.run_folder.writing import reason_of, replace_file
 
-T = TypeVar("T")
 Mode = Literal["online", "offline", "disabled", "shared"]
 
 logger = logging.getLogger(__name__)
@@ -28,27 +32,38 @@ ANSWER_SECONDS = 4.0
 """Longest wait for W&B's server to answer at all."""
 ONLINE_SECONDS = 5.0
 """Longest wait for it to begin a run."""
-LOCAL_SECONDS = 60.0
-"""Longest wait for the package itself, which may lie on a slow disk."""
-FINISH_SECONDS = 60.0
-"""Longest wait for what is still to be sent at the end."""
 # In a process of its own, which can be killed: W&B's own time limits do not hold.
 _PROBE = "import wandb; print(flush=True); wandb.Api(timeout=3).viewer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where a run is shown on W&B."""
+
+    project: str
+    entity: str = ""
+    """The user or team; empty: the user's default."""
+    group: str = ""
+    """Runs to compare, as those of a sweep; empty: none."""
+    tags: Sequence[str] = ()
 
 
 class WeightsAndBiases:
     """One W&B run per run folder, continued when the run resumes."""
 
     def __init__(
-        self, folder: Path, project: str, config: dict[str, Any], *, name: str, mode: Mode
+        self, folder: Path, where: Where, config: dict[str, Any], *, name: str, mode: Mode
     ) -> None:
         """Start the W&B run of this name, its id, or continue it."""
         import wandb  # takes seconds, so only where it is used
 
         self.target = "wandb"
-        self._histogram = wandb.Histogram
+        self._histogram, self._image, self._html = wandb.Histogram, wandb.Image, wandb.Html
         self._run = wandb.init(
-            project=project,
+            project=where.project,
+            entity=where.entity or None,
+            group=where.group or None,
+            tags=list(where.tags) or None,
             name=folder.name,
             id=name,
             resume="allow",
@@ -75,33 +90,51 @@ class WeightsAndBiases:
             }
         )
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Log them all at once, as their Markdown reads."""
+        shown = {
+            name: self._html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()
+        }
+        self._run.log({"step": step, **shown})
+
+    def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
+        """Log them all at once, as images."""
+        from PIL import Image
+
+        images = {name: self._image(Image.open(io.BytesIO(png_of(m)))) for name, m in maps.items()}
+        self._run.log({"step": step, **images})
+
+    def log_summary(self, values: Mapping[str, float], state: State) -> None:
+        """Write the values that W&B's table of runs compares."""
+        self._run.summary.update({**values, "state": state})
+
     def close(self) -> None:
         """Send what is left, within FINISH_SECONDS; `wandb sync` sends what is not."""
-        _within(FINISH_SECONDS, self._run.finish)
+        within(FINISH_SECONDS, self._run.finish)
 
 
-def open_wandb(folder: Path, project: str, config: dict[str, Any]) -> WeightsAndBiases | None:
+def open_wandb(folder: Path, where: Where, config: dict[str, Any]) -> WeightsAndBiases | None:
     """Start the W&B run of a run folder: online, else offline, else None; a warning tells why.
 
     Its network is waited for at most ANSWER_SECONDS and ONLINE_SECONDS.
 
     Args:
         folder: The run folder.
-        project: Project to log under.
+        where: Project, user and group to log under.
         config: The configuration to show.
     """
 
     def start(mode: Mode, name: str) -> WeightsAndBiases:
         seconds = ONLINE_SECONDS if mode == "online" else LOCAL_SECONDS
-        return _within(
-            seconds, lambda: WeightsAndBiases(folder, project, config, name=name, mode=mode)
+        return within(
+            seconds, lambda: WeightsAndBiases(folder, where, config, name=name, mode=mode)
         )
 
     try:
         with _ask_server() as probe:  # while the package is imported here
-            mode = _within(LOCAL_SECONDS, _configured_mode)
+            mode = within(LOCAL_SECONDS, _configured_mode)
             online = mode == "online"
-            reason = _within(LOCAL_SECONDS, partial(_why_unreachable, probe)) if online else ""
+            reason = within(LOCAL_SECONDS, partial(_why_unreachable, probe)) if online else ""
         if reason:
             mode = "offline"
             _warn_offline(folder, reason)
@@ -164,28 +197,3 @@ def _why_unreachable(probe: subprocess.Popen[str]) -> str:
 
 def _warn_offline(folder: Path, reason: str) -> None:
     logger.warning("wandb: offline, %s; `wandb sync` sends %s later", reason, folder / "wandb")
-
-
-def _within(seconds: float, action: Callable[[], T]) -> T:
-    """Return what `action`, which may hang, returns on a thread of its own.
-
-    Raises:
-        TimeoutError: If it has not returned.
-    """
-    results: list[T] = []
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(action())
-        except Exception as error:  # raised again below
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not results:
-        raise TimeoutError(f"it has not returned within {seconds:.0f} s")
-    return results[0]
