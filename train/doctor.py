@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import socket
 import time
 from collections import Counter
@@ -139,9 +140,13 @@ def report(findings: Sequence[Finding], possible: bool) -> str:
         "findings": [asdict(finding) for finding in findings],
     }
     text = json.dumps(content, indent=2)
-    for name, instead in ((str(Path.home()), "~"), (socket.gethostname(), "HOST")):
-        if len(name) > 1:
-            text = text.replace(json.dumps(name)[1:-1], instead)
+    home, host = (json.dumps(name)[1:-1] for name in (str(Path.home()), socket.gethostname()))
+    user = home.rpartition("/")[2]  # is in other paths too: /scratch/USER
+    if user:
+        text = re.sub(rf"{re.escape(home)}(?![\w-])", "~", text)
+        text = re.sub(rf"/{re.escape(user)}(?![\w-])", "/USER", text)
+    if host:
+        text = re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", "HOST", text)
     return text + "\n"
 
 

@@ -93,6 +93,14 @@ def test_a_machine_that_can_train(tmp_path):
         assert line.startswith("ok ") or " -> " in line, line
 
 
+def test_a_report_names_neither_host_nor_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/al")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    found = "/home/al/runs, /scratch/al/runs, /alt/al, node7: node77 also has /also"
+    (finding,) = json.loads(doctor.report([Finding("a", Level.OK, found)], True))["findings"]
+    assert finding["found"] == "~/runs, /scratch/USER/runs, /alt/USER, HOST: node77 also has /also"
+
+
 def test_a_rank_that_does_not_come_or_go_on_is_named():
     done = subprocess.run(
         [sys.executable, "-c", CASES, "absent", "hang", "fail", "die", "older"],

@@ -21,6 +21,7 @@ FEATURES = {
     "s3": "s3:// URLs",
     "serve": "inference.serve",
     "test": "the tests",
+    "trackio": "metrics in Trackio",
 }
 _CLOSELY_TIED = ("torch", "torchtitan")
 """Packages whose newer versions have broken things before."""
