@@ -70,6 +70,10 @@ def build_app(served: Served) -> FastAPI:
         message = f"{error.detail}: give GET / or /v1/models, or POST /v1/completions"
         return refused(RequestError(error.status_code, message))
 
+    @app.exception_handler(Exception)
+    async def _fail(request: Request, error: Exception) -> Response:
+        return refused(RequestError(500, "the server has a fault, see its log"))
+
     return app
 
 

@@ -14,16 +14,13 @@ from tests.inference.every_strategy import decode, make_model
 GREEDY = RowDraw(Sampling(), 0)
 LOSSLESS = (
     "autoregressive",
-    "self_speculative:E=2:d=3",
     "self_speculative:E=2:d=3:stop=0.2",
-    "self_speculative:E=2:d=3:ngram=3",
     "self_speculative:E=3:d=2:branch=3",
-    "dynamic:d=4",
     "dynamic:d=4:ngram=2",
     "skip_draft:d=3",
     "free:rollback=exact:threshold=0.2",
 )
-LOSSY = ("early_exit:E=3", "calm:threshold=0.2", "free:threshold=0.2", "skipdecode", "unified")
+LOSSY = ("calm:threshold=0.2", "skipdecode", "unified")
 LIMIT = 9
 
 
@@ -87,14 +84,15 @@ def test_a_text_among_20_others_gets_its_tokens_whatever_drafts_them(model, plai
 def test_a_text_among_20_others_gets_what_a_lossy_strategy_gives_it_alone(model, text):
     strategy = parse_strategy(text)
     together = run(model, strategy, jobs(), rows=5, arrivals=ARRIVALS)
-    for i in (0, 1, 6, 19):
+    for i in (0, 6, 20):
         assert run(model, strategy, [jobs()[i]], rows=1) == [together[i]]
 
 
 def test_greedy_tokens_are_those_of_a_generation(model):
-    greedy = [(prompt, GREEDY, LIMIT) for prompt, _, _ in jobs()]
+    prompts = [prompt for prompt, _, _ in jobs()[:6]]
+    greedy = [(prompt, GREEDY, LIMIT) for prompt in prompts]
     strategy = parse_strategy("self_speculative:E=2:d=3")
-    generation = decode(model, [prompt for prompt, _, _ in jobs()], strategy, max_new_tokens=LIMIT)
+    generation = decode(model, prompts, strategy, max_new_tokens=LIMIT)
     assert run(model, strategy, greedy, rows=3) == generation.tokens
 
 

@@ -91,15 +91,24 @@ def check(answer, status, *words):
         ("user", 5),
         *[("strategy", value) for value in ("", "nothing", "early_exit:E=99", "calm:x", "é" * 900)],
         *[("strategy", f"self_speculative:{how}") for how in ("d=0", "d=9999", "branch=50:d=60")],
-        ("strategy", "speculative:draft=/etc"),
-        ("strategy", "calm:confidence=gate:gate=/etc/passwd"),
-        ("strategy", "self_speculative:draft_vocab=5:token_counts=/dev/zero"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(client, field, value):
     error = check(post(client, {"prompt": "a", field: value}), 400, f"{field}: ")
     assert error["type"] == "invalid_request_error"
     assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "speculative:draft=/etc",
+        "calm:confidence=gate:gate=/etc/passwd",
+        "self_speculative:draft_vocab=5:token_counts=/dev/zero",
+    ],
+)
+def test_a_request_names_no_files(client, strategy):
+    check(post(client, {"prompt": "a", "strategy": strategy}), 400, "cannot name files")
 
 
 @pytest.mark.parametrize("field", ["max_token", "messages", "x" * 9999, "\ud800", ""])
