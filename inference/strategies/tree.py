@@ -8,7 +8,7 @@ the slot of its position.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def check_branch(branch: int, tokens: int) -> None:
         raise ValueError(f"branch: {branch}, give at most {tokens} tokens to draft from")
 
 
-@lru_cache(maxsize=64)
+@cache  # without a limit: graphs of rounds read these tensors where they are
 def tree_shape(d: int, branch: int, device: torch.device) -> TreeShape:
     """Return the tree of the pending token, d drafted ones and d * (branch - 1) leaves.
 

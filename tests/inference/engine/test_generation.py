@@ -25,8 +25,8 @@ ALL = [
     *map(
         parse_strategy,
         [
-            "self_speculative:E=1:d=4:stop=0.1:ngram=1",
-            "dynamic:d=3:verify_costs=0.2:probe=2",
+            "self_speculative:E=1:d=4:branch=3:stop=0.1:ngram=1",
+            "dynamic:d=3:branch=2:verify_costs=0.2:probe=2",
             "skip_draft:attention=1+2:feed_forward=2:d=3:gamma=0.1",
             "calm:threshold=0.1",
             "calm:confidence=similarity:threshold=0.9:first=2",

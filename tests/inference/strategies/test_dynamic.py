@@ -96,12 +96,10 @@ SETTINGS = [
     Dynamic(),
     Dynamic(probe=1, d=3),
     Dynamic(exits=(2, 5), draft_costs=(0.3, 0.8), verify_costs=(0.2, 0.1), probe=2),
-    Dynamic(verify_costs=(0.2,), stop=0.2),
-    Dynamic(verify_costs=(0.2,), lookup_cost=0.2, ngram=2),
+    Dynamic(verify_costs=(0.2,), stop=0.2, branch=3),
+    Dynamic(verify_costs=(0.2,), lookup_cost=0.2, ngram=2, branch=2),
     Dynamic(exits=(1, 3, 4), verify_costs=(0.2,), ngram=1, stop=0.2, probe=2),
     Dynamic(ngram=1, probe=1, draft_costs=(0.4, 0.5, 0.6, 0.7, 0.9)),
-    Dynamic(branch=3, verify_costs=(0.2,), probe=2),
-    Dynamic(branch=2, exits=(1, 3), verify_costs=(0.2,), lookup_cost=0.2, ngram=1, stop=0.1),
 ]
 
 
