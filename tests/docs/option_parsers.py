@@ -22,7 +22,7 @@ from train.config.demos import demo
 # Programs whose options are not ours.
 OTHERS = (
     *("cat", "cp", "git", "gzip", "head", "ls", "mkdir", "moto_server", "mypy", "pgrep"),
-    *("pre-commit", "rm", "ruff", "sleep", "tail", "tensorboard"),
+    *("pre-commit", "rm", "ruff", "sleep", "tail", "tensorboard", "trackio"),
 )
 # Finds no program, so that the shell hands over the words of each one it would start.
 _RECORDER = """
