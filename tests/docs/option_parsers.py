@@ -22,8 +22,8 @@ from train.config.demos import demo
 # Programs whose options are not ours.
 OTHERS = (
     *("cat", "cp", "curl", "git", "gzip", "head", "ls", "mkdir", "moto_server", "mypy", "pgrep"),
-    *("pre-commit", "rm", "ruff", "sleep", "tail", "tensorboard"),
-    *("curl", "llama-server", "transformers", "vllm"),
+    *("pre-commit", "rm", "ruff", "sleep", "tail", "tensorboard", "trackio"),
+    *("llama-server", "transformers", "vllm"),
 )
 # Finds no program, so that the shell hands over the words of each one it would start.
 _RECORDER = """

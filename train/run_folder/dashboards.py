@@ -129,7 +129,8 @@ def _marks_of(event: Event) -> Iterator[tuple[int, str]]:
     """Yield (step, text) for an event that curves show."""
     step = event["step"]
     if event["kind"] == "start" and step > 0:
-        yield step, f"resumed on {event.get('world_size', '?')} ranks"
+        ranks = event.get("world_size", "?")
+        yield step, f"resumed on {ranks} rank{'' if ranks == 1 else 's'}"
     elif event["kind"] == "rollback":
         yield step, f"rolled back to step {event.get('to', '?')}: {event.get('reason', '?')}"
 
