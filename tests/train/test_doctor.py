@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from tests.training import ROOT
@@ -127,7 +128,7 @@ def test_a_check_that_hangs_or_dies_takes_nothing_with_it():
         time.sleep(60)
 
     def die():
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
         yield
 
     def fail():
@@ -142,7 +143,7 @@ def test_a_check_that_hangs_or_dies_takes_nothing_with_it():
     first = Finding("a", Level.OK, "first")
     for function, *expected in (
         (hang, first, Finding("a", Level.PROBLEM, "no answer within 1 s", "mend it")),
-        (die, Finding("a", Level.PROBLEM, "its process died of SIGSEGV", "mend it")),
+        (die, Finding("a", Level.PROBLEM, "its process died of SIGKILL", "mend it")),
         (fail, first, Finding("a", Level.WARNING, "the check failed, KeyError: 'x'")),
         (
             lack,
@@ -293,6 +294,36 @@ def test_gpus_that_torch_does_not_see_are_a_problem(monkeypatch):
     assert devices._none("12.8").level is Level.PROBLEM
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices._none("12.8").level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("free", "product", "level", "found"),
+    [
+        (9 << 30, 256, "ok", "0: X9, 9.0 GiB of 10.0 GiB free"),
+        (1 << 30, 256, "warning", "0: X9, 1.0 GiB of 10.0 GiB free"),
+        (9 << 30, 255, "problem", "0: X9 computes wrongly"),
+        (9 << 30, None, "problem", "0 cannot compute, no kernel image"),
+    ],
+)
+def test_each_gpu_is_judged(free, product, level, found, monkeypatch):
+    def ones(rows, columns, **_):
+        if product is None:
+            raise RuntimeError("no kernel image")
+        return torch.full((rows, columns), (product / 256) ** 0.5, dtype=torch.float64)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "X9")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free, 10 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    finding = devices._gpu(0)
+    assert (finding.level, finding.found) == (level, found)
+
+
+@pytest.mark.gpu
+def test_gpus_add_by_nccl():
+    done = run_doctor()
+    assert done.returncode == 0, done.stdout
+    assert f"{torch.cuda.device_count()} by NCCL, all-reduce of 256 MiB" in done.stdout
 
 
 def test_options_are_read_where_tyro_is_there(monkeypatch):

@@ -54,14 +54,14 @@ def check_torch() -> Iterator[Finding]:
 def _gpu(i: int) -> Finding:
     import torch
 
-    name = f"{i}: {torch.cuda.get_device_name(i)}"
     try:
+        name = f"{i}: {torch.cuda.get_device_name(i)}"
         ones = torch.ones(256, 256, device=f"cuda:{i}", dtype=torch.bfloat16)
         right = bool(((ones @ ones) == 256).all())
         free, total = torch.cuda.mem_get_info(i)
     except RuntimeError as error:
         remedy = "a torch built for this GPU, a newer driver, or nvidia-smi for its state"
-        return Finding("gpu", Level.PROBLEM, f"{name} cannot compute, {one_line(error)}", remedy)
+        return Finding("gpu", Level.PROBLEM, f"{i} cannot compute, {one_line(error)}", remedy)
     details: dict[str, object] = {"free_bytes": free, "total_bytes": total}
     details["capability"] = ".".join(map(str, torch.cuda.get_device_capability(i)))
     if not right:
