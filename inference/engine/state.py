@@ -34,7 +34,8 @@ class DecodeState:
     draws: RowDraws | None = None
     """How each row's tokens are drawn, where rows differ; strategies then go on as if greedy."""
     ran: Tensor | None = None
-    """(batch, seq) int64, positions of the last pass's tokens, whose logits come next."""
+    """(batch, seq) int64, positions of the last pass's tokens, whose logits come next; with draws
+    of their own."""
 
     def embed_pending(self) -> Tensor:
         """Return x_0 of the pending tokens, (batch, 1, dim)."""
@@ -128,7 +129,8 @@ class DecodeState:
         )
         self.counters.token_layers += tokens * parts / 2
         self.counters.passes[start, stop, h.shape[1]] += 1
-        self.ran = positions
+        if self.draws is not None:
+            self.ran = positions
         return self.model.run_layers(
             h,
             start,

@@ -103,7 +103,7 @@ def test_drafts_that_see_the_same_noise_are_often_accepted(model):
     batch.join(0, [3, 4], limit=90, draw=RowDraw(Sampling(temperature=1.0), 5))
     while len(batch):
         batch.round()
-    assert batch.counters.acceptance_rate > 0.5
+    assert batch.counters.acceptance_rate > 0.35  # without: the chance of two draws, 0.02
 
 
 def test_a_row_left_is_free_and_the_others_go_on(model):

@@ -22,7 +22,7 @@ def rounds_of(ids, sizes):
         yield Emission(0, now, len(now) - 1, len(now))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     text=st.text(alphabet="ab\u00e9\U0001f600", min_size=1, max_size=20),
     stops=st.lists(st.text(alphabet="ab\u00e9", min_size=1, max_size=4), max_size=3),
