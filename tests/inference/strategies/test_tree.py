@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from inference.engine.candidates import accept_candidates, acceptance_chances, d
 from inference.engine.compiled import compile_layers
 from inference.engine.fused import fuse
 from inference.engine.sampling import Sampling
+from inference.strategies.drafting import NgramDrafts
 from inference.strategies.tree import tree_shape
 from tests.inference.strategies.test_self_speculative import (
     PROMPTS,
@@ -163,20 +165,12 @@ def lookups_as_draws(*args, given):
     return accept_candidates(*args)
 
 
-def leaves_beside_any_token(lookups, state, weights, i, branch):
-    """Draw leaves that may be the lookup's token."""
-    drawn = draw_candidates(weights, branch, state.generator)
-    found, token = lookups.found[:, None, None], lookups.tokens[:, i : i + 1, None]
-    return torch.where(found, torch.cat((token, drawn[..., :-1]), dim=-1), drawn)
-
-
 @pytest.mark.parametrize(
     ("name", "wrong", "more"),
     [
         ("drafting.draw_candidates", with_replacement, ""),
         ("tree.accept_candidates", against_the_first_residual, ""),
         ("tree.accept_candidates", lookups_as_draws, ":ngram=1"),
-        ("drafting.NgramDrafts.candidates", leaves_beside_any_token, ":ngram=1"),
     ],
 )
 def test_the_statistic_catches_wrong_rules(biased_model, monkeypatch, name, wrong, more):
@@ -194,6 +188,22 @@ def test_candidates_are_drawn_without_replacement():
     assert share.item() == pytest.approx(0.3, abs=0.01)
     share = ((drawn[:, 0] == 2) & (drawn[:, 1] == 1)).float().mean()
     assert share.item() == pytest.approx(0.2 * 0.3 / 0.8, abs=0.01)
+
+
+def test_tokens_after_a_lookup_and_a_leaf_have_the_full_models_distribution():
+    rows, draws = 100_000, torch.Generator().manual_seed(0)
+    p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.5, 0.2])
+    each_p, each_q, found = p.expand(rows, 2, -1), q.expand(rows, 1, -1), torch.ones(rows).bool()
+    lookups = NgramDrafts(torch.full((rows, 1), 2), found, 4, greedy=False)
+    leaves = lookups.candidates(SimpleNamespace(generator=draws), each_q, 0, 2)
+    maybe_again = torch.cat((leaves[..., :1], draw_candidates(each_q, 1, draws)), dim=-1)
+    errors = []
+    for candidates in (leaves, maybe_again):
+        n, _, token = accept_candidates(candidates, each_q, each_p, draws, given=found)
+        tokens = torch.where(n > 0, candidates[:, 0, 0], token)
+        errors.append((tokens.bincount(minlength=4) / rows - p).abs().max().item())
+    assert errors[0] < 0.006  # four standard deviations
+    assert errors[1] > 0.02, "a leaf is to be drawn from what is not the lookup's token"
 
 
 def test_the_chance_of_each_candidate_worked_by_hand():
