@@ -33,7 +33,7 @@ from inference.report_page.speed import rounds_section, speed_section
 from inference.report_page.strategies import drafts_section, strategies_section
 from inference.report_page.tokens import tokens_section
 from inference.report_page.training import Logged, training_section
-from inference.report_page.visible import TokenTexts
+from inference.report_page.visible import TokenTexts, visible
 from inference.report_page.writing import write_report
 from inference.strategies.registry import parse_strategy
 from inference.strategies.self_speculative import SelfSpeculative
@@ -145,11 +145,11 @@ def _log_source(run: Run, name: str) -> Source:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Return the runs' names; where two would be the same, with their folders."""
-    names = [run.manifest.setting("name", str, run.checkpoint.name)[:80] for run in runs]
-    if len({*names}) == len(names):
-        return names
-    return [f"{i}: {run.checkpoint}"[:80] for i, run in enumerate(runs, start=1)]
+    """Return the runs' names; where two are the same with their steps, or else numbered."""
+    names = [visible(run.manifest.setting("name", str, run.checkpoint.name)[:80]) for run in runs]
+    steps = [f"{name}, step {run.manifest.step}" for name, run in zip(names, runs, strict=True)]
+    numbered = [f"{name} ({i})" for i, name in enumerate(names, start=1)]
+    return next(each for each in (names, steps, numbered) if len({*each}) == len(runs))
 
 
 def _prompts(run: Run, options: ReportOptions) -> list[list[int]]:
@@ -205,13 +205,10 @@ def _tokens(run: Run, options: ReportOptions, speeds: _Speeds) -> Section:
         decode_with_origins(run, prompt, strategy, options.max_new_tokens)
         for strategy in _shown(run, speeds)
     ]
-    following = [token.token for token in decoded[0].tokens]
-    held_out = options.prompt_file is None and options.task is None
-    if held_out:
-        stream = run.open_data(options.data).stream(VALIDATION)
-        room = run.model.config.max_seq_len - len(prompt)
-        following = stream.read(len(prompt), min(room, options.grid_tokens)).tolist()
-    following = following[: options.grid_tokens]
+    following = _held_out(run, options, len(prompt))
+    held_out = bool(following)
+    if not held_out:
+        following = [token.token for token in decoded[0].tokens][: options.grid_tokens]
     here = machine()
     predicted = record_predictions(run.model, [*prompt, *following], len(prompt))
     return tokens_section(
@@ -223,6 +220,15 @@ def _tokens(run: Run, options: ReportOptions, speeds: _Speeds) -> Section:
         Source(OWN, "one run, greedy", machine_line(here), date_of(here)),
         held_out=held_out,
     )
+
+
+def _held_out(run: Run, options: ReportOptions, before: int) -> list[int]:
+    """Return the held-out tokens after the first prompt, as they fit; none after one of a file."""
+    if options.prompt_file is not None or options.task is not None:
+        return []
+    stream = run.open_data(options.data).stream(VALIDATION)
+    room = min(run.model.config.max_seq_len - before, len(stream) - options.prompt_tokens)
+    return stream.read(options.prompt_tokens, max(0, min(room, options.grid_tokens))).tolist()
 
 
 def _shown(run: Run, speeds: _Speeds) -> list[Strategy]:

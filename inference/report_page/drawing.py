@@ -109,8 +109,7 @@ def _for_a_page(picture: Picture, svg: str) -> str:
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{picture.name}-", svg)
     svg = re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found[0]), svg)
     label = f'role="img" aria-label="{escape(picture.alt)}"'
-    width = f"max-width:{picture.inches[0]:.2f}in"
-    return re.sub(r'^<svg([^>]*?) width="[^"]*"', rf'<svg {label} style="{width}"\1', svg, count=1)
+    return re.sub(r'^<svg([^>]*?) width="[^"]*"', rf"<svg {label}\1", svg, count=1)
 
 
 def _variable(color: str) -> str:

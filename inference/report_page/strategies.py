@@ -31,6 +31,8 @@ from inference.report_page.visible import safe, visible
 _KINDS = {"autoregressive": (GREY, "s"), "self_speculative": (BLUE, "o"), "dynamic": (GREEN, "D")}
 _STEPS = (9, -9, 18, -18, 27, -27, 36, -36)
 """How far above or below its point a number may stand, in points of print."""
+_UNSTEADY = 1.5
+"""The fastest repeat of the base over its slowest, above which a machine is not quiet."""
 _ANNOTATED = 12
 _LOSSY = (VERMILLION, "^")
 _STOPS = {
@@ -63,8 +65,20 @@ def strategies_section(arms: Arms | None, missing: str) -> Section:
         f"the plane of speed and quality ({safe(arms.measure)}); lossless ones have the tokens of "
         "plain decoding."
     )
-    body = figure(picture, caption, arms.source) + _table(arms)
+    body = figure(picture, caption, arms.source) + _doubt(arms) + _table(arms)
     return Section("strategies", title, body, (picture,))
+
+
+def _doubt(arms: Arms) -> str:
+    """Return a line where plain decoding itself took very different times."""
+    speeds = arms.arms[0].speeds
+    if max(speeds) <= _UNSTEADY * min(speeds):
+        return ""
+    spread = f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens/s"
+    return note(
+        f"Plain decoding alone took from {spread} in the repeats: the machine was busy, and so "
+        "wide are the ranges. Measure again on a quiet one."
+    )
 
 
 def _table(arms: Arms) -> str:

@@ -48,7 +48,7 @@ def training_section(runs: Sequence[Logged], sources: Sequence[Source]) -> Secti
         Picture(
             "training",
             f"Training loss of exits 1 to {L} over steps, as a heat map and as curves",
-            lambda figure: _draw(figure, log, L, several, first.name),
+            lambda figure: _draw(figure, log, L, several),
             (9.4, 4.0),
         )
     )
@@ -58,7 +58,7 @@ def training_section(runs: Sequence[Logged], sources: Sequence[Source]) -> Secti
         "the same as lines, coloured by depth, with the held-out loss as points."
     )
     if several:
-        caption += " Dashed: the last layer of the other runs."
+        caption += " Dashed: the last exit of the other runs."
     remarks = [*missing, *(note(text) for run in runs if run.log for text in _remarks(run))]
     return Section(
         "training", title, figure(picture, caption, sources[0]) + "".join(remarks), (picture,)
@@ -79,16 +79,16 @@ def _remarks(run: Logged) -> list[str]:
     return found
 
 
-def _draw(figure: Figure, log: LossLog, L: int, others: Sequence[Logged], name: str) -> None:
+def _draw(figure: Figure, log: LossLog, L: int, others: Sequence[Logged]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.15))
     _draw_heat(figure, left, log, L)
     _draw_curves(right, log, L)
     for run, color in zip(others, SERIES[1:], strict=False):
         assert run.log is not None
         last = run.log.train[max(run.log.train)].thinned(_POINTS)
-        right.plot(last.steps, last.losses, color=color, linestyle="--", label=run.name[:40])
-    if others:
-        right.plot([], [], color=depth_color(L, L), label=f"{name[:40]}, E={L}")
+        right.plot(
+            last.steps, last.losses, color=color, linestyle="--", label=f"{run.name[:40]}, last"
+        )
     right.legend(fontsize=8, ncols=2 if len(right.get_legend_handles_labels()[0]) > 5 else 1)
 
 

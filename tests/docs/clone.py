@@ -28,6 +28,7 @@ SMALLER_COMMANDS = (
     (r"(-m inference\.evaluate .*)", r"\1 --max_tokens 4096"),
     (r"(-m inference\.benchmark .*)", r"\1 --repeats 1 --prompts 4 --max_new_tokens 16"),
     (r"(-m inference\.tune .*)", r"\1 --repeats 1 --prompts 2 --max_new_tokens 16"),
+    (r"(-m inference\.report .*)", r"\1 --repeats 1 --prompts 2 --max_new_tokens 16"),
     (r"(-m inference\.oracle .*)", r"\1 --prompts 4 --max_new_tokens 16"),
     (r"(-m inference\.calibrate .*)", r"\1 --prompts 29 --max_new_tokens 4"),
     (r"(-m inference\.skip_search .*)", r"\1 --prompts 4 --max_new_tokens 16 --iterations 4"),

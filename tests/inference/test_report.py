@@ -87,17 +87,31 @@ def test_the_page_opens_from_disk_without_a_network(scheme, page, chromium):
         tip = tab.locator("#tip")
         assert tip.is_hidden()
         tab.locator(".grid tbody td").first.hover()
+        assert tip.is_visible()
         assert "entropy" in tip.inner_text()
         tab.locator("div.text .tok").first.hover()
         assert "under all layers" in tip.inner_text()
         tab.locator(".grid thead th[tabindex='0']").focus()
         assert tip.inner_text().count("E=") == 5
+        assert tip.is_visible()
         before = tip.inner_text()
         tab.keyboard.press("ArrowRight")
         assert tip.inner_text() != before
         tab.keyboard.press("Escape")
         assert tip.is_hidden()
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert not errors
+
+
+@pytest.mark.slow
+def test_a_model_of_32_exits_has_a_page_below_5_megabytes(run_folder, tmp_path, chromium):
+    dataset = open_dataset(run_folder.parent / "data")
+    run = make_run(tmp_path / "deep", dataset, dataset.vocab_size, n_layers=32)
+    run_report("--run", run)
+    page = run / "reports" / "report.html"
+    assert page.stat().st_size < 5_000_000
+    with opened(chromium, page.as_uri(), offline=True) as (tab, errors):
+        assert tab.locator(".grid tbody tr").count() == 32
         assert not errors
 
 
