@@ -1,7 +1,9 @@
 """Whatever a stranger sends is refused in one line, or closed; nothing of it reaches the model."""
 
+import asyncio
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -133,6 +135,20 @@ def test_a_body_is_bounded_before_it_is_parsed(client):
     check(post(client, b" " * (2**20 + 1)), 413, "body: ")
     for length in ("9" * 9, "9" * 5000):
         check(post(client, b"{}", **{"content-length": length}), 413)
+
+
+def test_a_body_that_does_not_come_is_waited_for_in_vain(monkeypatch):
+    from inference.serving import guard
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.01)
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    request = guard.Request(scope, receive)
+    with ThreadPoolExecutor(1) as pool:  # this thread may have the event loop of a browser
+        waiting = pool.submit(asyncio.run, guard.read_body(request))
+        assert waiting.exception(timeout=30).status == 408
 
 
 def test_a_page_of_another_site_can_send_nothing(client, served):
