@@ -180,6 +180,10 @@ def read_benchmark(path: Path, field_name: str, step: int | None = None) -> Arms
     return Arms(arms, source)
 
 
+def _is_sane(prediction: Prediction) -> bool:
+    return prediction.round > 0 and 0 < prediction.speedup < 1e3
+
+
 def _repeats(repeats: int) -> str:
     return "one run" if repeats == 1 else f"median and range of {repeats} repeats"
 
@@ -193,7 +197,7 @@ def tuning_from(record: Mapping[str, Any], n_layers: int, path: Path) -> Tuning:
     content = dict(record)
     costs = build(Costs, take(content, "costs", dict[str, Any]))
     made = [_part(Prediction, p) for p in take(content, "predictions", list[dict[str, Any]])]
-    predictions = [p for p in made if 1 <= p.E < n_layers and 1 <= p.d <= 64 and p.round > 0]
+    predictions = [p for p in made if 1 <= p.E < n_layers and 1 <= p.d <= 64 and _is_sane(p)]
     rounds = take(content, "rounds", dict[str, dict[str, float]])
     machine = take(content, "machine", dict[str, Any])
     whole = len(costs.draft) == len(costs.rounds) == n_layers - 1 and costs.full_step_seconds > 0
