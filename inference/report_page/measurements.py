@@ -181,6 +181,10 @@ def read_benchmark(path: Path, field_name: str, step: int | None = None) -> Arms
     return Arms(arms, source)
 
 
+def _is_sane(prediction: Prediction) -> bool:
+    return prediction.round > 0 and 0 < prediction.speedup < 1e3
+
+
 def _repeats(repeats: int) -> str:
     return "one run" if repeats == 1 else f"median and range of {repeats} repeats"
 
@@ -194,7 +198,8 @@ def tuning_from(record: Mapping[str, Any], n_layers: int, path: Path) -> Tuning:
     content = dict(record)
     costs = build(Costs, take(content, "costs", dict[str, Any]))
     made = [_part(Prediction, p) for p in take(content, "predictions", list[dict[str, Any]])]
-    plain = [p for p in made if p.branch == 1 and p.round > 0]  # the picture has no third axis
+    # The picture has no axis for leaves.
+    plain = [p for p in made if p.branch == 1 and _is_sane(p)]
     predictions = [p for p in plain if 1 <= p.E < n_layers and 1 <= p.d <= 64]
     rounds = take(content, "rounds", dict[str, dict[str, float]])
     machine = take(content, "machine", dict[str, Any])

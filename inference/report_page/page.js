@@ -13,7 +13,10 @@ function show(element) {
   tip.hidden = false;
   shown = element;
   element.setAttribute("aria-describedby", "tip");
-  const box = element.getBoundingClientRect(), own = tip.getBoundingClientRect();
+  place();
+}
+function place() {
+  const box = shown.getBoundingClientRect(), own = tip.getBoundingClientRect();
   const below = box.bottom + 8 + own.height < innerHeight;
   tip.style.left = Math.max(8, Math.min(box.left, innerWidth - own.width - 8)) + "px";
   tip.style.top = (below ? box.bottom + 8 : Math.max(8, box.top - own.height - 8)) + "px";
@@ -23,11 +26,14 @@ function hide() {
   tip.hidden = true;
   shown = null;
 }
-const held = (event) => event.target.closest("[title],[data-tip]");
-document.addEventListener("mouseover", (event) => show(held(event)));
-document.addEventListener("focusin", (event) => show(held(event)));
+const held = (element) => element.closest("[title],[data-tip]");
+document.addEventListener("mouseover", (event) => {
+  show(held(event.target) || held(document.activeElement));
+});
+document.addEventListener("focusin", (event) => show(held(event.target)));
 document.addEventListener("focusout", hide);
-document.addEventListener("scroll", hide, true);
+// The focus scrolls to its element, and what is shown of it comes along.
+document.addEventListener("scroll", () => shown && place(), true);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") hide();
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];

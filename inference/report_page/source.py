@@ -51,4 +51,4 @@ def number(value: float | None, form: str = ".3g", unit: str = "") -> str:
     """Return a number for a reader; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
-    return format(value, form) + unit
+    return format(value, ".3g" if abs(value) >= 1e9 else form) + unit

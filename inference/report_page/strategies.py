@@ -76,7 +76,7 @@ def _doubt(arms: Arms) -> str:
         return ""
     spread = f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens/s"
     return note(
-        f"Plain decoding alone took from {spread} in the repeats: the machine was busy, and so "
+        f"Plain decoding alone ran at {spread} in the repeats: the machine was busy, and so "
         "wide are the ranges. Measure again on a quiet one."
     )
 

@@ -39,7 +39,7 @@ def test_lookups_are_the_rounds_in_which_no_layers_draft(ngram, run, prompt, mon
 
     monkeypatch.setattr(self_speculative, "draft", spy)
     monkeypatch.setattr(self_speculative, "accept_round", count)
-    text = decode_with_origins(run, prompt, SelfSpeculative(E=2, d=3, ngram=ngram), 40)
+    text = decode_with_origins(run, prompt, SelfSpeculative(E=2, d=3, ngram=ngram), 90)
     by_layers = [a != b for a, b in zip([0, *ends], ends, strict=False)]
     accepted = [token for token in text.tokens if token.origin in ("drafted", "lookup")]
     assert len(accepted) == text.accepted

@@ -76,6 +76,7 @@ def test_files_with_senseless_numbers_are_drawn_or_noted():
     drafts = {"drafted_at": [0, -1], "accepted_at": [5, 5], "stops": {"whole": -3}}
     senseless = [
         {"settings": "</script>", "speedup": -1e30, "speedups": [1e30]},
+        {"tokens_per_second": 1e300},
         {"drafts": drafts, "full_choice": 7.0, "bound": 1e9, "acceptance_rate": None},
     ]
     made = arms_from([arm(scores={"<b>rouge</b>": -4.0}), *(arm(**fields) for fields in senseless)])
@@ -84,6 +85,7 @@ def test_files_with_senseless_numbers_are_drawn_or_noted():
         assert "<svg" in found.body
         assert "</script" not in found.body
         assert "<b>rouge" not in found.body
+        assert "000000000000" not in found.body.partition("<table")[2]
 
 
 @pytest.mark.parametrize(
