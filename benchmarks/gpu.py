@@ -20,7 +20,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from benchmarks.on_gpu.correctness import correctness
-from benchmarks.on_gpu.decoding import decode
+from benchmarks.on_gpu.decoding import decode, decode_long
 from benchmarks.on_gpu.loss_alone import loss_alone
 from benchmarks.on_gpu.machine import attention, ceilings
 from benchmarks.on_gpu.session import Block, Session, run_blocks
@@ -44,7 +44,8 @@ def blocks() -> list[Block]:
         Block("decode 110m float32", 15, lambda s: decode(s, "110m", "eager", dtype=torch.float32)),
         Block("decode 1.5b eager", 20, lambda s: decode(s, "layerskip_1.5b", "eager")),
         Block("decode 1.5b compiled", 90, lambda s: decode(s, "layerskip_1.5b", "compiled")),
-        Block("decode 1.5b 4k", 15, lambda s: decode(s, "layerskip_1.5b", "eager", prompt=3968)),
+        Block("decode 1.5b 4k eager", 15, lambda s: decode_long(s, "eager")),
+        Block("decode 1.5b 4k compiled", 70, lambda s: decode_long(s, "compiled")),
         Block("mfu 350m", 50, lambda s: mfu(s, "350m")),
         Block("decode 110m graphs", 15, lambda s: decode(s, "110m", "graphs")),
         Block("decode 1.5b graphs", 20, lambda s: decode(s, "layerskip_1.5b", "graphs")),

@@ -52,6 +52,8 @@ def write_tokenizer(
         content = tokenizer_json(tokenizer.serialized)
         names = special_tokens(tokenizer.serialized)
         config["split_special_tokens"] = True
+        # For llama.cpp, whose conversion puts a space before every text unless this is False.
+        config["add_prefix_space"] = content["normalizer"]["normalizers"][0]["type"] == "Prepend"
         (folder / SENTENCEPIECE_NAME).write_bytes(tokenizer.serialized)
     text = json.dumps(content, ensure_ascii=False, indent=1)
     (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")

@@ -4,17 +4,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.boundaries import Boundaries
 from data.command_line import run_command
-from data.dataset import VALIDATION
 from data.foreign_json import read_object, take
-from data.shards import TokenStream
-from data.windows import Packing, Windows, open_windows
 from inference.cli.arguments import Folder, PictureFile, RunOptions
 from inference.cli.terminal import format_table, write_json
-from inference.evaluation.exit_quality import evaluate_exits
+from inference.evaluation.exit_quality import evaluate_run
 from inference.evaluation.plot import write_exit_plot
-from inference.loading.run import Run
+from inference.loading.machine import machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +47,8 @@ def evaluate(options: EvaluateOptions) -> None:
     curves = dict(_read_losses(path) for path in options.compare)
     run = options.open_run()
     dataset = run.open_data(options.data)
-    split = dataset.splits[VALIDATION]
-    boundaries = Boundaries(run.tokenizer.bos_id, run.tokenizer.eos_id, dataset.marks)
-    masks = run.manifest.setting("data.mask_documents", bool, False)
-    exits, tokens = evaluate_exits(
-        run.model,
-        _windows(run, dataset.stream(VALIDATION), boundaries, options.seq_len),
-        bytes_per_token=split.text_bytes / split.tokens,
-        max_tokens=options.max_tokens,
-        boundaries=boundaries if masks else None,
-        decode=run.tokenizer.decode,
+    exits, tokens = evaluate_run(
+        run, dataset, max_tokens=options.max_tokens, seq_len=options.seq_len
     )
     header = "E loss perplexity bits/byte accuracy agreement confidence ece"
     rows = [
@@ -83,23 +71,9 @@ def evaluate(options: EvaluateOptions) -> None:
             "step": run.manifest.step,
             "data": str(dataset.path),
             "tokens": tokens,
+            "machine": machine(),
             "exits": [asdict(quality) for quality in exits],
         },
-    )
-
-
-def _windows(run: Run, stream: TokenStream, boundaries: Boundaries, seq_len: int | None) -> Windows:
-    """Cut a stream as in training, into windows of `seq_len` tokens, or what there is of it."""
-    context = run.model.config.max_seq_len
-    if seq_len is None:
-        seq_len = run.seq_len
-    if not 1 <= seq_len <= context:
-        raise ValueError(f"seq_len: {seq_len}, give 1 to {context}, the model's context")
-    return open_windows(
-        stream,
-        run.manifest.setting("data.packing", Packing, "stream"),
-        seq_len=min(seq_len, len(stream) - 1),
-        boundaries=boundaries,
     )
 
 

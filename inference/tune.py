@@ -1,8 +1,8 @@
 """Find the fastest strategy for a checkpoint on this machine: `python -m inference.tune --run DIR`.
 
 For lossless drafts, the costs of passes and rounds are measured, the chance that every exit's
-drafts are accepted is recorded along continuations, the speedups of all E and d follow from the
-two, and the best of them, with and without n-gram drafts and a stop rule, are confirmed by
+drafts are accepted is recorded along continuations, the speedups of all E, d and branch follow
+from the two, and the best of them, with and without n-gram drafts and a stop rule, are confirmed by
 measurement. For a strategy with a threshold, thresholds are measured that keep to the full model's
 choice.
 """
@@ -18,15 +18,19 @@ from inference.cli.arguments import Count, DecodingOptions, Numbers, SamplingOpt
 from inference.cli.terminal import report_line, write_json
 from inference.engine.strategy import Strategy
 from inference.evaluation.arm_result import ArmResult
-from inference.evaluation.candidates import candidates, check_draft_fits, with_thresholds
-from inference.evaluation.costs import Costs, Prediction, measure_costs, predict
-from inference.evaluation.exit_traces import decode_rows, record_acceptance
+from inference.evaluation.candidates import (
+    candidates,
+    check_draft_fits,
+    predict_speedups,
+    with_thresholds,
+)
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
 from inference.evaluation.prompts import PromptOptions, prompts_from
 from inference.evaluation.report import LEGEND, comparison, describe_setting, speed_range
 from inference.evaluation.round_breakdown import (
     PREDICTION_LEGEND,
     ROUND_LEGEND,
+    leaves_line,
     prediction_table,
     round_table,
     round_terms,
@@ -52,7 +56,7 @@ class TuneOptions(SamplingOptions, PromptOptions, DecodingOptions):
     """
 
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
-    """At most 2 prompts, 64 tokens, 3 repeats, the best predicted pair: seconds, less certain."""
+    """At most 2 prompts, 64 tokens, 3 repeats, the best predicted shape: seconds, less certain."""
     strategy: str = SelfSpeculative.name
     """self_speculative, which includes dynamic; or one with a threshold, such as calm, as text."""
     min_agreement: float = 0.99
@@ -61,8 +65,10 @@ class TuneOptions(SamplingOptions, PromptOptions, DecodingOptions):
     """Thresholds to try."""
     max_d: Count = 6
     """Most tokens drafted per round."""
+    max_branch: Count = 3
+    """Most candidates for each."""
     top: Count = 3
-    """Pairs of E and d to confirm."""
+    """Shapes, of E, d and branch, to confirm."""
     batch_size: Count = 1
     """Prompts decoded at once."""
     repeats: Count = 3
@@ -147,7 +153,13 @@ def _workload(run: Run, options: TuneOptions) -> Workload:
 def _tune_drafts(run: Run, workload: Workload, options: TuneOptions) -> _Outcome:
     """Find the fastest lossless strategy."""
     check_draft_fits("max_d", options.max_d, run)
-    costs, predictions = _predict(run, workload, options)
+    costs, predictions = predict_speedups(
+        run,
+        workload,
+        max_d=options.max_d,
+        max_branch=options.max_branch,
+        timings=options.timings,
+    )
     arms = candidates(predictions, costs, options.max_d, top=options.top, ngrams=options.ngrams)
     results = _measure(run, arms, workload, options)
     rounds = round_terms(results, costs)
@@ -158,6 +170,7 @@ def _tune_drafts(run: Run, workload: Workload, options: TuneOptions) -> _Outcome
     tables = [
         f"{run.checkpoint}: a full step takes {costs.full_step_seconds * 1e3:.2f} ms",
         f"predicted:\n{prediction_table(predictions, run.model.config.n_layers)}",
+        leaves_line(predictions),
         PREDICTION_LEGEND,
         f"measured:\n{comparison(results, describe_setting(run, options))}",
         LEGEND,
@@ -234,32 +247,6 @@ def _measure(
         graphs=run.graphs,
         timings=options.timings,
     )
-
-
-def _predict(run: Run, workload: Workload, options: TuneOptions) -> tuple[Costs, list[Prediction]]:
-    """Record exits and measure costs; return them and the speedups that follow."""
-    model, max_d = run.model, options.max_d
-    rows = decode_rows(
-        model,
-        workload.prompts,
-        max_new_tokens=workload.max_new_tokens,
-        batch_size=workload.batch_size,
-        stop_tokens=workload.stop_tokens,
-        sampling=workload.sampling,
-        seed=workload.seed,
-    )
-    chances = [
-        record_acceptance(model, row, len(prompt), workload.sampling)
-        for row, prompt in zip(rows, workload.prompts, strict=True)
-    ]
-    middle = [
-        row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]
-        for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
-    ]
-    costs = measure_costs(
-        model, middle, max_d, workload.sampling, graphs=run.graphs, timings=options.timings
-    )
-    return costs, predict(chances, costs, max_d)
 
 
 def main() -> None:

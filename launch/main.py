@@ -16,10 +16,13 @@ from launch.torchrun import SCRIPT, prepare
 VERBS = {
     "prepare": ("data.prepare", "text to token shards"),
     "train": ("train.main", "train a preset, under torchrun"),
+    "doctor": ("train.doctor", "check all that training needs on this machine"),
     "sweep": ("train.sweep", "train with every combination of some fields' values"),
     "evaluate": ("inference.evaluate", "loss, perplexity and agreement at every exit"),
     "tune": ("inference.tune", "find the fastest decoding strategy for a run on this machine"),
+    "report": ("inference.report", "one page on a run: losses, exits, speed, tokens"),
     "generate": ("inference.generate", "continue a prompt"),
+    "serve": ("inference.serve", "answer requests over HTTP, by OpenAI's API, and a page"),
     "benchmark": ("inference.benchmark", "compare decoding strategies on the same prompts"),
     "convert": ("models.convert", "Hugging Face folders to and from checkpoints"),
     "calibrate": ("inference.calibrate", "certify a threshold of CALM"),

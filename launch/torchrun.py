@@ -4,7 +4,7 @@ torchrun ends whatever does not succeed with a traceback of its own and a table 
 35 lines below a user's error of one line, some 25 below a Ctrl-C after which everything is saved.
 torch imports this file in torchrun's process, as one of the entry points `torchrun.handlers` of
 setup.cfg. It changes what that process prints when it ends, has it restart no rank that would fail
-in the same way again, and names it to its ranks; for train/main.py alone.
+in the same way again, and names it to its ranks; for train/main.py and train/doctor.py alone.
 """
 
 import logging
@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train" / "main.py"
-MODULE = "train.main"
+MODULES = ("train.main", "train.doctor")
+SCRIPTS = (SCRIPT, SCRIPT.with_name("doctor.py"))
 USER_ERROR = 2
 """Exit status of a rank whose error a restart would meet again, and which is on the screen."""
 _CHATTER = (
@@ -39,8 +40,8 @@ def rendezvous_handler() -> Callable[[object], object]:
 
 
 def runs_training(words: Sequence[str]) -> bool:
-    """Whether torchrun's arguments name our script or our module."""
-    return any(word == MODULE or Path(word).resolve() == SCRIPT for word in words)
+    """Whether torchrun's arguments name a script or module of ours that it starts."""
+    return any(word in MODULES or Path(word).resolve() in SCRIPTS for word in words)
 
 
 def prepare() -> None:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+_BLOCK = 128
+"""Queries, and keys, of a block: FlexAttention's default."""
 GRAPHS = 64
 """Most graphs of a compiled function: several for each shape of a batch but its rows."""
 
@@ -116,6 +118,31 @@ def query_mask(
     mask_mod = _mask_mod(documents, queries, window)
     mask = _make(mask_mod, batch, n, seq, queries.device, blocks)
     return AttentionMask(documents, mask, queries, window)
+
+
+def slots_mask(positions: Tensor, slots: int, window: int | None = None) -> "BlockMask":
+    """Return the mask of some queries over the slots of a KV cache, as blocks, none left out.
+
+    Compiled, FlexAttention splits the slots of a few queries over a GPU's multiprocessors; under a
+    tensor as mask, torch's attention takes one of these for each head, however long the text.
+
+    Args:
+        positions: (batch, n) int64, of the queries; they attend to the slots up to these.
+        slots: Their number.
+        window: See `document_mask`.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    batch, n = positions.shape
+    numbers = torch.arange(-(-slots // _BLOCK), dtype=torch.int32, device=positions.device)
+    return BlockMask.from_kv_blocks(
+        torch.full_like(positions[:, :1, None], len(numbers), dtype=torch.int32),
+        numbers.expand(batch, 1, 1, -1),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_mask_mod(None, positions, window),
+        seq_lengths=(n, slots),
+        compute_q_blocks=False,
+    )
 
 
 def _make(

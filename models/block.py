@@ -26,19 +26,19 @@ class LayerKV(Protocol):
 class KVCache(Protocol):
     """Keys and values of every layer, and which of them each query attends to."""
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], LayerKV]]:
+    def at(self, positions: Tensor) -> "tuple[Tensor | BlockMask, Callable[[int], LayerKV]]":
         """Open the cache for tokens at `positions`: (batch, seq) int64.
 
         Returns:
-            The attention mask, (batch, 1, seq, slots) bool, True where a query attends, and a
-            function from layer index l to that layer's storage.
+            The attention mask, (batch, 1, seq, slots) bool, True where a query attends, or its
+            blocks, and a function from layer index l to that layer's storage.
         """
         ...
 
 
 def open_cache(
     cache: KVCache | None, positions: Tensor | None
-) -> tuple[Tensor | None, Callable[[int], LayerKV] | None]:
+) -> "tuple[Tensor | BlockMask | None, Callable[[int], LayerKV] | None]":
     """Return what `KVCache.at` returns; without a cache, no mask and no storage."""
     if cache is None:
         return None, None

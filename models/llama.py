@@ -3,8 +3,7 @@
 Independent of ranks, losses, optimizers, files and flags: parallelism is applied from outside. Its
 verbs are `embed`, `run_layers` and `exit_logits`; training, drafting and verifying all
 call the one loop over layers in `run_layers`, for which `inference/engine/fused.py` has a stand-in.
-Rotary embeddings use the half-split layout of Hugging Face checkpoints, so weights pass between the
-two by renaming alone.
+Rotary embeddings are half-split as in Hugging Face checkpoints: weights pass by renaming alone.
 """
 
 from collections.abc import Callable, Collection
@@ -269,6 +268,8 @@ class Llama(nn.Module):
         documents: Tensor | None = None,
         token_layers: TokenLayers | None = None,
         capacity: float = 1.0,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Hidden:
         """Run the layers up to the deepest exit, and return what the head reads at each exit.
 
@@ -282,17 +283,15 @@ class Llama(nn.Module):
                 attention stays within; None: attention is causal and nothing else.
             token_layers: Which tokens run each layer; the others keep their state. None: all.
             capacity: Share of a row's tokens that a layer with a router runs at most.
+            positions: As in `run_layers`.
+            cache: As in `run_layers`; then without kept_rows, documents and token_layers.
         """
         routing, window = Routing(capacity), self.config.sliding_window
-        masks = LayerMasks(
-            kept_rows=kept_rows,
-            token_layers=token_layers,
-            documents=None if documents is None else document_mask(documents, window),
-            routing=routing,
-        )
-        stop = max(exit_layers, default=-1) + 1
+        document_masks = None if documents is None else document_mask(documents, window)
+        masks = LayerMasks(kept_rows, token_layers, document_masks, routing)
         _, outputs = self.run_layers(
-            self.embed(tokens), 0, stop, masks=masks, exit_layers=exit_layers
-        )
+            self.embed(tokens), 0, max(exit_layers, default=-1) + 1,
+            positions=positions, cache=cache, masks=masks, exit_layers=exit_layers,
+        )  # fmt: skip
         exits = {l: self.before_head(x, l + 1) for l, x in outputs.items()}
         return Hidden(exits, routing.gates)

@@ -34,6 +34,8 @@ ONLY_IN_TRAIN = {"torchtitan", "tensorboard", "trackio", "wandb"}
 # Which room of a package may import which; a loose file may import any room.
 ROOM_ARROWS = {
     "inference": {
+        "serving": {"text", "strategies", "loading", "engine"},
+        "report_page": {"evaluation", "strategies", "loading", "engine", "text", "cli"},
         "text": {"strategies", "loading", "engine"},
         "cli": {"loading", "engine"},
         "fitting": {"strategies", "cli"},
@@ -44,11 +46,16 @@ ROOM_ARROWS = {
     },
     "train": {
         "planning": {"config", "loop", "checkpoints", "optimizer", "parallel"},
-        "config": {"loop", "checkpoints", "monitoring", "run_folder", "optimizer", "parallel"},
+        "config": {
+            *("loop", "decoding", "checkpoints", "monitoring", "run_folder", "optimizer"),
+            "parallel",
+        },
+        "decoding": {"run_folder", "parallel"},
         "loop": {"monitoring", "optimizer", "parallel"},
         "checkpoints": {"optimizer", "parallel"},
         "monitoring": {"parallel"},
         "run_folder": {"monitoring", "parallel"},
+        "diagnosis": {"parallel"},
         "optimizer": {"parallel"},
         "parallel": set(),
     },
@@ -57,14 +64,16 @@ ROOM_ARROWS = {
 COMMANDS_OF_MODELS = {"convert"}
 # What the loose files of `train/` may import of each other, from main down.
 LOOSE_ARROWS = {
-    "main": {"follow", "job", "rollback"},
+    "main": {"follow", "job", "rollback", "summary"},
     "follow": {"job"},
     "rollback": {"job", "resumed_rows"},
     "job": {"opened_data", "record", "resumed_rows"},
     "opened_data": set(),
     "record": set(),
     "resumed_rows": set(),
+    "summary": {"job"},
     "sweep": set(),
+    "doctor": set(),
 }
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -207,7 +216,9 @@ def test_environment_is_read_in_one_file():
     # torchrun.py names its process to the ranks, where launcher.py reads it before torch is there.
     allowed = {"train/parallel/runtime.py", "inference/generate.py", "data/command_line.py"}
     allowed |= {"launch/torchrun.py", "train/monitoring/launcher.py"}
+    allowed |= {"train/diagnosis/surroundings.py"}  # of the doctor, who starts without torch
     allowed |= {"data/urls.py"}  # the folder of copies, which every room has
+    allowed |= {"inference/serve.py"}  # the key of clients, which no command line should show
     assert readers <= allowed
     assert (ROOT / "inference" / "generate.py").read_text().count("os.environ") == 1
 

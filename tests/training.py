@@ -30,6 +30,7 @@ TINY = {
     "curriculum.R": 3,
     "validate.interval_steps": 4,
     "validate.sequences": 8,
+    "speculation.interval_steps": 0,
     "checkpoint.interval_steps": 3,
     "metrics.interval_steps": 2,
 }

@@ -64,6 +64,11 @@ class TrainingMonitor:
             before = self.state.loss_history
             history = before.after(step, monitored_layer, config)
             self.state = self.state.after_step(history, rows=rows, seq_len=data.seq_len)
+            self._job.live_line.show(
+                self.done_steps,
+                loss=step.exit_losses.get(self._job.config.model.n_layers - 1),
+                tokens=rows * data.seq_len,
+            )
             if anomaly := history.anomaly(before, config):
                 self._record("anomaly", step.t, anomaly.reason)
                 if anomaly.rollback and self.anomaly is None:

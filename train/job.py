@@ -14,6 +14,7 @@ from train.checkpoints.checkpointer import CheckpointWriter
 from train.checkpoints.content import RunIdentity, checkpoint_bytes
 from train.checkpoints.resume import Resumed, resume
 from train.config.config import TrainConfig
+from train.decoding.speculation import Speculation
 from train.loop.corpus import Corpus
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.run_state import RunState
@@ -21,9 +22,10 @@ from train.loop.validate import HeldOut
 from train.monitoring.adam_monitor import AdamMonitor
 from train.monitoring.hang_watchdog import Watchdog
 from train.monitoring.interruption import Interruption
+from train.monitoring.live_line import LiveLine
 from train.monitoring.replica_check import ReplicaCheck
 from train.monitoring.sections import Sections
-from train.opened_data import open_data
+from train.opened_data import open_data, open_speculation
 from train.optimizer.optim import Optimizers, build_optimizer
 from train.parallel.parallelize import build_model
 from train.parallel.runtime import Runtime, connect_store
@@ -54,6 +56,8 @@ class Job:
     status: RunStatus
     loader: TokenLoader
     held_out: HeldOut
+    speculation: Speculation
+    live_line: LiveLine
     layerskip: LayerSkipSchedule
     model: Llama
     optimizer: Optimizers
@@ -201,7 +205,6 @@ def _build(
     )
     writer.saved_step = 0 if resumed.branched_from else resumed.t
     status.note_saved(writer.saved_step)
-    rotates = config.curriculum.C == "rot"
     return Job(
         config=config,
         runtime=runtime,
@@ -212,12 +215,12 @@ def _build(
         status=status,
         loader=loader,
         held_out=held_out,
+        speculation=open_speculation(config, corpus, held_out, runtime),
         layerskip=config.layerskip,
         model=model,
         optimizer=optimizer,
-        adam_monitor=AdamMonitor(
-            config.adam_monitor, optimizer, runtime, period=config.curriculum.R * rotates
-        ),
+        live_line=stack.enter_context(LiveLine(config.steps, runtime)),
+        adam_monitor=_monitor_adam(config, optimizer, runtime),
         replica_check=ReplicaCheck(config.replica_check, model, optimizer, runtime),
         identity=identity,
         checkpoints=stack.enter_context(writer),
@@ -225,6 +228,11 @@ def _build(
         trackers=trackers,
         state=state,
     )
+
+
+def _monitor_adam(config: TrainConfig, optimizer: Optimizers, runtime: Runtime) -> AdamMonitor:
+    period = config.curriculum.R if config.curriculum.C == "rot" else 0
+    return AdamMonitor(config.adam_monitor, optimizer, runtime, period=period)
 
 
 def _identify(config: TrainConfig, corpus: Corpus) -> RunIdentity:

@@ -46,7 +46,9 @@ from train.run_folder.metrics import open_metrics
 from train.run_folder.preflight import refuse_early
 from train.run_folder.profiler import Profiler
 from train.run_folder.run_lock import RunHeldError, refuse_held
+from train.run_folder.samples import write_samples
 from train.run_folder.sinks import Metrics
+from train.summary import log_summary
 
 RUN_HELD = 3
 """Exit status of --check where another job trains the run."""
@@ -91,6 +93,8 @@ def train(
             elif t == config.steps:
                 metrics.log_summary({}, "finished")
         job.finish(t)
+        if job.resumed.t < t == config.steps:
+            log_summary(job, state)
 
 
 def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> TrainingMonitor:
@@ -131,6 +135,9 @@ def run_steps(job: Job, start: int, state: RunState, metrics: Metrics) -> Traini
         if due(config.validate.interval_steps, done, config.steps) and not monitor.stop:
             sections.enter("validate", t)
             report_validation(job, done, metrics)
+        if job.speculation.due(done, config.steps) and not monitor.stop:
+            sections.enter("decode", t)
+            report_speculation(job, done, metrics)
         if saves or monitor.stop:
             sections.enter("checkpoint", t)
             job.save(done, monitor.state, required=monitor.stop or done == config.steps)
@@ -170,6 +177,16 @@ def measure_validation(job: Job, done_steps: int, metrics: Metrics, split: str, 
         return
     metrics.log(exit_metrics(split, dict(enumerate(losses)), len(losses)), done_steps)
     logger.info("%s", validation_line(losses, done_steps, title))
+
+
+def report_speculation(job: Job, done_steps: int, metrics: Metrics) -> None:
+    """Measure what drafts of the exits would gain; log it, and samples of text."""
+    if (found := job.speculation.measure(job.model)) is None:
+        return
+    metrics.log(found.metrics, done_steps)
+    metrics.log_texts({f"samples/{name}": text for name, text in found.samples.items()}, done_steps)
+    write_samples(job.config.run_dir / "samples", done_steps, found.samples)
+    logger.info("drafts at step %d: %s", done_steps, found.line)
 
 
 def due(interval_steps: int, done_steps: int, steps: int) -> bool:

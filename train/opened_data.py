@@ -5,12 +5,15 @@ from contextlib import suppress
 from functools import partial
 
 from data.dataset import VALIDATION, verify_shards
+from data.tokenizer import Tokenizer
 from data.url_dataset import dataset_at
 from data.urls import is_url, location
 from models.checkpoint_format import checkpoint_steps
 from train.checkpoints.start import check_start
 from train.checkpoints.tokenizers import check_tokenizer
 from train.config.config import TrainConfig
+from train.decoding.prompts import Prompt, read_prompts
+from train.decoding.speculation import Speculation
 from train.loop.corpus import Corpus, open_corpus
 from train.loop.data_config import DataConfig
 from train.loop.validate import HeldOut
@@ -42,6 +45,32 @@ def open_data(
     windows = runtime.on_every_rank(lambda: corpus.windows(corpus.datasets[0], VALIDATION, data))
     boundaries = corpus.boundaries(corpus.datasets[0]) if data.mask_documents else None
     return corpus, HeldOut(windows, data.seq_len, boundaries)
+
+
+def open_speculation(
+    config: TrainConfig, corpus: Corpus, held_out: HeldOut, runtime: Runtime
+) -> Speculation:
+    """Read the prompts that are continued while the model trains.
+
+    Raises:
+        ValueError: On rank 0, if the task they are to be of cannot be read.
+    """
+    settings, dataset = config.speculation, corpus.datasets[0]
+    tokenizer = Tokenizer(dataset.tokenizer_path)
+
+    def read() -> list[Prompt]:
+        return read_prompts(
+            settings,
+            held_out.windows,
+            corpus.boundaries(dataset),
+            tokenizer,
+            pairs=dataset.holds_pairs,
+            context=config.model.max_seq_len,
+        )
+
+    prompts = runtime.on_every_rank(read) if settings.interval_steps else []
+    trained = config.model.own_exits or config.early_exit.exits
+    return Speculation(settings, config.model, prompts, tokenizer, runtime, trained)
 
 
 def _copy(config: DataConfig) -> None:

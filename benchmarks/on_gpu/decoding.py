@@ -74,6 +74,11 @@ def decode(
     }
 
 
+def decode_long(session: Session, how: Literal["eager", "compiled"]) -> dict[str, object]:
+    """Do `decode` after a prompt that fills 4,096 slots but for the new tokens."""
+    return decode(session, "layerskip_1.5b", how, prompt=3968)
+
+
 def _share(
     config: LlamaConfig, result: ArmResult, context: float, size: int, copy: float | None
 ) -> float | None:

@@ -106,8 +106,8 @@ Numbers = Annotated[tuple[float, ...], read_as("X,...", _numbers, _joined)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """The run to open, and where results go."""
+class OpenOptions:
+    """The run to open."""
 
     run: Folder
     """Run folder (its newest checkpoint is used) or one checkpoint folder."""
@@ -119,8 +119,6 @@ class RunOptions:
     """model: those of the last step; ema: their moving average, see optim.ema_decay."""
     quantize: Bits | None = None
     """Hold the layers' matrices in so few bits (torchao), but not those of a draft model."""
-    json: OutputFile | None = None
-    """Also write the results here."""
 
     def open_run(self) -> Run:
         """Load the run."""
@@ -131,6 +129,14 @@ class RunOptions:
             quantize=self.quantize,
             weights=self.weights,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(OpenOptions):
+    """The run to open, and where results go."""
+
+    json: OutputFile | None = None
+    """Also write the results here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ class Round:
     most_drafted: int | None = None
     """Tokens of a draft that no stop rule ends; None: n - 1."""
     leaf: Tensor | None = None
-    """(batch,) int64, 1 where the last accepted one is a leaf, another candidate in place of the
-    drafted token, which was rejected; None: there are no leaves."""
+    """(batch,) int64, rank from 1 of the leaf that is the last accepted one, another candidate in
+    place of the drafted token, which was rejected; 0: it is none; None: there are no leaves."""
 
     @classmethod
     def plain(cls, token: Tensor, depths: Tensor | None = None) -> Self:
@@ -93,14 +93,23 @@ class Batch:
 
     def row(self, row: int) -> "Batch":
         """Return one row as a batch of its own, on the same memory."""
-        one = slice(row, row + 1)
+        return self.part(slice(row, row + 1))
+
+    def part(self, rows: slice) -> "Batch":
+        """Return some rows as a batch of their own, on the same memory."""
         return Batch(
-            history=self.history[one],
-            pending=self.pending[one],
-            positions=self.positions[one],
-            prompt_lengths=self.prompt_lengths[one],
-            finished=self.finished[one],
+            history=self.history[rows],
+            pending=self.pending[rows],
+            positions=self.positions[rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            finished=self.finished[rows],
         )
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy a row over another."""
+        for rows in (self.history, self.pending, self.positions, self.prompt_lengths):
+            rows[target] = rows[source]
+        self.finished[target] = self.finished[source]
 
     def advance(self, result: Round) -> None:
         """Move each row on by its accepted tokens and the one after, which is then pending."""

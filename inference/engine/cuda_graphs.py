@@ -184,12 +184,16 @@ class RoundGraphs:
     def take(
         self, model: Llama, rows: int, *, slots: int, sampling: Sampling, seed: int, spare: int = 0
     ) -> GraphedBatch:
-        """Return a batch for one generation alone; arguments as of `allocate`."""
+        """Return a batch for one generation alone; arguments as of `allocate`.
+
+        More spare slots than are asked for do no harm.
+        """
         batch, self._kept = self._kept, None
         if batch is not None:
             state = batch.state
-            shape = len(state.batch), state.cache.slots, state.cache.spare, state.sampling
-            if state.model is model and shape == (rows, slots, spare, sampling):
+            shape = len(state.batch), state.cache.slots, state.sampling
+            fits = shape == (rows, slots, sampling) and state.cache.spare >= spare
+            if state.model is model and fits:
                 reset(state, seed)
                 return batch
         state = allocate(model, rows, slots=slots, sampling=sampling, seed=seed, spare=spare)

@@ -109,6 +109,7 @@ class FusedLayers:
             p = self._model.gate(l, x)
             step, kv = steps[l], layer_kv(l)
             assert isinstance(kv, LayerSlots)
+            assert isinstance(mask, Tensor), "compiled models have blocks"
             attend, feed = l not in skipped.attention, l not in skipped.feed_forward
             if step is not None and attend and feed:
                 out = step(x, by_token, mask, kv)

@@ -8,12 +8,24 @@ Imports no strategy.
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.attention_mask import slots_mask
 from models.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+SPLIT_FROM = 1024
+"""Slots of a window from which compiled passes on a GPU split it over its multiprocessors."""
+
+
+def splits_slots(slots: Tensor, window: int) -> bool:
+    """Return whether compiled passes split a window of the cache that `slots` are of."""
+    return slots.is_cuda and window >= SPLIT_FROM
 
 
 class _Window(NamedTuple):
@@ -127,20 +139,33 @@ class StaticKVCache:
 
     def row(self, row: int) -> "StaticKVCache":
         """Return the cache of one row alone, on the same memory."""
+        return self.part(slice(row, row + 1))
+
+    def part(self, rows: slice) -> "StaticKVCache":
+        """Return the cache of some consecutive rows alone, on the same memory."""
         view = copy(self)
-        view._buffers = [buffer[:, row : row + 1] for buffer in self._buffers]
+        view._buffers = [buffer[:, rows] for buffer in self._buffers]
         view._kept = None
-        view._rows = self._rows[:1]
+        view._rows = self._rows[: view._buffers[0].shape[1]]
         return view
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Callable[[int], "LayerSlots"]]:
+    def move_row(self, source: int, target: int, slots: int) -> None:
+        """Copy the first slots of a row over those of another."""
+        for buffer in self._buffers:
+            buffer[:, target, :slots] = buffer[:, source, :slots]
+
+    def at(self, positions: Tensor) -> "tuple[Tensor | BlockMask, Callable[[int], LayerSlots]]":
         """Open the cache for tokens at `positions`: (batch, seq) int64, all below `window`.
 
         Returns:
             The mask slot <= position, (batch, 1, seq, window), without slots behind the model's
             sliding window: True, or 0 on a CPU, where a query attends, False or -inf where it does
-            not; and a function from layer index l to that layer's storage.
+            not; its blocks where a long window is split. And a function from layer index l to that
+            layer's storage.
         """
+        if torch.compiler.is_compiling() and splits_slots(self._slot_index, self.window):
+            blocks = slots_mask(positions, self.window, self._sliding_window)
+            return blocks, self.layers_at(positions)
         slots, query = self._open_window().slots, positions.view(len(positions), 1, -1, 1)
         mask = slots <= query
         if self._sliding_window is not None and self._sliding_window < self.window:

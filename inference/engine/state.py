@@ -14,6 +14,7 @@ from torch import Tensor
 from inference.engine.batch import Batch
 from inference.engine.counters import Counters
 from inference.engine.kv_cache import OpenTree, StaticKVCache, TreeShape
+from inference.engine.row_draws import RowDraws
 from inference.engine.sampling import Sampling, draw_weights
 from models.block import KVCache
 from models.llama import NOTHING, Llama, SkippedParts
@@ -28,8 +29,12 @@ class DecodeState:
     cache: StaticKVCache
     sampling: Sampling
     generator: torch.Generator | None
-    """Source of every draw; None when greedy."""
+    """Source of every draw; None when greedy, and where rows have draws of their own."""
     counters: Counters = field(default_factory=Counters)
+    draws: RowDraws | None = None
+    """How each row's tokens are drawn, where rows differ; strategies then go on as if greedy."""
+    ran: Tensor | None = None
+    """(batch, seq) int64, positions of the last pass's tokens, whose logits come next."""
 
     def embed_pending(self) -> Tensor:
         """Return x_0 of the pending tokens, (batch, 1, dim)."""
@@ -123,6 +128,7 @@ class DecodeState:
         )
         self.counters.token_layers += tokens * parts / 2
         self.counters.passes[start, stop, h.shape[1]] += 1
+        self.ran = positions
         return self.model.run_layers(
             h,
             start,
@@ -158,13 +164,26 @@ class DecodeState:
         positions = start[:, None]
         return positions if seq == 1 else positions + torch.arange(seq, device=positions.device)
 
-    def distribution(self, h: Tensor, E: int | None = None) -> Tensor:
+    def distribution(
+        self, h: Tensor, E: int | None = None, *, positions: Tensor | None = None
+    ) -> Tensor:
         """Return `filtered` logits of an exit for h = x_E: (batch, seq, dim)."""
-        return self.filtered(self.logits(h, E))
+        return self.filtered(self.logits(h, E), positions=positions)
 
-    def filtered(self, logits: Tensor) -> Tensor:
-        """Return what tokens are drawn from, see `draw_weights`; same shape as logits."""
-        return draw_weights(logits, self.sampling)
+    def filtered(self, logits: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        """Return what tokens are drawn from, see `draw_weights`; same shape as logits.
+
+        Args:
+            logits: (batch, seq, vocab), or several times batch: of exits, one after the other.
+            positions: (batch, seq) int64, of their tokens; the first of the last pass if None.
+        """
+        if self.draws is None:
+            return draw_weights(logits, self.sampling)
+        positions = self.ran if positions is None else positions
+        assert positions is not None
+        several = logits.unflatten(0, (-1, len(self.batch)))
+        scores = [self.draws.scores(one, positions[:, : logits.shape[1]]) for one in several]
+        return torch.cat(scores)
 
     def logits(self, h: Tensor, E: int | None = None) -> Tensor:
         """Return an exit's logits, (batch, seq, vocab).

@@ -5,8 +5,10 @@ from dataclasses import replace
 from itertools import product
 
 from inference.engine.strategy import Strategy
-from inference.evaluation.costs import Costs, Prediction
-from inference.evaluation.measurement import AUTOREGRESSIVE
+from inference.evaluation.costs import Costs, measure_costs
+from inference.evaluation.exit_traces import decode_rows, record_acceptance
+from inference.evaluation.measurement import AUTOREGRESSIVE, Workload
+from inference.evaluation.prediction import Prediction, predict
 from inference.loading.run import Run
 from inference.strategies.dynamic import Dynamic
 from inference.strategies.registry import has_threshold, parse_strategy
@@ -59,6 +61,48 @@ def _that_fit(arms: Sequence[Strategy], n_layers: int) -> list[Strategy]:
     return [*dict.fromkeys(arms)]
 
 
+def predict_speedups(
+    run: Run, workload: Workload, *, max_d: int, max_branch: int = 1, timings: int
+) -> tuple[Costs, list[Prediction]]:
+    """Record exits and measure costs; return them and the speedups that follow, the best first.
+
+    Args:
+        run: The checkpoint.
+        workload: The texts to decode.
+        max_d: Most tokens drafted in a round.
+        max_branch: Most candidates for each.
+        timings: Times each pass is timed.
+    """
+    model, branch = run.model, min(max_branch, run.model.config.vocab_size)
+    rows = decode_rows(
+        model,
+        workload.prompts,
+        max_new_tokens=workload.max_new_tokens,
+        batch_size=workload.batch_size,
+        stop_tokens=workload.stop_tokens,
+        sampling=workload.sampling,
+        seed=workload.seed,
+    )
+    chances = [
+        record_acceptance(model, row, len(prompt), workload.sampling, branch, workload.seed)
+        for row, prompt in zip(rows, workload.prompts, strict=True)
+    ]
+    middle = [
+        row[: min((len(row) + len(prompt)) // 2, model.config.max_seq_len - max_d - 1)]
+        for row, prompt in zip(rows[: workload.batch_size], workload.prompts, strict=False)
+    ]
+    costs = measure_costs(
+        model,
+        middle,
+        max_d,
+        workload.sampling,
+        branch=branch,
+        graphs=run.graphs,
+        timings=timings,
+    )
+    return costs, predict(chances, costs, max_d)
+
+
 def candidates(
     predictions: Sequence[Prediction],
     costs: Costs,
@@ -67,9 +111,10 @@ def candidates(
     top: int,
     ngrams: Sequence[int] = (2, 3),
 ) -> list[Strategy]:
-    """Return the strategies to confirm: the best pairs, plain and with drafts that cost less.
+    """Return the strategies to confirm: the best shapes, plain and with drafts that cost less.
 
-    `dynamic` chooses among the few exits of the best predictions: a probe costs the head of each.
+    Where all of these have leaves, the best without is confirmed too. `dynamic` chooses among the
+    few exits of the best predictions: a probe costs the head of each.
 
     Args:
         predictions: The best first.
@@ -80,13 +125,19 @@ def candidates(
     """
     arms: list[Strategy] = [AUTOREGRESSIVE]
     for prediction in predictions[:top]:
-        E, d = prediction.E, prediction.d
-        stopping = SelfSpeculative(E=E, d=max_d, stop=0.5)
-        arms += [SelfSpeculative(E=E, d=d), stopping]
-        arms += [replace(stopping, ngram=n) for n in ngrams]
+        shape = SelfSpeculative(E=prediction.E, d=prediction.d, branch=prediction.branch)
+        stopping = replace(shape, d=max_d, stop=0.5)
+        arms += [shape, stopping, *(replace(stopping, ngram=n) for n in ngrams)]
+    if all(prediction.branch > 1 for prediction in predictions[:top]):
+        plain = next(prediction for prediction in predictions if prediction.branch == 1)
+        arms.append(SelfSpeculative(E=plain.E, d=plain.d))
     exits = sorted([*dict.fromkeys(prediction.E for prediction in predictions)][:EXITS])
+    best = {E: next(p for p in predictions if p.E == E) for E in exits}
+    branch = max(prediction.branch for prediction in best.values())
     dynamic = Dynamic(
         d=max_d,
+        branch=branch,
+        leaf_costs=tuple(_rounded(cost, 3) for cost in costs.leaves) if branch > 1 else None,
         exits=tuple(exits),
         draft_costs=tuple(_rounded(costs.rounds[E - 1][0]) for E in exits),
         verify_costs=tuple(_rounded(costs.rounds[E - 1][1]) for E in exits),
@@ -96,8 +147,8 @@ def candidates(
     return [*dict.fromkeys(arms)]
 
 
-def _rounded(cost: float) -> float:
-    return max(0.01, round(cost, 2))
+def _rounded(cost: float, digits: int = 2) -> float:
+    return max(10**-digits, round(cost, digits))
 
 
 def with_thresholds(text: str, thresholds: Sequence[float], n_layers: int) -> list[Strategy]:

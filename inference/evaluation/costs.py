@@ -1,10 +1,9 @@
-"""Costs of passes and rounds on this machine, and the speedups that follow for every E and d."""
+"""Costs of passes and rounds on this machine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from inference.engine.cuda_graphs import RoundGraphs
 from inference.engine.prefill import allocate, prefill
@@ -34,13 +33,26 @@ class Costs:
     """For E = 1, 2, ..., L - 1, a round: for each drafted token, and beside them."""
     lookup: float
     """A round of n-gram drafts, as many tokens as are drafted at most, verified by all layers."""
+    leaves: tuple[float, float]
+    """What leaves add to a round: any at all, and each."""
+    most_leaves: int
+    """Of a round."""
+    many_layers: float
+    """A pass of all layers for these too, beside the most of the tokens of `layers`."""
 
     def of_layers(self, start: int, stop: int, n: int) -> float:
-        """Return the cost of layers start, ..., stop - 1 for n tokens of each row."""
+        """Return the cost of layers start, ..., stop - 1 for n tokens of each row.
+
+        It is linear between the numbers of tokens that were timed.
+        """
         L = len(self.draft) + 1
         if start == 0 and stop < L and n == 1:
             return max(0.0, self.draft[stop - 1] - self.head[0])
-        return (stop - start) / L * self.layers[n - 1]
+        most = len(self.layers)
+        if n <= most:
+            return (stop - start) / L * self.layers[n - 1]
+        slope = (self.many_layers - self.layers[-1]) / max(1, self.most_leaves)
+        return (stop - start) / L * (self.layers[-1] + (n - most) * slope)
 
     def of_head(self, n: int) -> float:
         """Return the cost of the head for n tokens of each row, linear between timed numbers."""
@@ -50,49 +62,25 @@ class Costs:
         beyond = (n - most) / (most * max(1, len(self.draft) - 1))
         return self.head[-1] + beyond * (self.many_heads - self.head[-1])
 
-    def of_round(self, E: int, d: int) -> tuple[float, float, float, float]:
+    def of_leaves(self, n: int) -> float:
+        """Return what n leaves add to a round."""
+        return self.leaves[0] + n * self.leaves[1] if n else 0.0
+
+    def of_round(self, E: int, d: int, branch: int = 1) -> tuple[float, float, float, float]:
         """Return the cost of a round: of the layers that draft and verify, the head, and the rest.
 
-        The pending token and the d drafted ones go through E layers one by one, then through the
-        others and the head together. The rest is the time of whole rounds beyond these passes.
+        The pending token and the d drafted ones go through E layers one by one, the last of them
+        with the leaves, then through the others and the head together. The rest is the time of
+        whole rounds beyond these passes.
         """
-        draft = (d + 1) * self.of_layers(0, E, 1)
-        verify = self.of_layers(E, len(self.draft) + 1, d + 1)
-        head = d * self.of_head(1) + self.of_head(d + 1)
+        n = d * (branch - 1)
+        draft = (d + (n == 0)) * self.of_layers(0, E, 1)
+        verify = self.of_layers(E, len(self.draft) + 1, d + 1 + n)
+        verify += self.of_layers(0, E, 1 + n) if n else 0.0
+        head = d * self.of_head(1) + self.of_head(d + 1 + n)
         each, beside = self.rounds[E - 1]
-        return draft, verify, head, beside + d * each - draft - verify - head
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The speedup predicted for E and d; costs of a round are in full steps."""
-
-    E: int
-    d: int
-    agreement: float
-    """a_E: mean chance that a token drafted after those before it in the text is accepted; greedy,
-    the share of tokens where the exit predicts the last layer's token. Beside it, `Counters`
-    counts the drafted tokens alone."""
-    tokens_per_round: float
-    draft: float
-    """Spent on single tokens in the layers that draft, the pending and all drafted ones."""
-    verify: float
-    """Spent on the layers that verify."""
-    head: float
-    """Spent on the head, for drafts and verification."""
-    overhead: float
-    """Spent on the rest: accepting drafts and putting tensors together, less the time that passes
-    save in a round over passes alone."""
-
-    @property
-    def round(self) -> float:
-        """Full steps of a round."""
-        return self.draft + self.verify + self.head + self.overhead
-
-    @property
-    def speedup(self) -> float:
-        """tokens_per_round / round."""
-        return self.tokens_per_round / self.round
+        whole = beside + d * each + self.of_leaves(n)
+        return draft, verify, head, whole - draft - verify - head
 
 
 @torch.inference_mode()
@@ -102,25 +90,26 @@ def measure_costs(
     max_d: int,
     sampling: Sampling | None = None,
     *,
+    branch: int = 1,
     graphs: RoundGraphs | None = None,
     timings: int = TIMINGS,
 ) -> Costs:
-    """Time steps, passes and rounds after `rows`; with `graphs`, each as a graph."""
-    L = model.config.n_layers
-    slots = max(map(len, rows)) + max_d + 1
-    state = allocate(model, len(rows), slots=slots, sampling=sampling or Sampling(), seed=0)
+    """Time steps, passes and rounds after `rows`.
+
+    Args:
+        model: In eval mode.
+        rows: Tokens of each row.
+        max_d: Most tokens drafted in a round.
+        sampling: Greedy if not given.
+        branch: Most candidates for each.
+        graphs: Where each is kept as a graph, if it is to be.
+        timings: Times each is timed.
+    """
+    L, n_leaves = model.config.n_layers, max_d * (branch - 1)
+    slots, sampling = max(map(len, rows)) + max_d + 1, sampling or Sampling()
+    state = allocate(model, len(rows), slots=slots, sampling=sampling, seed=0, spare=n_leaves)
     prefill(state, rows, (L, NOTHING))
-    passes: dict[tuple[str, int], Callable[[], object]] = {}
-    for E in range(1, L + 1):
-        passes["step", E] = _step(state, E)
-    for n in range(1, max_d + 2):
-        passes["layers", n] = _layers(state, n)
-        passes["head", n] = _head(state, n)
-    for E in range(1, L):
-        passes["round of one", E] = _round(state, E, 1)
-        passes["round", E] = _round(state, E, max_d)
-    passes["lookup", max_d] = _lookup(state, max_d)
-    passes["head", (L - 1) * (max_d + 1)] = _head(state, (L - 1) * (max_d + 1))
+    passes = _passes(state, max_d, branch)
     if graphs is not None:
         recorder = graphs.new_recorder()
         for run in passes.values():
@@ -140,7 +129,46 @@ def measure_costs(
             for E in range(1, L)
         ],
         lookup=steps["lookup", max_d],
+        leaves=_leaf_costs(steps, L, n_leaves),
+        most_leaves=n_leaves,
+        many_layers=steps["layers", max_d + 1 + n_leaves],
     )
+
+
+def _passes(
+    state: DecodeState, max_d: int, branch: int
+) -> dict[tuple[str, int], Callable[[], object]]:
+    """Return what is timed, by its name and size."""
+    L, n_leaves = state.model.config.n_layers, max_d * (branch - 1)
+    passes: dict[tuple[str, int], Callable[[], object]] = {}
+    for E in range(1, L + 1):
+        passes["step", E] = _step(state, E)
+    for n in range(1, max_d + 2):
+        passes["layers", n] = _layers(state, n)
+        passes["head", n] = _head(state, n)
+    passes["layers", max_d + 1 + n_leaves] = _layers(state, max_d + 1 + n_leaves)
+    for E in range(1, L):
+        passes["round of one", E] = _round(state, E, 1)
+        passes["round", E] = _round(state, E, max_d)
+    passes["lookup", max_d] = _lookup(state, max_d)
+    passes["head", (L - 1) * (max_d + 1)] = _head(state, (L - 1) * (max_d + 1))
+    if n_leaves:
+        passes["round with a leaf", L // 2] = _round(state, L // 2, 1, 2)
+        passes["round with leaves", L // 2] = _round(state, L // 2, max_d, branch)
+    return passes
+
+
+def _leaf_costs(steps: dict[tuple[str, int], float], L: int, n: int) -> tuple[float, float]:
+    """Return what leaves add to a round, any at all and each of up to n, drafted by L / 2 layers.
+
+    All run through all layers, whichever exit drafts.
+    """
+    if not n:
+        return 0.0, 0.0
+    one = steps["round with a leaf", L // 2] - steps["round of one", L // 2]
+    most = steps["round with leaves", L // 2] - steps["round", L // 2]
+    each = max(0.0, (most - one) / (n - 1)) if n > 1 else 0.0
+    return max(0.0, one - each), each
 
 
 def _line(one: float, most: float, max_d: int, step: float) -> tuple[float, float]:
@@ -161,8 +189,8 @@ def _step(state: DecodeState, E: int) -> Callable[[], object]:
     return lambda: decoder(1)
 
 
-def _round(state: DecodeState, E: int, d: int) -> Callable[[], object]:
-    decoder = SelfSpeculative(E=E, d=d).start(state)
+def _round(state: DecodeState, E: int, d: int, branch: int = 1) -> Callable[[], object]:
+    decoder = SelfSpeculative(E=E, d=d, branch=branch).start(state)
     return lambda: decoder(d + 1)
 
 
@@ -181,62 +209,3 @@ def _layers(state: DecodeState, n: int) -> Callable[[], object]:
 def _head(state: DecodeState, n: int) -> Callable[[], object]:
     h = state.model.embed(state.batch.pending[:, None].expand(-1, n))
     return lambda: state.distribution(h).argmax(-1)
-
-
-def tokens_per_round(chances: Sequence[Tensor], E: int, d: int) -> float:
-    """Return the tokens per round of E and d along recorded continuations.
-
-    Greedy drafts that are accepted are the continuation itself, so this is exact; of sampled ones
-    it is the mean, as if drafts followed the continuation. The n of n + 1 tokens accepted by chance
-    a each, 1 + a + ... + a^d in all (Leviathan et al., arXiv 2211.17192, eq. 1), are so only where
-    agreement does not come in streaks.
-
-    Args:
-        chances: Of each continuation, the chance that a token drafted by each exit is accepted,
-            (L, tokens), row E - 1 the exit after E, see `record_acceptance`.
-        E: Layers that draft.
-        d: Tokens drafted.
-    """
-    return sum(chance.shape[1] for chance in chances) / sum(
-        _expected_rounds(chance[E - 1].tolist(), d) for chance in chances
-    )
-
-
-def _expected_rounds(chance: list[float], d: int) -> float:
-    """Return the rounds that d drafts each take, from the chance of each token to be accepted."""
-    tokens = len(chance)
-    left = [0.0] * (tokens + 1)
-    """Rounds that the tokens from each position on take."""
-    for position in reversed(range(tokens)):
-        drafted, reached = min(d, tokens - position - 1), 1.0
-        left[position] = 1.0
-        for i in range(position, position + drafted):
-            left[position] += reached * (1.0 - chance[i]) * left[i + 1]
-            reached *= chance[i]
-        left[position] += reached * left[position + drafted + 1]
-    return left[0]
-
-
-def predict(chances: Sequence[Tensor], costs: Costs, max_d: int) -> list[Prediction]:
-    """Return the prediction for every E and every d up to `max_d`, the best first.
-
-    speedup = tokens_per_round / (d c_E + v_E), by the costs of whole rounds.
-    """
-    agreement, L = torch.cat(list(chances), dim=1).mean(1).tolist(), len(costs.draft) + 1
-    found = []
-    for E in range(1, L):
-        for d in range(1, max_d + 1):
-            draft, verify, head, overhead = costs.of_round(E, d)
-            found.append(
-                Prediction(
-                    E=E,
-                    d=d,
-                    agreement=agreement[E - 1],
-                    tokens_per_round=tokens_per_round(chances, E, d),
-                    draft=draft,
-                    verify=verify,
-                    head=head,
-                    overhead=overhead,
-                )
-            )
-    return sorted(found, key=lambda prediction: -prediction.speedup)

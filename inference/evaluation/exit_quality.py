@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.boundaries import Boundaries
+from data.dataset import VALIDATION, Dataset
 from data.loader import Microbatch, microbatch
-from data.shards import NO_LOSS
-from data.windows import Ids, Windows, spread
+from data.shards import NO_LOSS, TokenStream
+from data.windows import Ids, Packing, Windows, open_windows, spread
 from inference.cli.terminal import with_progress
 from inference.evaluation.calibration import (
     BINS,
@@ -20,6 +21,7 @@ from inference.evaluation.calibration import (
     calibration_error,
     mean_confidence,
 )
+from inference.loading.run import Run
 from models.attention_mask import document_mask
 from models.layer_masks import LayerMasks
 from models.llama import Llama
@@ -48,6 +50,48 @@ class ExitQuality:
     """Mean probability of that one."""
     calibration_error: float
     """ECE, over 15 bins: how far confidence and accuracy are apart."""
+
+
+def evaluate_run(
+    run: Run, dataset: Dataset, *, max_tokens: int, seq_len: int | None = None
+) -> tuple[list[ExitQuality], int]:
+    """Measure every exit of a run on a dataset's validation split; see `evaluate_exits`.
+
+    Args:
+        run: The checkpoint.
+        dataset: With the run's tokenizer, see `Run.open_data`.
+        max_tokens: Tokens to read, rounded down to whole windows, at least one.
+        seq_len: Tokens of a window; as in training if None.
+
+    Raises:
+        ValueError: An option does not fit the model or the split.
+    """
+    split = dataset.splits[VALIDATION]
+    boundaries = Boundaries(run.tokenizer.bos_id, run.tokenizer.eos_id, dataset.marks)
+    masks = run.manifest.setting("data.mask_documents", bool, False)
+    return evaluate_exits(
+        run.model,
+        _windows(run, dataset.stream(VALIDATION), boundaries, seq_len),
+        bytes_per_token=split.text_bytes / split.tokens,
+        max_tokens=max_tokens,
+        boundaries=boundaries if masks else None,
+        decode=run.tokenizer.decode,
+    )
+
+
+def _windows(run: Run, stream: TokenStream, boundaries: Boundaries, seq_len: int | None) -> Windows:
+    """Cut a stream as in training, into windows of `seq_len` tokens, or what there is of it."""
+    context = run.model.config.max_seq_len
+    if seq_len is None:
+        seq_len = run.seq_len
+    if not 1 <= seq_len <= context:
+        raise ValueError(f"seq_len: {seq_len}, give 1 to {context}, the model's context")
+    return open_windows(
+        stream,
+        run.manifest.setting("data.packing", Packing, "stream"),
+        seq_len=min(seq_len, len(stream) - 1),
+        boundaries=boundaries,
+    )
 
 
 @torch.inference_mode()

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from inference.cli.terminal import format_table
 from inference.evaluation.arm_result import ArmResult
-from inference.evaluation.costs import Costs, Prediction
+from inference.evaluation.costs import Costs
 from inference.evaluation.measurement import AUTOREGRESSIVE
+from inference.evaluation.prediction import Prediction
 from inference.evaluation.report import short_names
 
 PREDICTION_LEGEND = """\
+branch     candidates for each drafted token: the best number
 agrees     chance that a drafted token is accepted; greedy, the share of tokens where the
            exit predicts the last layer's
 speedup    tokens/round over the full steps of a round, predicted
@@ -26,18 +28,35 @@ most_on    the largest part"""
 
 
 def prediction_table(predictions: Sequence[Prediction], L: int) -> str:
-    """Return, for each E, its best d and where the time of a round goes."""
-    header = "E d agrees tokens/round draft verify head overhead speedup without_draft without_head"
+    """Return, for each E, its best d and branch and where the time of a round goes."""
+    header = "E d branch agrees tokens/round draft verify head overhead speedup"
+    header += " without_draft without_head"
     rows = []
     for E in range(1, L):
         p = next(p for p in predictions if p.E == E)  # the best first
         rows.append(
-            [str(E), str(p.d), f"{p.agreement:.3f}", f"{p.tokens_per_round:.2f}"]
+            [str(E), str(p.d), str(p.branch), f"{p.agreement:.3f}", f"{p.tokens_per_round:.2f}"]
             + [f"{p.draft:.2f}", f"{p.verify:.2f}", f"{p.head:.2f}", f"{p.overhead:.2f}"]
             + [f"{p.speedup:.2f}x"]
             + [_speedup(p, p.round - p.draft), _speedup(p, p.round - p.head)]
         )
     return format_table(header.split(), rows)
+
+
+def leaves_line(predictions: Sequence[Prediction]) -> str:
+    """Return what leaves are predicted to add at best, and what they could if they cost nothing."""
+    plain = next(p for p in predictions if p.branch == 1)
+    best = next((p for p in predictions if p.branch > 1), None)
+    if best is None:
+        return "leaves: none tried"
+    same = next(p for p in predictions if (p.E, p.d, p.branch) == (best.E, best.d, 1))
+    bound = max(p.tokens_per_round / (p.round - p.leaves) for p in predictions)
+    return (
+        f"leaves: E={best.E}:d={best.d}:branch={best.branch} has {best.tokens_per_round:.2f} "
+        f"tokens/round instead of {same.tokens_per_round:.2f}, for {best.leaves:.2f} full steps "
+        f"more: {best.speedup:.2f}x;\nthe best without leaves {plain.speedup:.2f}x; "
+        f"the best if leaves took no time {bound:.2f}x"
+    )
 
 
 def _speedup(p: Prediction, steps: float) -> str:

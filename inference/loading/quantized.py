@@ -8,7 +8,7 @@ import importlib.util
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.llama import Llama
 
@@ -17,6 +17,30 @@ BITS: tuple[Bits, ...] = get_args(Bits)
 
 INT4_GROUP = 32
 """Input features that share a scale in int4."""
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b of bfloat16 x on a CPU, W as torchao rounded it; read in its 8 bits.
+
+    torchao itself makes a bfloat16 matrix of W for every product, which takes longer than a product
+    with plain weights.
+
+    Args:
+        linear: With a weight of torchao's int8, a scale for each output feature.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight: Any = linear.weight
+        self.bits, self.bias = weight.qdata.contiguous(), linear.bias
+        self.scale = weight.scale.flatten().bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, (..., out), for x: (..., in)."""
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.bits, self.scale)
+        out = out.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
 
 
 def quantize_layers(model: Llama, bits: Bits) -> None:
@@ -47,6 +71,8 @@ def quantize_layers(model: Llama, bits: Bits) -> None:
         raise ValueError("quantize: int4 on CUDA needs bfloat16, give --dtype bfloat16")
     for part in (model.layers, model.own_exits):
         quantize_(part, _torchao_config(bits, device.type))
+        if bits == "int8" and device.type == "cpu" and model.norm.weight.dtype == torch.bfloat16:
+            _read_in_bits(part)
     model.bits = bits  # type: ignore[assignment]
 
 
@@ -58,6 +84,13 @@ def bits_of(model: Llama) -> Bits | None:
 def is_quantized(linear: nn.Linear) -> bool:
     """Return whether the weight of a linear layer is quantized."""
     return type(linear.weight.data) is not torch.Tensor
+
+
+def _read_in_bits(part: nn.Module) -> None:
+    for module in list(part.modules()):
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, nn.Linear) and is_quantized(linear):
+                setattr(module, name, Int8Linear(linear))
 
 
 def _torchao_config(bits: Bits, device_type: str) -> Any:

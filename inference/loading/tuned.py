@@ -135,6 +135,16 @@ def read_tuned(run: Run, name: str | None, now: Conditions | None = None) -> Tun
     return same[0] if same else newest
 
 
+def lossless_records(run: Run) -> list[dict[str, Any]]:
+    """Return the results of the search for lossless strategies, with their measurements.
+
+    Raises:
+        ValueError: The file is damaged or belongs to other weights.
+    """
+    content = _read(run)
+    return [] if content is None else list(content["lossless"])
+
+
 def _read(run: Run) -> dict[str, Any] | None:
     path = tuned_path(run)
     if not path.exists():

@@ -1,11 +1,12 @@
-"""Agreement of drafts with the last layer, estimated while decoding, and the E and d that pay most.
+"""Agreement of drafts with the last layer, estimated while decoding, and the shape that pays most.
 
 DEL (arXiv 2504.05598).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from models.flops import block_params, own_exit_params
 class Agreement:
     """A running estimate of a, the probability that a drafted token agrees with the last layer.
 
-    For the drafts of one exit, or of n-gram lookup.
+    For the drafts of one exit, or their leaves of one rank where no candidate before them agreed,
+    or n-gram lookups.
     """
 
     memory: float
@@ -54,8 +56,46 @@ def count_agreed_drafts(result: Round, rows: Tensor) -> Tensor:
     Returns:
         (2,) int64, agreed and tried.
     """
-    tried = result.accepted + (result.accepted < result.drafted)
-    return (torch.stack((result.accepted, tried)) * rows).sum(1)
+    own = _own(result)
+    return (torch.stack((own, own + (own < result.drafted))) * rows).sum(1)
+
+
+def _own(result: Round) -> Tensor:
+    """Return (batch,) int64, the drafted tokens accepted, leaves left out."""
+    return result.accepted if result.leaf is None else result.accepted - (result.leaf > 0).long()
+
+
+def count_agreed_leaves(result: Round, rows: Tensor, branch: int) -> Tensor:
+    """Count, for each rank, the leaves that agreed, and those where none before them had.
+
+    Args:
+        result: The round, with leaves.
+        rows: (batch,) bool, rows that count.
+        branch: Candidates for each token.
+
+    Returns:
+        (branch - 1, 2) int64, agreed and tried.
+    """
+    assert result.leaf is not None
+    ranks = torch.arange(1, branch, device=rows.device)[:, None]
+    rejected = rows & (_own(result) < result.drafted)
+    tried = rejected & ((result.leaf == 0) | (result.leaf >= ranks))
+    return torch.stack((tried & (result.leaf == ranks), tried), dim=1).sum(2)
+
+
+def count_agreed_exits(chances: Tensor, counts: Tensor) -> Tensor:
+    """Add up what each exit's candidates would have come to.
+
+    Args:
+        chances: (exits, batch, n, candidates), see `acceptance_chances`.
+        counts: (batch, n) bool, tokens that count.
+
+    Returns:
+        (exits, candidates, 2), agreed and tried.
+    """
+    reached = torch.cat((torch.ones_like(chances[..., :1]), 1 - chances[..., :-1]), -1).cumprod(-1)
+    tried = reached.clamp_min(0.0) * counts[..., None]
+    return torch.stack((tried * chances, tried), dim=-1).sum((1, 2))
 
 
 def count_agreed_lookups(lookups: NgramDrafts, result: Round, rows: Tensor) -> Tensor:
@@ -103,29 +143,52 @@ def cost_problems(
     return []
 
 
-def best_pair(
-    agreement: Mapping[int, float],
+class Shape(NamedTuple):
+    """A round of drafts."""
+
+    E: int
+    d: int
+    """0: plain decoding."""
+    branch: int
+    gain: float
+    """Tokens per full step."""
+
+
+def best_shape(
+    agreement: Mapping[int, Sequence[float]],
     draft_costs: Mapping[int, float],
     verify_costs: Mapping[int, float],
+    leaf_costs: tuple[float, float],
     max_d: int,
-) -> tuple[int, int, float]:
-    """Return the E and d of most tokens per full step, and that number.
+) -> Shape:
+    """Return the E, d and branch of most tokens per full step.
+
+    That is (1 + a + ... + a^d + (1 - a^d) m) / (d c + v + w), where m is the chance that a leaf
+    agrees where the drafted token does not, and w the cost of d (branch - 1) leaves.
 
     Args:
-        agreement: a_E by E, at least one.
+        agreement: By E, at least one, a_E, and for each leaf by rank the chance that it agrees
+            where no candidate before it does.
         draft_costs: c_E, one draft step over one full step, for the same E.
         verify_costs: v_E, the rest of a round of such drafts over one full step.
+        leaf_costs: Of having leaves in a round, and of each.
         max_d: Largest d.
 
     Returns:
-        E, d and tokens per step; d = 0, plain decoding of 1 token per step, where no pair has more.
+        The shape; d = 0, plain decoding of 1 token per step, where no other has more.
     """
-    best, E_best, d_best = 1.0, min(agreement), 0
-    for E, a in agreement.items():
+    best = Shape(min(agreement), 0, 1, 1.0)
+    for E, (a, *leaves) in agreement.items():
         tokens = 1.0
         for d in range(1, max_d + 1):
             tokens += a**d
-            gain = tokens / (d * draft_costs[E] + verify_costs[E])
-            if gain > best:
-                best, E_best, d_best = gain, E, d
-    return E_best, d_best, best
+            cost, none_agrees = d * draft_costs[E] + verify_costs[E], 1.0
+            if tokens / cost > best.gain:
+                best = Shape(E, d, 1, tokens / cost)
+            for rank, b in enumerate(leaves, start=1):
+                none_agrees *= 1.0 - b
+                gain = tokens + (1.0 - a**d) * (1.0 - none_agrees)
+                gain /= cost + leaf_costs[0] + leaf_costs[1] * d * rank
+                if gain > best.gain:
+                    best = Shape(E, d, rank + 1, gain)
+    return best

@@ -74,6 +74,9 @@ class Draft:
     """{l: x_{l+1}} of the same tokens, for the layers l that were tapped."""
     leaves: Tensor | None = None
     """(batch, d, branch - 1) int64, further candidates for each token; None: there are none."""
+    given: Tensor | None = None
+    """(batch,) bool, rows whose tokens n-gram lookups gave; None: with leaves, no row. Their leaves
+    are drawn from q without these."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,40 @@ class NgramDrafts:
             return tokens, q
         return tokens, torch.where(self.found[:, None, None], self.q[:, i : i + 1], q)
 
+    def candidates(self, state: DecodeState, weights: Tensor, i: int, branch: int) -> Tensor:
+        """Return candidates (batch, 1, branch) for token i: where there is a lookup, it is first.
+
+        Args:
+            state: The batch.
+            weights: (batch, 1, vocab), what the others are drawn from, without it.
+            i: From 0.
+            branch: At least 2.
+        """
+        found, token = self.found[:, None, None], self.tokens[:, i : i + 1, None]
+        nothing = -torch.inf if self.greedy else 0.0
+        weights = torch.where(found, weights.scatter(-1, token, nothing), weights)
+        drawn = draw_candidates(weights, branch, state.generator)
+        return torch.where(found, torch.cat((token, drawn[..., :-1]), dim=-1), drawn)
+
     def extend(self, drafted: Draft, d: int) -> Draft:
-        """Return a draft with d tokens in these rows, where all others may have stopped before."""
-        done, lengths = drafted.tokens.shape[1], drafted.lengths
+        """Return a draft with d tokens in these rows, where all others may have stopped before.
+
+        From there on it has no leaves: they are the tokens again, which come to nothing.
+        """
+        done, lengths, leaves = drafted.tokens.shape[1], drafted.lengths, drafted.leaves
+        rest, q = self.tokens[:, done:d], drafted.q
+        if leaves is not None:
+            leaves = torch.cat((leaves, rest[..., None].expand(-1, -1, leaves.shape[2])), dim=1)
+        if q is not None:
+            ahead = self.q[:, done:d]
+            q = torch.cat((q, ahead if leaves is None else torch.zeros_like(ahead)), dim=1)
         return replace(
             drafted,
-            tokens=torch.cat((drafted.tokens, self.tokens[:, done:d]), dim=1),
-            q=None if drafted.q is None else torch.cat((drafted.q, self.q[:, done:d]), dim=1),
+            tokens=torch.cat((drafted.tokens, rest), dim=1),
+            q=q,
             lengths=None if lengths is None else torch.where(self.found, d, lengths),
+            leaves=leaves,
+            given=None if leaves is None else self.found,
         )
 
     def as_draft(self) -> Draft:
@@ -145,7 +174,8 @@ def draft(
 ) -> Draft:
     """Decode d tokens, or fewer, with the first E layers, starting from the pending token.
 
-    Tokens are drawn from the returned q itself, of a part of the vocabulary and of lookups too.
+    Tokens are drawn from the returned q itself, of a part of the vocabulary and of lookups too; but
+    with leaves, q is the exit's alone.
 
     Args:
         state: The batch.
@@ -156,7 +186,7 @@ def draft(
         skipped: Parts of layers to leave out.
         head: The head drafts are drawn from, over a part of the vocabulary; None: all of it.
         lookups: d or more tokens that their rows draft instead; these never stop.
-        branch: Candidates for each token, the drafted one included; not with lookups.
+        branch: Candidates for each token, the drafted one included.
     """
     tokens, leaves, exits, taps = [state.batch.pending[:, None]], [], [], []
     q = [state.model.norm.weight.new_empty(len(state.batch), 0, state.model.config.vocab_size)]
@@ -166,9 +196,7 @@ def draft(
             state.model.embed(tokens[-1]), 0, E, offset=i, exit_layers=tapped, skipped=skipped
         )
         logits, probs = _from_head(state, state.before_head(x_E, E), head)
-        token, others = _draw(state, probs, branch)
-        if lookups is not None:
-            token, probs = lookups.override(token, probs, i)
+        token, probs, others = _draw(state, probs, branch, lookups, i)
         tokens.append(token)
         leaves += others
         q.append(probs)
@@ -200,12 +228,24 @@ class _RowLengths:
         return is_last or not self._state.sync_bool(self._active.any())
 
 
-def _draw(state: DecodeState, weights: Tensor, branch: int) -> tuple[Tensor, list[Tensor]]:
-    """Draw a token, (batch, 1), and the other candidates, [(batch, 1, branch - 1)] or []."""
+def _draw(
+    state: DecodeState, weights: Tensor, branch: int, lookups: NgramDrafts | None, i: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Draw token i, (batch, 1), and other candidates, [(batch, 1, branch - 1)] or [].
+
+    Returns:
+        The token, the weights it was drawn from, or with others they were, and the others.
+    """
     if branch == 1:
-        return sample(weights, state.generator), []
-    candidates = draw_candidates(weights, branch, state.generator)
-    return candidates[..., 0], [candidates[..., 1:]]
+        token = sample(weights, state.generator)
+        if lookups is not None:
+            token, weights = lookups.override(token, weights, i)
+        return token, weights, []
+    if lookups is None:
+        candidates = draw_candidates(weights, branch, state.generator)
+    else:
+        candidates = lookups.candidates(state, weights, i, branch)
+    return candidates[..., 0], weights, [candidates[..., 1:]]
 
 
 def _from_head(state: DecodeState, x: Tensor, head: ReducedHead | None) -> tuple[Tensor, Tensor]:
@@ -214,5 +254,6 @@ def _from_head(state: DecodeState, x: Tensor, head: ReducedHead | None) -> tuple
         logits = state.head(x)
         return logits, state.filtered(logits)
     logits = state.head(x, head.linear)
-    nothing = -torch.inf if state.generator is None else 0.0
-    return logits, head.widen(state.filtered(logits), nothing)
+    if state.generator is None:
+        return logits, state.filtered(head.widen(logits, -torch.inf))
+    return logits, head.widen(state.filtered(logits), 0.0)

@@ -168,7 +168,8 @@ class _Run:
                     confidences[:, stage - 1] = confidence
                     predicted[:, stage - 1] = here.argmax(-1).where(undecided, -1)
                 undecided = undecided & ~(confidence >= self._threshold())
-        q = state.filtered(logits[:, None])
+        positions = state.batch.positions[:, None] + self._embedded - 1
+        q = state.filtered(logits[:, None], positions=positions)
         self._q.append(q)
         self._tokens.append(sample(q, state.generator))
         self._depths.append(depth)
@@ -216,7 +217,8 @@ class _Run:
             self._thresholds.update(torch.stack(self._confidences, dim=1), right, predicted >= 0)
         if settings.rollback == "off":
             return Round(tokens, accepted=drafted, drafted=drafted, depths=depths)
-        p = state.filtered(logits)
+        positions = state.batch.positions[:, None] + torch.arange(n, device=tokens.device)
+        p = state.filtered(logits, positions=positions)
         if settings.rollback == "exact":
             q = None if state.generator is None else torch.cat(self._q, dim=1)[:, :-1]
             accepted, token = accept(tokens[:, :-1], q, p, state.generator)

@@ -21,7 +21,7 @@ from inference.engine.strategy import Strategy
 from inference.strategies.drafting import Draft, Stop, draft, lookup_drafts
 from inference.strategies.early_exit import default_exit
 from inference.strategies.reduced_head import COUNT_THEM, ReducedHead, load_reduced_head
-from inference.strategies.tree import accept_tree, verify_tree
+from inference.strategies.tree import accept_tree, check_branch, verify_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class SelfSpeculative(Strategy):
     """n-gram lookup: where the last so many tokens of a row, or fewer but at least 2, came before,
     the tokens after them are its draft; no layer drafts if all rows have a lookup; 0: no lookup."""
     branch: int = 1
-    """Candidates for each drafted token: the exit's next-best are verified in the same pass, and
-    one of them takes the place of a drafted token that is wrong."""
+    """Candidates for each token that layers draft: the exit's next-best are verified in the same
+    pass, and one of them takes the place of a drafted token that is wrong."""
     draft_vocab: int = 0
     """Drafts are drawn from so many tokens, the most frequent ones (FR-Spec, arXiv 2502.14856); 0:
     from all."""
@@ -65,8 +65,6 @@ class SelfSpeculative(Strategy):
             found.append(f"E: {self.E}, self_speculative needs 1 to {n_layers - 1} for this model")
         found += self.below(1, d="drafted token")
         found += self.below(1, branch="candidate")
-        if self.branch > 1 and self.ngram:
-            found.append(f"branch: {self.branch}, goes without ngram, leave one of them out")
         if self.draft_vocab < 0:
             found.append(f"draft_vocab: {self.draft_vocab}, give a number of tokens, or 0 for all")
         if self.draft_vocab and self.token_counts is None:
@@ -85,11 +83,7 @@ class SelfSpeculative(Strategy):
         return min(self.d, slots - 1) * (self.branch - 1)
 
     def start(self, state: DecodeState) -> Decoder:
-        vocab_size = self.draft_vocab or state.model.config.vocab_size
-        if self.branch > vocab_size:
-            raise ValueError(
-                f"branch: {self.branch}, give at most {vocab_size} tokens to draft from"
-            )
+        check_branch(self.branch, self.draft_vocab or state.model.config.vocab_size)
         head = None
         if self.token_counts is not None:
             head = load_reduced_head(state.model, self.token_counts, self.draft_vocab)

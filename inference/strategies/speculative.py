@@ -164,6 +164,7 @@ class TwoModels:
     def _draft(self, d: int) -> Draft:
         """Decode d tokens with the draft model."""
         batch, ran = self._state.batch, self._drafter.batch
+        self._drafter.draws = self._state.draws
         ran.positions.copy_(batch.positions)
         ran.finished.copy_(batch.finished)
         ran.max_position = batch.max_position
@@ -177,7 +178,8 @@ class TwoModels:
         for i in range(d):
             if i:
                 h = self._run(drafts[-1], offset=i)
-            q.append(self._drafter.distribution(h))
+            here = batch.positions[:, None] + i
+            q.append(self._drafter.distribution(h, positions=here))
             drafts.append(sample(q[-1], self._state.generator))
         positions = batch.positions[:, None] + torch.arange(d, device=batch.device)
         positions = positions.clamp(max=ran.history.shape[1] - 1)

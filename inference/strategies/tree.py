@@ -8,7 +8,7 @@ the slot of its position.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,17 @@ from inference.engine.state import DecodeState
 from inference.strategies.drafting import Draft
 
 
-@lru_cache(maxsize=64)
+def check_branch(branch: int, tokens: int) -> None:
+    """Refuse more candidates than there are tokens to draft from.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    if branch > tokens:
+        raise ValueError(f"branch: {branch}, give at most {tokens} tokens to draft from")
+
+
+@cache  # without a limit: graphs of rounds read these tensors where they are
 def tree_shape(d: int, branch: int, device: torch.device) -> TreeShape:
     """Return the tree of the pending token, d drafted ones and d * (branch - 1) leaves.
 
@@ -76,7 +86,12 @@ def accept_tree(state: DecodeState, drafted: Draft, verified: VerifiedTree) -> R
     d, width = drafted.tokens.shape[1], drafted.leaves.shape[2]
     candidates = torch.cat((drafted.tokens[:, :, None], drafted.leaves), dim=2)
     accepted, rank, token = accept_candidates(
-        candidates, drafted.q, verified.chain, state.generator, drafted.lengths
+        candidates,
+        drafted.q,
+        verified.chain,
+        state.generator,
+        drafted.lengths,
+        given=drafted.given,
     )
     leaf = (rank > 0).long()
     # Of a row without a leaf any will do.
@@ -94,4 +109,4 @@ def accept_tree(state: DecodeState, drafted: Draft, verified: VerifiedTree) -> R
     lengths = drafted.lengths
     if lengths is None:
         lengths = torch.full_like(accepted, d)
-    return Round(tokens, end.squeeze(1), drafted=lengths, leaf=leaf)
+    return Round(tokens, end.squeeze(1), drafted=lengths, leaf=rank)

@@ -48,7 +48,7 @@ class TextStream:
         self._tokenizer, self._stop_tokens = run.tokenizer, frozenset(run.stop_tokens)
         self._generation = Generation(
             run.model,
-            [_encode(run, text, chat) for text in prompts],
+            [encode_prompt(run, text, chat) for text in prompts],
             strategy,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -121,7 +121,7 @@ class TextStream:
         )
 
 
-def _encode(run: Run, text: str, chat: ChatTemplate | None) -> list[int]:
+def encode_prompt(run: Run, text: str, chat: ChatTemplate | None = None) -> list[int]:
     """Return the ids of a prompt, BOS first.
 
     Raises:

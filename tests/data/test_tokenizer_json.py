@@ -124,6 +124,16 @@ def test_auto_tokenizer_puts_bos_first_and_names_special_tokens(tmp_path, kind):
     assert f"ids of {PROOF_TEXTS} texts equal transformers'" in prove_same_ids(tokenizer, tmp_path)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_an_export_names_the_space_that_llama_cpp_is_to_put_first(tmp_path, prefix):
+    path = tmp_path / "t.model"
+    path.write_bytes(train(add_dummy_prefix=prefix))
+    write_tokenizer(Tokenizer(path), tmp_path, max_seq_len=77)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is prefix
+    prove_same_ids(Tokenizer(path), tmp_path)
+
+
 def test_another_tokenizer_is_not_proven(tmp_path):
     for name, size in (("a.model", 600), ("b.model", 590)):
         (tmp_path / name).write_bytes(train(vocab_size=size))

@@ -21,8 +21,9 @@ from train.config.demos import demo
 
 # Programs whose options are not ours.
 OTHERS = (
-    *("cat", "cp", "git", "gzip", "head", "ls", "mkdir", "moto_server", "mypy", "pgrep"),
+    *("cat", "cp", "curl", "git", "gzip", "head", "ls", "mkdir", "moto_server", "mypy", "pgrep"),
     *("pre-commit", "rm", "ruff", "sleep", "tail", "tensorboard", "trackio"),
+    *("llama-server", "transformers", "vllm"),
 )
 # Finds no program, so that the shell hands over the words of each one it would start.
 _RECORDER = """
@@ -66,6 +67,8 @@ def parse_command(words):
         compile(rest[1], "-c", "exec")
     elif program == "python" and rest == ["-"]:
         pass  # A program that the block itself writes out.
+    elif program == "python" and rest[0].startswith("llama.cpp/"):
+        pass  # Of another project's clone.
     elif program == "python":
         parse_script(rest[0], rest[1:])
     elif program == "skipstone":

@@ -39,9 +39,9 @@ def padded_run(run_folder, tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("padded") / "run", dataset, dataset.vocab_size + 30)
 
 
-def make_run(root, dataset, vocab_size):
+def make_run(root, dataset, vocab_size, n_layers=4):
     folder = root / "checkpoints" / "step-00000007"
-    model = build(small(n_layers=4, n_kv_heads=2, vocab_size=vocab_size), seed=3)
+    model = build(small(n_layers=n_layers, n_kv_heads=2, vocab_size=vocab_size), seed=3)
     with torch.no_grad():
         model.lm_head.weight.mul_(4)  # far from uniform, so that float rounding decides nothing
         model.lm_head.weight[dataset.vocab_size :].mul_(2)

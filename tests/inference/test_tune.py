@@ -11,8 +11,8 @@ import torch
 from inference import generate, tune
 from inference.engine.sampling import Sampling
 from inference.evaluation.candidates import candidates
-from inference.evaluation.costs import predict
 from inference.evaluation.measurement import AUTOREGRESSIVE, Workload, measure
+from inference.evaluation.prediction import predict
 from inference.evaluation.round_breakdown import (
     prediction_table,
     round_cost_breakdown,
@@ -37,20 +37,20 @@ from tests.inference.every_strategy import PROMPTS, make_model
 
 
 def test_the_table_of_predictions():
-    trace = torch.tensor([[1.0, 0, 1, 1, 0, 1], [1.0] * 6, [1.0] * 6])
+    trace = torch.tensor([[1.0, 0, 1, 1, 0, 1], [1.0] * 6, [1.0] * 6])[..., None]
     table = prediction_table(predict([trace], OF_THREE_LAYERS, 2), 3).splitlines()
     assert [row.split()[0] for row in table] == ["E", "1", "2"]
     of = dict(zip(table[0].split(), table[2].split(), strict=True))
     assert of == {
-        "E": "2", "d": "2", "agrees": "1.000", "tokens/round": "3.00", "draft": "1.80",
-        "verify": "0.40", "head": "0.50", "overhead": "0.05", "speedup": "1.09x",
+        "E": "2", "d": "2", "branch": "1", "agrees": "1.000", "tokens/round": "3.00",
+        "draft": "1.80", "verify": "0.40", "head": "0.50", "overhead": "0.05", "speedup": "1.09x",
         "without_draft": "3.16x", "without_head": "1.33x",
     }  # fmt: skip
 
 
 def test_a_round_shorter_than_one_of_its_terms_is_no_negative_speedup():
     costs = replace(OF_THREE_LAYERS, rounds=[(0.1, 0.2), (0.1, 0.2)])
-    table = prediction_table(predict([torch.ones(3, 3)], costs, 2), 3).splitlines()
+    table = prediction_table(predict([torch.ones(3, 3, 1)], costs, 2), 3).splitlines()
     assert table[1].split()[-2] == "-"
     assert "x" in table[1].split()[-3]
 
@@ -58,7 +58,7 @@ def test_a_round_shorter_than_one_of_its_terms_is_no_negative_speedup():
 def test_dynamic_gets_the_costs_that_were_measured():
     rounds = [(0.1234, 1.7), (0.3, 1.5), (0.5, 1.45), (0.7, -0.1), (2.0, 2.0)]
     costs = replace(OF_FOUR_LAYERS, draft=[0.2, 0.3, 0.5, 0.7, 1.0], rounds=rounds, lookup=1.234)
-    predictions = predict([torch.ones(6, 4)], costs, 2)
+    predictions = predict([torch.ones(6, 4, 1)], costs, 2)
     # By prediction E = 4, 2, 1, 3, 5 in this order, as all agree.
     arms = candidates(predictions, costs, 5, top=1)
     expected = Dynamic(
@@ -74,6 +74,27 @@ def test_dynamic_gets_the_costs_that_were_measured():
     assert {arm.E for arm in arms if arm.name == "self_speculative"} == {4}
 
 
+def test_leaves_are_confirmed_where_they_are_predicted_to_pay():
+    chances = torch.tensor([[0.5, 0.5, 0.5], [0.9, 0.8, 0.1], [1.0, 0.0, 0.0]])[:, None]
+    costs = replace(OF_THREE_LAYERS, leaves=(0.0123, 0.0001))
+    predictions = predict([chances.expand(-1, 40, -1)], costs, 2)
+    assert predictions[0].branch == 3
+    drafting = [SelfSpeculative(E=p.E, d=p.d, branch=p.branch) for p in predictions]
+    plain = next(strategy for strategy in drafting if strategy.branch == 1)
+    arms = candidates(predictions, costs, 2, top=1, ngrams=(2,))
+    stopping = replace(drafting[0], d=2, stop=0.5)
+    dynamic = Dynamic(
+        d=2, branch=3, exits=(1, 2), draft_costs=(0.55, 0.75), verify_costs=(1.4, 1.25),
+        leaf_costs=(0.012, 0.001),
+    )  # fmt: skip
+    assert arms == [
+        AUTOREGRESSIVE, drafting[0], stopping, replace(stopping, ngram=2), plain,
+        dynamic, replace(dynamic, lookup_cost=1.4, ngram=2),
+    ]  # fmt: skip
+    dear = predict([chances.expand(-1, 40, -1)], replace(costs, leaves=(9.0, 0.0)), 2)
+    assert all(arm.branch == 1 for arm in candidates(dear, costs, 2, top=1)[1:])
+
+
 def test_every_arm_has_a_row_of_where_its_time_went():
     model, costs = make_model(3), replace(OF_THREE_LAYERS, layers=[0.8, 1.0, 1.2])
     workload = Workload(
@@ -84,9 +105,10 @@ def test_every_arm_has_a_row_of_where_its_time_went():
         SelfSpeculative(E=1, d=2),
         SelfSpeculative(E=2, d=2, stop=0.05, ngram=1),
         Dynamic(d=2, probe=1, verify_costs=(0.2,), lookup_cost=0.2, ngram=1),
+        SelfSpeculative(E=1, d=2, branch=3),
     ]
     results = measure(model, arms, workload, repeats=1, report=lambda line: None)
-    plain, drafted, *_ = map(round_cost_breakdown, results, [costs] * 4)
+    plain, drafted, *_ = map(round_cost_breakdown, results, [costs] * 5)
     assert plain == pytest.approx({"draft": 0.0, "verify": 0.8, "head": 0.1})
     assert drafted["draft"] == pytest.approx(3 * 0.4, rel=0.2)  # the last round has less room
     assert drafted["verify"] == pytest.approx(1.2 * 2 / 3, rel=0.1)
@@ -241,6 +263,7 @@ def test_what_is_tuned_is_decoded_with(folder, tmp_path, monkeypatch, capsys):
     tuned = read_tuned(run, None)
     assert answer.startswith("best: ")
     assert answer.endswith(f"; kept in {tuned_path(run)}")
+    assert any(line.startswith("leaves: E=") for line in tables)
     assert {"predicted:", "measured:", "rounds, in full steps:"} <= {*tables}
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["costs"]["draft"]) == 3
@@ -268,7 +291,7 @@ def test_the_quick_form_measures_little(folder, tmp_path, monkeypatch, capsys):
     found = json.loads(path.read_text())
     settings = [arm["settings"] for arm in found["measured"]]
     assert settings[0] == "autoregressive"
-    assert len(settings) == 6
+    assert len(settings) in (6, 7)  # with leaves, and the best without
     assert all("ngram=3" not in text for text in settings)
     assert sum(times for *_, times in found["measured"][0]["passes"]) == 2 * 8, "two prompts"
     assert found["strategy"] == read_tuned(load_run(folder), None).strategy

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
 from models import attention_mask
-from models.attention_mask import attend, document_mask, query_mask, window_mask
+from models.attention_mask import attend, document_mask, query_mask, slots_mask, window_mask
 from models.layer_dropout import draw_kept_rows
 from tests.models.test_llama import build, small  # noqa: F401
 
@@ -173,3 +173,16 @@ def test_a_packed_row_gives_each_document_what_it_gets_alone_gradients_too(dropp
         found.append([*(h.detach() for h in exits.values()), *gradients])
     for ours, alone in zip(*found, strict=True):  # sums of up to 24 tokens in another order
         torch.testing.assert_close(ours, alone, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_of_a_cache_leave_out_what_its_mask_does(window):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, n, 16, generator=g) for heads, n in ((4, 3), (2, 260), (2, 260))
+    )
+    positions = torch.tensor([[3, 4, 5], [140, 141, 142]])
+    found = attend(q, k, v, slots_mask(positions, 260, window), grouped=True)
+    slots, query = torch.arange(260), positions[:, None, :, None]
+    mask = (slots <= query) & (slots > query - (window or 260))
+    torch.testing.assert_close(found, attend(q, k, v, mask, grouped=True))

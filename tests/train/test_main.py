@@ -56,11 +56,13 @@ def check_dashboard(run):
     assert [e.value for e in events.Scalars("marks/restarts")] == [0.0] * 3 + [1.0] * 5
     assert events.Tags()["images"] == [
         "losses_held_out/all_exits", "losses_train/all_exits", "schedule/dropped_layers",
+        "speculation/agreement", "speculation/acceptance",
     ]  # fmt: skip
     texts = {
         tag: [tensor.tensor_proto.string_val[0].decode() for tensor in events.Tensors(tag)]
-        for tag in ("settings", "marks")
+        for tag in ("settings", "marks", "samples/prompt_1")
     }
+    assert "**all 4 layers**" in texts["samples/prompt_1"][-1]
     assert "| optim.lr | 0.004 | 0.003 |" in texts["settings"][-1]
     assert "| 3 | resumed on 2 ranks |" in texts["marks"][-1]
     assert "| 7 | batch of 4 becomes 8 |" in texts["marks"][-1]
@@ -72,9 +74,13 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     often = {"ranks": 2, "metrics__interval_steps": 1, "checkpoint__asynchronous": False}
     often |= {"data__ramp_start": 4, "data__ramp_increment": 4, "data__ramp_steps": 6}
     often |= {"optim__ema_decay": 0.9, "checkpoint__final_model": "float32"}
+    often |= {"speculation__interval_steps": 2, "speculation__new_tokens": 8}
     job = launch(**often, name="straight")
     assert job.wait() == [0, 0], job.output
     assert "step-00000008" in job.output
+    assert "\r" not in job.output, "the live line is for terminals"
+    run = training.output / "straight"
+    assert f"next: python -m inference.tune --run {run} --quick" in job.output
     killed = training.run_killed_after("step 4/8", **often, name="killed")
     assert "step 6/8" not in killed
     status, output = training.run(**often, name="killed")
@@ -83,6 +89,11 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
     assert "step 3" in output
     straight, resumed = training.output / "straight", training.output / "killed"
     assert fingerprint(resumed) == fingerprint(straight)
+    samples = [
+        {p.name: p.read_text() for p in (r / "samples").iterdir()} for r in (straight, resumed)
+    ]
+    assert [*map(sorted, samples)] == 2 * [[f"step-0000000{t}.md" for t in (2, 4, 6, 8)]]
+    assert samples[0] == samples[1]
     averages = [read_checkpoint(find_checkpoint(run), "ema")[1] for run in (straight, resumed)]
     exported = read_checkpoint(straight / "model")[1]
     for name, average in averages[0].items():
@@ -94,6 +105,10 @@ def test_a_killed_run_started_again_ends_in_the_same_parameters_bit_for_bit(trai
         untimed = [{k: v for k, v in r.items() if not k.startswith(timed)} for r in (a, b)]
         assert untimed[0] == untimed[1]
     check_dashboard(resumed)
+    # Without the continuations of prompts, the weights are the same to the bit.
+    job = launch(**often | {"speculation__interval_steps": 0}, name="without")
+    assert job.wait() == [0, 0], job.output
+    assert fingerprint(training.output / "without") == fingerprint(straight)
     # The same command once more has nothing left to do.
     job = launch(**often, name="killed")
     assert job.wait() == [0, 0], job.output

@@ -24,8 +24,8 @@ _HARMLESS = (
     *("data.microbatch_size", "data.verify_shards", "early_exit.chunk_rows"),
 )
 _HARMLESS_SECTIONS = (
-    *("metrics.", "validate.", "checkpoint.", "recovery.", "adam_monitor.", "replica_check."),
-    *("stragglers.", "profile.", "runtime.", "parallel."),
+    *("metrics.", "validate.", "speculation.", "checkpoint.", "recovery.", "adam_monitor."),
+    *("replica_check.", "stragglers.", "profile.", "runtime.", "parallel."),
 )
 # An everyday wish: may differ where the user has given it, so that an option that was forgotten on
 # resuming is no change.

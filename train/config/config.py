@@ -17,6 +17,7 @@ from models.layer_dropout import LayerDropoutConfig
 from models.router import RouterConfig
 from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
+from train.decoding.speculation_config import SpeculationConfig
 from train.loop.data_config import DataConfig
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.recovery import RecoveryConfig
@@ -57,6 +58,7 @@ class TrainConfig:
     early_exit: EarlyExitConfig = field(default_factory=EarlyExitConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -121,6 +123,7 @@ class TrainConfig:
             *self.early_exit.problems(),
             *self.parallel.problems(world_size),
             *self.validate.problems(),
+            *self.speculation.problems(self.model.n_layers),
             *self.checkpoint.problems(),
             *self.recovery.problems(),
             *self.metrics.problems(),

@@ -14,6 +14,7 @@ from models.sizes import SIZES
 from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.config import TrainConfig
+from train.decoding.speculation_config import SpeculationConfig
 from train.loop.data_config import DataConfig
 from train.loop.validate import ValidateConfig
 from train.optimizer.optim import OptimConfig
@@ -38,6 +39,7 @@ def demo() -> TrainConfig:
         curriculum=CurriculumConfig(C="rot", R=7),
         early_exit=EarlyExitConfig(e_scale=0.2),
         validate=ValidateConfig(interval_steps=250),
+        speculation=SpeculationConfig(interval_steps=100),
         checkpoint=CheckpointConfig(interval_steps=250),
         metrics=MetricsConfig(interval_steps=25),
     )

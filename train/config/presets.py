@@ -18,6 +18,7 @@ from models.token_depth import TokenDepthConfig
 from train.checkpoints.checkpoint_config import CheckpointConfig
 from train.config.config import TrainConfig
 from train.config.demos import DEMOS, demo
+from train.decoding.speculation_config import SpeculationConfig
 from train.loop.data_config import DataConfig
 from train.optimizer.optim import OptimConfig
 from train.parallel.parallelize import ParallelConfig
@@ -151,6 +152,7 @@ def parsing_demo() -> TrainConfig:
         layer_dropout=LayerDropoutConfig(p_max=0.2, S="constant"),
         curriculum=CurriculumConfig(C="grad"),
         early_exit=EarlyExitConfig(e_scale=1.0),
+        speculation=SpeculationConfig(interval_steps=250, new_tokens=96),
         checkpoint=CheckpointConfig(interval_steps=250, init_from="outputs/demo"),
     )
 

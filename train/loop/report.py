@@ -1,5 +1,6 @@
 """Reports of training: the means since the last log line, as metrics and as one line."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -106,15 +107,19 @@ def step_line(metrics: Mapping[str, float], done_steps: int, *, T: int, tokens_l
         speed,
         f"data wait {metrics['perf/data_wait']:.1%}",
         f"{metrics['perf/peak_memory_gib']:.2f} GiB",
-        f"ETA {_clock(tokens_left / tokens_per_second)}",
+        f"ETA {clock(tokens_left / tokens_per_second)}",
     ]
     return " | ".join(parts)
 
 
 def validation_line(losses: Sequence[float], done_steps: int, title: str) -> str:
-    """Return the log line of a validation: the loss of every exit, E = 1, ..., L."""
+    """Return the log line of a validation: the loss of every exit, E = 1, ..., L.
+
+    The perplexity is that of all L layers.
+    """
+    perplexity = math.exp(min(losses[-1], 700.0))  # beyond, it is no float
     exits = " ".join(f"E={E} {loss:.3f}" for E, loss in enumerate(losses, 1))
-    return f"{title} at step {done_steps}, by exit: {exits}"
+    return f"{title} at step {done_steps}, by exit: {exits} | perplexity {perplexity:,.1f}"
 
 
 def _exit_of(name: str) -> str:
@@ -122,7 +127,8 @@ def _exit_of(name: str) -> str:
     return f"E={int(name.rpartition('_')[2])}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -60,7 +60,7 @@ class Watchdog:
             folder: Where stacks are written, `hangs` in the run folder.
             rank: This rank.
             world_size: Number of ranks.
-            timeout_seconds: How long one data, step, log or validate section may take.
+            timeout_seconds: How long one section may take, but for the next two.
             setup_timeout_seconds: The same for setup and checkpoint.
             record: Called with the hang report's text and the step, by the lowest rank that runs.
         """

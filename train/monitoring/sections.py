@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
-Section = Literal["setup", "data", "step", "log", "validate", "checkpoint"]
+Section = Literal["setup", "data", "step", "log", "validate", "decode", "checkpoint"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 """All sections, in the order in which a step goes through them."""
 

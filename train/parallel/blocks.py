@@ -82,6 +82,10 @@ def checkpoint_blocks(model: Llama, mode: Literal["full", "selective"]) -> None:
         model.layers[l] = block
 
 
+_KV = 3
+"""Where a block's `kv` is among its inputs after h."""
+
+
 class CompiledForward:
     """A compiled stand-in for a block's forward; each graph is made when its shapes first come."""
 
@@ -96,8 +100,10 @@ class CompiledForward:
             ValueError: torch's compiler fails.
         """
         # The one token of a layer that keeps no row is not worth a graph. Compiled, it would make
-        # the length of a row dynamic too, in every graph after it.
-        run = self._eager if h.shape[:2] == (1, 1) else self._compiled
+        # the length of a row dynamic too, in every graph after it; so would rows that are decoded,
+        # with keys and values kept.
+        decodes = len(inputs) > _KV and inputs[_KV] is not None
+        run = self._eager if decodes or h.shape[:2] == (1, 1) else self._compiled
         try:
             return run(h, *inputs)
         except torch._dynamo.exc.TorchDynamoException as error:

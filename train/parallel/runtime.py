@@ -226,7 +226,7 @@ def start_runtime(config: RuntimeConfig, seed: int) -> Iterator[Runtime]:
     torch.manual_seed(seed)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=_shared_store(rank, world_size),
+        store=shared_store(rank, world_size),
         rank=rank,
         world_size=world_size,
         # The watchdog is to report first: it names the rank.
@@ -247,7 +247,7 @@ def connect_store() -> Store:
     return _of_this_attempt(_tcp_store(is_master=False))
 
 
-def _shared_store(rank: int, world_size: int) -> Store:
+def shared_store(rank: int, world_size: int) -> Store:
     """Return the store that the process group is formed over."""
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()  # type: ignore[attr-defined]

@@ -25,8 +25,8 @@ ALL = [
     *map(
         parse_strategy,
         [
-            "self_speculative:E=1:d=4:stop=0.1:ngram=1",
-            "dynamic:d=3:verify_costs=0.2:probe=2",
+            "self_speculative:E=1:d=4:branch=3:stop=0.1:ngram=1",
+            "dynamic:d=3:branch=2:verify_costs=0.2:probe=2",
             "skip_draft:attention=1+2:feed_forward=2:d=3:gamma=0.1",
             "calm:threshold=0.1",
             "calm:confidence=similarity:threshold=0.9:first=2",
@@ -312,6 +312,7 @@ def test_what_does_not_fit_is_refused(model, prompts, options, message):
         ("pruned:every=4:keep=0+1", "every: 4, has no effect without leaving keep out"),
         ("calm:length=9", "length: 9, has no effect without tau above 0"),
         ("dynamic:lookup_cost=2", "lookup_cost: 2.0, has no effect without ngram"),
+        ("dynamic:leaf_costs=1+1", r"leaf_costs: \(1.0, 1.0\), has no effect without branch"),
         ("skip_draft:eps=0:beta1=0.1", "beta1: 0.1, has no effect without eps above 0"),
         ("free:zeta=0.3", "zeta: 0.3, has no effect without adapt=true"),
         (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inference.engine.generation import Generation
-from inference.loading.quantized import bits_of, quantize_layers
+from inference.loading.quantized import Int8Linear, bits_of, quantize_layers
 from inference.loading.run import load_run
 from inference.strategies import speculative
 from inference.strategies.autoregressive import Autoregressive
@@ -42,6 +42,19 @@ def test_weights_are_rounded_to_so_many_steps_and_the_model_stays_near(bits, off
     tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     h, k = (m.run_layers(m.embed(tokens), 0, 3)[0] for m in (plain, rounded))
     assert 0 < (h - k).norm() / h.norm() < 2 * off
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_products_in_bfloat16_read_the_bits_as_torchao_does(n):
+    ours, torchaos = (model(**OTHER).bfloat16() for _ in range(2))
+    quantize_layers(ours, "int8")
+    quantize_layers(torchaos.float(), "int8")  # in float32, the products are torchao's
+    x = torch.randn(2, n, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name in ("w1", "w3"):
+        found = getattr(ours.block(0).feed_forward, name)
+        assert isinstance(found, Int8Linear)
+        expected = getattr(torchaos.block(0).feed_forward, name)(x.float())
+        torch.testing.assert_close(found(x).float(), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize(("bits", "changes"), [("int8", {}), ("int4", {}), ("int4", OTHER)])

@@ -6,8 +6,9 @@ import torch
 from inference.engine.batch import Round
 from inference.strategies.agreement import (
     Agreement,
-    best_pair,
+    best_shape,
     count_agreed_drafts,
+    count_agreed_leaves,
     count_agreed_lookups,
 )
 from inference.strategies.drafting import NgramDrafts
@@ -39,6 +40,19 @@ def test_agreed_drafts_worked_by_hand():
     assert count_agreed_drafts(result, rows).tolist() == [1, 3]
 
 
+def test_agreed_leaves_worked_by_hand():
+    # The first leaf after one token, the second at once, none, accepted whole, ended before.
+    accepted, leaf = torch.tensor([2, 1, 1, 3, 2]), torch.tensor([1, 2, 0, 0, 0])
+    drafted = torch.tensor([3, 3, 3, 3, 2])
+    result = Round(torch.zeros(5, 4), accepted, drafted=drafted, leaf=leaf)
+    rows = torch.ones(5, dtype=torch.bool)
+    # Own tokens: 1 of 2, 0 of 1, 1 of 2, 3 of 3, 2 of 2.
+    assert count_agreed_drafts(result, rows).tolist() == [1 + 0 + 1 + 3 + 2, 2 + 1 + 2 + 3 + 2]
+    assert count_agreed_leaves(result, rows, 3).tolist() == [[1, 3], [1, 2]]
+    rows[0] = False
+    assert count_agreed_leaves(result, rows, 3).tolist() == [[0, 2], [1, 2]]
+
+
 def test_agreed_lookups_worked_by_hand():
     lookups = NgramDrafts(
         torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3], [1, 2, 3]]),
@@ -58,16 +72,30 @@ def test_agreed_lookups_worked_by_hand():
     assert count_agreed_lookups(lookups, plain, rows).tolist() == [3, 4]
 
 
-def test_the_best_pair_worked_by_hand():
+def test_the_best_shape_worked_by_hand():
     # One exit, a = 0.8, c = 0.25: d = 1: 1.8/1.25 = 1.44; 2: 2.44/1.5 = 1.627; 3: 2.952/1.75 =
     # 1.687; 4: 3.3616/2 = 1.681.
-    one = {3: 0.8}, {3: 0.25}, {3: 1.0}
-    assert best_pair(*one, 10) == (3, 3, pytest.approx(2.952 / 1.75))
-    assert best_pair(*one, 2) == (3, 2, pytest.approx(2.44 / 1.5))
-    assert best_pair(*one, 0) == (3, 0, 1.0)
-    less_than_plain = best_pair({3: 0.2}, *one[1:], 10)  # 1.2 / 1.25
-    assert less_than_plain == (3, 0, 1.0)
-    three = {1: 0.1, 2: 0.9, 4: 0.91}, {1: 0.2, 2: 0.4, 4: 0.8}, dict.fromkeys((1, 2, 4), 1.0)
-    assert best_pair(*three, 2)[:2] == (2, 2)
-    dear = best_pair(*one[:2], {3: 3.0}, 4)
-    assert dear[1] == 0, "a dear verification pays for no draft"
+    free = 0.0, 0.0
+    one = {3: [0.8]}, {3: 0.25}, {3: 1.0}, free
+    assert best_shape(*one, 10) == (3, 3, 1, pytest.approx(2.952 / 1.75))
+    assert best_shape(*one, 2) == (3, 2, 1, pytest.approx(2.44 / 1.5))
+    assert best_shape(*one, 0) == (3, 0, 1, 1.0)
+    less_than_plain = best_shape({3: [0.2]}, *one[1:], 10)  # 1.2 / 1.25
+    assert less_than_plain == (3, 0, 1, 1.0)
+    costs = {1: 0.2, 2: 0.4, 4: 0.8}, dict.fromkeys((1, 2, 4), 1.0), free
+    assert best_shape({1: [0.1], 2: [0.9], 4: [0.91]}, *costs, 2)[:3] == (2, 2, 1)
+    dear = best_shape(*one[:2], {3: 3.0}, free, 4)
+    assert dear.d == 0, "a dear verification pays for no draft"
+
+
+def test_the_best_shape_with_leaves_worked_by_hand():
+    agreement, rest = {3: [0.8, 0.5, 0.2]}, ({3: 0.25}, {3: 1.0})
+    # A rejection is mended by the second choice in 0.5 of the cases, by one of the next two in 0.6:
+    # d = 3: (2.952 + 0.488 * 0.6) / 1.75 = 1.854; 4: (3.3616 + 0.5904 * 0.6) / 2 = 1.858.
+    free = best_shape(agreement, *rest, (0.0, 0.0), 10)
+    assert free == (3, 4, 3, pytest.approx((3.3616 + 0.5904 * 0.6) / 2))
+    # Having leaves for 0.1 and each for 0.02: d = 3: branch = 2: 3.196 / 1.91 = 1.673; 3: 1.647.
+    assert best_shape(agreement, *rest, (0.1, 0.02), 3)[1:3] == (3, 1), "2.952 / 1.75 is more"
+    # For 0.05 and 0.02: d = 2: (2.44 + 0.18) / 1.59 = 1.648; 3: 3.196 / 1.86 = 1.718; 4: 1.714.
+    some = best_shape(agreement, *rest, (0.05, 0.02), 10)
+    assert some == (3, 3, 2, pytest.approx((2.952 + 0.488 * 0.5) / 1.86))

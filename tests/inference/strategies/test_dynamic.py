@@ -9,8 +9,8 @@ import torch
 from inference.engine.generation import Generation
 from inference.engine.prefill import allocate
 from inference.engine.sampling import Sampling
-from inference.strategies import dynamic
-from inference.strategies.agreement import Agreement, best_pair
+from inference.strategies import dynamic_rounds
+from inference.strategies.agreement import Agreement, Shape
 from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.drafting import NgramDrafts
 from inference.strategies.dynamic import Dynamic
@@ -26,9 +26,18 @@ def model():
     return make_model(6)
 
 
+def always_draft(monkeypatch, E, d, *, branch=1, gain=2.0):
+    """Have every round draft d tokens with E layers, where so many are left."""
+
+    def shape(*given):
+        return Shape(E, min(d, given[-1]), branch, gain)
+
+    monkeypatch.setattr(dynamic_rounds, "best_shape", shape)
+
+
 def test_every_round_updates_the_exit_that_drafts(model, started, monkeypatch):
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
-    monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
+    always_draft(monkeypatch, 4, 3)
+    monkeypatch.setattr(dynamic_rounds.Rounds, "_probe_is_due", lambda self: False)
     generation = Generation(model, [[7, 8, 7]], Dynamic(d=3, memory=0.999999), max_new_tokens=60)
     accepted = tried = 0
     for [emission] in generation:
@@ -43,6 +52,40 @@ def test_every_round_updates_the_exit_that_drafts(model, started, monkeypatch):
     assert generation.counters.syncs == 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_every_round_updates_the_leaves_of_the_exit_that_drafts(
+    model, started, monkeypatch, temperature
+):
+    always_draft(monkeypatch, 4, 3, branch=3)
+    monkeypatch.setattr(dynamic_rounds.Rounds, "_probe_is_due", lambda self: False)
+    settings, sampling = Dynamic(d=3, memory=0.999999, branch=3), Sampling(temperature=temperature)
+    # The last round, that may overrun the row, is cut off.
+    generation = Generation(
+        model, [[7, 8, 7]], settings, max_new_tokens=60, sampling=sampling, async_readback=False
+    )
+    for _ in range(12):
+        next(generation)
+    counters, (second, third) = generation.counters, with_all_stats(started).leaves[4]
+    assert counters.leaves > 1
+    assert second.tried == pytest.approx(2.0 + counters.rejections, abs=0.01)
+    assert third.tried - 2.0 == pytest.approx(counters.rejections - (second.agreed - 1.0), abs=0.01)
+    agreed = second.agreed + third.agreed - 2.0
+    assert agreed == pytest.approx(counters.leaves, abs=0.01)
+
+
+def test_probed_leaves_are_those_a_full_forward_finds(model, started, no_layer_drafts):
+    settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999, branch=3)
+    [tokens] = decode(model, [[7, 8, 7]], settings, max_new_tokens=30).tokens
+    tokens = [7, 8, 7, *tokens]
+    _, exits = model.run_layers(model.embed(torch.tensor([tokens])), 0, 6, exit_layers=range(6))
+    for E in range(1, 6):
+        best = model.exit_logits(exits[E - 1][0, 2:-1]).argsort(-1, descending=True)
+        ranks = (best == torch.tensor(tokens[3:])[:, None]).int().argmax(-1)
+        for rank, found in enumerate(with_all_stats(started).leaves[E], start=1):
+            assert found.agreed == pytest.approx(1.0 + (ranks == rank).sum().item(), abs=0.01)
+            assert found.tried == pytest.approx(2.0 + (ranks >= rank).sum().item(), abs=0.01)
+
+
 def with_all_stats(started):
     """Return the first decoder, after it has read the counts of all rounds."""
     started[0].read_stats(started[0].rounds + 1)
@@ -53,8 +96,8 @@ SETTINGS = [
     Dynamic(),
     Dynamic(probe=1, d=3),
     Dynamic(exits=(2, 5), draft_costs=(0.3, 0.8), verify_costs=(0.2, 0.1), probe=2),
-    Dynamic(verify_costs=(0.2,), stop=0.2),
-    Dynamic(verify_costs=(0.2,), lookup_cost=0.2, ngram=2),
+    Dynamic(verify_costs=(0.2,), stop=0.2, branch=3),
+    Dynamic(verify_costs=(0.2,), lookup_cost=0.2, ngram=2, branch=2),
     Dynamic(exits=(1, 3, 4), verify_costs=(0.2,), ngram=1, stop=0.2, probe=2),
     Dynamic(ngram=1, probe=1, draft_costs=(0.4, 0.5, 0.6, 0.7, 0.9)),
 ]
@@ -68,6 +111,7 @@ def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
     for options in ({}, {"async_readback": True}, {"batch_size": 3}):
         found = decode(model, prompts, settings, max_new_tokens=30, **options)
         assert found.tokens == plain
+    assert found.counters.leaves or rows == 1 or settings.branch == 1
     if settings.verify_costs[0] < 1:
         assert found.counters.drafted > 0
 
@@ -79,6 +123,8 @@ def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
         "dynamic:exits=1:verify_costs=0.1:probe=2:stop=0.35",
         "dynamic:verify_costs=0.1:lookup_cost=0.1:ngram=1:probe=2",
         "dynamic:verify_costs=1000:lookup_cost=0.1:ngram=1",
+        "dynamic:verify_costs=0.1:branch=3:probe=2",
+        "dynamic:verify_costs=0.1:branch=2:lookup_cost=0.1:ngram=1:probe=1:longest_probe=2",
     ],
 )
 def test_sampled_tokens_have_the_full_models_distribution(biased_model, name):
@@ -88,13 +134,13 @@ def test_sampled_tokens_have_the_full_models_distribution(biased_model, name):
 
 def test_the_statistic_catches_a_biased_choice(biased_model, monkeypatch):
     def accept_round_all(state, drafted, p):
-        return dynamic.Round(
+        return dynamic_rounds.Round(
             torch.cat((drafted.tokens, p[:, -1:].argmax(-1)), 1),
             torch.full_like(state.batch.positions, drafted.tokens.shape[1]),
             torch.full_like(state.batch.positions, drafted.tokens.shape[1]),
         )
 
-    monkeypatch.setattr(dynamic, "accept_round", accept_round_all)
+    monkeypatch.setattr(dynamic_rounds, "accept_round", accept_round_all)
     hot = Sampling(temperature=1.0)
     assert excess(biased_model, hot, E=None, d=2, name="dynamic:verify_costs=0.1") > 20
 
@@ -105,21 +151,16 @@ def test_an_exit_that_always_agrees_is_found_and_used(started):
         model.layers[str(l)].attention.wo.weight.zero_()
         model.layers[str(l)].feed_forward.w2.weight.zero_()
     settings = Dynamic(d=4, probe=1, longest_probe=1)
-    generation = dynamic_rounds(model, settings)
+    generation = decode(model, PROMPTS, settings, max_new_tokens=40)
     assert generation.counters.acceptance_rate > 0.9
     rounds = with_all_stats(started)
-    agreement = {E: exit_.lower_bound() for E, exit_ in rounds.exits.items()}
-    assert min(agreement[E] for E in (2, 3, 4, 5)) > 0.9
-    assert best_pair(agreement, rounds.draft_costs, rounds.verify_costs, 4)[:2] == (2, 4)
-
-
-def dynamic_rounds(model, settings):
-    return decode(model, PROMPTS, settings, max_new_tokens=40)
+    assert min(rounds.exits[E].lower_bound() for E in (2, 3, 4, 5)) > 0.9
+    assert rounds._shape(4)[:3] == (2, 4, 1)
 
 
 @pytest.fixture
 def no_layer_drafts(monkeypatch):
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, 0, 1.0))
+    always_draft(monkeypatch, 1, 0, gain=1.0)
 
 
 def drawn_from(logits, sampling):
@@ -178,7 +219,7 @@ def assert_agreement_is_a_full_forwards(model, generation, started, exits=(1, 2,
 
 
 def test_exits_keep_apart_where_a_deep_one_drafts(model, started, monkeypatch):
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
+    always_draft(monkeypatch, 4, 3)
     settings = Dynamic(d=3, probe=1, longest_probe=1, memory=0.999999)
     generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=40)
     assert_agreement_is_a_full_forwards(model, generation, started)
@@ -216,9 +257,9 @@ def test_probes_come_every_round_at_first_and_then_in_intervals_that_double(
     model, monkeypatch, probe, longest, probes
 ):
     probed = []
-    probe_exits = dynamic._Rounds._probe_exits
+    probe_exits = dynamic_rounds.Rounds._probe_exits
     monkeypatch.setattr(
-        dynamic._Rounds, "_probe_exits", lambda *given: probed.append(probe_exits(*given))
+        dynamic_rounds.Rounds, "_probe_exits", lambda *given: probed.append(probe_exits(*given))
     )
     # A token a round.
     settings = Dynamic(probe=probe, longest_probe=longest, verify_costs=(100.0,))
@@ -310,30 +351,31 @@ def test_when_lookups_pay_worked_by_hand(model, monkeypatch):
     settings = Dynamic(d=3, draft_costs=draft_costs, lookup_cost=1.5, ngram=2)
     rounds = rounds_with(model, monkeypatch, settings, [0.0] * 5, 0.8)
     # Layers do not pay. A row's lookups give 1 + 0.8 + 0.64 + 0.512 = 2.952 tokens for 1.5 steps.
-    assert rounds._pair(3) == (1, 0, 1.0)
-    assert rounds._lookups_pay(0, 1, 1, 0, 3)
-    assert not rounds._lookups_pay(7, 1, 1, 0, 3), "(2.952 + 7) / (8 * 1.5) < 1"
-    assert rounds._lookups_pay(5, 3, 1, 0, 3), "(3 * 2.952 + 5) / (8 * 1.5) > 1"
-    assert not rounds._lookups_pay(6, 2, 1, 0, 3), "(2 * 2.952 + 6) / (8 * 1.5) < 1"
-    assert not rounds._lookups_pay(0, 1, 1, 0, 0), "a plain step costs 1, not 1.5"
+    plain = rounds._shape(3)
+    assert plain == (1, 0, 1, 1.0)
+    assert rounds._lookups_pay(0, 1, plain, 3)
+    assert not rounds._lookups_pay(7, 1, plain, 3), "(2.952 + 7) / (8 * 1.5) < 1"
+    assert rounds._lookups_pay(5, 3, plain, 3), "(3 * 2.952 + 5) / (8 * 1.5) > 1"
+    assert not rounds._lookups_pay(6, 2, plain, 3), "(2 * 2.952 + 6) / (8 * 1.5) < 1"
+    assert not rounds._lookups_pay(0, 1, plain, 0), "a plain step costs 1, not 1.5"
     free = replace(settings, lookup_cost=1.25)
     rounds = rounds_with(model, monkeypatch, free, [0.0] * 5, 0.2)
     # 1 + 0.2 + 0.04 + 0.008 = 1.248 for 1.25 steps; with 0.203 there would be 1.253.
-    assert not rounds._lookups_pay(0, 1, 1, 0, 3)
+    assert not rounds._lookups_pay(0, 1, plain, 3)
     rounds.lookups.agreed = 0.203
-    assert rounds._lookups_pay(0, 1, 1, 0, 3)
+    assert rounds._lookups_pay(0, 1, plain, 3)
     # An exit that drafts well is better than lookups, for all rows or beside some.
     rounds = rounds_with(model, monkeypatch, free, [0.99, 0.0, 0.0, 0.0, 0.0], 0.2)
-    E, d, gain = rounds._pair(3)
-    assert (E, d) == (1, 3)
-    assert gain > 1.248 / 1.25
-    assert not rounds._lookups_pay(0, 1, E, d, 3)
-    assert not rounds._lookups_pay(1, 1, E, d, 3)
+    shape = rounds._shape(3)
+    assert shape[:3] == (1, 3, 1)
+    assert shape.gain > 1.248 / 1.25
+    assert not rounds._lookups_pay(0, 1, shape, 3)
+    assert not rounds._lookups_pay(1, 1, shape, 3)
     rounds.lookups.agreed = 0.9
-    assert not rounds._lookups_pay(1, 1, E, d, 3)
+    assert not rounds._lookups_pay(1, 1, shape, 3)
     rounds.lookups.agreed = 0.995
-    assert rounds._lookups_pay(1, 1, E, d, 3)
-    assert rounds._lookups_pay(0, 1, E, d, 3)
+    assert rounds._lookups_pay(1, 1, shape, 3)
+    assert rounds._lookups_pay(0, 1, shape, 3)
 
 
 def test_rows_that_have_ended_do_not_count_for_lookups(model, monkeypatch):
@@ -348,7 +390,7 @@ def test_rows_that_have_ended_do_not_count_for_lookups(model, monkeypatch):
 
 @pytest.mark.usefixtures("no_layer_drafts")
 def test_lookups_of_some_rows_are_verified_where_they_pay_for_all(model, monkeypatch):
-    monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
+    monkeypatch.setattr(dynamic_rounds.Rounds, "_probe_is_due", lambda self: False)
     settings, prompts = Dynamic(d=3, ngram=1, lookup_cost=0.01), [[7, 8, 9], [5, 5, 5]]
     generation = Generation(model, prompts, settings, max_new_tokens=20)
     mixed = [len({bool(e.drafted) for e in emissions}) == 2 for emissions in generation]
@@ -357,7 +399,7 @@ def test_lookups_of_some_rows_are_verified_where_they_pay_for_all(model, monkeyp
 
 @pytest.mark.parametrize("stop", [{"stop": 1.1}, {"stop_entropy": 0.0}])
 def test_a_draft_that_is_not_confident_ends(model, monkeypatch, stop):
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 3), 2.0))
+    always_draft(monkeypatch, 4, 3)
     for settings, drafted in ((Dynamic(d=3, **stop), 1), (Dynamic(d=3), 3)):
         generation = Generation(model, [[7, 8, 7]], settings, max_new_tokens=30)
         assert next(iter(generation))[0].drafted == drafted
@@ -375,13 +417,13 @@ def test_counts_of_a_round_are_read_two_rounds_later(model, monkeypatch):
             log[-1].append(self.sent)
             return super().read()
 
-    def counted(self, max_tokens, call=dynamic._Rounds.__call__):
+    def counted(self, max_tokens, call=dynamic_rounds.Rounds.__call__):
         log.append([])
         return call(self, max_tokens)
 
-    monkeypatch.setattr(dynamic, "HostCopy", Noted)
-    monkeypatch.setattr(dynamic._Rounds, "__call__", counted)
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 1), 2.0))
+    monkeypatch.setattr(dynamic_rounds, "HostCopy", Noted)
+    monkeypatch.setattr(dynamic_rounds.Rounds, "__call__", counted)
+    always_draft(monkeypatch, 4, 1)
     decode(model, [[7, 8, 7]], Dynamic(d=1), max_new_tokens=30)
     assert len(log) > 14
     assert log[:2] == [[], []]
@@ -400,9 +442,9 @@ def test_the_choice_follows_the_agreement_observed_while_a_generation_goes_on():
 
 
 def test_exits_are_not_credited_with_the_lookups_of_other_rows(model, started, monkeypatch):
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (4, min(most, 2), 1.01))
-    monkeypatch.setattr(dynamic._Rounds, "_probe_is_due", lambda self: False)
-    monkeypatch.setattr(dynamic._Rounds, "_lookups_pay", lambda *given: True)
+    always_draft(monkeypatch, 4, 2, gain=1.01)
+    monkeypatch.setattr(dynamic_rounds.Rounds, "_probe_is_due", lambda self: False)
+    monkeypatch.setattr(dynamic_rounds.Rounds, "_lookups_pay", lambda *given: True)
     settings = Dynamic(d=2, memory=0.999999, ngram=1)
     prompts = [[7, 8, 9], [5, 5, 5]]
     generation, rows, tried, mixed = (
@@ -440,12 +482,12 @@ def test_lookups_stop_once_they_do_not_agree(model, monkeypatch, agreed, used):
     def count(lookups, result, live):
         return torch.tensor([agreed, 1]) * (lookups.found & live).sum()
 
-    monkeypatch.setattr(dynamic, "count_agreed_lookups", count)
+    monkeypatch.setattr(dynamic_rounds, "count_agreed_lookups", count)
     settings = Dynamic(verify_costs=(1000.0,), lookup_cost=1.5, ngram=1, d=3)
     counters = decode(model, PROMPTS[:1], settings, max_new_tokens=60).counters
     assert (counters.drafted > 0) == used
     layers = replace(settings, verify_costs=(1.0,), lookup_cost=1.0)
-    monkeypatch.setattr(dynamic, "best_pair", lambda a, c, v, most: (1, min(most, 1), 1.9))
+    always_draft(monkeypatch, 1, 1, gain=1.9)
     by_layers = decode(model, PROMPTS[:1], layers, max_new_tokens=60).counters
     assert (by_layers.drafted > by_layers.rounds) == used, "three lookups, or one drafted token"
 
@@ -466,8 +508,9 @@ def test_lookups_stop_once_they_do_not_agree(model, monkeypatch, agreed, used):
         (Dynamic(verify_costs=()), "verify_costs: , give 1 or 5 of them"),
         (Dynamic(lookup_cost=inf), "lookup_cost: inf"),
         (Dynamic(ngram=-1), "ngram: -1"),
+        (Dynamic(branch=2, leaf_costs=(0.1,)), "leaf_costs: 0.1, give 2 of them"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_settings_that_do_not_fit_are_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -1,12 +1,15 @@
 """Drafts with leaves decode what the full model decodes, and more of it in a round."""
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 
-from inference.engine.candidates import accept_candidates, draw_candidates
+from inference.engine.candidates import accept_candidates, acceptance_chances, draw_candidates
+from inference.engine.compiled import compile_layers
 from inference.engine.fused import fuse
 from inference.engine.sampling import Sampling
-from inference.strategies import tree
 from inference.strategies.tree import tree_shape
 from tests.inference.strategies.test_self_speculative import (
     PROMPTS,
@@ -62,8 +65,9 @@ def test_greedy_tokens_are_autoregressive_decodings(changes, fused):
             model, PROMPTS, name="autoregressive", batch_size=2, stop_tokens=[greedy[0][7]]
         )
         assert refilled.finish().tokens == stopped.finish().tokens
-        text = f"self_speculative:branch={branch}:stop=0.03"
-        assert start(model, PROMPTS, E, d, name=text).finish().tokens == greedy
+        for more in ("stop=0.03",) if fused else ("ngram=1", "ngram=2:stop=0.03"):
+            text = f"self_speculative:branch={branch}:{more}"
+            assert start(model, PROMPTS, E, d, name=text).finish().tokens == greedy, text
 
 
 def test_every_token_as_a_candidate_is_never_rejected(model):
@@ -107,6 +111,20 @@ def test_spare_slots_are_those_of_a_round_that_fits(model):
     assert generation.finish().tokens == greedy
 
 
+# "aot_eager" traces and replaces as the compiler does, and compiles nothing.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_give_the_same_tokens(monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = build(small(n_layers=2, n_kv_heads=2)).eval().requires_grad_(False)
+    prompts = [[7]] * 2  # few shapes
+    plain = start(model, prompts, name="autoregressive").finish().tokens
+    fuse(model, compiled=True)
+    compile_layers(model)
+    found = with_leaves(model, 5, 1, 1, prompts).finish()
+    assert found.tokens == plain
+    assert found.counters.leaves
+
+
 def test_slots_nobody_wrote_have_no_weight(model):
     clean = with_leaves(model, 3, 2, 5, PROMPTS[:1]).finish().tokens
     assert poisoned(with_leaves(model, 3, 2, 5, PROMPTS[:1]), torch.nan) == clean
@@ -114,10 +132,16 @@ def test_slots_nobody_wrote_have_no_weight(model):
     assert poisoned(with_leaves(model, 3, 2, 5), 1e30) == clean
 
 
-@pytest.mark.parametrize("branch", [2, 4])
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_sampled_tokens_have_the_full_models_distribution(biased_model, sampling, branch):
-    assert excess(biased_model, sampling, E=1, d=2, name=f"self_speculative:branch={branch}") < 4
+@pytest.mark.parametrize(
+    ("sampling", "settings"),
+    [
+        *product(SAMPLINGS, ["2", "4"]),
+        *product(SAMPLINGS[1:3], ["2:ngram=1", "3:ngram=1:stop=0.35"]),
+    ],
+    ids=str,
+)
+def test_sampled_tokens_have_the_full_models_distribution(biased_model, sampling, settings):
+    assert excess(biased_model, sampling, E=1, d=2, name=f"self_speculative:branch={settings}") < 4
 
 
 def with_replacement(weights, count, generator):
@@ -125,7 +149,7 @@ def with_replacement(weights, count, generator):
     return torch.cat((first, weights.topk(count - 1, dim=-1).indices), dim=-1)
 
 
-def against_the_first_residual(candidates, q, p, generator, lengths):
+def against_the_first_residual(candidates, q, p, generator, lengths, *, given):
     """Try all candidates against p itself, as if none had been rejected before."""
     n, rank, token = accept_candidates(candidates, q, p, generator, lengths)
     rows = torch.arange(len(n))
@@ -135,14 +159,30 @@ def against_the_first_residual(candidates, q, p, generator, lengths):
     return n, torch.where(taken, candidates.shape[2] - 1, rank), torch.where(taken, other, token)
 
 
-def test_the_statistic_catches_wrong_rules(biased_model, monkeypatch):
-    sampling = Sampling(temperature=0.8)
-    options = {"E": 1, "d": 2, "name": "self_speculative:branch=2"}
-    with monkeypatch.context() as patch:
-        patch.setattr("inference.strategies.drafting.draw_candidates", with_replacement)
-        assert excess(biased_model, sampling, **options) > 6
-    monkeypatch.setattr(tree, "accept_candidates", against_the_first_residual)
-    assert excess(biased_model, sampling, **options) > 10
+def lookups_as_draws(*args, given):
+    return accept_candidates(*args)
+
+
+def leaves_beside_any_token(lookups, state, weights, i, branch):
+    """Draw leaves that may be the lookup's token."""
+    drawn = draw_candidates(weights, branch, state.generator)
+    found, token = lookups.found[:, None, None], lookups.tokens[:, i : i + 1, None]
+    return torch.where(found, torch.cat((token, drawn[..., :-1]), dim=-1), drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "more"),
+    [
+        ("drafting.draw_candidates", with_replacement, ""),
+        ("tree.accept_candidates", against_the_first_residual, ""),
+        ("tree.accept_candidates", lookups_as_draws, ":ngram=1"),
+        ("drafting.NgramDrafts.candidates", leaves_beside_any_token, ":ngram=1"),
+    ],
+)
+def test_the_statistic_catches_wrong_rules(biased_model, monkeypatch, name, wrong, more):
+    monkeypatch.setattr(f"inference.strategies.{name}", wrong)
+    options = {"E": 1, "d": 2, "name": f"self_speculative:branch=2{more}"}
+    assert excess(biased_model, Sampling(temperature=0.8), **options) > 6
 
 
 def test_candidates_are_drawn_without_replacement():
@@ -156,8 +196,32 @@ def test_candidates_are_drawn_without_replacement():
     assert share.item() == pytest.approx(0.2 * 0.3 / 0.8, abs=0.01)
 
 
+def test_the_chance_of_each_candidate_worked_by_hand():
+    p, q = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.5, 0.2])
+    # 0.1 + 0.2 + 0.2 + 0.1. Rejected is 2, in 3 of 4 cases, or 3; left of p is 0.3, 0.1 over 0.4.
+    # After 2, q is 0.2, 0.4, 0, 0.4: 0.2 + 0.25 of it may be kept; after 3, 1/8, 1/4, 5/8, 0:
+    # 1/8 + 1/4. Then 0.55 over 0.55, from 0 alone, meets q without 2 and 3, 1/3 and 2/3.
+    drawn = acceptance_chances(
+        q.expand(40_000, 4), p.expand(40_000, 4), 3, torch.Generator().manual_seed(0)
+    )
+    mean = drawn.mean(0)
+    assert mean[:2].tolist() == pytest.approx([0.6, 0.75 * 0.45 + 0.25 * 0.375], abs=1e-3)
+    assert {round(chance, 4) for chance in drawn[:, 1].tolist()} == {0.45, 0.375}
+    kept = accept_candidates(
+        torch.stack([draw_candidates(q.expand(40_000, 4), 3, torch.Generator().manual_seed(1))], 1),
+        q.expand(40_000, 1, 4),
+        p.expand(40_000, 2, 4),
+        torch.Generator().manual_seed(2),
+    )[:2]
+    ranks = torch.where(kept[0] > 0, 0, kept[1])
+    second = (ranks == 1).sum() / (kept[0] == 0).sum()
+    assert second.item() == pytest.approx(mean[1].item(), abs=0.02)
+    greedy = acceptance_chances(q.expand(2, 4), torch.stack((p, p.flip(0))), 3, None)
+    assert greedy.tolist() == [[0.0] * 3, [0.0, 1.0, 0.0]]
+
+
 def test_settings_that_do_not_fit_are_refused(model):
-    with pytest.raises(ValueError, match="^branch: 2, goes without ngram"):
-        start(model, PROMPTS, 2, 3, name="self_speculative:branch=2:ngram=2")
+    with pytest.raises(ValueError, match="^branch: 0, give at least 1"):
+        start(model, PROMPTS, 2, 3, name="self_speculative:branch=0")
     with pytest.raises(ValueError, match="^branch: 62, give at most 61 tokens to draft from$"):
         with_leaves(model, 62, 2, 3)

@@ -190,6 +190,7 @@ def test_changes_of_the_configuration_are_named_field_by_field():
         "data.microbatch_size",
         "early_exit.chunk_rows",
         "recovery.on_spike",
+        "speculation.interval_steps",
     ],
 )
 def test_what_does_not_decide_the_result_may_change(field):

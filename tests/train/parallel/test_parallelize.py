@@ -18,6 +18,7 @@ from models.llama import Llama
 from tests.batches import batch_at
 from tests.distributed import ROOT, run_distributed, whole
 from tests.train.loop.test_step import CollectiveCounter, make_config, make_loader
+from train.decoding.continuation import continue_greedily
 from train.loop.layerskip import LayerSkipSchedule
 from train.loop.step import accumulate_gradients, train_step
 from train.optimizer.optim import OptimConfig, build_optimizer, lr
@@ -59,7 +60,14 @@ def train_and_read(model, config, runtime):
     optimizer.zero_grad()
     for t in STEPS:
         train_step(model, optimizer, batch_at(loader, t), plan(t), t, **keywords)
+        decode(model, runtime.rank)
     return gradient, {name: whole(p) for name, p in model.named_parameters()}
+
+
+def decode(model, rank=0):
+    """Return what the exits predict along two continuations, other ones on every rank."""
+    prompts = [[rank + 1, 7, 3], [5 + rank]]
+    return continue_greedily(model, prompts, [4, 2], 4, torch.device("cpu"))
 
 
 def slow_loss(model, config, t):
@@ -132,6 +140,9 @@ def check_training(runtime, cases: list[ParallelConfig], microbatch_size=2, back
             for name in ours:
                 error = (ours[name] - theirs[name]).abs().max().item()
                 assert error <= 1e-6, (parallel, name, error)
+        plain = Llama(case.model)
+        plain.load_state_dict(weights)
+        assert torch.equal(decode(model, runtime.rank), decode(plain, runtime.rank)), parallel
 
 
 def compile_with(backend):
@@ -364,6 +375,7 @@ def run_changing_rows(model, steps, **keywords):
         if t % 4 == 3:
             with torch.no_grad():
                 model(tokens, exit_layers=range(4), documents=keywords.get("documents"))
+            decode(model)
     return seen
 
 

@@ -47,4 +47,4 @@ def test_console_line_shows_first_middle_and_last_exit():
 
 def test_validation_line_counts_the_layers_run():
     line = validation_line([5.25, 4.5], 250, "held-out loss")
-    assert line == "held-out loss at step 250, by exit: E=1 5.250 E=2 4.500"
+    assert line == "held-out loss at step 250, by exit: E=1 5.250 E=2 4.500 | perplexity 90.0"

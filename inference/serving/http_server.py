@@ -1,0 +1,126 @@
+"""The process around the application: its socket, its signals, connections that send nothing."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from inference.serving.scheduler import Scheduler
+
+HEADER_SECONDS = 15.0
+"""From the beginning of a connection to its first request."""
+KEEP_ALIVE_SECONDS = 75
+"""From an answer to the next request. Clients keep a connection for less, and lose no request to
+one that is closed just as they send it."""
+_MAX_HEADER_BYTES = 2**14
+_MAX_CONNECTIONS = 512
+_BACKLOG = 256
+_LOG_LEVEL = logging.WARNING
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        field = "host" if isinstance(error, socket.gaierror) else "port"
+        given = host if field == "host" else port
+        raise ValueError(f"{field}: {given}, {error.strerror}, give another --{field}") from None
+    except OverflowError:
+        raise ValueError(f"port: {port}, give 0 to 65535") from None
+
+
+class BoundedProtocol(H11Protocol):
+    """HTTP that closes a connection on which no request has come for some time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock with the connection."""
+        super().connection_made(transport)
+        self._expect_request(HEADER_SECONDS)
+
+    def on_response_complete(self) -> None:
+        """Start it again with the end of each answer."""
+        super().on_response_complete()
+        self._expect_request(KEEP_ALIVE_SECONDS)
+
+    def _expect_request(self, seconds: float) -> None:
+        before = self.cycle
+
+        def close_if_none_came() -> None:
+            if self.cycle is before and not self.transport.is_closing():
+                self.transport.close()
+
+        self.loop.call_later(seconds, close_if_none_came)
+
+
+class Server(uvicorn.Server):
+    """A server that a signal ends once the requests it has are answered, and a second at once.
+
+    Args:
+        app: The application.
+        scheduler: What decodes for it.
+    """
+
+    def __init__(self, app: ASGIApp, scheduler: Scheduler) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=BoundedProtocol,
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                server_header=False,
+                log_level=_LOG_LEVEL,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                limit_concurrency=_MAX_CONNECTIONS,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            )
+        )
+        self._scheduler = scheduler
+        self._signals = 0
+        self._died = threading.Event()
+
+    def die(self) -> None:
+        """End with an error; called in another thread."""
+        self._died.set()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        self._signals += 1
+        if self._signals > 1:
+            print("ended at once", file=sys.stderr, flush=True)
+            os._exit(128 + sig)  # the decoding thread is in the middle of a round
+        self._scheduler.drain()
+        name = signal.Signals(sig).name
+        print(f"{name}: finishing what runs; once more ends at once", file=sys.stderr, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end, ten times a second."""
+        # Connections close with their last answer, so that none is cut.
+        drained = self._signals > 0 and self._scheduler.idle
+        if drained or self._died.is_set():
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def serve_on(self, listening: socket.socket) -> None:
+        """Serve until a signal.
+
+        Raises:
+            SystemExit: 1, if the decoding thread has ended.
+        """
+        self.run(sockets=[listening])
+        if self._died.is_set():
+            raise SystemExit(1)
