@@ -54,10 +54,10 @@ def check_dashboard(run):
     assert [e.step for e in events.Scalars("loss/train")] == list(range(1, 9))
     assert [e.step for e in events.Scalars("margin/high")] == [4, 8]
     assert [e.value for e in events.Scalars("marks/restarts")] == [0.0] * 3 + [1.0] * 5
-    assert events.Tags()["images"] == [
+    assert set(events.Tags()["images"]) >= {
         "losses_held_out/all_exits", "losses_train/all_exits", "schedule/dropped_layers",
-        "speculation/agreement", "speculation/acceptance",
-    ]  # fmt: skip
+        "speculation/acceptance", "speculation/agreement",
+    }  # fmt: skip
     texts = {
         tag: [tensor.tensor_proto.string_val[0].decode() for tensor in events.Tensors(tag)]
         for tag in ("settings", "marks", "samples/prompt_1")

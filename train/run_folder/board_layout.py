@@ -24,11 +24,20 @@ _COMPARED = (
 _STATUS = {"finished": "STATUS_SUCCESS", "failed": "STATUS_FAILURE"}
 
 
-def layout(L: int) -> Summary:
-    """Return the layout of Custom Scalars for a model of L layers."""
+def layout(L: int, *, speculates: bool) -> Summary:
+    """Return the layout of Custom Scalars.
+
+    Args:
+        L: Number of layers.
+        speculates: Whether acceptance and agreement are measured.
+    """
     exits = range(L, 0, -L // EXITS_SHOWN)  # the last, and others evenly apart
     by_split = {
         split: [f"losses_{split}/exit_{E:02d}$" for E in exits] for split in ("held_out", "train")
+    }
+    drafts = {
+        title: ["Multiline", [f"^speculation/{name}_"]]
+        for title, name in (("Acceptance", "acceptance"), ("Agreement, by exit", "agreement"))
     }
     return custom_scalars(
         {
@@ -40,6 +49,7 @@ def layout(L: int) -> Summary:
                 "Held out, by exit": ["Multiline", by_split["held_out"]],
                 "Training, by exit": ["Multiline", by_split["train"]],
             },
+            **({"Speculation": drafts} if speculates else {}),
             "Marks": {
                 "Restarts and rollbacks": ["Multiline", ["^marks/(restarts|rollbacks)$"]],
                 "Sequences in a batch": ["Multiline", ["^marks/batch_size$"]],

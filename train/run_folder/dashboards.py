@@ -116,7 +116,9 @@ class Dashboards:
     def _show_marks(self, step: int) -> None:
         if self._marks:
             lines = [f"| {at} | {text} |" for at, text in self._marks[-MAX_MARKS:]]
-            self._all.log_texts({"marks": "\n".join(["| step | |", "|---|---|", *lines])}, step)
+            self._all.log_texts(
+                {"marks": "\n".join(["| step | what happened |", "|---|---|", *lines])}, step
+            )
 
     def _draw(self) -> None:
         began = time.monotonic()

@@ -36,10 +36,11 @@ class TensorBoard:
     def __init__(self, folder: Path, done_steps: int, config: dict[str, Any]) -> None:
         """Name the event file; points after step `done_steps` of earlier ones are purged."""
         self._step, purge = done_steps, done_steps + 1
+        speculates = bool(config.get("speculation", {}).get("interval_steps"))
         head = [
             Event(file_version="brain.Event:2", step=purge),
             Event(session_log=SessionLog(status=SessionLog.START), step=purge),
-            Event(summary=layout(config["model"]["n_layers"])),
+            Event(summary=layout(config["model"]["n_layers"], speculates=speculates)),
             Event(summary=session_start(config)),
         ]
         # In order of time, which is how TensorBoard reads the files of a folder.

@@ -135,11 +135,11 @@ class Pictures:
             self._count = count
 
     def draw(self) -> dict[str, HeatMap]:
-        """Return the pictures of which two steps are there."""
+        """Return the pictures that there are numbers for."""
         return {
             name: self._heat_map(KINDS[name], rows.columns)
             for name, rows in self._rows.items()
-            if len(rows.columns) > 1
+            if rows.columns
         }
 
     def _heat_map(self, kind: _Kind, columns: Mapping[int, Mapping[str, float]]) -> HeatMap:
