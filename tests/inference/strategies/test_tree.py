@@ -11,7 +11,7 @@ from inference.engine.candidates import accept_candidates, acceptance_chances, d
 from inference.engine.compiled import compile_layers
 from inference.engine.fused import fuse
 from inference.engine.sampling import Sampling
-from inference.strategies.drafting import NgramDrafts
+from inference.strategies.drafting import Draft, NgramDrafts
 from inference.strategies.tree import tree_shape
 from tests.inference.strategies.test_self_speculative import (
     PROMPTS,
@@ -138,7 +138,7 @@ def test_slots_nobody_wrote_have_no_weight(model):
     ("sampling", "settings"),
     [
         *product(SAMPLINGS, ["2", "4"]),
-        *product(SAMPLINGS[1:3], ["2:ngram=1", "3:ngram=1:stop=0.35"]),
+        *product(SAMPLINGS[:2], ["2:ngram=1", "3:ngram=1:stop=1.1"]),
     ],
     ids=str,
 )
@@ -204,6 +204,18 @@ def test_tokens_after_a_lookup_and_a_leaf_have_the_full_models_distribution():
         errors.append((tokens.bincount(minlength=4) / rows - p).abs().max().item())
     assert errors[0] < 0.006  # four standard deviations
     assert errors[1] > 0.02, "a leaf is to be drawn from what is not the lookup's token"
+
+
+def test_lookups_that_go_on_behind_a_draft_have_no_leaves_there():
+    found = torch.tensor([True])
+    lookups = NgramDrafts(torch.tensor([[4, 2, 5]]), found, 6, greedy=False)
+    leaves = torch.tensor([[[0, 1]]])
+    drafted = Draft(torch.tensor([[4]]), torch.full((1, 1, 6), 1 / 6), None, [], [], leaves)
+    longer = lookups.extend(drafted, 3)
+    assert longer.tokens.tolist() == [[4, 2, 5]]
+    assert longer.leaves.tolist() == [[[0, 1], [2, 2], [5, 5]]]
+    assert longer.q[0].sum(-1).tolist() == pytest.approx([1.0, 0.0, 0.0])
+    assert longer.given is found
 
 
 def test_the_chance_of_each_candidate_worked_by_hand():
