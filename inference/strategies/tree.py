@@ -37,12 +37,12 @@ def tree_shape(d: int, branch: int, device: torch.device) -> TreeShape:
 
     Leaves come after all drafted tokens, by position and then by rank.
     """
-    chain, leaves = torch.arange(d + 1), torch.arange(1, d + 1).repeat_interleave(branch - 1)
-    depths = torch.cat((chain, leaves))
-    n = len(depths)
+    numbers = torch.arange((d + 1) + d * (branch - 1), device=device)
+    leaves = numbers[1 : d + 1, None].expand(-1, branch - 1).flatten()
+    depths = torch.cat((numbers[: d + 1], leaves))
     # Every token sees the drafted ones before its depth, and itself.
-    sees = (torch.arange(n) < depths[:, None]) & (torch.arange(n) <= d) | torch.eye(n).bool()
-    return TreeShape(depths.to(device), sees.to(device))
+    drafted = (numbers < depths[:, None]) & (numbers <= d)
+    return TreeShape(depths, drafted | (numbers == numbers[:, None]))
 
 
 @dataclass(frozen=True)
