@@ -17,8 +17,6 @@ BITS: tuple[Bits, ...] = get_args(Bits)
 
 INT4_GROUP = 32
 """Input features that share a scale in int4."""
-
-
 _READ_AT_ONCE = 16
 """Input features that torch's product in 8 bits reads at once; of fewer it reads beyond a row."""
 
