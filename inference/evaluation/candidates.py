@@ -143,7 +143,9 @@ def candidates(
         verify_costs=tuple(_rounded(costs.rounds[E - 1][1]) for E in exits),
     )
     arms.append(dynamic)
-    arms += [replace(dynamic, lookup_cost=_rounded(costs.lookup), ngram=n) for n in ngrams]
+    # Below a full step, which it holds, a cost is noise, and lookups would pay though none agrees.
+    lookup = max(1.0, _rounded(costs.lookup))
+    arms += [replace(dynamic, lookup_cost=lookup, ngram=n) for n in ngrams]
     return [*dict.fromkeys(arms)]
 
 

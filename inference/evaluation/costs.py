@@ -13,6 +13,7 @@ from inference.evaluation.timing import TIMINGS, median_seconds
 from inference.strategies.drafting import NgramDrafts
 from inference.strategies.early_exit import EarlyExit
 from inference.strategies.self_speculative import SelfSpeculative, accept_round, verify
+from inference.strategies.tree import tree_shape
 from models.llama import NOTHING, Llama
 
 
@@ -146,13 +147,13 @@ def _passes(
     for n in range(1, max_d + 2):
         passes["layers", n] = _layers(state, n)
         passes["head", n] = _head(state, n)
-    passes["layers", max_d + 1 + n_leaves] = _layers(state, max_d + 1 + n_leaves)
     for E in range(1, L):
         passes["round of one", E] = _round(state, E, 1)
         passes["round", E] = _round(state, E, max_d)
     passes["lookup", max_d] = _lookup(state, max_d)
     passes["head", (L - 1) * (max_d + 1)] = _head(state, (L - 1) * (max_d + 1))
     if n_leaves:
+        passes["layers", max_d + 1 + n_leaves] = _tree_layers(state, max_d, branch)
         passes["round with a leaf", L // 2] = _round(state, L // 2, 1, 2)
         passes["round with leaves", L // 2] = _round(state, L // 2, max_d, branch)
     return passes
@@ -204,6 +205,16 @@ def _lookup(state: DecodeState, d: int) -> Callable[[], object]:
 def _layers(state: DecodeState, n: int) -> Callable[[], object]:
     tokens, L = state.batch.pending[:, None].expand(-1, n), state.model.config.n_layers
     return lambda: state.run(state.model.embed(tokens), 0, L)
+
+
+def _tree_layers(state: DecodeState, d: int, branch: int) -> Callable[[], object]:
+    """Return a pass over the pending token, d drafted ones and their leaves.
+
+    A row has room for d + 1 positions, and leaves take none of their own.
+    """
+    shape, L = tree_shape(d, branch, state.batch.device), state.model.config.n_layers
+    tokens = state.batch.pending[:, None].expand(-1, len(shape.depths))
+    return lambda: state.run_tree(state.model.embed(tokens), 0, L, state.open_tree(shape))
 
 
 def _head(state: DecodeState, n: int) -> Callable[[], object]:

@@ -12,6 +12,8 @@ from inference.loading.run import Run
 from inference.strategies.registry import shorten
 
 LEGEND = """\
+strategy   settings at their defaults left out, such as d=4; ... stands for measured costs, which
+           --json names
 tok/s      new tokens per second, of all rows together, the prompts' time left out
 speedup    tokens/s over the base's in the same repeat: the median; range: least and most
 layers     layers run for each new token, drafts included; heads: LM heads

@@ -17,6 +17,8 @@ BITS: tuple[Bits, ...] = get_args(Bits)
 
 INT4_GROUP = 32
 """Input features that share a scale in int4."""
+_READ_AT_ONCE = 16
+"""Input features that torch's product in 8 bits reads at once; of fewer it reads beyond a row."""
 
 
 class Int8Linear(nn.Module):
@@ -26,7 +28,8 @@ class Int8Linear(nn.Module):
     with plain weights.
 
     Args:
-        linear: With a weight of torchao's int8, a scale for each output feature.
+        linear: With a weight of torchao's int8, a scale for each output feature, and a multiple of
+            16 input features.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -89,7 +92,8 @@ def is_quantized(linear: nn.Linear) -> bool:
 def _read_in_bits(part: nn.Module) -> None:
     for module in list(part.modules()):
         for name, linear in list(module.named_children()):
-            if isinstance(linear, nn.Linear) and is_quantized(linear):
+            fits = isinstance(linear, nn.Linear) and not linear.in_features % _READ_AT_ONCE
+            if fits and is_quantized(linear):
                 setattr(module, name, Int8Linear(linear))
 
 

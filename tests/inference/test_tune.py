@@ -72,6 +72,8 @@ def test_dynamic_gets_the_costs_that_were_measured():
         *(replace(expected, lookup_cost=1.23, ngram=n) for n in (2, 3)),
     ]
     assert {arm.E for arm in arms if arm.name == "self_speculative"} == {4}
+    noisy = candidates(predictions, replace(costs, lookup=0.4), 5, top=1, ngrams=(2,))
+    assert noisy[-1] == replace(expected, lookup_cost=1.0, ngram=2)
 
 
 def test_leaves_are_confirmed_where_they_are_predicted_to_pay():

@@ -158,6 +158,12 @@ def test_costs_are_measured_in_full_steps():
     assert costs.most_leaves == 2
 
 
+def test_a_row_with_room_for_a_round_alone_has_room_for_its_leaves():
+    model = make_model(3)
+    row = [1 + i % 20 for i in range(model.config.max_seq_len - 2 - 1)]
+    assert measure_costs(model, [row], 2, branch=4, timings=1).many_layers > 0
+
+
 def test_each_kind_of_pass_is_timed_by_itself(monkeypatch):
     """With a clock that counts: 1 for each layer of a pass, 0.5 for each of its tokens but one, 10
     for each call of the head, 2 to accept."""

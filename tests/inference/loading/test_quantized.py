@@ -57,6 +57,16 @@ def test_products_in_bfloat16_read_the_bits_as_torchao_does(n):
         torch.testing.assert_close(found(x).float(), expected, atol=0.02, rtol=0.02)
 
 
+def test_products_that_torchs_kernel_cannot_read_are_torchaos():
+    rounded = model(ffn_dim=100).bfloat16()
+    quantize_layers(rounded, "int8")
+    feed_forward = rounded.block(0).feed_forward
+    assert isinstance(feed_forward.w1, Int8Linear)
+    x = torch.randn(2, 5, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = x.float() @ feed_forward.w2.weight.dequantize().float().T
+    torch.testing.assert_close(feed_forward.w2(x).float(), expected, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize(("bits", "changes"), [("int8", {}), ("int4", {}), ("int4", OTHER)])
 def test_self_speculation_keeps_to_the_quantised_model(bits, changes):
     rounded = model(**changes)
