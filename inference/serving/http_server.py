@@ -1,6 +1,7 @@
 """The process around the application: its socket, its signals, connections that do nothing."""
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -40,9 +41,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        field = "host" if isinstance(error, socket.gaierror) else "port"
+        # Names that nobody knows come as an OSError as well, with a number of their own.
+        field = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
         given = host if field == "host" else port
-        raise ValueError(f"{field}: {given}, {error.strerror}, give another --{field}") from None
+        why = str(error.strerror).partition(" (while ")[0]
+        raise ValueError(f"{field}: {given}, {why}, give another --{field}") from None
     except OverflowError:
         raise ValueError(f"port: {port}, give 0 to 65535") from None
 

@@ -159,6 +159,12 @@ def test_the_end_of_the_decoding_thread_is_an_error(bare_server, monkeypatch):
     assert ended.value.code == 1
 
 
+@pytest.mark.parametrize("host", ["no.such.invalid", "192.0.2.1"])
+def test_an_address_that_is_not_here_is_refused_by_name(host):
+    with pytest.raises(ValueError, match=f"host: {host}, .*, give another --host"):
+        http_server.listen(host, 0)
+
+
 class _Finished:
     """A scheduler with nothing to do."""
 
