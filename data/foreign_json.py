@@ -76,6 +76,10 @@ def parse(text: bytes, *, finite: bool = True) -> object:
         deep = _is_deep(content)
     except RecursionError:
         deep = True
+    except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # of Python, with a remedy for programmers
+            raise ValueError("a number in it has too many digits") from None
+        raise
     if deep:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
     return content

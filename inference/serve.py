@@ -131,7 +131,8 @@ def serve_run(options: ServeOptions, run: Run, key: str | None) -> None:
     app = build_app(
         Served(run=run, name=name, slots=slots, strategies=strategies, scheduler=scheduler)
     )
-    server = Server(Guard(app, key, {*_LOOPBACK, options.host}), scheduler)
+    guard = Guard(app, key, {*_LOOPBACK, options.host}, scheduler.metrics.refused)
+    server = Server(guard, scheduler)
     for note in dict.fromkeys((strategies.note(1), strategies.note(options.batch_size))):
         if note:
             print(note, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,11 +19,13 @@ from inference.report_page.drawing import (
     light_grid,
     within,
 )
-from inference.report_page.metrics_log import LossLog, binned
+from inference.report_page.metrics_log import Array, LossLog, binned
 from inference.report_page.page import Section, figure, note
 from inference.report_page.source import Source
 
 _COLUMNS, _POINTS, _CURVES = 160, 300, 8
+_PIXELS = 640
+"""Columns of the image that the heat map is."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ def training_section(runs: Sequence[Logged], sources: Sequence[Source]) -> Secti
     missing = [
         note(f"{r.name}: no metrics.jsonl, so no losses of training.") for r in runs if not r.log
     ]
+    remarks = [*missing, *(note(text) for run in runs if run.log for text in _remarks(run))]
     if first.log is None or not first.log.train:
-        return Section("training", title, "".join(missing) or note("No loss of an exit is logged."))
+        none = "" if first.log is None else note("No training loss of an exit is logged.")
+        return Section("training", title, none + "".join(remarks))
     log, L = first.log, max(first.log.train)
     several = [run for run in others if run.log is not None and run.log.train]
     picture = drawn(
@@ -59,7 +64,6 @@ def training_section(runs: Sequence[Logged], sources: Sequence[Source]) -> Secti
     )
     if several:
         caption += " Dashed: the last exit of the other runs."
-    remarks = [*missing, *(note(text) for run in runs if run.log for text in _remarks(run))]
     return Section(
         "training", title, figure(picture, caption, sources[0]) + "".join(remarks), (picture,)
     )
@@ -93,16 +97,16 @@ def _draw(figure: Figure, log: LossLog, L: int, others: Sequence[Logged]) -> Non
 
 
 def _draw_heat(figure: Figure, axes: Axes, log: LossLog, L: int) -> None:
-    steps = np.concatenate([series.steps for series in log.train.values()])
-    columns = min(_COLUMNS, len(np.unique(steps)))
-    gap = (steps.max() - steps.min()) / max(1, columns - 1) or 1.0
-    edges = np.linspace(steps.min() - gap / 2, steps.max() + gap / 2, columns + 1)
-    rows = np.full((L, columns), np.nan)
+    edges = stretches(np.concatenate([series.steps for series in log.train.values()]))
+    rows = np.full((L, len(edges) - 1), np.nan)
     for E, series in log.train.items():
         rows[E - 1] = binned(series, edges)
     low, high = within(rows, 2.0)[0], within(rows, 10.0)[1]
+    # Stretches are as wide as they are long, and an image's columns all alike.
+    at = np.linspace(edges[0], edges[-1], 2 * _PIXELS + 1)[1::2]
+    column = np.clip(np.searchsorted(edges, at, side="right") - 1, 0, len(edges) - 2)
     image = axes.imshow(
-        rows,
+        rows[:, column],
         aspect="auto",
         interpolation="none",
         cmap="cividis",
@@ -117,6 +121,20 @@ def _draw_heat(figure: Figure, axes: Axes, log: LossLog, L: int) -> None:
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, extend="max")
     bar.set_label("nats per token")
     bar.outline.set_visible(False)
+
+
+def stretches(steps: Array) -> Array:
+    """Return the edges of stretches of steps, with as many logged steps in each, at least one.
+
+    Args:
+        steps: Those logged, at least one, in any order and distance.
+    """
+    found = np.unique(steps)
+    parts = np.array_split(found, min(_COLUMNS, len(found)))
+    between = [(one[-1] + other[0]) / 2 for one, other in pairwise(parts)]
+    before = between[0] - found[0] if between else 0.5
+    after = found[-1] - between[-1] if between else 0.5
+    return np.array([found[0] - before, *between, found[-1] + after])
 
 
 def shown_exits(L: int, most: int = _CURVES) -> list[int]:

@@ -52,6 +52,7 @@ def build_app(served: Served) -> FastAPI:
         ("/health", paths.health),
         ("/metrics", paths.metrics),
         ("/v1/models", paths.models),
+        ("/v1/models/{name:path}", paths.model),
     ):
         app.add_api_route(path, answer, methods=["GET", "HEAD"], response_class=Response)
     app.add_api_route(
@@ -67,6 +68,7 @@ def build_app(served: Served) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def _no_path(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        served.scheduler.metrics.refused[error.status_code] += 1
         message = f"{error.detail}: give GET / or /v1/models, or POST /v1/completions"
         return refused(RequestError(error.status_code, message))
 
@@ -98,8 +100,15 @@ class _Paths:
         return PlainTextResponse(self._scheduler.metrics_text(), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> Response:
+        self._check_name(name)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, object]:
         manifest = self._served.run.manifest
-        model = {
+        return {
             "id": self._served.name,
             "object": "model",
             "created": 0,
@@ -110,7 +119,11 @@ class _Paths:
                 "context": self._served.slots,
             },
         }
-        return JSONResponse({"object": "list", "data": [model]})
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and name != self._served.name:
+            refusal = wrong("model", name, f"give {self._served.name}")
+            raise RequestError(404, refusal.message, code="model_not_found")
 
     async def completions(self, request: Request) -> Response:
         """Answer whole, or in events as text comes."""
@@ -141,10 +154,7 @@ class _Paths:
             RequestError: The model is another, or the texts do not fit it.
         """
         served = self._served
-        if asked.model is not None and asked.model != served.name:
-            remedy = f"give {served.name}"
-            refusal = wrong("model", asked.model, remedy)
-            raise RequestError(404, refusal.message, code="model_not_found")
+        self._check_name(asked.model)
         total = len(asked.prompts) * asked.n
         if total > served.scheduler.capacity:
             raise RequestError(400, f"n: {total} texts, give at most {served.scheduler.capacity}")

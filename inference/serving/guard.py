@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+from collections import Counter
 from collections.abc import Collection
 
 from starlette.requests import ClientDisconnect, Request
@@ -39,18 +40,25 @@ class Guard:
         app: What is guarded.
         key: Of clients; None: there is none.
         hosts: Names by which the server is called, without a key.
+        counts: Requests refused, by status.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, key: str | None, hosts: Collection[str], counts: Counter[int]
+    ) -> None:
         self._app, self._key, self._hosts = app, key, frozenset(hosts)
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             return
         refusal = self._why_not(Request(scope))
-        app = self._app if refusal is None else refused(refusal)
-        await app(scope, receive, send)
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        self._counts[refusal.status] += 1
+        await refused(refusal)(scope, receive, send)
 
     def _why_not(self, request: Request) -> RequestError | None:
         if self._key is None:

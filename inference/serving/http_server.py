@@ -1,6 +1,7 @@
-"""The process around the application: its socket, its signals, connections that send nothing."""
+"""The process around the application: its socket, its signals, connections that do nothing."""
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,10 @@ HEADER_SECONDS = 15.0
 KEEP_ALIVE_SECONDS = 75
 """From an answer to the next request. Clients keep a connection for less, and lose no request to
 one that is closed just as they send it."""
+UNREAD_SECONDS = 60.0
+"""How long a client may leave an answer unread."""
+FLUSH_SECONDS = 10.0
+"""The same, once all texts have ended and the server is to end."""
 _MAX_HEADER_BYTES = 2**14
 _MAX_CONNECTIONS = 512
 _BACKLOG = 256
@@ -36,15 +41,19 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        field = "host" if isinstance(error, socket.gaierror) else "port"
+        # Names that nobody knows come as an OSError as well, with a number of their own.
+        field = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
         given = host if field == "host" else port
-        raise ValueError(f"{field}: {given}, {error.strerror}, give another --{field}") from None
+        why = str(error.strerror).partition(" (while ")[0]
+        raise ValueError(f"{field}: {given}, {why}, give another --{field}") from None
     except OverflowError:
         raise ValueError(f"port: {port}, give 0 to 65535") from None
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP that closes a connection on which no request has come for some time."""
+    """HTTP that closes a connection with no request, or an unread answer, for some time."""
+
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock with the connection."""
@@ -61,9 +70,28 @@ class BoundedProtocol(H11Protocol):
 
         def close_if_none_came() -> None:
             if self.cycle is before and not self.transport.is_closing():
-                self.transport.close()
+                self.transport.abort()  # what is not sent by now will not be read
 
         self.loop.call_later(seconds, close_if_none_came)
+
+    def pause_writing(self) -> None:
+        """Start another clock where the client reads more slowly than tokens come."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop it: the client has read on."""
+        super().resume_writing()
+        self._stop_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop it."""
+        super().connection_lost(exc)
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
 
 
 class Server(uvicorn.Server):
@@ -114,6 +142,15 @@ class Server(uvicorn.Server):
         if drained or self._died.is_set():
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the connections, also those of clients that read no more."""
+        asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._abort_connections)
+        await super().shutdown(sockets)
+
+    def _abort_connections(self) -> None:
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
 
     def serve_on(self, listening: socket.socket) -> None:
         """Serve until a signal.

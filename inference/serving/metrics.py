@@ -42,7 +42,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.prompt_tokens = self.tokens = self.drafted = self.accepted = self.rounds = 0
-        self.ended: Counter[str] = Counter()
+        self.ended = Counter({"stop": 0, "length": 0, "left": 0, "failed": 0})
         """Texts by how they ended: stop, length, left (the client has gone), failed."""
         self.refused: Counter[int] = Counter()
         """Requests by status."""

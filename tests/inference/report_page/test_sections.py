@@ -13,7 +13,7 @@ from inference.report_page.metrics_log import LossLog, Series
 from inference.report_page.source import Source
 from inference.report_page.speed import speed_section
 from inference.report_page.strategies import drafts_section, strategies_section, wilson
-from inference.report_page.training import Logged, training_section
+from inference.report_page.training import Logged, stretches, training_section
 
 SOURCE = Source("train", "read")
 
@@ -37,6 +37,23 @@ def test_losses_of_one_step_that_are_huge_or_no_number_are_drawn():
         E: Series(np.array([5.0]), np.array([loss])) for E, loss in ((1, math.nan), (2, 1e299))
     }
     assert "<svg" in training_section([Logged("short", LossLog(train=train))], [SOURCE]).body
+
+
+@pytest.mark.parametrize(
+    "steps", [[5.0], [*range(10, 210, 10), 202], [*range(10, 990, 10), *range(1000, 9000, 500)]]
+)
+def test_no_stretch_of_steps_is_without_a_logged_one(steps):
+    """Blank is for exits that were off, whatever the distance of the log lines."""
+    edges = stretches(np.array(steps, float))
+    counts, _ = np.histogram(steps, edges)
+    assert counts.min() > 0
+    assert counts.sum() == len(steps)
+
+
+def test_a_log_of_which_nothing_can_be_read_says_so():
+    section = training_section([Logged("damaged", LossLog(unread=7))], [SOURCE])
+    assert "No training loss" in section.body
+    assert "damaged: 7 lines of metrics.jsonl could not be read" in section.body
 
 
 def test_what_is_missing_is_named_in_place_of_a_picture():

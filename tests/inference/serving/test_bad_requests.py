@@ -42,7 +42,7 @@ def open_client(served, key=None, host="localhost"):
     from inference.serving.app import build_app
     from inference.serving.guard import LOOPBACK, Guard
 
-    app = Guard(build_app(served), key, LOOPBACK)
+    app = Guard(build_app(served), key, LOOPBACK, served.scheduler.metrics.refused)
     return testclient.TestClient(app, base_url=f"http://{host}:8000")
 
 
@@ -128,7 +128,8 @@ def test_an_unknown_field_is_refused(client, field):
     ids=lambda body: repr(body[:12]),
 )
 def test_what_is_no_json_object_is_refused(client, body):
-    check(post(client, body), 400, "body: ")
+    error = check(post(client, body), 400, "body: ")
+    assert "sys." not in error["message"]  # Python's own remedies are none for a client
 
 
 def test_a_body_is_bounded_before_it_is_parsed(client):
@@ -191,6 +192,20 @@ def test_head_has_no_body(client):
     for path in ("/", "/health", "/metrics", "/v1/models"):
         answer = client.head(path)
         assert answer.is_success
+
+
+def test_refusals_are_counted_wherever_they_come_from(served):
+    client, counts = open_client(served, key="secret", host="any.example"), served.scheduler.metrics
+    before = counts.refused[401], counts.refused[404]
+    client.get("/v1/models")
+    client.get("/v1/nothing", headers={"authorization": "Bearer secret"})
+    assert (counts.refused[401], counts.refused[404]) == (before[0] + 1, before[1] + 1)
+
+
+def test_a_model_is_found_by_its_name(client):
+    [listed] = client.get("/v1/models").json()["data"]
+    assert client.get("/v1/models/run").json() == listed
+    assert check(client.get("/v1/models/a/b"), 404, "a/b", "run")["code"] == "model_not_found"
 
 
 def test_another_model_is_not_found(client):

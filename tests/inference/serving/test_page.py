@@ -39,6 +39,10 @@ def test_tokens_come_in_the_colours_of_the_legend(chromium, server, plain):
         assert page.inner_text("#tokens") == "40"
         assert re.fullmatch(r"\d+\.\d\s%", page.inner_text("#acceptance"))
         assert page.inner_text("#decoded_by") == "self_speculative:E=2"
+        ink = "(one) => getComputedStyle(one).color"
+        assert page.eval_on_selector("#text .prompt", ink) != page.eval_on_selector(
+            "#text .accepted", ink
+        )
         assert len({*colours, page.eval_on_selector("body", COLOUR)}) == 3
         page.emulate_media(color_scheme="dark")
         dark = page.eval_on_selector("#text .accepted", COLOUR)
@@ -55,3 +59,7 @@ def test_tokens_come_in_the_colours_of_the_legend(chromium, server, plain):
         type_prompt(page, "a", max_tokens="5", strategy="nothing")
         settled(page)
         assert page.inner_text("#error").startswith("strategy: nothing")
+        type_prompt(page, "a", max_tokens="5", strategy="", temperature="0.25")
+        settled(page)
+        assert page.inner_text("#error") == ""
+        assert page.inner_text("#tokens") == "5"

@@ -1,6 +1,9 @@
 """The process: raw connections, the key, and its end by signals."""
 
 import signal
+import socket
+import threading
+import time
 
 import pytest
 
@@ -70,7 +73,7 @@ def test_a_connection_that_sends_no_request_is_closed(monkeypatch):
         def is_closing(self):
             return self.closed
 
-        def close(self):
+        def abort(self):
             self.closed = True
 
     protocol = http_server.BoundedProtocol.__new__(http_server.BoundedProtocol)
@@ -154,3 +157,49 @@ def test_the_end_of_the_decoding_thread_is_an_error(bare_server, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         bare_server.serve_on(None)
     assert ended.value.code == 1
+
+
+@pytest.mark.parametrize("host", ["no.such.invalid", "192.0.2.1"])
+def test_an_address_that_is_not_here_is_refused_by_name(host):
+    with pytest.raises(ValueError, match=f"host: {host}, .*, give another --host"):
+        http_server.listen(host, 0)
+
+
+class _Finished:
+    """A scheduler with nothing to do."""
+
+    idle = True
+
+    def drain(self):
+        pass
+
+
+async def _answer_at_length(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(300):
+        await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["at the end", "while it runs"])
+def test_a_client_that_reads_nothing_is_given_up(monkeypatch, ends):
+    monkeypatch.setattr(http_server, "FLUSH_SECONDS" if ends else "UNREAD_SECONDS", 0.2)
+    server = http_server.Server(_answer_at_length, _Finished())
+    listening = http_server.listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_on, args=(listening,))
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listening.getsockname())
+        thread.start()
+        client.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        give_up_at = time.monotonic() + 30
+        connections = server.server_state.connections
+        while not connections and time.monotonic() < give_up_at:
+            time.sleep(0.01)
+        if not ends:
+            while connections and time.monotonic() < give_up_at:
+                time.sleep(0.01)
+            assert not connections
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(30)
+        assert not thread.is_alive()

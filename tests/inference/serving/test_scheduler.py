@@ -126,4 +126,4 @@ def test_a_request_that_left_frees_its_rows_and_its_place_in_the_queue(decoding)
     decoding.scheduler.leave(long)
     assert isinstance(decoding.text(decoding.submit()[1]), str)
     assert decoding.scheduler.idle
-    assert decoding.scheduler.metrics.ended == {"left": 6, "length": 1}
+    assert +decoding.scheduler.metrics.ended == {"left": 6, "length": 1}
