@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -101,6 +102,8 @@ class _AllowListUnpickler(_Unpickler):  # type: ignore[misc]
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         value = getattr(torch, name, None) if module == "torch" else None
         if (module, name) in self.ALLOWED or isinstance(value, torch.dtype):
             return super().find_class(module, name)
@@ -120,6 +123,16 @@ class _AllowListUnpickler(_Unpickler):  # type: ignore[misc]
         for code, function in _Unpickler.dispatch.items()
         if code not in (*pickle.DICT, *pickle.ADDITEMS, *pickle.FROZENSET)  # they hash anything
     } | {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+
+
+def _memory_format(encoding: object, name: object) -> _MEM_FORMAT_ENCODING:
+    """Return a member of the one enumeration in the metadata, which Python 3.11.0 to 3.11.3 name.
+
+    They pickle it as getattr(enumeration, name).
+    """
+    if encoding is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise ValueError("names builtins.getattr, which is not allowed")
+    return _MEM_FORMAT_ENCODING[str(name)]
 
 
 def _check_key(key: object) -> None:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from models.checkpoint_format import (
     MANIFEST,
@@ -154,6 +155,33 @@ def test_loading_executes_no_code(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"names posix.system, which is not allowed"):
         load(checkpoint)
     assert not (tmp_path / "executed").exists()
+
+
+def test_memory_formats_are_read_as_early_python_3_11_names_them(checkpoint, monkeypatch):
+    def named(member, protocol):
+        return getattr, (type(member), member.name)
+
+    expected = TensorReader(checkpoint).read_metadata()
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", named)
+    content = pickle.dumps(expected)
+    assert b"getattr" in content
+    rewrite_metadata(checkpoint, content)
+    found = TensorReader(checkpoint).read_metadata()
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("of", "name"), [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (1, ["real"])]
+)
+def test_no_other_attribute_is_read(checkpoint, of, name):
+    class Evil:
+        def __reduce__(self):
+            return getattr, (of, name)
+
+    rewrite_metadata(checkpoint, pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match=r"(getattr, which is not allowed|is damaged)"):
+        load(checkpoint)
 
 
 def test_metadata_cannot_point_outside_its_folder(checkpoint):
