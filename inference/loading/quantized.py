@@ -92,8 +92,9 @@ def is_quantized(linear: nn.Linear) -> bool:
 def _read_in_bits(part: nn.Module) -> None:
     for module in list(part.modules()):
         for name, linear in list(module.named_children()):
-            fits = isinstance(linear, nn.Linear) and not linear.in_features % _READ_AT_ONCE
-            if fits and is_quantized(linear):
+            if not isinstance(linear, nn.Linear) or linear.in_features % _READ_AT_ONCE:
+                continue
+            if is_quantized(linear):
                 setattr(module, name, Int8Linear(linear))
 
 
