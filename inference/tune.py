@@ -39,7 +39,6 @@ from inference.evaluation.timing import TIMINGS
 from inference.loading.machine import machine
 from inference.loading.run import Run
 from inference.loading.tuned import Tuned, conditions_of, write_tuned
-from inference.strategies.registry import shorten
 from inference.strategies.self_speculative import SelfSpeculative
 
 
@@ -164,7 +163,7 @@ def _tune_drafts(run: Run, workload: Workload, options: TuneOptions) -> _Outcome
     results = _measure(run, arms, workload, options)
     rounds = round_terms(results, costs)
     best = fastest(results)
-    answer = f"best: {shorten(best.settings)}, {_speedup(best)} the speed of plain decoding"
+    answer = f"best: {best.settings}, {_speedup(best)} the speed of plain decoding"
     if best.strategy == AUTOREGRESSIVE.name:
         answer = "best: autoregressive, nothing measured below beats plain decoding in every repeat"
     tables = [

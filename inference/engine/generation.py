@@ -261,19 +261,19 @@ def _problems(
     found = [] if prompts else ["prompts: none, give at least one"]
     if max_new_tokens < 1:
         found.append(f"max_new_tokens: {max_new_tokens}, give at least 1")
-    for row, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, start=1):
         if not prompt:
-            found.append(f"prompt {row}: empty, give at least one token, for example BOS")
+            found.append(f"prompt {number}: empty, give at least one token, for example BOS")
             continue
         if len(prompt) >= config.max_seq_len:
             found.append(
-                f"prompt {row}: {len(prompt)} tokens leave no room in the model's context of "
+                f"prompt {number}: {len(prompt)} tokens leave no room in the model's context of "
                 f"{config.max_seq_len}, shorten it to at most {config.max_seq_len - 1}"
             )
         outside = [token for token in prompt if not 0 <= token < config.vocab_size]
         if outside:
             found.append(
-                f"prompt {row}: token {outside[0]} is outside the model's vocabulary of "
+                f"prompt {number}: token {outside[0]} is outside the model's vocabulary of "
                 f"{config.vocab_size}, encode it with the model's own tokenizer"
             )
     return found

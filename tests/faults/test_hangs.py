@@ -45,7 +45,7 @@ def test_two_jobs_cannot_write_one_run(launch):
 
 def test_a_straggler_is_named_with_its_section_and_line(launch):
     job = launch(
-        faults=[("slow_loader", {"rank": 1, "seconds": 0.3})], steps=20,
+        faults=[("slow_loader", {"rank": 1, "seconds": 0.8})], steps=15,
         validate__interval_steps=0, stragglers__interval_steps=5, stragglers__min_share=0.0,
     )  # fmt: skip
     assert job.wait() == [0, 0], job.output

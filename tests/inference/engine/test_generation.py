@@ -289,8 +289,8 @@ def test_the_seed_decides_sampled_tokens(model):
     [
         ([], {}, "prompts: none"),
         ([[1], []], {}, "prompt 1: empty"),
-        ([[1] * 96], {}, "prompt 0: 96 tokens leave no room in the model's context of 96"),
-        ([[1, 61]], {}, "prompt 0: token 61 is outside the model's vocabulary of 61"),
+        ([[1] * 96], {}, "prompt 1: 96 tokens leave no room in the model's context of 96"),
+        ([[1, 61]], {}, "prompt 1: token 61 is outside the model's vocabulary of 61"),
         ([[-1]], {}, "token -1 is outside"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: 0, give at least 1"),
     ],
