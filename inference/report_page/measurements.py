@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 MAX_ARMS = 100
 _MAX_POSITIONS = 256
+_UNSTEADY = 1.5
+"""The fastest repeat of the base over its slowest, above which a machine is not quiet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,12 @@ class Arms:
     def repeats(self) -> int:
         """Times each was measured."""
         return len(self.arms[0].speeds)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether plain decoding itself took very different times: the machine was busy."""
+        speeds = self.arms[0].speeds
+        return max(speeds) > _UNSTEADY * min(speeds)
 
     @property
     def measure(self) -> str:

@@ -84,7 +84,8 @@ def facts(exits: RunExits, arms: Arms | None) -> list[Fact]:
     if arms is not None and best is not None:
         spread = f", {min(best.speedups):.2f} to {max(best.speedups):.2f}" * (arms.repeats > 1)
         name = short_names([best.settings])[best.settings]
-        found.append((number(best.speedup, ".2f", "x"), f"speed of {name}{spread}"))
+        doubt = "; the machine was busy, measure again" * arms.is_doubtful
+        found.append((number(best.speedup, ".2f", "x"), f"speed of {name}{spread}{doubt}"))
         found.append((number(best.acceptance_rate, ".0%"), "of its drafted tokens accepted"))
     if arms is not None:
         speed = number(arms.arms[0].tokens_per_second, ",.0f")
