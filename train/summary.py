@@ -1,6 +1,7 @@
 """What a run that is done came to, where its files are, and what comes next: the last log lines."""
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -102,8 +103,8 @@ def _where_lines(config: TrainConfig) -> list[str]:
     files += [f"samples/{step}.md"] if (run_dir / "samples" / f"{step}.md").exists() else []
     lines = [f"in {run_dir}: {', '.join(files)}"]
     if config.metrics.tensorboard:
-        lines.append(f"watch: tensorboard --logdir {config.output_dir}")
-    command = f"python -m inference.tune --run {run} --quick"
+        lines.append(f"watch: tensorboard --logdir {shlex.quote(str(config.output_dir))}")
+    command = f"python -m inference.tune --run {shlex.quote(run)} --quick"
     if config.model.n_layers == 1:
-        command = f"python -m inference.generate --run {run}"
+        command = f"python -m inference.generate --run {shlex.quote(run)}"
     return [*lines, f"next: {command}"]

@@ -1,5 +1,6 @@
 """Strategies and costs as measured: now, or before, in files that others may have written."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -181,7 +182,7 @@ def read_benchmark(path: Path, field_name: str, step: int | None = None) -> Arms
         ) from None
     repeats = len(arms[0].speeds)
     source = Source(
-        f"python -m inference.benchmark --run {checkpoint} --json {path.name}",
+        "python -m inference.benchmark " + shlex.join(["--run", checkpoint, "--json", path.name]),
         f"read from {path.name}, {_repeats(repeats)}",
         machine_line(machine),
         date_of(machine) or file_date(path),
