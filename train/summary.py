@@ -58,8 +58,10 @@ def read_last(path: Path) -> dict[str, float]:
 def best_exit_line(metrics: Mapping[str, float], L: int) -> str:
     """Return the exit that does about as well as all L layers, and the lowest loss; or nothing.
 
-    E = number of layers run.
+    E = number of layers run. One layer has no exit but its end.
     """
+    if L == 1:
+        return ""
     named = {E: metrics.get(f"validation/loss_exit_{E:02d}") for E in range(1, L + 1)}
     losses = {E: loss for E, loss in named.items() if loss is not None and loss == loss}
     if L not in losses:

@@ -57,6 +57,14 @@ def test_a_log_of_which_nothing_can_be_read_says_so():
     assert "damaged: 7 lines of metrics.jsonl could not be read" in section.body
 
 
+def test_exits_of_one_layer_have_one_tick():
+    log = LossLog(train={1: series(4.0)})
+    assert ">0.6<" not in training_section([Logged("flat", log)], [SOURCE]).body
+    quality = dict.fromkeys((f for f in ExitQuality.__annotations__), 0.5)
+    exits = [ExitQuality(**quality | {"E": 1})]
+    assert ">0.96" not in exits_section([RunExits("flat", exits, 10, SOURCE)]).body
+
+
 def test_what_is_missing_is_named_in_place_of_a_picture():
     bare = training_section([Logged("bare", None), Logged("<b>", None)], [SOURCE] * 2)
     assert "bare: no metrics.jsonl" in bare.body
