@@ -1,6 +1,7 @@
 """What a run that is done came to, where its files are, and what comes next: the last log lines."""
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -57,8 +58,10 @@ def read_last(path: Path) -> dict[str, float]:
 def best_exit_line(metrics: Mapping[str, float], L: int) -> str:
     """Return the exit that does about as well as all L layers, and the lowest loss; or nothing.
 
-    E = number of layers run.
+    E = number of layers run. One layer has no exit but its end.
     """
+    if L == 1:
+        return ""
     named = {E: metrics.get(f"validation/loss_exit_{E:02d}") for E in range(1, L + 1)}
     losses = {E: loss for E, loss in named.items() if loss is not None and loss == loss}
     if L not in losses:
@@ -102,8 +105,8 @@ def _where_lines(config: TrainConfig) -> list[str]:
     files += [f"samples/{step}.md"] if (run_dir / "samples" / f"{step}.md").exists() else []
     lines = [f"in {run_dir}: {', '.join(files)}"]
     if config.metrics.tensorboard:
-        lines.append(f"watch: tensorboard --logdir {config.output_dir}")
-    command = f"python -m inference.tune --run {run} --quick"
+        lines.append(f"watch: tensorboard --logdir {shlex.quote(str(config.output_dir))}")
+    command = f"python -m inference.tune --run {shlex.quote(run)} --quick"
     if config.model.n_layers == 1:
-        command = f"python -m inference.generate --run {run}"
+        command = f"python -m inference.generate --run {shlex.quote(run)}"
     return [*lines, f"next: {command}"]

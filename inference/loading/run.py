@@ -98,13 +98,10 @@ def load_run(
             an option is none of its values.
     """
     _check_names(dtype, quantize)
-    checkpoint = local_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    tokenizer = _open_tokenizer(checkpoint / TOKENIZER, manifest)
     target = choose_device(device)
     if dtype is None:
         dtype = "bfloat16" if target.type == "cuda" else "float32"
-    model = load_model(checkpoint, device=target, dtype=DTYPES[dtype], weights=weights)
+    checkpoint, manifest, tokenizer, model = _read_newest(path, target, DTYPES[dtype], weights)
     if packed:
         fuse(model, compiled=compiled)
     if quantize is not None:
@@ -117,6 +114,24 @@ def load_run(
         compile_layers(model)
         graphs = round_graphs(target)
     return Run(checkpoint, manifest, tokenizer, model, graphs)
+
+
+def _read_newest(
+    path: Location, device: torch.device, dtype: torch.dtype, weights: Weights
+) -> tuple[Path, Manifest, Tokenizer, Llama]:
+    """Read a run's newest checkpoint; a training that goes on may delete it meanwhile."""
+    checkpoint = local_checkpoint(path)
+    while True:
+        try:
+            manifest = read_manifest(checkpoint)
+            tokenizer = _open_tokenizer(checkpoint / TOKENIZER, manifest)
+            model = load_model(checkpoint, device=device, dtype=dtype, weights=weights)
+            return checkpoint, manifest, tokenizer, model
+        except (ValueError, OSError):
+            newest = local_checkpoint(path)
+            if newest == checkpoint:
+                raise
+            checkpoint = newest
 
 
 def _open_tokenizer(file: Path, manifest: Manifest) -> Tokenizer:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 INK, MUTED, GRID = "#1b1f25", "#5a6370", "#dde1e6"
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b5638f"
@@ -26,6 +28,7 @@ SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = "osD^vP"
 HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "++++")
 _STOPS = 12
+_TICKS = 9
 _DEPTHS = [to_hex(colormaps["viridis"](x)) for x in np.linspace(0.0, 0.82, _STOPS)]
 _DARK = {
     **{INK: "#e8eaed", MUTED: "#a3acb8", GRID: "#343a43"},
@@ -114,6 +117,14 @@ def _for_a_page(picture: Picture, svg: str) -> str:
 
 def _variable(color: str) -> str:
     return f"var(--{_NAMES[color]})" if color in _NAMES else color
+
+
+def exit_ticks(axis: Axis, L: int) -> None:
+    """Put ticks at exits of L layers, at whole numbers alone."""
+    few = L <= _TICKS
+    axis.set_major_locator(
+        FixedLocator([*range(1, L + 1)]) if few else MaxNLocator(integer=True, nbins=_TICKS)
+    )
 
 
 def light_grid(axes: Axes, *, axis: str = "both") -> None:

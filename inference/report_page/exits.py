@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from inference.evaluation.exit_quality import ExitQuality
 from inference.report_page.drawing import (
@@ -14,6 +13,7 @@ from inference.report_page.drawing import (
     VERMILLION,
     Picture,
     drawn,
+    exit_ticks,
     light_grid,
 )
 from inference.report_page.page import Section, figure, note, source_line, table
@@ -67,7 +67,10 @@ def exits_section(runs: Sequence[RunExits]) -> Section:
         for q in first.exits
     ]
     body = figure(picture, caption, first.source) + others
-    body += table(header, rows, caption=f"{safe(first.name)}, exits of {L} layers") + missing
+    body += (
+        table(header, rows, caption=f"{safe(first.name)}, exits of {L} layer{'s' * (L > 1)}")
+        + missing
+    )
     return Section("exits", title, body, (picture,))
 
 
@@ -98,11 +101,7 @@ def _draw(figure: Figure, runs: Sequence[RunExits]) -> None:
     right.set_ylim(0.0, 1.03)
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.legend()
-    for axes in (left, right):
-        _exit_axis(axes)
-
-
-def _exit_axis(axes: Axes) -> None:
-    axes.set_xlabel("E, layers run before the exit")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    light_grid(axes)
+    for axes, L in ((left, max(len(run.exits) for run in runs)), (right, len(exits))):
+        axes.set_xlabel("E, layers run before the exit")
+        exit_ticks(axes.xaxis, L)
+        light_grid(axes)

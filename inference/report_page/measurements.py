@@ -1,5 +1,6 @@
 """Strategies and costs as measured: now, or before, in files that others may have written."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 MAX_ARMS = 100
 _MAX_POSITIONS = 256
+_UNSTEADY = 1.5
+"""The fastest repeat of the base over its slowest, above which a machine is not quiet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,12 @@ class Arms:
     def repeats(self) -> int:
         """Times each was measured."""
         return len(self.arms[0].speeds)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether plain decoding itself took very different times: the machine was busy."""
+        speeds = self.arms[0].speeds
+        return max(speeds) > _UNSTEADY * min(speeds)
 
     @property
     def measure(self) -> str:
@@ -173,7 +182,7 @@ def read_benchmark(path: Path, field_name: str, step: int | None = None) -> Arms
         ) from None
     repeats = len(arms[0].speeds)
     source = Source(
-        f"python -m inference.benchmark --run {checkpoint} --json {path.name}",
+        "python -m inference.benchmark " + shlex.join(["--run", checkpoint, "--json", path.name]),
         f"read from {path.name}, {_repeats(repeats)}",
         machine_line(machine),
         date_of(machine) or file_date(path),

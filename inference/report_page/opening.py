@@ -1,5 +1,6 @@
 """What a report finds beside a run: its files of earlier measurements, where they still fit."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _read_exits(path: Path, run: Run, name: str) -> RunExits:
     where = take(content, "checkpoint", str), take(content, "data", str)
     here = take(content, "machine", dict[str, Any]) if "machine" in content else {}
     source = Source(
-        f"python -m inference.evaluate --run {where[0]} --json {path.name}",
+        "python -m inference.evaluate " + shlex.join(["--run", where[0], "--json", path.name]),
         f"read from {path.name}, {tokens:,} held-out tokens of {where[1]}",
         machine_line(here) if here else "",
         date_of(here) or file_date(path),

@@ -23,7 +23,7 @@ def lead_line(run: Run, log: LossLog | None) -> str:
     config, setting = run.model.config, run.manifest.setting
     parts = [
         f"{_count(total_params(config))} parameters",
-        f"{config.n_layers} layers of width {config.dim}",
+        f"{config.n_layers} layer{'s' * (config.n_layers > 1)} of width {config.dim}",
         f"{config.vocab_size:,} token ids, context {config.max_seq_len:,}",
     ]
     if not run.manifest.config:
@@ -34,7 +34,9 @@ def lead_line(run: Run, log: LossLog | None) -> str:
     p_max = setting("layer_dropout.p_max", float, 0.0)
     parts.append(f"layer dropout up to {p_max:g}" if p_max else "no layer dropout")
     scale, kind = (setting(name, hint, None) for name, hint in _EXITS)
-    if kind is not None and scale is not None:
+    if scale == 0.0:
+        parts.append("no exit loss")
+    elif kind is not None and scale is not None:
         parts.append(f"exit loss by curriculum {kind}, e_scale {scale:g}")
     return "; ".join(parts)
 
@@ -71,7 +73,8 @@ def facts(exits: RunExits, arms: Arms | None) -> list[Fact]:
     found: list[Fact] = []
     if exits.exits:
         last, half = exits.exits[-1], exits.exits[max(0, len(exits.exits) // 2 - 1)]
-        found.append((number(last.perplexity, ".2f"), f"held-out perplexity, all {last.E} layers"))
+        depth = f", all {last.E} layers" * (last.E > 1)
+        found.append((number(last.perplexity, ".2f"), f"held-out perplexity{depth}"))
         found.append((number(last.bits_per_byte, ".3f"), "held-out bits per byte"))
         if half is not last:
             found.append(
@@ -84,7 +87,8 @@ def facts(exits: RunExits, arms: Arms | None) -> list[Fact]:
     if arms is not None and best is not None:
         spread = f", {min(best.speedups):.2f} to {max(best.speedups):.2f}" * (arms.repeats > 1)
         name = short_names([best.settings])[best.settings]
-        found.append((number(best.speedup, ".2f", "x"), f"speed of {name}{spread}"))
+        doubt = "; the machine was busy, measure again" * arms.is_doubtful
+        found.append((number(best.speedup, ".2f", "x"), f"speed of {name}{spread}{doubt}"))
         found.append((number(best.acceptance_rate, ".0%"), "of its drafted tokens accepted"))
     if arms is not None:
         speed = number(arms.arms[0].tokens_per_second, ",.0f")

@@ -1,7 +1,7 @@
 """Strategies on the plane of quality and speed, and how the drafts of each went."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,6 @@ from inference.report_page.visible import safe, visible
 _KINDS = {"autoregressive": (GREY, "s"), "self_speculative": (BLUE, "o"), "dynamic": (GREEN, "D")}
 _STEPS = (9, -9, 18, -18, 27, -27, 36, -36)
 """How far above or below its point a number may stand, in points of print."""
-_UNSTEADY = 1.5
-"""The fastest repeat of the base over its slowest, above which a machine is not quiet."""
 _ANNOTATED = 12
 _LOSSY = (VERMILLION, "^")
 _STOPS = {
@@ -71,9 +69,9 @@ def strategies_section(arms: Arms | None, missing: str) -> Section:
 
 def _doubt(arms: Arms) -> str:
     """Return a line where plain decoding itself took very different times."""
-    speeds = arms.arms[0].speeds
-    if max(speeds) <= _UNSTEADY * min(speeds):
+    if not arms.is_doubtful:
         return ""
+    speeds = arms.arms[0].speeds
     spread = f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens/s"
     return note(
         f"Plain decoding alone ran at {spread} in the repeats: the machine was busy, and so "
@@ -86,7 +84,7 @@ def _table(arms: Arms) -> str:
     header += ["agreement", "bound", "full<br>choice", "ln p", *map(safe, arms.arms[0].scores)]
     names = short_names([arm.settings for arm in arms.arms])
     rows = [
-        [f"<code>{i} {safe(names[a.settings])}{_batch(a, arms)}</code>"]
+        [f"<code{_whole(a, names)}>{i} {safe(names[a.settings])}{_batch(a, arms)}</code>"]
         + [number(a.tokens_per_second, ",.1f"), number(a.speedup, ".2f", "x"), _range(a.speedups)]
         + [number(a.layers_per_token, ".2f"), number(a.acceptance_rate, ".1%")]
         + [number(a.agreement, ".3f"), number(a.bound, ".2f", "x"), number(a.full_choice, ".1%")]
@@ -95,9 +93,16 @@ def _table(arms: Arms) -> str:
     ]
     caption = (
         "full choice: tokens that the full model finds most probable; ln p: log likelihood under "
-        "it, nats per token; accepted: drafted tokens the text got"
+        "it, nats per token; accepted: drafted tokens the text got; ...: settings that were "
+        "measured, shown where a name is pointed at"
     )
     return table(header, rows, caption=caption)
+
+
+def _whole(arm: Arm, names: Mapping[str, str]) -> str:
+    """Return what shows a strategy's whole text, where its name leaves out what was measured."""
+    short = names[arm.settings].endswith("...")
+    return f' tabindex="0" title="{safe(arm.settings, 1000)}"' if short else ""
 
 
 def _batch(arm: Arm, arms: Arms) -> str:

@@ -16,6 +16,7 @@ from inference.report_page.drawing import (
     Picture,
     depth_color,
     drawn,
+    exit_ticks,
     light_grid,
     within,
 )
@@ -115,7 +116,7 @@ def _draw_heat(figure: Figure, axes: Axes, log: LossLog, L: int) -> None:
         extent=(edges[0], edges[-1], L + 0.5, 0.5),
     )
     axes.set(title="Training loss", xlabel="optimizer step", ylabel="E, layers run before the exit")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(L, 9)))
+    exit_ticks(axes.yaxis, L)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, extend="max")

@@ -3,6 +3,8 @@
 Without a measurement of the checkpoint nothing but plain decoding is sure not to be slower than it.
 """
 
+import shlex
+
 from inference.engine.strategy import Strategy
 from inference.loading.quantized import bits_of
 from inference.loading.run import Run
@@ -62,8 +64,8 @@ def choose_strategy(
     tuned, note = _tuned(run, asked, now)
     if not note and asked is None:
         note = (
-            f"strategy: {DEFAULT}, plain decoding; python -m inference.tune --run {run.checkpoint}"
-            " finds the fastest for this checkpoint"
+            f"strategy: {DEFAULT}, plain decoding; python -m inference.tune --run "
+            f"{shlex.quote(str(run.checkpoint))} finds the fastest for this checkpoint"
         )
     strategy = parse_strategy(tuned or (DEFAULT if asked is None else asked), **given)
     return strategy.with_defaults(n_layers), note

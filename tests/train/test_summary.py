@@ -18,4 +18,5 @@ def test_the_best_exit_is_the_first_that_does_about_as_well_as_all_layers(tmp_pa
         "lowest 2.900 at E=3"
     )
     assert best_exit_line({"validation/loss_exit_01": 1.0}, 4) == "", "not all layers' loss"
-    assert best_exit_line({"validation/loss_exit_01": float("nan")}, 1) == ""
+    assert best_exit_line({"validation/loss_exit_02": float("nan")}, 2) == ""
+    assert best_exit_line({"validation/loss_exit_01": 1.0}, 1) == "", "no other exit"

@@ -97,7 +97,8 @@ class Speculation:
         [found] = results
         time_line = f"{now - start:.2f} s, {share:.1%} of the time so far"
         metrics = found.metrics | {"perf/speculation_share": share}
-        return Measured(metrics, found.samples, f"{found.line} | {time_line}")
+        line = " | ".join(filter(None, [found.line, time_line]))
+        return Measured(metrics, found.samples, line)
 
     def _choices(self, model: Llama) -> list[Choices]:
         """Return what all exits predict along every row, (L, tokens) each, on every rank."""

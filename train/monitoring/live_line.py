@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from train.parallel.runtime import Runtime
 
-_FORMAT = "step {n_fmt}/{total_fmt} |{bar:24}|{percentage:3.0f}%{desc} | ETA {remaining}"
+_FORMAT = "step {n_fmt}/{total_fmt}{desc} | ETA {remaining} | {percentage:.0f}% |{bar:24}|"
+"""A narrow terminal cuts its end."""
 
 
 class LiveLine:

@@ -10,8 +10,9 @@ from data.prepare_config import PrepareConfig
 from data.tokenizer import train_tokenizer
 from inference.engine import products as packed
 from inference.engine.products import PackedLinear
+from inference.loading import run as loading
 from inference.loading.run import choose_device, load_run
-from models.checkpoint_format import TOKENIZER
+from models.checkpoint_format import TOKENIZER, load_model
 from models.fingerprint import compute_fingerprint, weights_fingerprint
 
 
@@ -29,6 +30,21 @@ def test_a_run_and_its_checkpoint_folder_open_alike(run_folder):
     assert one.manifest.step == 7
     assert one.model.head_weight.dtype == torch.float32
     assert torch.equal(one.model.head_weight, other.model.head_weight)
+
+
+def test_a_checkpoint_that_training_deletes_while_it_is_read_gives_way_to_the_next(
+    run_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(run_folder, tmp_path / "run")
+    old = tmp_path / "run" / "checkpoints" / "step-00000007"
+
+    def load_late(checkpoint, **options):
+        if checkpoint == old:
+            old.rename(old.with_name("step-00000009"))
+        return load_model(checkpoint, **options)
+
+    monkeypatch.setattr(loading, "load_model", load_late)
+    assert load_run(tmp_path / "run", device="cpu").checkpoint.name == "step-00000009"
 
 
 def test_weights_take_the_type_asked_for(run_folder):

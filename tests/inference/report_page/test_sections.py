@@ -10,6 +10,7 @@ from inference.evaluation.exit_quality import ExitQuality
 from inference.report_page.exits import RunExits, exits_section
 from inference.report_page.measurements import Arms, arms_from, read_benchmark
 from inference.report_page.metrics_log import LossLog, Series
+from inference.report_page.overview import facts
 from inference.report_page.source import Source
 from inference.report_page.speed import speed_section
 from inference.report_page.strategies import drafts_section, strategies_section, wilson
@@ -54,6 +55,14 @@ def test_a_log_of_which_nothing_can_be_read_says_so():
     section = training_section([Logged("damaged", LossLog(unread=7))], [SOURCE])
     assert "No training loss" in section.body
     assert "damaged: 7 lines of metrics.jsonl could not be read" in section.body
+
+
+def test_exits_of_one_layer_have_one_tick():
+    log = LossLog(train={1: series(4.0)})
+    assert ">0.6<" not in training_section([Logged("flat", log)], [SOURCE]).body
+    quality = dict.fromkeys((f for f in ExitQuality.__annotations__), 0.5)
+    exits = [ExitQuality(**quality | {"E": 1})]
+    assert ">0.96" not in exits_section([RunExits("flat", exits, 10, SOURCE)]).body
 
 
 def test_what_is_missing_is_named_in_place_of_a_picture():
@@ -103,6 +112,24 @@ def test_files_with_senseless_numbers_are_drawn_or_noted():
         assert "</script" not in found.body
         assert "<b>rouge" not in found.body
         assert "000000000000" not in found.body.partition("<table")[2]
+
+
+def test_settings_that_a_name_leaves_out_are_shown_where_it_is_pointed_at():
+    whole = "dynamic:exits=2+3:draft_costs=0.1+0.2:verify_costs=0.9+1.0"
+    made = arms_from([arm(), arm(strategy="dynamic", settings=whole)])
+    body = strategies_section(Arms(made, SOURCE), "").body
+    assert f'title="{whole}">2 dynamic:exits=2+3:...<' in body
+    assert body.count("title=") == 1
+
+
+def test_the_number_at_the_top_says_where_the_machine_was_busy():
+    quality = RunExits("run", [], 0, None)
+    for slowest, words in ((8.0, []), (5.0, ["busy"])):
+        speeds = {"speeds": [10.0, slowest], "speedups": [1.0, 1.0]}
+        plain = arm(strategy="autoregressive", settings="autoregressive", **speeds)
+        arms = Arms(arms_from([plain, arm(acceptance_rate=0.5, **speeds)]), SOURCE)
+        [text] = [what for _, what in facts(quality, arms) if what.startswith("speed of")]
+        assert [word for word in ("busy",) if word in text] == words
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from train.main import main
 
 
 class Terminal:
-    """A terminal of 100 columns, and all that was written to it."""
+    """A terminal, and all that was written to it."""
 
-    def __init__(self):
+    def __init__(self, columns=100):
         self.master, slave = os.openpty()
-        termios.tcsetwinsize(slave, (30, 100))
+        termios.tcsetwinsize(slave, (30, columns))
         self.stream = os.fdopen(slave, "w", buffering=1)
         self._parts = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -78,7 +78,8 @@ def test_a_terminal_shows_a_live_line_below_the_log_lines(training, console):
     console(terminal.stream)
     assert main(training.arguments(name="live", steps=4, speculation__interval_steps=2)) == 0
     written = terminal.close()
-    drawn = re.findall(r"\rstep (\d)/4 \|[^|]*\| +\d+%(?: \| loss [\d.]+)?", written)
+    line = r"\rstep (\d)/4(?: \| loss [\d.]+)?(?: \| [\d,]+ tok/s)? \| ETA [\d:?]+ \| \d+% \|"
+    drawn = re.findall(line, written)
     assert drawn, written
     assert set(drawn) <= set("1234")
     assert "loss" in written
@@ -87,3 +88,11 @@ def test_a_terminal_shows_a_live_line_below_the_log_lines(training, console):
     for begin in ("step 2/4 | J ", "step 4/4 | J ", "drafts at step 4: agreement E=1 ", "next: "):
         assert sum(line.startswith(begin) for line in kept) == 1, (begin, kept)
     assert not [line for line in kept if re.match(r"step \d/4 \|[^J]*%", line)], kept
+
+
+def test_a_narrow_terminal_shows_the_loss(training, console):
+    terminal = Terminal(columns=24)
+    console(terminal.stream)
+    assert main(training.arguments(name="narrow", steps=3)) == 0
+    written = terminal.close()
+    assert re.search(r"\rstep \d/3 \| loss \d+\.\d", written)
