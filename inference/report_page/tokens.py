@@ -23,7 +23,7 @@ _WHAT = {True: "A held-out text", False: "A continuation by all layers"}
 _WORDS: dict[Origin, str] = {
     "drafted": "drafted, accepted",
     "lookup": "looked up, accepted",
-    "corrected": "put by all layers after a draft",
+    "corrected": "corrected, by all layers",
     "plain": "decoded plainly",
 }
 
@@ -174,7 +174,7 @@ def _tip(token: DecodedToken, texts: TokenTexts) -> str:
     by = {
         "drafted": f"drafted by E={token.layers}, accepted",
         "lookup": "looked up in the text before, accepted",
-        "corrected": "put by all layers after a draft",
+        "corrected": "corrected, by all layers",
         "plain": "decoded by all layers, no draft",
     }[token.origin]
     return (

@@ -288,7 +288,7 @@ def test_the_seed_decides_sampled_tokens(model):
     ("prompts", "options", "message"),
     [
         ([], {}, "prompts: none"),
-        ([[1], []], {}, "prompt 1: empty"),
+        ([[1], []], {}, "prompt 2: empty"),
         ([[1] * 96], {}, "prompt 1: 96 tokens leave no room in the model's context of 96"),
         ([[1, 61]], {}, "prompt 1: token 61 is outside the model's vocabulary of 61"),
         ([[-1]], {}, "token -1 is outside"),
