@@ -111,7 +111,8 @@ def test_greedy_tokens_are_autoregressive_decodings(model, settings, rows):
     for options in ({}, {"async_readback": True}, {"batch_size": 3}):
         found = decode(model, prompts, settings, max_new_tokens=30, **options)
         assert found.tokens == plain
-    assert found.counters.leaves or rows == 1 or settings.branch == 1
+    # Beside lookups, or in a single row, none may be right.
+    assert found.counters.leaves or rows == 1 or settings.branch == 1 or settings.ngram
     if settings.verify_costs[0] < 1:
         assert found.counters.drafted > 0
 
