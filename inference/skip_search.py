@@ -25,7 +25,7 @@ from inference.strategies.autoregressive import Autoregressive
 from inference.strategies.registry import describe
 from inference.strategies.skip_draft import SkipDraft
 from models.config import LlamaConfig
-from models.flops import attention_params, block_params, feed_forward_params
+from models.flops import attention_params, feed_forward_params, step_params
 from models.llama import Llama, SkippedParts
 
 MODEL_COST, TOKENS_PER_SECOND = "model_cost", "tokens_per_second"
@@ -118,7 +118,7 @@ def draft_cost(skipped: SkippedParts, config: LlamaConfig) -> float:
     Keys and values are not counted: where texts are long, attention costs more than this.
     """
     attention, feed_forward = attention_params(config), feed_forward_params(config)
-    full = config.n_layers * block_params(config) + config.dim * config.vocab_size
+    full = step_params(config, config.n_layers)
     saved = len(skipped.attention) * attention + len(skipped.feed_forward) * feed_forward
     return 1.0 - saved / full
 

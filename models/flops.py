@@ -8,6 +8,11 @@ def block_params(config: LlamaConfig) -> int:
     return attention_params(config) + feed_forward_params(config)
 
 
+def step_params(config: LlamaConfig, layers: int) -> int:
+    """Return the number of parameters that a step of so many layers and the head reads."""
+    return layers * block_params(config) + config.vocab_size * config.dim
+
+
 def attention_params(config: LlamaConfig) -> int:
     """Return the number of parameters in the attention of one block, its norms included."""
     width, kv_width = (n * config.head_width for n in (config.n_heads, config.n_kv_heads))

@@ -4,15 +4,14 @@ import logging
 import shlex
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
-from data.foreign_json import parse
 from train.config.config import TrainConfig
 from train.job import Job
 from train.loop.report import clock
 from train.loop.run_state import RunState
 from train.run_folder.events import Event, first_start, goodput, starts
+from train.run_folder.records import read_records
 from train.run_folder.writing import attempt
 
 logger = logging.getLogger(__name__)
@@ -47,11 +46,8 @@ def read_last(path: Path) -> dict[str, float]:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         lines = file.read(_TAIL_BYTES).splitlines()
     found: dict[str, float] = {}
-    for line in lines:
-        with suppress(ValueError):
-            record = parse(line, finite=False)
-            if isinstance(record, dict):
-                found |= {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+    for _, numbers in read_records(lines):
+        found |= numbers
     return found
 
 

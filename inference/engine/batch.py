@@ -111,6 +111,11 @@ class Batch:
             rows[target] = rows[source]
         self.finished[target] = self.finished[source]
 
+    def park(self, row: int) -> None:
+        """Leave a row without a text: it no longer moves on."""
+        self.finished[row] = True
+        self.positions[row] = 0
+
     def advance(self, result: Round) -> None:
         """Move each row on by its accepted tokens and the one after, which is then pending."""
         n = result.tokens.shape[1]

@@ -11,7 +11,7 @@ import torch
 from inference.engine.counters import Counters, DraftedRound, StopReason
 from inference.engine.cuda_graphs import GraphedBatch, RoundGraphs
 from inference.engine.decoder import advancing
-from inference.engine.in_flight import InFlightRound
+from inference.engine.in_flight import InFlightRound, cut
 from inference.engine.prefill import allocate, prefill, prefill_row
 from inference.engine.sampling import Sampling
 from inference.engine.strategy import Strategy
@@ -166,11 +166,14 @@ class Generation:
         for row, prompt in enumerate(in_flight.rows):
             if prompt is None or prompt != self._rows[row]:
                 continue  # it had ended before this round
-            new = self._truncate(prompt, tokens[row][: accepted[row] + 1])
+            new, kept, tried = cut(
+                tokens[row],
+                accepted[row],
+                drafted[row],
+                self._remaining(prompt),
+                self._stop_tokens,
+            )
             self.tokens[prompt] += new
-            kept, tried = accepted[row], drafted[row]
-            if len(new) <= kept:  # cut among the accepted drafts, of which the rest came to nothing
-                kept = tried = len(new)
             emissions.append(Emission(prompt, new, kept, tried))
             counters.tokens += len(new)
             counters.rounds += 1
@@ -205,12 +208,6 @@ class Generation:
         """Return how many tokens may still be added to a prompt."""
         return self._ends[prompt] - len(self.prompts[prompt]) - len(self.tokens[prompt])
 
-    def _truncate(self, prompt: int, new: list[int]) -> list[int]:
-        """Return `new` up to the limit and up to the first stop token, which is kept."""
-        new = new[: self._remaining(prompt)]
-        stops = [i for i, token in enumerate(new) if token in self._stop_tokens]
-        return new[: stops[0] + 1] if stops else new
-
     def _replace_finished(self) -> None:
         """Put waiting prompts into rows that have ended, or park those; set `max_position`."""
         state, batch = self._state, self._state.batch
@@ -228,8 +225,7 @@ class Generation:
                     prefill_row(state, row, self.prompts[self._next_prompt], self._prefill_layers)
                 self._next_prompt += 1
             else:
-                batch.finished[row] = True
-                batch.positions[row] = 0
+                batch.park(row)
         in_flight = sum(round.n for round in self._in_flight)
         positions = [
             len(self.prompts[prompt]) + len(self.tokens[prompt]) - 1

@@ -1,9 +1,31 @@
 """A round on its way to the host. Imports no model."""
 
+from collections.abc import Collection
+
 import torch
 
 from inference.engine.batch import Round
 from models.host_copy import HostCopy
+
+
+def cut(
+    new: list[int], accepted: int, drafted: int, limit: int, stop_tokens: Collection[int]
+) -> tuple[list[int], int, int]:
+    """Return what a row takes of a round, and how many of its drafts were accepted, of how many.
+
+    Drafts behind the row's end came to nothing: they count as neither.
+
+    Args:
+        new: Tokens of the round.
+        accepted: The drafted ones among them, the first.
+        drafted: Tokens drafted.
+        limit: Most tokens that may be added.
+        stop_tokens: Ids that end a row; the first is its last token.
+    """
+    new = new[: accepted + 1][:limit]
+    stops = [i for i, token in enumerate(new) if token in stop_tokens]
+    new = new[: stops[0] + 1] if stops else new
+    return (new, len(new), len(new)) if len(new) <= accepted else (new, accepted, drafted)
 
 
 class InFlightRound:

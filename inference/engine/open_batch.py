@@ -12,7 +12,7 @@ import torch
 from inference.engine.counters import Counters
 from inference.engine.decoder import Decoder, advancing
 from inference.engine.generation import Emission
-from inference.engine.in_flight import InFlightRound
+from inference.engine.in_flight import InFlightRound, cut
 from inference.engine.prefill import allocate, prefill_row
 from inference.engine.row_draws import RowDraw, RowDraws
 from inference.engine.sampling import Sampling
@@ -154,12 +154,7 @@ class OpenBatch:
         for i, row in enumerate(self._rows[: len(tokens)]):
             if row is None:
                 continue
-            new = tokens[i][: accepted[i] + 1][: row.left]
-            stops = [at for at, token in enumerate(new) if token in self._stop_tokens]
-            new = new[: stops[0] + 1] if stops else new
-            kept, tried = accepted[i], drafted[i]
-            if len(new) <= kept:  # cut among the accepted drafts
-                kept = tried = len(new)
+            new, kept, tried = cut(tokens[i], accepted[i], drafted[i], row.left, self._stop_tokens)
             found[row.key] = Emission(row.key, new, kept, tried)
             row.position += len(new)
             row.left -= len(new)
@@ -167,7 +162,7 @@ class OpenBatch:
             self.counters.rounds += 1
             self.counters.drafted += tried
             self.counters.accepted += kept
-            if stops or not row.left:
+            if new[-1] in self._stop_tokens or not row.left:
                 self._park(i)
         return found
 
@@ -202,8 +197,7 @@ class OpenBatch:
 
     def _park(self, row: int) -> None:
         self._rows[row] = None
-        self._state.batch.finished[row] = True
-        self._state.batch.positions[row] = 0
+        self._state.batch.park(row)
 
     def _mark_new_prompts(self) -> None:
         """Have decoders look at what rows hold now."""

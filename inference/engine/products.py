@@ -106,6 +106,19 @@ def can_pack(model: Llama) -> bool:
     return weight.device.type == "cpu" and weight.dtype in dtypes and onednn
 
 
+def linear_layers(model: Llama) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Return the linear layers of all layers and exits' own parts: in which module, by what name.
+
+    The head is none of them.
+    """
+    return [
+        (module, name, linear)
+        for module in (*model.layers.modules(), *model.own_exits.modules())
+        for name, linear in module.named_children()
+        if isinstance(linear, nn.Linear)
+    ]
+
+
 def pack(model: Llama) -> None:
     """Lay out the matrices of a model for inference, in place.
 
@@ -113,10 +126,9 @@ def pack(model: Llama) -> None:
     """
     small = sum(parameter.numel() for parameter in model.parameters()) <= KEPT_ELEMENTS
     keep = small and model.norm.weight.dtype == torch.float32
-    for part in (*model.layers.modules(), *model.own_exits.modules()):
-        for name, linear in list(part.named_children()):
-            if isinstance(linear, nn.Linear) and type(linear.weight.data) is torch.Tensor:
-                setattr(part, name, _laid_out(linear.weight, linear.bias, linear, keep=keep))
+    for part, name, linear in linear_layers(model):
+        if type(linear.weight.data) is torch.Tensor:
+            setattr(part, name, _laid_out(linear.weight, linear.bias, linear, keep=keep))
     weight = model.head_weight
     model.lm_head = _laid_out(weight, None, model.lm_head, keep=True)
 

@@ -1,7 +1,7 @@
 """The tables of measured strategies."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -112,9 +112,9 @@ def table(results: Sequence[ArmResult]) -> str:
     return f"{text}\n\n{format_table(header.split(), drafts)}"
 
 
-def short_names(strategies: Iterable[str]) -> dict[str, str]:
+def short_names(strategies: Iterable[str], short: Callable[[str], str] = shorten) -> dict[str, str]:
     """Return strategies' short names by their text: the text itself where two would be the same."""
-    names = {text: shorten(text) for text in strategies}
+    names = {text: short(text) for text in strategies}
     shared = Counter(names.values())
     return {text: name if shared[name] == 1 else text for text, name in names.items()}
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from inference.engine.products import linear_layers
 from models.llama import Llama
 
 Bits = Literal["int8", "int4"]
@@ -74,8 +75,8 @@ def quantize_layers(model: Llama, bits: Bits) -> None:
         raise ValueError("quantize: int4 on CUDA needs bfloat16, give --dtype bfloat16")
     for part in (model.layers, model.own_exits):
         quantize_(part, _torchao_config(bits, device.type))
-        if bits == "int8" and device.type == "cpu" and model.norm.weight.dtype == torch.bfloat16:
-            _read_in_bits(part)
+    if bits == "int8" and device.type == "cpu" and model.norm.weight.dtype == torch.bfloat16:
+        _read_in_bits(model)
     model.bits = bits  # type: ignore[assignment]
 
 
@@ -89,13 +90,10 @@ def is_quantized(linear: nn.Linear) -> bool:
     return type(linear.weight.data) is not torch.Tensor
 
 
-def _read_in_bits(part: nn.Module) -> None:
-    for module in list(part.modules()):
-        for name, linear in list(module.named_children()):
-            if not isinstance(linear, nn.Linear) or linear.in_features % _READ_AT_ONCE:
-                continue
-            if is_quantized(linear):
-                setattr(module, name, Int8Linear(linear))
+def _read_in_bits(model: Llama) -> None:
+    for module, name, linear in linear_layers(model):
+        if is_quantized(linear) and not linear.in_features % _READ_AT_ONCE:
+            setattr(module, name, Int8Linear(linear))
 
 
 def _torchao_config(bits: Bits, device_type: str) -> Any:

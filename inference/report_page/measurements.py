@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.foreign_json import build, read_object, take
+from inference.evaluation import report
 from inference.evaluation.costs import Costs
 from inference.evaluation.prediction import Prediction
 from inference.report_page.source import LONGEST, Source, date_of, file_date, machine_line
@@ -107,11 +108,8 @@ def short_names(settings: Sequence[str]) -> dict[str, str]:
 
     d is named also where it is at its default.
     """
-    names = {text: _short(text) for text in settings}
-    return {
-        text: name if [*names.values()].count(name) == 1 else text[:LONGEST]
-        for text, name in names.items()
-    }
+    names = report.short_names(settings, _short)
+    return {text: text[:LONGEST] if name == text else name for text, name in names.items()}
 
 
 def _short(text: str) -> str:

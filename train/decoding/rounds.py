@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import LlamaConfig
-from models.flops import block_params
+from models.flops import step_params
 
 Choices = NDArray[np.int64]
 
@@ -71,8 +71,7 @@ def draft_cost(config: LlamaConfig, E: int) -> float:
 
     Both read the head. A step of one row takes about the time that its weights take to be read.
     """
-    head, block = config.vocab_size * config.dim, block_params(config)
-    return (E * block + head) / (config.n_layers * block + head)
+    return step_params(config, E) / step_params(config, config.n_layers)
 
 
 def speedup_bound(rounds: Rounds, d: int, c: float) -> float:

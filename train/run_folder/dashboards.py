@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data.foreign_json import parse
 from train.run_folder.events import Event, State
 from train.run_folder.heat_map import HeatMap
 from train.run_folder.histogram import Histogram
 from train.run_folder.pictures import Pictures
+from train.run_folder.records import read_records
 from train.run_folder.shown_names import shown
 from train.run_folder.sinks import Metrics, Sink
 
@@ -59,8 +59,10 @@ class Dashboards:
             settings: Markdown.
             late: Dashboards that lack the steps before, and are given their curves.
         """
-        before, every = Metrics(late), -(-_count_lines(path) // MAX_BACKFILL)
-        for i, (step, metrics) in enumerate(_records(path, done_steps)):
+        before = Metrics(late)
+        every = -(-sum(1 for _ in _lines(path)) // MAX_BACKFILL) if late else 1
+        earlier = (each for each in read_records(_lines(path)) if each[0] <= done_steps)
+        for i, (step, metrics) in enumerate(earlier):
             charts = self._take(metrics, step)
             if i % every == 0:
                 before.log(charts, step)
@@ -137,23 +139,7 @@ def _marks_of(event: Event) -> Iterator[tuple[int, str]]:
         yield step, f"rolled back to step {event.get('to', '?')}: {event.get('reason', '?')}"
 
 
-def _count_lines(path: Path) -> int:
-    return sum(1 for _ in _lines(path))
-
-
 def _lines(path: Path) -> Iterator[bytes]:
     if path.is_file():
         with path.open("rb") as file:
             yield from file
-
-
-def _records(path: Path, done_steps: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield (step, its numbers) for the records up to step `done_steps`, without damaged ones."""
-    for line in _lines(path):
-        try:
-            record = parse(line, finite=False)
-        except ValueError:
-            continue
-        step = record.pop("step", None) if isinstance(record, dict) else None
-        if isinstance(record, dict) and isinstance(step, int) and step <= done_steps:
-            yield step, {name: x for name, x in record.items() if isinstance(x, float)}

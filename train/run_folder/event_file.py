@@ -81,7 +81,7 @@ def has_event_files(folder: Path) -> bool:
 
 def _summary(name: str, histogram: Histogram) -> Summary:
     counts = np.array(histogram.counts)
-    edges = np.linspace(histogram.low, histogram.high, len(counts) + 1)
+    edges = histogram.edges
     middles = (edges[1:] + edges[:-1]) / 2
     return histogram_raw(
         name,

@@ -3,8 +3,12 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_LABELS = 12
 """Most labels along an axis; of more, evenly spaced ones are shown."""
@@ -67,6 +71,13 @@ def png_of(heat_map: HeatMap) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
+
+
+def picture_of(heat_map: HeatMap) -> "Image.Image":
+    """Return a heat map as trackers take images."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png_of(heat_map)))
 
 
 def _ticks(labels: Sequence[str]) -> tuple[list[int], list[str]]:

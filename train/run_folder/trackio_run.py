@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from train.run_folder.events import State
-from train.run_folder.heat_map import HeatMap, png_of
+from train.run_folder.heat_map import HeatMap, picture_of
 from train.run_folder.histogram import Histogram
 from train.run_folder.within import FINISH_SECONDS, LOCAL_SECONDS, within
 from train.run_folder.writing import reason_of, replace_file
@@ -55,12 +53,9 @@ class TrackioRun:
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
         """Log them all at once."""
-        edges = {
-            name: np.linspace(h.low, h.high, len(h.counts) + 1) for name, h in histograms.items()
-        }
         self._log(
             {
-                name: self._trackio.Histogram(np_histogram=(h.counts, edges[name]))
+                name: self._trackio.Histogram(np_histogram=(h.counts, h.edges))
                 for name, h in histograms.items()
             },
             step,
@@ -72,15 +67,8 @@ class TrackioRun:
 
     def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
         """Log them all at once, as images."""
-        from PIL import Image
-
-        self._log(
-            {
-                name: self._trackio.Image(Image.open(io.BytesIO(png_of(each))))
-                for name, each in maps.items()
-            },
-            step,
-        )
+        images = {name: self._trackio.Image(picture_of(each)) for name, each in maps.items()}
+        self._log(images, step)
 
     def log_summary(self, values: Mapping[str, float], state: State) -> None:
         """Log how the run ended; its table of runs takes the last point of every curve."""

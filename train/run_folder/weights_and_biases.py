@@ -4,7 +4,6 @@ It is a guest: whatever its package, its key or the network does, it holds a run
 """
 
 import html
-import io
 import logging
 import subprocess
 import sys
@@ -16,10 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from train.run_folder.events import State
-from train.run_folder.heat_map import HeatMap, png_of
+from train.run_folder.heat_map import HeatMap, picture_of
 from train.run_folder.histogram import Histogram
 from train.run_folder.within import FINISH_SECONDS, LOCAL_SECONDS, within
 from train.run_folder.writing import reason_of, replace_file
@@ -83,9 +80,7 @@ class WeightsAndBiases:
         self._run.log(
             {"step": step}
             | {
-                name: self._histogram(
-                    np_histogram=(h.counts, np.linspace(h.low, h.high, len(h.counts) + 1))
-                )
+                name: self._histogram(np_histogram=(h.counts, h.edges))
                 for name, h in histograms.items()
             }
         )
@@ -99,9 +94,7 @@ class WeightsAndBiases:
 
     def log_heat_maps(self, maps: Mapping[str, HeatMap], step: int) -> None:
         """Log them all at once, as images."""
-        from PIL import Image
-
-        images = {name: self._image(Image.open(io.BytesIO(png_of(m)))) for name, m in maps.items()}
+        images = {name: self._image(picture_of(each)) for name, each in maps.items()}
         self._run.log({"step": step, **images})
 
     def log_summary(self, values: Mapping[str, float], state: State) -> None:
